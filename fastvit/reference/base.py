@@ -1,0 +1,131 @@
+"""What the seven families share as classes: the interface of a model, and the hook that lets a built model be fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+on_build: list[Callable[[nn.Module], object]] = []
+"""Called with every family model once it is built, in order. ``import fastvit`` adds the swap to fused blocks."""
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INCEPTION_MEAN = INCEPTION_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One published model: the family class, its arguments, and the facts the tests hold it to.
+
+    ``params`` is the exact parameter count with 1000 classes at the variant's image size; ``gmacs`` the multiply-adds
+    (in 1e9) of matmuls, convolutions, Q K^T and A V at batch 1.
+    """
+
+    family: str
+    build: type[VisionModel]
+    config: Mapping[str, Any]
+    params: int
+    gmacs: float
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    source: str = ""
+
+    def default_cfg(self, img_size: tuple[int, int], in_chans: int) -> dict[str, Any]:
+        """How images are prepared for this variant's published weights."""
+        return {
+            "input_size": (in_chans, *img_size),
+            "mean": self.mean,
+            "std": self.std,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
+
+
+class _BuiltModel(type):
+    """Runs :data:`on_build` after the outermost ``__init__``, so that subclasses users write are fused too."""
+
+    def __call__(cls, *args, **kwargs):
+        model = super().__call__(*args, **kwargs)
+        for hook in on_build:
+            hook(model)
+        return model
+
+
+class VisionModel(nn.Module, metaclass=_BuiltModel):
+    """An image classifier of one of the seven families.
+
+    Subclasses set ``num_classes``, ``num_features`` (width of the token that reaches the head), ``num_prefix_tokens``,
+    ``img_size`` and ``patch_size``, and provide :meth:`forward_features` and :meth:`forward_head`.
+
+    ``default_cfg`` says how images are prepared for published weights: ``input_size`` (3, h, w), ``mean``, ``std``,
+    ``crop_pct``, ``interpolation``; :func:`fastvit.reference.registry.create_model` fills it in.
+    """
+
+    num_classes: int
+    num_features: int
+    num_prefix_tokens: int = 1
+    grad_checkpointing: bool = False
+    default_cfg: dict
+
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to normalised tokens (B, N, C)."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_features")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, C) to logits (B, num_classes), or to the pooled features (B, C) with ``pre_logits``."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_head")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, num_classes).
+
+        ``mask`` is bool, True = attend: (B, patches), or (B, N, N) with N the patches or all tokens. Class tokens are
+        never masked; a query with no key left attends to nothing.
+        """
+        return self.forward_head(self.forward_features(x, mask))
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer (or Identity) that makes the logits."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one; ``num_classes=0`` makes it Identity."""
+        raise NotImplementedError(f"{type(self).__name__}.reset_classifier")
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters the official training recipe leaves out of weight decay."""
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (training mode only)."""
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        mask: Tensor | None = None,
+        norm: bool = False,
+        return_prefix_tokens: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after chosen blocks, in timm's manner.
+
+        Args:
+            indices: block indices (negative from the end), n for the last n blocks, None for all.
+            norm: apply the final norm to each intermediate.
+            return_prefix_tokens: give (grid, prefix tokens) pairs.
+            output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h*w, C).
+            stop_early: do not run blocks behind the last index; needs ``intermediates_only``.
+
+        Returns:
+            The list of intermediates, or (final features, intermediates).
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward_intermediates")

@@ -1,0 +1,321 @@
+"""The plain functions the reference models call: the executable specification of every operator.
+
+Each function here has a fused twin of the same name and signature in ``fastvit.ops``. These versions are written to be
+read and to be differentiated by autograd in any floating dtype (float64 included); they may write N x N maps.
+
+Shapes: B batch, H heads, Nq queries, Nk keys, D head dimension, C channels, (h, w) the token grid, P prefix tokens
+(class, distillation) that lie in front of the h*w grid tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "BatchNorm",
+    "activate",
+    "attention_probabilities",
+    "head_mixed_attention",
+    "masked_attention",
+    "re_attention",
+    "talking_heads_attention",
+    "token_depthwise_conv",
+]
+
+
+class BatchNorm(NamedTuple):
+    """The tensors and settings of a BatchNorm over channels (or heads), as ``F.batch_norm`` takes them.
+
+    ``weight`` and ``bias`` are None without affine parameters; ``running_mean`` and ``running_var`` are None with
+    ``track_running_stats=False``. ``use_batch_stats`` is True where the layer normalises by the batch it sees.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    use_batch_stats: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module: nn.Module) -> BatchNorm:
+        """Read a ``nn.BatchNorm*`` layer for one forward pass.
+
+        In training mode this counts the batch in ``num_batches_tracked``, as the layer's own forward does, so call it
+        exactly once per forward.
+        """
+        use_batch_stats = module.training or module.running_mean is None
+        momentum = 0.0 if module.momentum is None else module.momentum
+        if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+            if module.momentum is None:  # cumulative moving average
+                momentum = 1.0 / float(module.num_batches_tracked)
+        tracking = not module.training or module.track_running_stats
+        return cls(
+            module.running_mean if tracking else None,
+            module.running_var if tracking else None,
+            module.weight,
+            module.bias,
+            use_batch_stats,
+            momentum,
+            module.eps,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.use_batch_stats,
+            self.momentum,
+            self.eps,
+        )
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): OpenAI CLIP's and CvT's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu, "relu": F.relu}
+"""Activation by name; ``"gelu"`` is the exact (erf) form."""
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """Apply the activation named; ValueError lists the names accepted."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, accepted are {sorted(map(str, ACTIVATIONS))}")
+    return ACTIVATIONS[activation](x)
+
+
+def _expand_mask(mask: Tensor | None) -> Tensor | None:
+    """(B, Nk) key padding to (B, 1, 1, Nk); anything else is left to broadcasting."""
+    return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
+
+
+def attention_probabilities(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis of (B, H, Nq, Nk) logits; masked keys get 0, a row with no key left is all zeros."""
+    if mask is None:
+        return logits.softmax(-1)
+    # The finite fill keeps a fully masked row free of NaN, in the gradient too; masked_fill then makes it zero.
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    return logits.softmax(-1).masked_fill(~mask, 0.0)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, restricted to the keys that ``mask`` allows.
+
+    Args:
+        q: (B, H, Nq, D).
+        k, v: (B, H, Nk, D).
+        mask: bool, True = attend; (B, Nk), or broadcastable to (B, H, Nq, Nk). A row with no key left gives zeros.
+        bias: additive, broadcastable to (B, H, Nq, Nk); -inf masks a key.
+        scale: D ** -0.5 by default.
+        dropout_p: probability of dropping an attention weight; pass 0 outside training.
+
+    Returns:
+        (B, H, Nq, D).
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = _expand_mask(mask)
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        visible = bias != float("-inf")  # -inf masks as False does, fully masked rows included
+        mask = visible if mask is None else mask & visible
+        logits = logits + bias
+    probabilities = attention_probabilities(logits, mask)
+    return F.dropout(probabilities, dropout_p) @ v
+
+
+def _mix_heads(maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """out[:, h] = sum_g weight[h, g] maps[:, g] + bias[h] for maps (B, H, Nq, Nk): a 1x1 convolution over heads."""
+    return F.conv2d(maps, weight[:, :, None, None], bias)
+
+
+def head_mixed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pre_weight: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    post_weight: Tensor | None = None,
+    post_bias: Tensor | None = None,
+    norm: BatchNorm | None = None,
+    output_scale: float = 1.0,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_after_mix: bool = False,
+) -> Tensor:
+    """Attention whose maps are mixed linearly across heads before and/or after the softmax.
+
+    S_g = scale * q_g k_g^T;  S'_h = sum_g pre_weight[h, g] S_g + pre_bias[h];  P_h = softmax(S'_h);
+    M_h = output_scale * norm(sum_g post_weight[h, g] P_g + post_bias[h]);  out_h = M_h v_h.
+
+    Args:
+        q: (B, H, Nq, D); k, v: (B, H, Nk, D).
+        pre_weight, post_weight: (H, H), row h makes output head h; None leaves that mix out. pre_bias, post_bias: (H,).
+        norm: BatchNorm over heads on the mixed map, or None.
+        mask: as in :func:`masked_attention`. Applied to the mixed logits; the finished map is zero at masked positions
+            too, since the mix's bias and the norm's shift would give them a weight again. The norm's batch statistics
+            are those ``nn.BatchNorm2d`` would see, masked positions included.
+        dropout_p: on the softmaxed maps, or on the finished map with ``dropout_after_mix``.
+
+    Returns:
+        (B, H, Nq, D).
+
+    Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shazeer et al. 2020 (talking heads).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = _expand_mask(mask)
+    maps = (q * scale) @ k.transpose(-2, -1)
+    if pre_weight is not None:
+        maps = _mix_heads(maps, pre_weight, pre_bias)
+    maps = attention_probabilities(maps, mask)
+    if not dropout_after_mix:
+        maps = F.dropout(maps, dropout_p)
+    if post_weight is not None:
+        maps = _mix_heads(maps, post_weight, post_bias)
+    if norm is not None:
+        maps = norm(maps)
+    if output_scale != 1.0:
+        maps = maps * output_scale
+    if mask is not None:
+        maps = maps.masked_fill(~mask, 0.0)
+    if dropout_after_mix:
+        maps = F.dropout(maps, dropout_p)
+    return maps @ v
+
+
+def talking_heads_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre_weight: Tensor,
+    pre_bias: Tensor | None,
+    post_weight: Tensor,
+    post_bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """CaiT's talking heads: heads mixed before and after the softmax, dropout on the finished map.
+
+    Arguments as in :func:`head_mixed_attention`. Source: facebookresearch/deit ``cait_models.py``.
+    """
+    return head_mixed_attention(
+        q,
+        k,
+        v,
+        pre_weight=pre_weight,
+        pre_bias=pre_bias,
+        post_weight=post_weight,
+        post_bias=post_bias,
+        mask=mask,
+        scale=scale,
+        dropout_p=dropout_p,
+        dropout_after_mix=True,
+    )
+
+
+def re_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: BatchNorm | None,
+    *,
+    output_scale: float = 1.0,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """DeepViT's re-attention: softmax, dropout, linear mix across heads, BatchNorm over heads, output scale.
+
+    Arguments as in :func:`head_mixed_attention`; ``weight`` (H, H) is the 1x1 convolution's. Source: Zhou et al. 2021,
+    equation 3, and zhoudaquan/dvit_repo ``layers.py``.
+    """
+    return head_mixed_attention(
+        q,
+        k,
+        v,
+        post_weight=weight,
+        post_bias=bias,
+        norm=norm,
+        output_scale=output_scale,
+        mask=mask,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+
+
+def token_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    stride: int = 1,
+    padding: int | None = None,
+    prefix_tokens: int = 0,
+    pre_norm: BatchNorm | None = None,
+    pre_activation: str | None = None,
+    norm: BatchNorm | None = None,
+    activation: str | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """Depthwise k x k convolution of tokens laid out as (B, P + h*w, C), with what surrounds it in the models.
+
+    t = pre_activation(pre_norm(x)) on the grid tokens; y = activation(norm(conv(t) + bias)); y += x with ``residual``.
+    Prefix tokens pass through untouched.
+
+    Args:
+        x: (B, P + h*w, C), row-major grid tokens behind P prefix tokens.
+        weight: (C, 1, k, k), cross-correlation as in ``nn.Conv2d``; bias: (C,).
+        grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default (zeros of t, not of x).
+        norm, pre_norm: BatchNorm over channels. activation, pre_activation: a name of :data:`ACTIVATIONS`.
+        residual: adds the grid tokens of x; needs a convolution that keeps the grid size.
+
+    Returns:
+        (B, P + h'*w', C) with h' = (h + 2 * padding - k) // stride + 1, likewise w'.
+
+    Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2.
+    """
+    h, w = grid
+    prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
+    if tokens.shape[1] != h * w:
+        raise ValueError(f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} behind {prefix_tokens} prefix tokens")
+    channels, kernel = weight.shape[0], weight.shape[-1]
+    image = tokens.transpose(1, 2).reshape(x.shape[0], channels, h, w)
+    inner = pre_norm(image) if pre_norm is not None else image
+    inner = activate(inner, pre_activation)
+    padding = kernel // 2 if padding is None else padding
+    out = F.conv2d(inner, weight, bias, stride, padding, groups=channels)
+    if norm is not None:
+        out = norm(out)
+    out = activate(out, activation)
+    if residual:
+        out = out + image
+    return torch.cat((prefix, out.flatten(2).transpose(1, 2)), dim=1) if prefix_tokens else out.flatten(2).transpose(1, 2)

@@ -1,0 +1,72 @@
+"""Every named variant of the seven families, and how to build one by its name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from typing import Any
+
+from fastvit.reference import cait, ceit, cpvt, cvt, deepvit, deit, vit
+from fastvit.reference.base import Variant, VisionModel
+from fastvit.reference.layers import to_pair
+
+VARIANTS: dict[str, Variant] = {
+    name: variant
+    for family in (vit, deit, deepvit, cait, cpvt, cvt, ceit)
+    for name, variant in family.VARIANTS.items()
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell-style pattern (``"cait_*_384"``), family by family."""
+    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name; ValueError suggests the nearest names."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"name: unknown model {name!r}{hint} (fastvit.list_models() names all {len(VARIANTS)})")
+    return VARIANTS[name]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    pool: str | None = None,
+    drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    **options: Any,
+) -> VisionModel:
+    """Build a named variant with fresh weights, initialised as in the official code.
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: 0 leaves the head out (Identity).
+        img_size: pixels, an int or (height, width); the variant's own by default.
+        pool: how tokens become one vector, where the family has a choice ("token", "avg", ...); its own by default.
+        drop_rate, attn_drop_rate, drop_path_rate: probabilities of dropout, attention dropout and stochastic depth.
+        options: further arguments of the family class, overriding the variant's.
+
+    Raises:
+        ValueError: unknown name (the nearest are suggested) or a value the family does not take.
+        TypeError: an option the family does not know.
+    """
+    variant = find_variant(name)
+    config = dict(variant.config)
+    if img_size is not None:
+        config["img_size"] = img_size
+    if pool is not None:
+        config["pool"] = pool
+    rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
+    for key, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{key}: got {rate}, accepted is a probability from 0 up to, not including, 1")
+    model = variant.build(num_classes=num_classes, in_chans=in_chans, **{**config, **rates, **options})
+    model.default_cfg = variant.default_cfg(to_pair(model.img_size, "img_size"), in_chans)
+    return model
