@@ -1,0 +1,176 @@
+"""Which implementation of an operator runs, and why not the others.
+
+Every ``ops/<op>.py`` lists its implementations in order of preference, the plain reference last. Each one answers for
+a given call why it cannot take it; the first without reasons runs. An implementation asked for by name never falls
+back silently.
+
+``FASTVIT_BACKEND`` (read once, see :mod:`fastvit.backends`) narrows the automatic choice; ``FASTVIT_LOG=debug`` tells
+each choice, once per distinct message, through ``logging.getLogger("fastvit")``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from fastvit import backends
+except ImportError:  # bootstrap: removed once fastvit/backends.py is in the tree
+
+    class backends:  # type: ignore[no-redef]
+        REQUESTED = None
+
+
+__all__ = ["Implementation", "Selection", "gradients_needed", "recording", "select", "turned_down"]
+
+AUTO = "auto"
+REFERENCE = "reference"
+
+log = logging.getLogger("fastvit")
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operator.
+
+    ``reasons(*args, **kwargs)`` says why it cannot take these arguments (an empty list: it can); ``run(*args,
+    **kwargs)`` computes. Both take the arguments of the public function, without ``backend``.
+    """
+
+    name: str
+    reasons: Callable[..., list[str]]
+    run: Callable[..., Any]
+
+
+class Selection(NamedTuple):
+    """A choice that was made: the operator, the implementation that ran, and the reasons of each other one.
+
+    An implementation that could have run but stands behind the chosen one has no reasons and is not listed.
+    """
+
+    op: str
+    backend: str
+    turned_down: dict[str, list[str]]
+
+
+def gradients_needed(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of these tensors; None is skipped."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _must_be_plain() -> bool:
+    """Whether the call is recorded for another runtime (export, ONNX, TorchScript), which knows torch's operators only."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _left_out(implementation: Implementation) -> bool:
+    """Whether FASTVIT_BACKEND keeps the automatic choice from this implementation."""
+    requested = backends.REQUESTED
+    return requested is not None and implementation.name != REFERENCE and implementation.name not in requested
+
+
+def _automatic(implementations: Sequence[Implementation], args: tuple, kwargs: dict) -> Implementation:
+    for implementation in implementations:
+        if not _left_out(implementation) and not implementation.reasons(*args, **kwargs):
+            return implementation
+    return implementations[-1]
+
+
+def _named(op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict) -> Implementation:
+    for implementation in implementations:
+        if implementation.name == backend:
+            reasons = implementation.reasons(*args, **kwargs)
+            if reasons:
+                raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: " + "; ".join(reasons))
+            return implementation
+    names = [AUTO, *(implementation.name for implementation in implementations)]
+    raise ValueError(f"backend: {op} has none named {backend!r}, accepted are {names}")
+
+
+def select(op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict) -> Implementation:
+    """The implementation that is to run ``op`` on these arguments.
+
+    While exporting or tracing, the last one (the reference) is taken whatever ``backend`` says.
+
+    Args:
+        op: the operator's name, for messages.
+        implementations: in order of preference; the last is the reference and takes everything.
+        backend: "auto", or the name of an implementation.
+        args, kwargs: of the public function.
+
+    Raises:
+        ValueError: no implementation has that name.
+        RuntimeError: the implementation asked for cannot take the call; lists every reason.
+    """
+    if _must_be_plain():
+        return implementations[-1]
+    if backend == AUTO:
+        chosen = _automatic(implementations, args, kwargs)
+    else:
+        chosen = _named(op, implementations, backend, args, kwargs)
+    if not torch.compiler.is_compiling() and (_recorder.get() is not None or log.isEnabledFor(logging.DEBUG)):
+        _tell(Selection(op, chosen.name, turned_down(op, implementations, args, kwargs)))
+    return chosen
+
+
+def turned_down(op: str, implementations: Sequence[Implementation], args: tuple, kwargs: dict) -> dict[str, list[str]]:
+    """The reasons of every implementation of ``op`` that cannot take these arguments, by its name."""
+    found = {}
+    for implementation in implementations:
+        reasons = implementation.reasons(*args, **kwargs)
+        if _left_out(implementation):
+            reasons = [f"FASTVIT_BACKEND leaves it out of the choice for {op}", *reasons]
+        if reasons:
+            found[implementation.name] = reasons
+    return found
+
+
+_recorder: contextvars.ContextVar[Callable[[Selection], object] | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def recording(record: Callable[[Selection], object]) -> Iterator[None]:
+    """Calls ``record(selection)`` for each choice made in the block by this thread; traced calls are not seen."""
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+_told: set[str] = set()
+
+
+def _tell(selection: Selection) -> None:
+    """Hand a choice to the recorder and to the log."""
+    record = _recorder.get()
+    if record is not None:
+        record(selection)
+    if log.isEnabledFor(logging.DEBUG):
+        others = "".join(f"; not {name}: {', '.join(reasons)}" for name, reasons in selection.turned_down.items())
+        message = f"{selection.op}: {selection.backend}{others}"
+        if message not in _told:  # one line for twelve equal blocks, not twelve per forward
+            _told.add(message)
+            log.debug(message)
+
+
+def _configure_log(level: str | None) -> None:
+    """Give the ``fastvit`` logger a level and a handler of its own when FASTVIT_LOG asks for them."""
+    if not level:
+        return
+    number = logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"FASTVIT_LOG: got {level!r}, accepted are 'debug', 'info', 'warning' and 'error'")
+    log.setLevel(number)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.addHandler(handler)
+
+
+_configure_log(os.environ.get("FASTVIT_LOG"))
