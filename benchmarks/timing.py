@@ -1,0 +1,55 @@
+"""Timing that survives a noisy machine: candidates take turns within one run, medians and spread are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def _seconds(call: Callable[[Any], Any], argument: Any, device: torch.device) -> float:
+    """Wall time of one call, device work included."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call(argument)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    calls: Sequence[Callable[[Any], Any]],
+    arguments: Sequence[Any],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 2,
+) -> list[list[float]]:
+    """Time ``calls`` in turn, ``rounds`` times each.
+
+    Args:
+        calls: the candidates; each is called with one argument.
+        arguments: inputs, one per round in rotation, so that no round meets its own input in the cache.
+        warmup: rounds that are run and not counted.
+
+    Returns:
+        A list of seconds per candidate, one entry a round; entry i of every list belongs to the same round. The order
+        within a round alternates, so that neither candidate always runs first.
+    """
+    device = torch.device(device)
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-warmup, rounds):
+        argument = arguments[turn % len(arguments)]
+        order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
+        for i in order:
+            elapsed = _seconds(calls[i], argument, device)
+            if turn >= 0:
+                seconds[i].append(elapsed)
+    return seconds
