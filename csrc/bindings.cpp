@@ -1,0 +1,77 @@
+// The Python module fastvit._C: what was built, what this CPU can run. The operators themselves reach Python through
+// torch's dispatcher (torch_abi.h).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "torch_abi.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> names_of(const std::vector<fastvit::Isa>& isas) {
+  std::vector<std::string> names;
+  for (fastvit::Isa isa : isas) names.emplace_back(name_of(isa));
+  return names;
+}
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> words;
+  std::istringstream stream(text);
+  for (std::string word; stream >> word;) words.push_back(word);
+  return words;
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+// The macros FASTVIT_VERSION, FASTVIT_CUDA_ARCHS ("sm_80 sm_90 compute_90", "" without CUDA) and FASTVIT_NVCC_VERSION
+// come from setup.py.
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTVIT_VERSION;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["isa_levels"] = names_of(fastvit::compiled_isas());
+  info["cuda_archs"] = split(FASTVIT_CUDA_ARCHS);
+  info["nvcc"] = *FASTVIT_NVCC_VERSION != '\0' ? py::object(py::str(FASTVIT_NVCC_VERSION)) : py::none();
+  return info;
+}
+
+py::dict cpu_info() {
+  py::dict info;
+  info["supported"] = names_of(fastvit::supported_isas());
+  info["in_use"] = std::string(name_of(fastvit::cpu_isa()));
+  return info;
+}
+
+// (operator, dispatch key) of every kernel in this binary.
+std::vector<std::pair<std::string, std::string>> operators() {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const auto* entry = fastvit::registrations(); entry != nullptr; entry = entry->next) {
+    all.emplace_back(entry->op, entry->key);
+  }
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  fastvit::cpu_isa();  // a wrong FASTVIT_CPU_CAPABILITY is an error here, not in the middle of a model
+  fastvit::register_operators();
+  module.doc() = "Native part of fastvit: build and CPU information; operators are registered with torch.";
+  module.def("build_info", &build_info, "How this binary was built.");
+  module.def("cpu_info", &cpu_info, "Instruction sets this CPU can run, and the one in use.");
+  module.def("operators", &operators, "(operator, dispatch key) of every kernel in this binary.");
+  module.def("_set_cpu_capability", &fastvit::set_cpu_isa, py::arg("name"),
+             "Changes the instruction set in use (for tests); ValueError if this CPU cannot run it.");
+}

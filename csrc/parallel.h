@@ -1,0 +1,32 @@
+// Torch's own intra-op threads, without torch's headers and without a second thread pool.
+//
+// Safe to include in files that are compiled once per instruction set: the template below is instantiated with the
+// caller's lambda type (unique to its namespace) and calls one ordinary function, so no inline code is shared between
+// files compiled with different -m flags.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvit {
+
+using RangeBody = void (*)(int64_t begin, int64_t end, const void* context);
+
+// Runs body over [begin, end) in chunks of at least `grain` on torch's threads. The first exception thrown by a chunk is
+// rethrown here once every chunk has ended.
+void parallel_for_range(int64_t begin, int64_t end, int64_t grain, RangeBody body, const void* context);
+
+// f(begin, end) over chunks of [begin, end).
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  parallel_for_range(
+      begin, end, grain,
+      [](int64_t chunk_begin, int64_t chunk_end, const void* context) {
+        (*static_cast<const F*>(context))(chunk_begin, chunk_end);
+      },
+      &f);
+}
+
+int num_threads();   // as torch.get_num_threads()
+int thread_index();  // of the calling thread inside parallel_for, 0 outside
+
+}  // namespace fastvit

@@ -1,0 +1,487 @@
+"""Builds fastvit and its native part, fastvit._C. Project metadata is in pyproject.toml.
+
+The native part needs a C++20 compiler and pybind11, and no torch: it declares the few functions of LibTorch's stable C
+interface itself (csrc/torch_abi.h). So pip's isolated build environment need not download torch, and one binary loads
+with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
+
+Environment:
+    FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is then
+                            pure Python, and `python -m fastvit info` says why.
+    FASTVIT_CUDA_ARCH_LIST  CUDA architectures, e.g. "8.0;9.0+PTX" (or TORCH_CUDA_ARCH_LIST). Default: those of DEFAULT_ARCHS
+                            that nvcc knows, and PTX of the newest.
+    CUDA_HOME, CUDACXX      where nvcc is; otherwise PATH. Without nvcc there is no CUDA part. A GPU need not be visible.
+    CXX, CXXFLAGS, LDFLAGS  as usual.
+    MAX_JOBS                compilers run at once; default: from cores and free memory.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+EXTENSION = "fastvit._C"
+# Where objects are kept between builds (an editable install gives a fresh temporary directory each time).
+OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}"
+MEMORY_PER_JOB = 1.5  # GiB
+
+# -ffast-math never: masks and padding rely on infinities and NaN.
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+ISA_FLAGS: dict[str, list[str]] = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
+DEFAULT_ARCHS = ("80", "90", "100")
+
+
+class BuildError(RuntimeError):
+    """The native part cannot be built; the message is the reason recorded for `python -m fastvit info`."""
+
+
+@dataclass
+class Unit:
+    """One compiler run: a source file with its flags."""
+
+    source: Path
+    object: Path
+    command: list[str]  # compiler and flags, without source, output and dependency file
+
+
+@dataclass
+class Toolchain:
+    """The compilers found, and what they can do."""
+
+    cxx: list[str]
+    compiler: str  # first line of --version
+    isas: list[str]
+    nvcc: list[str] = field(default_factory=list)
+    nvcc_version: str | None = None
+    cuda_lib: Path | None = None
+    cuda_archs: list[str] = field(default_factory=list)  # sm_80 ... compute_100
+    cuda_reason: str | None = None  # why there is no CUDA part
+
+
+def read_version() -> str:
+    """The version stated in fastvit/_version.py."""
+    text = (ROOT / "fastvit" / "_version.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if match is None:
+        raise BuildError("fastvit/_version.py does not state __version__")
+    return match[1]
+
+
+def extension_mode() -> str:
+    """FASTVIT_BUILD_EXT: "0", "1" or "" (try)."""
+    mode = os.environ.get("FASTVIT_BUILD_EXT", "")
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"FASTVIT_BUILD_EXT: got {mode!r}, accepted are 0, 1 or unset")
+    return mode
+
+
+def find_cxx() -> list[str] | None:
+    """The C++ compiler's command: CXX, or the first of the usual names on PATH."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def reason_not_to_build() -> str | None:
+    """Why the native part is not even tried, from what is cheap to see; None if it is."""
+    if extension_mode() == "0":
+        return "FASTVIT_BUILD_EXT=0 was set at build time"
+    if platform.system() not in ("Linux", "Darwin"):
+        return f"the native part is built on Linux and macOS only, this is {platform.system()}"
+    if find_cxx() is None:
+        return f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}; c++, g++, clang++ on PATH)"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed in the build environment"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"Python's headers are not installed (no Python.h in {sysconfig.get_path('include')})"
+    return None
+
+
+def run(command: list[str]) -> str:
+    """The output of a command; BuildError with its last lines if it fails."""
+    try:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not start: {error}") from error
+    if result.returncode != 0:
+        tail = "\n".join(result.stdout.strip().splitlines()[-15:])
+        raise BuildError(f"`{shlex.join(command[:1])}` failed with status {result.returncode}:\n{tail}")
+    return result.stdout
+
+
+def compiles(cxx: list[str], flags: list[str], code: str) -> bool:
+    """Whether the compiler accepts the code with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(code, encoding="utf-8")
+        try:
+            run([*cxx, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))])
+        except BuildError:
+            return False
+    return True
+
+
+def find_isas(cxx: list[str]) -> list[str]:
+    """The instruction sets of this architecture that the compiler can build."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["portable"]
+    probe = "#include <immintrin.h>\nint main() {}\n"
+    return [isa for isa, flags in ISA_FLAGS.items() if not flags or compiles(cxx, flags, probe)]
+
+
+def find_nvcc() -> str | None:
+    """nvcc by CUDACXX, CUDA_HOME or CUDA_PATH, PATH, or in the usual place."""
+    for variable, suffix in (("CUDACXX", ""), ("CUDA_HOME", "bin/nvcc"), ("CUDA_PATH", "bin/nvcc")):
+        if value := os.environ.get(variable):
+            return shutil.which(str(Path(value, suffix)) if suffix else value)
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_archs(known: list[str]) -> list[str]:
+    """The architectures to compile for, as nvcc names them: sm_XX for machine code, compute_XX for PTX."""
+    asked = os.environ.get("FASTVIT_CUDA_ARCH_LIST") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
+        machine = [arch for arch in DEFAULT_ARCHS if arch in known] or known[-1:]
+        return [*(f"sm_{arch}" for arch in machine), f"compute_{machine[-1]}"]
+    archs: list[str] = []
+    for word in re.split(r"[;,\s]+", asked.strip()):
+        match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
+        if match is None:
+            raise BuildError(f"CUDA architecture {word!r} is not of the form 8.0, 80 or 9.0+PTX")
+        number = match[1] + match[2] + match[3]
+        archs += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
+    return list(dict.fromkeys(archs))
+
+
+def add_cuda(toolchain: Toolchain) -> None:
+    """Fill in the CUDA part, or the reason why there is none."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        toolchain.cuda_reason = "nvcc was not found at build time (CUDACXX, CUDA_HOME, PATH)"
+        return
+    if platform.system() != "Linux":
+        toolchain.cuda_reason = f"the CUDA part is built on Linux only, this is {platform.system()}"
+        return
+    release = re.search(r"release [\d.]+, V([\d.]+)", run([nvcc, "--version"]))
+    known = re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"]))
+    archs = cuda_archs(known)
+    # A dry run tells where the toolkit's libraries are, wherever nvcc itself or a link to it lies.
+    plan = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
+    folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', plan)]
+    lib = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+    if lib is None:
+        toolchain.cuda_reason = f"{nvcc} has no libcudart_static.a beside it (looked in {', '.join(map(str, folders))})"
+        return
+    toolchain.nvcc, toolchain.nvcc_version = [nvcc], release[1] if release else "unknown"
+    toolchain.cuda_lib, toolchain.cuda_archs = lib, archs
+
+
+def find_toolchain() -> Toolchain:
+    """The compilers; BuildError if there is none that can build the native part."""
+    if reason := reason_not_to_build():
+        raise BuildError(reason)
+    cxx = find_cxx()
+    assert cxx is not None  # reason_not_to_build saw one
+    compiler = run([*cxx, "--version"]).splitlines()[0]
+    if not compiles(cxx, CXX_FLAGS, "#include <bit>\nint main() { return std::bit_cast<int>(0.0f); }\n"):
+        raise BuildError(f"the compiler ({compiler}) cannot build C++20: GCC >= 11 or Clang >= 14 is needed")
+    toolchain = Toolchain(cxx=cxx, compiler=compiler, isas=find_isas(cxx))
+    add_cuda(toolchain)
+    return toolchain
+
+
+def macro(name: str, value: str) -> str:
+    """A compiler flag that defines a macro as a string."""
+    return f'-D{name}="{value}"'
+
+
+def plan_units(toolchain: Toolchain) -> list[Unit]:
+    """Every compiler run: CPU kernels once per instruction set, other C++ once, CUDA files for all architectures."""
+    base = [*toolchain.cxx, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}"]
+    has_isas = [f"-DFASTVIT_HAS_{isa.upper()}" for isa in toolchain.isas]
+    units: list[Unit] = []
+    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+        name = source.relative_to(CSRC).with_suffix("")
+        if source.stem.endswith("_kernels"):
+            for isa in toolchain.isas:
+                command = [*base, f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]]
+                units.append(Unit(source, OBJECTS / f"{name}.{isa}.o", command))
+        else:
+            extra = binding_flags(toolchain) if source.stem == "bindings" else []
+            units.append(Unit(source, OBJECTS / f"{name}.o", [*base, *has_isas, *extra]))
+    for source in sorted(CSRC.glob("cuda/*.cu")) if toolchain.nvcc else []:
+        name = source.relative_to(CSRC).with_suffix("")
+        units.append(Unit(source, OBJECTS / f"{name}.cu.o", [*toolchain.nvcc, *cuda_flags(toolchain)]))
+    return units
+
+
+def binding_flags(toolchain: Toolchain) -> list[str]:
+    """Only the binding file sees Python, pybind11 and the build's description."""
+    import pybind11
+
+    return [
+        *(f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))),
+        macro("FASTVIT_VERSION", read_version()),
+        macro("FASTVIT_CUDA_ARCHS", " ".join(toolchain.cuda_archs)),
+        macro("FASTVIT_NVCC_VERSION", toolchain.nvcc_version or ""),
+    ]
+
+
+def cuda_flags(toolchain: Toolchain) -> list[str]:
+    """nvcc's flags: one -gencode per architecture."""
+    flags = ["-std=c++20", "-O3", "-DNDEBUG", "-cudart=static", f"-I{CSRC}", f"-ccbin={toolchain.cxx[0]}"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "--threads=0"]
+    for arch in toolchain.cuda_archs:
+        flags.append(f"-gencode=arch=compute_{arch.split('_')[1]},code={arch}")
+    return flags
+
+
+def make_torch_stub(toolchain: Toolchain) -> Path:
+    """An empty libtorch_cpu.so to link against.
+
+    The binary must name libtorch_cpu.so as a library it needs, for its symbols to be found in the copy that `import torch`
+    has loaded; what is in the library is of no interest to the linker.
+    """
+    stub = OBJECTS / "stub" / "libtorch_cpu.so"
+    if not stub.exists():
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        source = stub.with_suffix(".cpp")
+        source.write_text("", encoding="utf-8")
+        run([*toolchain.cxx, "-shared", "-fPIC", "-Wl,-soname,libtorch_cpu.so", str(source), "-o", str(stub)])
+    return stub
+
+
+def link_flags(toolchain: Toolchain, has_cuda: bool) -> list[str]:
+    """The linker's flags; they follow the objects."""
+    extra = shlex.split(os.environ.get("LDFLAGS", ""))
+    if platform.system() == "Darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup", *extra]
+    flags = ["-shared", "-Wl,--no-as-needed", str(make_torch_stub(toolchain)), "-Wl,--as-needed"]
+    if has_cuda:
+        flags += [str(toolchain.cuda_lib / "libcudart_static.a") if toolchain.cuda_lib else ""]
+        flags += ["-Wl,--exclude-libs,libcudart_static.a", "-lrt"]
+    return [*flags, "-lpthread", "-ldl", *extra]
+
+
+def max_jobs() -> int:
+    """How many compilers to run at once: MAX_JOBS, or as cores and free memory allow."""
+    if asked := os.environ.get("MAX_JOBS"):
+        return max(1, int(asked))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError):  # macOS does not tell
+        return cores
+    return max(1, min(cores, int(free / MEMORY_PER_JOB)))
+
+
+def find_ninja() -> str | None:
+    """The ninja executable: of the Python package, or on PATH."""
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        packaged = shutil.which("ninja", path=ninja.BIN_DIR)
+        if packaged:
+            return packaged
+    return shutil.which("ninja")
+
+
+def ninja_escape(text: str) -> str:
+    """Text as a path or value in a build.ninja file."""
+    return text.replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def dependency_flags(unit: Unit, depfile: Path) -> list[str]:
+    """Flags that make the compiler list the headers a source includes."""
+    return ["-MD", "-MF", str(depfile)] if unit.source.suffix == ".cu" else ["-MMD", "-MF", str(depfile)]
+
+
+def full_command(unit: Unit) -> list[str]:
+    """The whole compiler command of a unit."""
+    depfile = unit.object.with_suffix(".d")
+    return [*unit.command, *dependency_flags(unit, depfile), "-c", str(unit.source), "-o", str(unit.object)]
+
+
+def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Path) -> None:
+    """Compile what changed and link, through ninja."""
+    lines = ["ninja_required_version = 1.5", ""]
+    lines += ["rule compile", "  command = $cmd", "  depfile = $dep", "  deps = gcc", "  description = compile $in ($out)", ""]
+    lines += ["rule link", "  command = $cmd", "  description = link $out", ""]
+    for unit in units:
+        lines.append(f"build {ninja_escape(str(unit.object))}: compile {ninja_escape(str(unit.source))}")
+        lines.append(f"  cmd = {shlex.join(full_command(unit)).replace('$', '$$')}")
+        lines.append(f"  dep = {unit.object.with_suffix('.d')}")
+    objects = " ".join(ninja_escape(str(unit.object)) for unit in units)
+    lines += [f"build {ninja_escape(str(library))}: link {objects}", f"  cmd = {shlex.join(link).replace('$', '$$')}"]
+    (OBJECTS / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = [ninja, "-C", str(OBJECTS), "-j", str(max_jobs())]
+    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(result.stdout, end="", flush=True)
+    if result.returncode != 0:
+        raise BuildError(f"compiling failed:\n{first_error(result.stdout)}")
+
+
+def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
+    """Compile everything and link, without ninja."""
+    for folder in {unit.object.parent for unit in units}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(max_jobs()) as pool:
+        for unit, output in zip(units, pool.map(lambda unit: run(full_command(unit)), units), strict=True):
+            print(f"compiled {unit.source.relative_to(ROOT)} -> {unit.object.name}\n{output}", end="", flush=True)
+    run(link)
+
+
+def first_error(output: str) -> str:
+    """The lines of a compiler's output around its first error."""
+    lines = output.strip().splitlines()
+    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 15))
+    return "\n".join(lines[start : start + 15])
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Put a copy of a binary at target. Replaced, not overwritten: a running process may have the old one mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(target.name + ".new")
+    shutil.copy2(source, fresh)
+    fresh.replace(target)
+
+
+def build_native(toolchain: Toolchain, target: Path) -> None:
+    """Compile and link fastvit._C, and put it at target."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    units = plan_units(toolchain)
+    library = OBJECTS / target.name
+    has_cuda = any(unit.source.suffix == ".cu" for unit in units)
+    objects = [str(unit.object) for unit in units]
+    link = [*toolchain.cxx, *objects, *link_flags(toolchain, has_cuda), "-o", str(library)]
+    ninja = find_ninja()
+    if ninja:
+        build_with_ninja(ninja, units, link, library)
+    else:
+        build_plainly(units, link, library)
+    replace_file(library, target)
+
+
+def build_info(toolchain: Toolchain | None, reason: str | None) -> dict[str, Any]:
+    """What `python -m fastvit info` tells about the build, also when there is no binary to ask."""
+    info: dict[str, Any] = {
+        "version": read_version(),
+        "extension": toolchain is not None,
+        "reason": reason,
+        "python": sysconfig.get_config_var("SOABI") or f"python{sys.version_info.major}.{sys.version_info.minor}",
+        "platform": sysconfig.get_platform(),
+    }
+    if toolchain is not None:
+        info |= {
+            "compiler": toolchain.compiler,
+            "cxx_flags": [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))],
+            "isa_flags": {isa: ISA_FLAGS[isa] for isa in toolchain.isas},
+            "isa_levels": toolchain.isas,
+            "cuda_archs": toolchain.cuda_archs,
+            "cuda_reason": toolchain.cuda_reason,
+            "nvcc": toolchain.nvcc_version,
+        }
+    return info
+
+
+def write_build_info(folder: Path, info: dict[str, Any]) -> None:
+    """Leave the description of the build beside the package's modules."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildExtension(build_ext):
+    """Builds fastvit._C with the project's own rules (per instruction set, nvcc, ninja)."""
+
+    def run(self) -> None:
+        """Build into build_lib; for ``--inplace`` and editable installs copy from there beside the sources."""
+        target = Path(self.build_lib, self.get_ext_filename(EXTENSION)).resolve()
+        info = self.build(target) if self.extensions else build_info(None, reason_not_to_build())
+        write_build_info(target.parent, info)
+        if self.inplace:
+            put_in_source(target, info)
+
+    def build(self, target: Path) -> dict[str, Any]:
+        """Build the native part if possible, and describe what was built."""
+        try:
+            toolchain = find_toolchain()
+            build_native(toolchain, target)
+        except BuildError as error:
+            if extension_mode() == "1":
+                raise SystemExit(f"FASTVIT_BUILD_EXT=1, but the native part cannot be built: {error}") from error
+            print(f"fastvit: continuing without the native part: {error}", file=sys.stderr, flush=True)
+            target.unlink(missing_ok=True)
+            return build_info(None, str(error))
+        return build_info(toolchain, None)
+
+
+class BuildPython(build_py):
+    """Records why there is no native part where none is tried, since build_ext does not run then."""
+
+    def run(self) -> None:
+        """Copy the modules (not in editable mode) and leave the description of the build."""
+        super().run()
+        if self.distribution.has_ext_modules():
+            return
+        info = build_info(None, reason_not_to_build())
+        if self.editable_mode:
+            put_in_source(ROOT / "build" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", info)
+        else:
+            write_build_info(Path(self.build_lib, "fastvit"), info)
+
+
+def put_in_source(built: Path, info: dict[str, Any]) -> None:
+    """Make the source tree's fastvit/ what this build gave: its binary, or none, and the description."""
+    package = ROOT / "fastvit"
+    if info["extension"]:
+        replace_file(built, package / built.name)
+    else:
+        (package / built.name).unlink(missing_ok=True)
+    write_build_info(package, info)
+
+
+def native_modules() -> list[Extension]:
+    """The native part if it can be tried. Declared only then, so that a pure wheel is tagged as pure."""
+    if extension_mode() == "1" or reason_not_to_build() is None:
+        return [Extension(EXTENSION, sources=[], optional=True)]
+    return []
+
+
+setup(
+    packages=[*find_packages(str(ROOT), include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
+    package_dir={"fastvit.kernels": "kernels"},
+    package_data={"fastvit": ["py.typed"]},
+    include_package_data=False,
+    ext_modules=native_modules(),
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+)
