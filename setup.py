@@ -17,6 +17,7 @@ Environment:
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -376,9 +378,19 @@ def replace_file(source: Path, target: Path) -> None:
     fresh.replace(target)
 
 
+@contextlib.contextmanager
+def objects_locked() -> Iterator[None]:
+    """One build at a time in the objects' folder."""
+    import fcntl  # not on Windows, where nothing is built
+
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with (OBJECTS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_native(toolchain: Toolchain, target: Path) -> None:
     """Compile and link fastvit._C, and put it at target."""
-    OBJECTS.mkdir(parents=True, exist_ok=True)
     units = plan_units(toolchain)
     library = OBJECTS / target.name
     has_cuda = any(unit.source.suffix == ".cu" for unit in units)
@@ -435,7 +447,8 @@ class BuildExtension(build_ext):
         """Build the native part if possible, and describe what was built."""
         try:
             toolchain = find_toolchain()
-            build_native(toolchain, target)
+            with objects_locked():
+                build_native(toolchain, target)
         except BuildError as error:
             if extension_mode() == "1":
                 raise SystemExit(f"FASTVIT_BUILD_EXT=1, but the native part cannot be built: {error}") from error

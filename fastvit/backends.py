@@ -1,0 +1,293 @@
+"""What this machine can run, and why not the rest.
+
+Everything is looked up once, when this module is imported, so that the questions asked on every call are plain reads
+that ``torch.compile`` can trace. ``python -m fastvit info`` prints :func:`describe`.
+
+Environment, read at import:
+    FASTVIT_BACKEND          which backends the automatic choice may take: "auto", or names joined by commas.
+    FASTVIT_CPU_CAPABILITY   an instruction set below the CPU's best (read by the native part).
+    TRITON_INTERPRET         1 runs Triton kernels in Triton's interpreter, on any device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvit._version import __version__
+
+BACKENDS = ("reference", "sdpa", "cpp", "cuda", "triton")
+MIN_TORCH = (2, 10)
+MIN_TRITON = (3, 6)
+
+_PACKAGE = Path(__file__).resolve().parent
+_HOW_TO_BUILD = "pip install --no-build-isolation -e . with FASTVIT_BUILD_EXT=1 shows what is missing"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The native part, ``fastvit._C``: the operators it has, or the reason why it cannot be used.
+
+    ``info`` is the description of the build (of the binary where it loads, of the build's record otherwise).
+    """
+
+    reason: str | None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    operators: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def available(self) -> bool:
+        """Whether the binary is loaded and belongs to this package."""
+        return self.reason is None
+
+    def has_op(self, name: str, device_type: str) -> bool:
+        """Whether there is a kernel of the operator for tensors on "cpu" or "cuda"."""
+        return (name, device_type) in self.operators
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "2.13.0+cpu"; (0, 0) where there is none to see."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _read_build_record(package: Path) -> dict[str, Any]:
+    """What the build left in _build_info.json; {} if it left nothing readable."""
+    try:
+        record = json.loads((package / "_build_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _find_binary(package: Path) -> tuple[Path | None, str | None]:
+    """The binary this Python would load, or the reason why there is none."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (package / f"_C{suffix}").is_file():
+            return package / f"_C{suffix}", None
+    others = sorted(path.name for path in package.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if others:
+        wanted = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        return None, f"fastvit._C was built for another Python: found {', '.join(others)}, this one needs {wanted}"
+    record = _read_build_record(package)
+    if record.get("reason"):
+        return None, f"fastvit was installed without its native part: {record['reason']}"
+    if record.get("extension"):
+        return None, f"the native part was built, but its binary is missing from {package}; reinstall fastvit"
+    return None, f"fastvit._C was never built in {package}; {_HOW_TO_BUILD}"
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with an ELF file's outline; None if nothing, or if it is not for Linux.
+
+    Loading a truncated library can end the process with a bus error, which no ``except`` sees. The section headers are
+    the last thing in the file, so a file that holds them whole is not truncated.
+    """
+    if sys.platform != "linux":
+        return None
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "it is not a shared library"
+    sections_at = struct.unpack_from("<Q", header, 40)[0]
+    section_size, sections = struct.unpack_from("<HH", header, 58)
+    end, size = sections_at + section_size * sections, path.stat().st_size
+    return f"it is truncated: {size} bytes of {end}" if size < end else None
+
+
+def load_extension() -> Extension:
+    """Load ``fastvit._C``; never raises: what goes wrong is the reason given."""
+    record = _read_build_record(_PACKAGE)
+    if _release(torch.__version__) < MIN_TORCH:
+        return Extension(f"fastvit._C needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, this is {torch.__version__}", record)
+    path, reason = _find_binary(_PACKAGE)
+    if path is None:
+        return Extension(reason, record)
+    if damage := _damage(path):
+        return Extension(f"{path} cannot be loaded: {damage}; reinstall fastvit", record)
+    try:
+        module = importlib.import_module("fastvit._C")
+    except ImportError as error:
+        return Extension(f"{path} does not load with torch {torch.__version__}: {error}", record)
+    info = {**record, **module.build_info()}
+    if info["version"] != __version__:
+        return Extension(f"fastvit._C was built for fastvit {info['version']}, this is {__version__}: rebuild it", info)
+    operators = frozenset((name, key.lower()) for name, key in module.operators())
+    return Extension(None, {**info, "operators": sorted(operators)}, operators)
+
+
+def _requested(value: str) -> frozenset[str] | None:
+    """The backends named by FASTVIT_BACKEND; None where the choice is free."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if names in ([], ["auto"]):
+        return None
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown:
+        accepted = ", ".join(BACKENDS)
+        raise ValueError(f"FASTVIT_BACKEND: got {value!r}, accepted are 'auto' or some of {accepted}, joined by commas")
+    return frozenset(names)
+
+
+def _library_version(name: str) -> str | None:
+    """The installed version of a distribution, without importing it; None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _triton_version() -> str | None:
+    """Triton's version, under any of the names it is distributed by; None if it cannot be imported."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    names = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
+    return next((version for name in names if (version := _library_version(name))), "unknown")
+
+
+def _triton_problem() -> str | None:
+    """Why no Triton kernel can run on any device; None if one can."""
+    if TRITON_VERSION is None:
+        return "triton is not installed"
+    if TRITON_VERSION != "unknown" and _release(TRITON_VERSION) < MIN_TRITON:
+        return f"triton >= {MIN_TRITON[0]}.{MIN_TRITON[1]} is needed, this is {TRITON_VERSION}"
+    if importlib.util.find_spec("fastvit.kernels") is None:
+        return "fastvit.kernels is not installed (an uninstalled source tree has it under kernels/)"
+    return None
+
+
+REQUESTED: frozenset[str] | None = _requested(os.environ.get("FASTVIT_BACKEND", ""))
+TRITON_VERSION: str | None = _triton_version()
+TRITON_INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_PROBLEM: str | None = _triton_problem()
+_EXTENSION: Extension = load_extension()
+
+
+def extension() -> Extension:
+    """The native part of this installation."""
+    return _EXTENSION
+
+
+def cpp_reasons() -> list[str]:
+    """Why the C++ kernels cannot run here; an empty list if they can."""
+    reason = _EXTENSION.reason
+    return [] if reason is None else [reason]
+
+
+def cuda_reasons(device: torch.device | None = None) -> list[str]:
+    """Why the CUDA kernels cannot run, here or on one device; an empty list if they can."""
+    if _EXTENSION.reason is not None:
+        return [_EXTENSION.reason]
+    if not _EXTENSION.info["cuda_archs"]:
+        return [f"fastvit._C was built without CUDA: {_EXTENSION.info.get('cuda_reason') or 'no reason was recorded'}"]
+    if torch.version.cuda is None:
+        return [f"torch {torch.__version__} was built without CUDA"]
+    if device is not None and device.type != "cuda":
+        return [f"the CUDA kernels take tensors on a CUDA device, not on {device.type}"]
+    if device is not None and not _covers(_EXTENSION.info["cuda_archs"], torch.cuda.get_device_capability(device)):
+        archs = ", ".join(_EXTENSION.info["cuda_archs"])
+        return [f"the CUDA kernels were compiled for {archs}; this GPU is {torch.cuda.get_device_capability(device)}"]
+    return []
+
+
+def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code compiled for these architectures runs on a GPU of that compute capability.
+
+    Machine code runs on its own major version from its minor version on, PTX on everything newer.
+    """
+    major, minor = capability
+    for arch in archs:
+        kind, number = arch.split("_")
+        if not number.isdigit():  # sm_90a: that very chip only
+            if kind == "sm" and number[:-1] == f"{major}{minor}":
+                return True
+            continue
+        arch_major, arch_minor = int(number[:-1]), int(number[-1])
+        if kind == "compute" and (arch_major, arch_minor) <= (major, minor):
+            return True
+        if kind == "sm" and arch_major == major and arch_minor <= minor:
+            return True
+    return False
+
+
+def triton_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on the device; an empty list if they can."""
+    if _TRITON_PROBLEM is not None:
+        return [_TRITON_PROBLEM]
+    if TRITON_INTERPRETED or device.type == "cuda":  # ROCm's devices are called cuda, too
+        return []
+    return [f"Triton kernels run on CUDA and ROCm devices, not on {device.type} (TRITON_INTERPRET=1 interprets them)"]
+
+
+def describe() -> dict[str, Any]:
+    """Versions, devices, every backend with the reasons why it cannot run, and the build: JSON-ready."""
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    reasons = {
+        "reference": [],
+        "sdpa": [],
+        "cpp": cpp_reasons(),
+        "cuda": cuda_reasons(gpu) or ([] if gpu else ["torch sees no CUDA device"]),
+        "triton": triton_reasons(gpu or torch.device("cpu")),
+    }
+    backends = {
+        name: {"available": not why, "reasons": why, "allowed": REQUESTED is None or name in (*REQUESTED, "reference")}
+        for name, why in reasons.items()
+    }
+    return {
+        "fastvit": __version__,
+        "location": str(_PACKAGE),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": backends,
+        "build": {"extension": _EXTENSION.available, "reason": _EXTENSION.reason, **_without(_EXTENSION.info, "reason")},
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("FASTVIT_")},
+    }
+
+
+def _without(mapping: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in (*names, "extension")}
+
+
+def _versions() -> dict[str, str | None]:
+    """torch, and every library fastvit works with."""
+    names = ("numpy", "safetensors", "timm", "transformers", "torchvision", "vit-pytorch")
+    return {"torch": str(torch.__version__), "triton": TRITON_VERSION} | {name: _library_version(name) for name in names}
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The CPU and every GPU."""
+    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+    if _EXTENSION.available:
+        cpu |= importlib.import_module("fastvit._C").cpu_info()
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append({"device": f"cuda:{index}", "name": properties.name, "memory": memory, "capability": capability})
+    return [cpu, *gpus]
+
+
+def _cpu_name() -> str:
+    """The CPU's name as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
