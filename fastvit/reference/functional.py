@@ -9,6 +9,9 @@ Shapes: B batch, H heads, Nq queries, Nk keys, D head dimension, C channels, (h,
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,9 +26,27 @@ __all__ = [
     "head_mixed_attention",
     "masked_attention",
     "re_attention",
+    "recomputing",
     "talking_heads_attention",
     "token_depthwise_conv",
 ]
+
+
+class _Recomputation(threading.local):
+    active = False
+
+
+_recomputation = _Recomputation()
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """While a checkpointed block runs once more for its backward: no BatchNorm counts the same batch a second time."""
+    before, _recomputation.active = _recomputation.active, True
+    try:
+        yield
+    finally:
+        _recomputation.active = before
 
 
 class BatchNorm(NamedTuple):
@@ -48,11 +69,13 @@ class BatchNorm(NamedTuple):
         """Read a ``nn.BatchNorm*`` layer for one forward pass.
 
         In training mode this counts the batch in ``num_batches_tracked``, as the layer's own forward does, so call it
-        exactly once per forward.
+        exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
         """
         use_batch_stats = module.training or module.running_mean is None
         momentum = 0.0 if module.momentum is None else module.momentum
-        if module.training and module.track_running_stats and module.num_batches_tracked is not None:
+        if not torch.compiler.is_compiling() and _recomputation.active:
+            momentum = 0.0  # the running statistics are passed, so that the same tensors are saved, but do not move
+        elif module.training and module.track_running_stats and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
             if module.momentum is None:  # cumulative moving average
                 momentum = 1.0 / float(module.num_batches_tracked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -241,6 +242,12 @@ def take_indices(depth: int, indices: int | Sequence[int] | None) -> Taken:
 
 def run_block(block: nn.Module, recompute: bool, *args):
     """``block(*args)``, checkpointed where asked for and where there is something to differentiate."""
-    if recompute and torch.is_grad_enabled():
+    if not recompute or not torch.is_grad_enabled():
+        return block(*args)
+    if torch.compiler.is_compiling():  # recomputes in its own graph, and takes no contexts
         return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=_recompute_contexts)
+
+
+def _recompute_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), functional.recomputing()
