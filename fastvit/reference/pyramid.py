@@ -1,0 +1,137 @@
+"""What the two pyramids, CvT and Twins-PCPVT, share: a loop over stages, masks on coarser grids, features by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.reference.base import VisionModel
+from fastvit.reference.layers import Taken, expand_mask, take_indices
+
+Grid = tuple[int, int]
+
+
+def tokens_to_map(x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
+    """Tokens (B, P + h*w, C) to a map (B, C, h, w), without the P prefix tokens."""
+    return x[:, prefix_tokens:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+
+
+def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefix_tokens: int = 0) -> Tensor | None:
+    """A mask over the first stage's tokens as one that attention on coarser grids can take.
+
+    A coarse token is visible if any fine token of its window is (adaptive max pooling); of a pairwise mask both axes
+    are pooled. Prefix tokens see everything and are seen by everyone.
+
+    Args:
+        mask: bool (B, P) or (B, P, P) over the ``fine`` grid, P = h*w; None stays None.
+        queries, keys: the grids of the queries and of the keys.
+        prefix_tokens: how many stand in front of both.
+
+    Returns:
+        (B, 1, 1, Nk) or (B, 1, Nq, Nk), prefix tokens included.
+    """
+    if mask is None:
+        return None
+    pooled = _pool_any(mask, fine, keys)
+    if mask.dim() == 2:
+        return F.pad(pooled, (prefix_tokens, 0), value=True)[:, None, None]
+    pooled = _pool_any(pooled.transpose(1, 2), fine, queries).transpose(1, 2)
+    return F.pad(pooled, (prefix_tokens, 0, prefix_tokens, 0), value=True)[:, None]
+
+
+def _pool_any(mask: Tensor, fine: Grid, coarse: Grid) -> Tensor:
+    """(..., h*w) bool on the fine grid to (..., h'*w') on the coarse one."""
+    if fine == coarse:
+        return mask
+    image = mask.reshape(-1, 1, *fine).float()
+    return F.adaptive_max_pool2d(image, coarse).bool().view(*mask.shape[:-1], coarse[0] * coarse[1])
+
+
+class Pyramid(VisionModel):
+    """A model whose stages run on ever coarser grids; subclasses say what a stage is made of.
+
+    They set ``depths`` (blocks per stage) and ``norm``, and provide :meth:`embed`, :meth:`run_layer` and
+    :meth:`key_grid`. Blocks are counted through all stages. Intermediates of earlier stages have those stages' widths
+    and grids.
+    """
+
+    depths: tuple[int, ...]
+
+    def embed(self, stage: int, image: Tensor) -> tuple[Tensor, Grid]:
+        """The image or the former stage's map (B, C, h, w) to the stage's tokens (B, P + h'*w', C') and its grid."""
+        raise NotImplementedError(f"{type(self).__name__}.embed")
+
+    def run_layer(self, stage: int, index: int, x: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
+        """Tokens through the block of that index within the stage."""
+        raise NotImplementedError(f"{type(self).__name__}.run_layer")
+
+    def key_grid(self, stage: int, grid: Grid) -> Grid:
+        """The grid of the keys and values in a stage whose queries lie on ``grid``."""
+        raise NotImplementedError(f"{type(self).__name__}.key_grid")
+
+    def prefix_tokens(self, stage: int) -> int:
+        """How many prefix tokens a stage has; the last stage has the model's ``num_prefix_tokens``, the others none."""
+        return self.num_prefix_tokens if stage == len(self.depths) - 1 else 0
+
+    def _run(self, x: Tensor, mask: Tensor | None, taken: Taken | None = None, stop_early: bool = False):
+        """Run the stages: the last tokens before the final norm, and (stage, tokens, grid) after each block taken."""
+        kept: list[tuple[int, Tensor, Grid]] = []
+        image, fine, block = x, None, 0
+        for stage, depth in enumerate(self.depths):
+            tokens, grid = self.embed(stage, image)
+            prefix = self.prefix_tokens(stage)
+            if fine is None:
+                fine = grid
+                expand_mask(mask, grid[0] * grid[1], 0)  # checks dtype and shape against the first stage's tokens
+            seen = stage_mask(mask, fine, grid, self.key_grid(stage, grid), prefix)
+            for index in range(depth):
+                tokens = self.run_layer(stage, index, tokens, grid, seen)
+                if taken is not None and block in taken.indices:
+                    kept.append((stage, tokens, grid))
+                if stop_early and taken is not None and block == taken.last:
+                    return tokens, kept
+                block += 1
+            image = tokens_to_map(tokens, grid, prefix)
+        return tokens, kept
+
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to the last stage's normalised tokens (B, P + h*w, C)."""
+        return self.norm(self._run(x, mask)[0])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        mask: Tensor | None = None,
+        norm: bool = False,
+        return_prefix_tokens: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """Features after chosen blocks, counted through all stages (the last block of each stage: ``stage_ends``).
+
+        Arguments as in :meth:`VisionModel.forward_intermediates`. ``norm`` reaches the last stage's intermediates only:
+        the final norm has that stage's width.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW' and 'NLC'")
+        if stop_early and not intermediates_only:
+            raise ValueError("stop_early: needs intermediates_only=True, the final features are those of the last block")
+        tokens, kept = self._run(x, mask, take_indices(sum(self.depths), indices), stop_early)
+        features = []
+        for stage, taken, grid in kept:
+            prefix = self.prefix_tokens(stage)
+            if norm and stage == len(self.depths) - 1:
+                taken = self.norm(taken)
+            patches = tokens_to_map(taken, grid, prefix) if output_fmt == "NCHW" else taken[:, prefix:]
+            features.append((patches, taken[:, :prefix]) if return_prefix_tokens else patches)
+        return features if intermediates_only else (self.norm(tokens), features)
+
+    @property
+    def stage_ends(self) -> list[int]:
+        """Index of the last block of each stage: what to pass as ``indices`` for a feature pyramid."""
+        return [sum(self.depths[: stage + 1]) - 1 for stage in range(len(self.depths))]
