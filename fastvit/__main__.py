@@ -1,0 +1,141 @@
+"""The command line: ``python -m fastvit info | list``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fastvit import backends
+from fastvit.reference.registry import VARIANTS, list_models
+
+TITLE = "bold"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; columns whose name starts with ">" are aligned to the right."""
+    table = Table(title=title, title_style=TITLE, title_justify="left", header_style=TITLE)
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _backends_table(description: dict[str, Any]) -> Table:
+    table = _table("backend", "here", "reasons", title="Backends")
+    for name, backend in description["backends"].items():
+        reasons = [*backend["reasons"], *([] if backend["allowed"] else ["left out by FASTVIT_BACKEND"])]
+        usable = not reasons
+        table.add_row(name, Text("yes", "green") if usable else Text("no", "red"), escape("; ".join(reasons)))
+    return table
+
+
+def _devices_table(description: dict[str, Any]) -> Table:
+    table = _table("device", "name", "", title="Devices")
+    for device in description["devices"]:
+        rest = {key: value for key, value in device.items() if key not in ("device", "name")}
+        details = ", ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in rest.items())
+        table.add_row(device["device"], device["name"], details)
+    return table
+
+
+def _build_table(build: dict[str, Any]) -> Table:
+    table = _table("native part", "", title="Build")
+    for key, value in build.items():
+        if value not in (None, [], {}):
+            table.add_row(key.replace("_", " "), escape(_plain(value)))
+    return table
+
+
+def _plain(value: Any) -> str:
+    """A value of the description as words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_plain(item) or '-'}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        nested = any(isinstance(item, (list, tuple)) for item in value)
+        return ", ".join("/".join(item) for item in value) if nested else " ".join(map(str, value))
+    return str(value)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def info(arguments: argparse.Namespace, console: Console) -> int:
+    """Versions, devices, backends (with the reasons why one cannot run) and the build."""
+    description = backends.describe()
+    if arguments.json:
+        _print_json(description)
+        return 0
+    console.print(f"fastvit {description['fastvit']} in {escape(description['location'])}", highlight=False)
+    console.print(f"Python {description['python']} on {description['platform']}", highlight=False)
+    found = {name: version for name, version in description["versions"].items() if version}
+    console.print(", ".join(f"{name} {version}" for name, version in found.items()), highlight=False)
+    for name, value in description["environment"].items():
+        console.print(f"{name}={escape(value)}", highlight=False)
+    console.print(_devices_table(description), _backends_table(description), _build_table(description["build"]))
+    return 0
+
+
+def list_variants(arguments: argparse.Namespace, console: Console) -> int:
+    """The models that match the pattern, with their sizes."""
+    names = list_models(arguments.pattern)
+    if not names:
+        console.print(f"no model matches {arguments.pattern!r}; python -m fastvit list shows all {len(VARIANTS)}")
+        return 1
+    if arguments.json:
+        _print_json({name: _facts(name) for name in names})
+        return 0
+    table = _table("model", "family", ">image", ">parameters", ">GMACs", title=f"{len(names)} models")
+    for name in names:
+        facts = _facts(name)
+        millions = f"{facts['params'] / 1e6:.2f} M"
+        table.add_row(name, facts["family"], str(facts["img_size"]), millions, f"{facts['gmacs']:.2f}")
+    console.print(table)
+    return 0
+
+
+def _facts(name: str) -> dict[str, Any]:
+    variant = VARIANTS[name]
+    return {
+        "family": variant.family,
+        "img_size": variant.config.get("img_size", 224),
+        "params": variant.params,
+        "gmacs": variant.gmacs,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    """One sub-parser a command; ``run`` is the function that does it."""
+    parser = argparse.ArgumentParser(prog="python -m fastvit", description="Vision transformers, accelerated in place.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Callable[[argparse.Namespace, Console], int]) -> argparse.ArgumentParser:
+        text = (run.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return command
+
+    add("info", info)
+    listing = add("list", list_variants)
+    listing.add_argument("pattern", nargs="?", default="*", help="shell-style, e.g. 'cait_*_384'")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
