@@ -337,20 +337,25 @@ def full_command(unit: Unit) -> list[str]:
 def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Path) -> None:
     """Compile what changed and link, through ninja."""
     lines = ["ninja_required_version = 1.5", ""]
-    lines += ["rule compile", "  command = $cmd", "  depfile = $dep", "  deps = gcc", "  description = compile $in ($out)", ""]
-    lines += ["rule link", "  command = $cmd", "  description = link $out", ""]
+    lines += ["rule compile", "  command = $cmd", "  depfile = $dep", "  deps = gcc", "  description = compile $what", ""]
+    lines += ["rule link", "  command = $cmd", f"  description = link {library.name}", ""]
     for unit in units:
         lines.append(f"build {ninja_escape(str(unit.object))}: compile {ninja_escape(str(unit.source))}")
         lines.append(f"  cmd = {shlex.join(full_command(unit)).replace('$', '$$')}")
+        lines.append(f"  what = {unit.object.relative_to(OBJECTS)}")
         lines.append(f"  dep = {unit.object.with_suffix('.d')}")
     objects = " ".join(ninja_escape(str(unit.object)) for unit in units)
     lines += [f"build {ninja_escape(str(library))}: link {objects}", f"  cmd = {shlex.join(link).replace('$', '$$')}"]
     (OBJECTS / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [ninja, "-C", str(OBJECTS), "-j", str(max_jobs())]
-    result = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(result.stdout, end="", flush=True)
-    if result.returncode != 0:
-        raise BuildError(f"compiling failed:\n{first_error(result.stdout)}")
+    output: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None  # it is a pipe
+        for line in process.stdout:
+            output.append(line)
+            print(line, end="", flush=True)
+    if process.returncode != 0:
+        raise BuildError(f"compiling failed:\n{first_error(output)}")
 
 
 def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
@@ -363,11 +368,10 @@ def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
     run(link)
 
 
-def first_error(output: str) -> str:
-    """The lines of a compiler's output around its first error."""
-    lines = output.strip().splitlines()
-    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 15))
-    return "\n".join(lines[start : start + 15])
+def first_error(lines: list[str]) -> str:
+    """The lines of a compiler's output from its first error on."""
+    start = next((i for i, line in enumerate(lines) if "error:" in line), max(0, len(lines) - 15))
+    return "".join(lines[start : start + 15])
 
 
 def replace_file(source: Path, target: Path) -> None:

@@ -1,0 +1,66 @@
+# make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
+# make test   the whole test suite                              (ARGS="-k cvt")
+# make lint   ruff, mypy, clang-format;  make format  applies what can be applied
+# make build  the native part alone
+#
+# PYTHON=python3.12       the Python to make .venv with
+# TORCH="torch==2.11.0"   another torch (pip's options may follow, such as --index-url); when not given, a torch >= 2.10
+#                         already there is kept
+
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+ENVIRONMENT := $(PYTHON) requirements/environment.py
+PINS := requirements/environment.py $(wildcard requirements/*.txt)
+# Everything that goes into the native part, and what an editable install reads.
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
+
+.PHONY: demo test lint format build clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/demo $(STAMPS)/native
+	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+test: $(STAMPS)/test $(STAMPS)/native
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(STAMPS)/demo $(STAMPS)/native
+
+# What is installed, per purpose. The stamp of another TORCH is another file, so naming one installs it.
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
+	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
+	@touch $@
+
+# Renewed only when a TORCH is named that is not the one installed last.
+$(STAMPS)/torch: FORCE
+	@mkdir -p $(STAMPS)
+	@if [ ! -e $@ ] || { [ -n "$(TORCH)" ] && [ "$$(cat $@)" != "$(TORCH)" ]; }; then printf '%s' "$(TORCH)" > $@; fi
+
+.PHONY: FORCE
+FORCE:
+
+# fastvit itself, editable, with the native part where it can be built.
+$(STAMPS)/native: $(NATIVE) | $(if $(filter test,$(MAKECMDGOALS)),$(STAMPS)/test,$(STAMPS)/demo)
+	@echo "==> building fastvit"
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) fastvit/*.so fastvit/_build_info.json
