@@ -20,15 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from fastvit import backends
-except ImportError:  # bootstrap: removed once fastvit/backends.py is in the tree
+from fastvit import backends
 
-    class backends:  # type: ignore[no-redef]
-        REQUESTED = None
-
-
-__all__ = ["Implementation", "Selection", "gradients_needed", "recording", "select", "turned_down"]
+__all__ = ["Implementation", "Selection", "gradients_needed", "left_out", "recording", "select", "turned_down"]
 
 AUTO = "auto"
 REFERENCE = "reference"
@@ -65,24 +59,29 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
 
 
 def _must_be_plain() -> bool:
-    """Whether the call is recorded for another runtime (export, ONNX, TorchScript), which knows torch's operators only."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed (``torch.func``).
+
+    Both know torch's own operators only.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-def _left_out(implementation: Implementation) -> bool:
-    """Whether FASTVIT_BACKEND keeps the automatic choice from this implementation."""
+def left_out(name: str) -> bool:
+    """Whether FASTVIT_BACKEND keeps the automatic choice from the implementation of this name."""
     requested = backends.REQUESTED
-    return requested is not None and implementation.name != REFERENCE and implementation.name not in requested
+    return requested is not None and name != REFERENCE and name not in requested
 
 
 def _automatic(implementations: Sequence[Implementation], args: tuple, kwargs: dict) -> Implementation:
     for implementation in implementations:
-        if not _left_out(implementation) and not implementation.reasons(*args, **kwargs):
+        if not left_out(implementation.name) and not implementation.reasons(*args, **kwargs):
             return implementation
     return implementations[-1]
 
 
-def _named(op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict) -> Implementation:
+def _named(
+    op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict
+) -> Implementation:
     for implementation in implementations:
         if implementation.name == backend:
             reasons = implementation.reasons(*args, **kwargs)
@@ -93,10 +92,13 @@ def _named(op: str, implementations: Sequence[Implementation], backend: str, arg
     raise ValueError(f"backend: {op} has none named {backend!r}, accepted are {names}")
 
 
-def select(op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict) -> Implementation:
+def select(
+    op: str, implementations: Sequence[Implementation], backend: str, args: tuple, kwargs: dict
+) -> Implementation:
     """The implementation that is to run ``op`` on these arguments.
 
-    While exporting or tracing, the last one (the reference) is taken whatever ``backend`` says.
+    While exporting, tracing, or under a ``torch.func`` transform, the last one (the reference) is taken whatever
+    ``backend`` says.
 
     Args:
         op: the operator's name, for messages.
@@ -124,14 +126,16 @@ def turned_down(op: str, implementations: Sequence[Implementation], args: tuple,
     found = {}
     for implementation in implementations:
         reasons = implementation.reasons(*args, **kwargs)
-        if _left_out(implementation):
+        if left_out(implementation.name):
             reasons = [f"FASTVIT_BACKEND leaves it out of the choice for {op}", *reasons]
         if reasons:
             found[implementation.name] = reasons
     return found
 
 
-_recorder: contextvars.ContextVar[Callable[[Selection], object] | None] = contextvars.ContextVar("recorder", default=None)
+_recorder: contextvars.ContextVar[Callable[[Selection], object] | None] = contextvars.ContextVar(
+    "recorder", default=None
+)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,7 @@
+"""Make an existing model's slow blocks fast in place, say what was done, and undo it exactly."""
+
+from fastvit.patching.explanation import Explanation, explain
+from fastvit.patching.reporting import Report, ReportRow, report
+from fastvit.patching.swap import is_patched, patch, patched, unpatch
+
+__all__ = ["Explanation", "Report", "ReportRow", "explain", "is_patched", "patch", "patched", "report", "unpatch"]

@@ -1,0 +1,132 @@
+"""Fused classes: a plain class with its slow methods replaced, and nothing added to the instance.
+
+A *seam* is a subclass of :class:`Fused` that holds only the methods to replace. ``fused_class(seam, plain)`` puts it in
+front of the plain class, so ``module.__class__ = fused_class(seam, type(module))`` fuses a module in place and
+``module.__class__ = plain_class(module)`` undoes it exactly. The same works for a user's own subclass of a known class.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+BACKEND_ATTRIBUTE = "fastvit_backend"
+
+
+class Fused:
+    """What every fused class carries. The attributes live on the class.
+
+    No ``__slots__`` here or in seams: a seam must have the memory layout of an ``nn.Module``, or Python refuses the
+    change of class.
+    """
+
+    fastvit_op: ClassVar[str]
+    """The operator in ``fastvit.ops`` that the replaced methods call."""
+    fastvit_reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    """Sub-modules whose tensors or settings are read instead of calling them, and the one class each may have."""
+    fastvit_plain: ClassVar[type[nn.Module]]
+    """The class that ``unpatch`` gives back."""
+    fastvit_backend = "auto"
+    """Set on the instance, as a plain attribute, only where ``patch`` was given another one."""
+
+    if TYPE_CHECKING:  # the attributes of the class it is put in front of
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol):
+        """Pickle and deepcopy by (seam, plain class), since the class itself is made at run time."""
+        rebuild, args, *rest = super().__reduce_ex__(protocol)
+        if rebuild is copyreg.__newobj__:
+            cls, *new_args = args
+            return (_rebuild, (_seam_of(cls), cls.fastvit_plain, *new_args), *rest)
+        return (rebuild, args, *rest)
+
+
+def _rebuild(seam: type[Fused], plain: type[nn.Module], *new_args: Any) -> nn.Module:
+    cls = fused_class(seam, plain)
+    return cls.__new__(cls, *new_args)
+
+
+def _seam_of(cls: type) -> type[Fused]:
+    return cls.__bases__[0]
+
+
+@functools.cache
+def fused_class(seam: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``plain`` whose methods ``seam`` replaces; always the same object for the same pair."""
+    name = f"Fused{plain.__name__}"
+    return type(name, (seam, plain), {"__module__": plain.__module__, "__doc__": seam.__doc__, "fastvit_plain": plain})
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it is without fastvit."""
+    return module.fastvit_plain if isinstance(module, Fused) else type(module)
+
+
+def give(module: nn.Module, cls: type[nn.Module], backend: str = "auto") -> None:
+    """Set a module's class, and its backend as an instance attribute where it is not the default."""
+    module.__class__ = cls
+    vars(module).pop(BACKEND_ATTRIBUTE, None)
+    if backend != "auto":
+        vars(module)[BACKEND_ATTRIBUTE] = backend
+
+
+def undo(model: nn.Module) -> None:
+    """Give every fused module its plain class back."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            give(module, plain_class(module))
+
+
+def intact(module: nn.Module) -> bool:
+    """Whether every sub-module that the fused path reads is still the plain class, without hooks.
+
+    Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward.
+    """
+    for name, expected in module.fastvit_reads.items():
+        part = getattr(module, name)
+        if type(part) is not expected or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class that can be fused: a line in a library's table.
+
+    Attributes:
+        path: where the class is defined, ``"timm.models.cait.ClassAttn"``.
+        seam: the methods that replace its own.
+        check: attributes and shapes; gives the reasons why a module is not as expected.
+        known_names: every global and attribute name the forward of the versions read uses; None where the class is
+            our own. A forward that uses any other name has changed under us.
+    """
+
+    path: str
+    seam: type[Fused]
+    check: Callable[[nn.Module], list[str]] = field(default=lambda module: [])
+    known_names: frozenset[str] | None = None
+
+    @property
+    def op(self) -> str:
+        """The operator the seam calls."""
+        return self.seam.fastvit_op
+
+    def methods(self) -> set[str]:
+        """Names of the methods that fusing replaces."""
+        return {name for name, value in vars(self.seam).items() if callable(value) and not name.startswith("__")}
+
+
+def names_used(code: CodeType) -> set[str]:
+    """Global and attribute names in a function's code, nested functions included."""
+    used = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            used |= names_used(constant)
+    return used

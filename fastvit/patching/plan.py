@@ -1,0 +1,177 @@
+"""What ``patch`` would do with each module of a model, decided before anything is touched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastvit import backends, ops
+from fastvit.ops._dispatch import left_out
+from fastvit.patching.fusion import give, plain_class
+from fastvit.patching.recognise import Match, looks_fusable, operators, recognise
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+PATCHED, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "skipped", "unsupported", "unrecognised"
+
+
+class Finding(NamedTuple):
+    """The verdict on one module: its name, the class to give it (None: leave it alone), and why.
+
+    ``wanted`` is True where the caller asked to leave it alone (``ops``, ``filter_fn``).
+    """
+
+    name: str
+    module: nn.Module
+    op: str | None
+    status: str
+    fused: type[nn.Module] | None = None
+    reasons: tuple[str, ...] = ()
+    wanted: bool = False
+
+
+def check_model(model: object) -> None:
+    """TypeError where ``model`` is not an ``nn.Module`` whose Python methods run."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                "model: it is, or holds, a TorchScript module, whose code is compiled already; patch the eager model"
+            )
+        if isinstance(module, torch.fx.GraphModule):
+            raise TypeError(
+                "model: it is, or holds, a torch.fx.GraphModule (traced or exported), whose blocks are dissolved into "
+                "a graph; patch the eager model before tracing"
+            )
+
+
+def check_ops(chosen: str | Iterable[str] | None) -> frozenset[str]:
+    """The operators to fuse; ValueError lists the valid names."""
+    valid = operators()
+    if chosen is None:
+        return frozenset(valid)
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    unknown = [name for name in chosen if name not in valid]
+    if unknown:
+        raise ValueError(f"ops: unknown {unknown}, accepted are {valid}")
+    return frozenset(chosen)
+
+
+def check_backend(backend: str, model: nn.Module) -> None:
+    """ValueError for an unknown backend name, RuntimeError with all reasons where this machine cannot run it."""
+    valid = ["auto", *sorted({name for op in operators() for name in backend_names(op)})]
+    if backend not in valid:
+        raise ValueError(f"backend: unknown {backend!r}, accepted are {valid}")
+    reasons = machine_reasons(backend, device_of(model))
+    if reasons:
+        raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
+
+
+def backend_names(op: str) -> list[str]:
+    """Names of the implementations an operator has, in order of preference."""
+    return [implementation.name for implementation in ops.IMPLEMENTATIONS[op]]
+
+
+def machine_reasons(backend: str, device: torch.device) -> list[str]:
+    """Why a backend cannot run on this machine, or on the device, at all."""
+    if backend == "cpp" and device.type != "cpu":
+        return [*backends.cpp_reasons(), f"the C++ kernels take tensors on the CPU, not on {device.type}"]
+    known: dict[str, Callable[[], list[str]]] = {
+        "cpp": backends.cpp_reasons,
+        "cuda": functools.partial(backends.cuda_reasons, device),
+        "triton": functools.partial(backends.triton_reasons, device),
+    }
+    return known[backend]() if backend in known else []
+
+
+def usual_backend(op: str, device: torch.device) -> str:
+    """The backend that the automatic choice prefers for tensors on a device, whatever their shapes."""
+    for name in backend_names(op):
+        compiled = name not in ("cpp", "cuda") or backends.extension().has_op(op, device.type)
+        if compiled and not left_out(name) and not machine_reasons(name, device):
+            return name
+    raise AssertionError(f"{op} lacks a reference implementation")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module's tensors lie; the CPU where it has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def survey(
+    model: nn.Module,
+    chosen_ops: Collection[str] | None = None,
+    backend: str = "auto",
+    filter_fn: FilterFn | None = None,
+) -> list[Finding]:
+    """A finding for every module that is known, and for those that look as if they should be; changes nothing.
+
+    Modules that are fused already are judged as they were before.
+    """
+    chosen_ops = operators() if chosen_ops is None else chosen_ops
+    findings: list[Finding] = []
+    for name, module in model.named_modules():
+        match = recognise(module)
+        if match is not None:
+            findings.append(_judge(name, module, match, chosen_ops, backend, filter_fn))
+        elif looks_fusable(module):
+            reason = f"{plain_class(module).__name__} is not known"
+            findings.append(Finding(name, module, None, UNRECOGNISED, reasons=(reason,)))
+    return _without_parts_and_wrappers(findings)
+
+
+def _judge(
+    name: str, module: nn.Module, match: Match, chosen_ops: Collection[str], backend: str, filter_fn: FilterFn | None
+) -> Finding:
+    op = match.row.op
+    verdict = functools.partial(Finding, name, module, op)
+    if op not in chosen_ops:
+        return verdict(SKIPPED, reasons=(f"ops leaves {op} out",), wanted=True)
+    if filter_fn is not None and not filter_fn(module, name):
+        return verdict(SKIPPED, reasons=("filter_fn leaves it out",), wanted=True)
+    if match.reasons:
+        return verdict(SKIPPED, reasons=tuple(match.reasons))
+    if backend != "auto" and backend not in backend_names(op):
+        return verdict(UNSUPPORTED, reasons=(f"{op} has no backend {backend!r}, only {backend_names(op)}",))
+    return verdict(PATCHED, fused=match.fused)
+
+
+def _without_parts_and_wrappers(findings: list[Finding]) -> list[Finding]:
+    """Leaves out unknown modules that are part of a known block, or merely hold another finding."""
+    known = [finding.name for finding in findings if finding.status != UNRECOGNISED]
+    names = [finding.name for finding in findings]
+    return [
+        finding
+        for finding in findings
+        if finding.status != UNRECOGNISED
+        or not (
+            any(_is_inside(finding.name, outer) for outer in known)
+            or any(_is_inside(other, finding.name) for other in names)
+        )
+    ]
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+
+def apply(findings: Iterable[Finding], backend: str) -> None:
+    """Fuse what the findings say can be fused."""
+    for finding in findings:
+        if finding.fused is not None:
+            give(finding.module, finding.fused, backend)
+
+
+def explain_failure(findings: Iterable[Finding]) -> list[str]:
+    """A line for each module that was left alone without the caller having asked for it."""
+    return [
+        f"{finding.name or '(the model itself)'} ({plain_class(finding.module).__name__}): {', '.join(finding.reasons)}"
+        for finding in findings
+        if finding.status != PATCHED and not finding.wanted
+    ]

@@ -1,0 +1,101 @@
+"""Which modules can be fused, and why a module that looks like one cannot.
+
+A module is known by the class it is an instance of (itself, or the nearest base class found in a table), and then by
+its structure: a changed, overridden or hooked class is left alone with a reason, never fused by guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from fastvit.patching import reference, timm
+from fastvit.patching.fusion import Row, fused_class, names_used, plain_class
+
+TABLES = (reference.ROWS, timm.ROWS)
+"""The rows of every library; a further library is a file with ``ROWS`` and its name here."""
+
+_LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
+class Match(NamedTuple):
+    """A module of a known class; ``reasons`` say why it is left alone (none: ``fused`` is the class to give it)."""
+
+    row: Row
+    fused: type[nn.Module]
+    reasons: list[str]
+
+
+@functools.lru_cache(maxsize=1)
+def _rows() -> dict[str, Row]:
+    return {row.path: row for table in TABLES for row in table}
+
+
+def supported() -> list[str]:
+    """The class paths that can be fused."""
+    return sorted(_rows())
+
+
+def operators() -> list[str]:
+    """The operators that some row calls."""
+    return sorted({row.op for row in _rows().values()})
+
+
+def recognise(module: nn.Module) -> Match | None:
+    """What can be fused about a module, or None where its class is not known. A fused module is seen as it was."""
+    plain = plain_class(module)
+    for known in plain.__mro__:
+        row = _rows().get(f"{known.__module__}.{known.__qualname__}")
+        if row is not None:
+            return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
+    return None
+
+
+def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[str]:
+    """Why this module of a known class is not to be fused; structure is only looked at where the class is unchanged."""
+    changed = list(_changed(module, plain, known, row))
+    yield from changed
+    if changed:
+        return
+    for name, expected in row.seam.fastvit_reads.items():
+        part = getattr(module, name, None)
+        if type(part) is not expected:
+            yield f"{name} is {type(part).__name__}, expected is exactly {expected.__name__}"
+        elif part._forward_hooks or part._forward_pre_hooks:
+            yield f"{name} has forward hooks, which the fused path would not call"
+    yield from row.check(module)
+
+
+def _changed(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[str]:
+    """How the methods to be replaced, or forward, differ from the known ones."""
+    for name in sorted(row.methods() | {"forward"}):
+        if name in vars(module):
+            yield f"{name} was replaced on the instance"
+            continue
+        method = inspect.getattr_static(plain, name)
+        if method is not inspect.getattr_static(known, name):
+            yield f"{plain.__name__} overrides {name}"
+        elif row.known_names is not None:
+            yield from _foreign_method(known, name, method, row.known_names)
+
+
+def _foreign_method(known: type, name: str, method: object, known_names: frozenset[str]) -> Iterator[str]:
+    code = getattr(method, "__code__", None)
+    if code is None or getattr(method, "__module__", None) != known.__module__:
+        yield f"{known.__name__}.{name} was replaced by {method!r}"
+        return
+    unknown = sorted(names_used(code) - known_names)
+    if unknown:
+        yield f"{known.__name__}.{name} of this version uses {', '.join(unknown)}, which is not known"
+
+
+def looks_fusable(module: nn.Module) -> bool:
+    """Whether an unknown module seems to be attention or a depthwise convolution, so that a report should name it."""
+    if isinstance(module, nn.Conv2d):
+        return 1 < module.groups == module.in_channels
+    return bool(_LOOKS_LIKE_ATTENTION.search(plain_class(module).__name__))

@@ -1,0 +1,234 @@
+"""timm's blocks: ViT/DeiT attention, CaiT's talking heads and class attention, Twins' PEG.
+
+timm itself is never imported here: its classes are known by where they are defined. The fused forwards call the
+sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their places keep working.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.patching.fusion import Fused, Row, intact
+
+
+def _dropout_p(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """timm's ``attn_mask`` as (bool mask, additive bias), with four axes so that (N, N) is not read as key padding."""
+    if attn_mask is None:
+        return None, None
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+
+
+class AttentionSeam(Fused):
+    """timm's ``Attention`` with its softmax(q k^T) v fused; ``is_causal`` takes timm's own path."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if is_causal or not intact(self):
+            return self.fastvit_plain.forward(self, x, *_given(attn_mask, is_causal))
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        mask, bias = _as_mask_and_bias(attn_mask)
+        out = ops.masked_attention(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            mask,
+            bias,
+            scale=self.scale,
+            dropout_p=_dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+        out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
+        out = self.norm(out) if hasattr(self, "norm") else out
+        gate = getattr(self, "gate", None)
+        out = out if gate is None else out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+def _given(attn_mask: Tensor | None, is_causal: bool) -> tuple:
+    """The optional arguments that were given: older forwards do not take the later ones."""
+    return (attn_mask, is_causal) if is_causal else (attn_mask,) if attn_mask is not None else ()
+
+
+class TalkingHeadSeam(Fused):
+    """timm's CaiT ``TalkingHeadAttn`` without its N x N maps."""
+
+    fastvit_op = "head_mixed_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "proj_l": nn.Linear, "proj_w": nn.Linear}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        out = ops.talking_heads_attention(
+            q,
+            k,
+            v,
+            self.proj_l.weight,
+            self.proj_l.bias,
+            self.proj_w.weight,
+            self.proj_w.bias,
+            scale=self.scale,
+            dropout_p=_dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+
+
+class ClassAttentionSeam(Fused):
+    """timm's CaiT ``ClassAttn``: the class token attends to all tokens."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        batch, tokens, dim = x.shape
+        heads = self.num_heads
+        q = self.q(x[:, 0]).reshape(batch, heads, 1, dim // heads)
+        k = self.k(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
+        v = self.v(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
+        out = ops.masked_attention(
+            q, k, v, scale=self.scale, dropout_p=_dropout_p(self.attn_drop), backend=self.fastvit_backend
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))
+
+
+class PosConvSeam(Fused):
+    """timm's Twins ``PosConv`` (PEG) on tokens as they lie."""
+
+    fastvit_op = "token_depthwise_conv"
+    fastvit_reads: ClassVar = {"proj": nn.Sequential}
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        conv = self.proj[0]
+        if not intact(self) or not _is_plain_conv(conv):
+            return self.fastvit_plain.forward(self, x, size)
+        return ops.token_depthwise_conv(
+            x,
+            conv.weight,
+            conv.bias,
+            grid=(size[0], size[1]),
+            stride=self.stride,
+            padding=conv.padding[0],
+            residual=self.stride == 1,
+            backend=self.fastvit_backend,
+        )
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+
+
+def _check_heads(module: nn.Module, width: int, parts: dict[str, int]) -> list[str]:
+    """Reasons for projections (exactly nn.Linear ones; wrapped ones answer for themselves) of another width."""
+    found = []
+    for name, factor in parts.items():
+        part = getattr(module, name, None)
+        if not isinstance(part, nn.Module):
+            found.append(f"{name} is missing")
+        elif type(part) is nn.Linear and part.out_features != factor * width:
+            found.append(f"{name} gives {part.out_features} channels, expected {factor * width}")
+    return found
+
+
+def _check_attention(module: nn.Module) -> list[str]:
+    missing = [name for name in ("num_heads", "head_dim", "scale", "q_norm", "k_norm") if not hasattr(module, name)]
+    if missing:
+        return [f"{', '.join(missing)} not there"]
+    if module.scale != module.head_dim**-0.5:
+        return [f"scale is {module.scale}, expected {module.head_dim**-0.5} (head_dim ** -0.5)"]
+    return _check_heads(module, module.num_heads * module.head_dim, {"qkv": 3})
+
+
+def _check_cait(module: nn.Module) -> list[str]:
+    if type(module.proj) is not nn.Linear:
+        return []
+    parts = {"qkv": 3} if hasattr(module, "qkv") else {"q": 1, "k": 1, "v": 1}
+    return _check_heads(module, module.proj.in_features, parts)
+
+
+def _check_talking_heads(module: nn.Module) -> list[str]:
+    square = (module.num_heads, module.num_heads)
+    wrong = [name for name in ("proj_l", "proj_w") if tuple(getattr(module, name).weight.shape) != square]
+    return [f"{name} does not map heads to heads" for name in wrong] + _check_cait(module)
+
+
+def _check_pos_conv(module: nn.Module) -> list[str]:
+    if len(module.proj) != 1 or not _is_plain_conv(module.proj[0]):
+        return ["proj is not a single plain nn.Conv2d without hooks"]
+    conv = module.proj[0]
+    stride, kernel = (module.stride,) * 2, conv.kernel_size
+    expected = {
+        "groups": (conv.groups, conv.in_channels),
+        "out_channels": (conv.out_channels, conv.in_channels),
+        "stride": (conv.stride, stride),
+        "kernel_size": (kernel[0], kernel[1]),
+        "padding": (conv.padding, (kernel[0] // 2,) * 2),
+        "dilation": (conv.dilation, (1, 1)),
+        "padding_mode": (conv.padding_mode, "zeros"),
+    }
+    return [f"proj.0 has {name} {got}, expected {want}" for name, (got, want) in expected.items() if got != want]
+
+
+# Every global and attribute name that the forwards of the versions read (up to timm 1.0.31) use.
+_COMMON_NAMES = frozenset(
+    {
+        "shape",
+        "reshape",
+        "permute",
+        "num_heads",
+        "unbind",
+        "torch",
+        "nn",
+        "functional",
+        "F",
+        "scaled_dot_product_attention",
+        "fused_attn",
+        "attn_drop",
+        "p",
+        "training",
+        "scale",
+        "transpose",
+        "softmax",
+        "proj",
+        "proj_drop",
+    }
+)
+_ATTENTION_NAMES = _COMMON_NAMES | {
+    "qkv",
+    "head_dim",
+    "attn_dim",
+    "q_norm",
+    "k_norm",
+    "gate",
+    "sigmoid",
+    "norm",
+    "resolve_self_attn_mask",
+    "maybe_add_mask",
+}
+_CAIT_NAMES = _COMMON_NAMES | {"qkv", "q", "k", "v", "unsqueeze", "proj_l", "proj_w"}
+_POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
+
+ROWS = (
+    Row("timm.layers.attention.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
+    Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
+    Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),
+    Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_cait, _CAIT_NAMES),
+    Row("timm.models.twins.PosConv", PosConvSeam, _check_pos_conv, _POS_CONV_NAMES),
+)
