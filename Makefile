@@ -42,9 +42,14 @@ format: $(STAMPS)/lint
 
 build: $(STAMPS)/demo $(STAMPS)/native
 
-# What is installed, per purpose. The stamp of another TORCH is another file, so naming one installs it.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
+# What is installed, per purpose.
+$(STAMPS)/demo $(STAMPS)/test: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
 	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
+	@touch $@
+
+$(STAMPS)/lint: $(PINS)
+	@mkdir -p $(STAMPS)
+	$(ENVIRONMENT) lint --venv $(VENV)
 	@touch $@
 
 # Renewed only when a TORCH is named that is not the one installed last.

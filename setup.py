@@ -337,7 +337,14 @@ def full_command(unit: Unit) -> list[str]:
 def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Path) -> None:
     """Compile what changed and link, through ninja."""
     lines = ["ninja_required_version = 1.5", ""]
-    lines += ["rule compile", "  command = $cmd", "  depfile = $dep", "  deps = gcc", "  description = compile $what", ""]
+    lines += [
+        "rule compile",
+        "  command = $cmd",
+        "  depfile = $dep",
+        "  deps = gcc",
+        "  description = compile $what",
+        "",
+    ]
     lines += ["rule link", "  command = $cmd", f"  description = link {library.name}", ""]
     for unit in units:
         lines.append(f"build {ninja_escape(str(unit.object))}: compile {ninja_escape(str(unit.source))}")

@@ -11,8 +11,8 @@ namespace fastvit {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, const void* context);
 
-// Runs body over [begin, end) in chunks of at least `grain` on torch's threads. The first exception thrown by a chunk is
-// rethrown here once every chunk has ended.
+// Runs body over [begin, end) in chunks of at least `grain` on torch's threads. The first exception thrown by a chunk
+// is rethrown here once every chunk has ended.
 void parallel_for_range(int64_t begin, int64_t end, int64_t grain, RangeBody body, const void* context);
 
 // f(begin, end) over chunks of [begin, end).

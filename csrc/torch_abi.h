@@ -1,8 +1,8 @@
 // The part of LibTorch's stable C shim that fastvit uses, declared by hand, with thin RAII wrappers.
 //
 // These functions are a published, stable ABI (torch >= 2.10). Declaring them here instead of including torch's headers
-// lets the extension be built without torch installed, and one binary serve every later torch. A test compiles this file
-// together with torch's own headers, so that a declaration that differs is a compile error.
+// lets the extension be built without torch installed, and one binary serve every later torch. A test compiles this
+// file together with torch's own headers, so that a declaration that differs is a compile error.
 #pragma once
 
 #include <bit>
@@ -83,7 +83,9 @@ void check(bool condition, const Parts&... message) {
 }
 
 // Turns an error code of the shim into an exception that names the call.
-inline void check_call(AOTITorchError error, const char* call) { check(error == 0, "fastvit: torch's ", call, " failed"); }
+inline void check_call(AOTITorchError error, const char* call) {
+  check(error == 0, "fastvit: torch's ", call, " failed");
+}
 #define FASTVIT_TORCH(call, ...) ::fastvit::check_call(call(__VA_ARGS__), #call)
 
 enum class Dtype { float32, float64, float16, bfloat16, boolean, other };
@@ -168,9 +170,9 @@ void* current_cuda_stream(const Tensor& tensor);
 // A boxed kernel: takes its arguments off the stack and puts its result in their place.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
 
-// One implementation of the operator fastvit::<op> for a dispatch key. Objects of this type form a list while the library
-// is being loaded; register_operators() hands the list to torch. (Doing it from the constructor would turn an error into
-// an abort: exceptions cannot leave dlopen.)
+// One implementation of the operator fastvit::<op> for a dispatch key. Objects of this type form a list while the
+// library is being loaded; register_operators() hands the list to torch. (Doing it from the constructor would turn an
+// error into an abort: exceptions cannot leave dlopen.)
 struct Registration {
   Registration(const char* op, const char* key, BoxedKernel kernel, const char* file, uint32_t line);
   const char* op;
@@ -245,7 +247,8 @@ struct Box<function> {
 }  // namespace fastvit
 
 // FASTVIT_REGISTER(token_depthwise_conv, "CPU", run): `run` implements fastvit::token_depthwise_conv there. `run` is a
-// function of Tensor, std::optional<Tensor>, int64_t, double and bool (by value or const reference) that returns a Tensor.
-#define FASTVIT_REGISTER(op, key, function)                                                                       \
+// function of Tensor, std::optional<Tensor>, int64_t, double and bool (by value or const reference) that returns a
+// Tensor.
+#define FASTVIT_REGISTER(op, key, function)                                                                      \
   static const ::fastvit::Registration fastvit_register_##op(#op, key, ::fastvit::detail::Box<(function)>::call, \
                                                              __FILE__, __LINE__)

@@ -47,7 +47,8 @@ def _devices_table(description: dict[str, Any]) -> Table:
 
 def _build_table(build: dict[str, Any]) -> Table:
     table = _table("native part", "", title="Build")
-    for key, value in build.items():
+    first = {key: build[key] for key in ("extension", "reason")}
+    for key, value in {**first, **build}.items():
         if value not in (None, [], {}):
             table.add_row(key.replace("_", " "), escape(_plain(value)))
     return table

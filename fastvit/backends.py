@@ -65,6 +65,10 @@ def _release(version: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def _dotted(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"
+
+
 def _read_build_record(package: Path) -> dict[str, Any]:
     """What the build left in _build_info.json; {} if it left nothing readable."""
     try:
@@ -113,7 +117,7 @@ def load_extension() -> Extension:
     """Load ``fastvit._C``; never raises: what goes wrong is the reason given."""
     record = _read_build_record(_PACKAGE)
     if _release(torch.__version__) < MIN_TORCH:
-        return Extension(f"fastvit._C needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, this is {torch.__version__}", record)
+        return Extension(f"fastvit._C needs torch >= {_dotted(MIN_TORCH)}, this is {torch.__version__}", record)
     path, reason = _find_binary(_PACKAGE)
     if path is None:
         return Extension(reason, record)
@@ -163,7 +167,7 @@ def _triton_problem() -> str | None:
     if TRITON_VERSION is None:
         return "triton is not installed"
     if TRITON_VERSION != "unknown" and _release(TRITON_VERSION) < MIN_TRITON:
-        return f"triton >= {MIN_TRITON[0]}.{MIN_TRITON[1]} is needed, this is {TRITON_VERSION}"
+        return f"triton >= {_dotted(MIN_TRITON)} is needed, this is {TRITON_VERSION}"
     if importlib.util.find_spec("fastvit.kernels") is None:
         return "fastvit.kernels is not installed (an uninstalled source tree has it under kernels/)"
     return None
@@ -254,19 +258,16 @@ def describe() -> dict[str, Any]:
         "versions": _versions(),
         "devices": _devices(),
         "backends": backends,
-        "build": {"extension": _EXTENSION.available, "reason": _EXTENSION.reason, **_without(_EXTENSION.info, "reason")},
+        "build": {**_EXTENSION.info, "extension": _EXTENSION.available, "reason": _EXTENSION.reason},
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("FASTVIT_")},
     }
-
-
-def _without(mapping: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key not in (*names, "extension")}
 
 
 def _versions() -> dict[str, str | None]:
     """torch, and every library fastvit works with."""
     names = ("numpy", "safetensors", "timm", "transformers", "torchvision", "vit-pytorch")
-    return {"torch": str(torch.__version__), "triton": TRITON_VERSION} | {name: _library_version(name) for name in names}
+    others = {name: _library_version(name) for name in names}
+    return {"torch": str(torch.__version__), "triton": TRITON_VERSION, **others}
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -85,11 +85,11 @@ class Environment:
 
     def install(self, *names: str, dependencies: bool = True) -> None:
         """Install requirement files without touching torch and what belongs to it."""
-        files = [argument for name in names for argument in ("-r", str(HERE / f"{name}.txt"))]
-        if dependencies:
-            self.pip("-c", str(self.constraints), "-c", str(HERE / "constraints.txt"), *files)
-        else:
-            self.pip("--no-deps", *files)
+        arguments = [argument for name in names for argument in ("-r", str(HERE / f"{name}.txt"))]
+        arguments += ["-c", str(HERE / "constraints.txt")]
+        if self.constraints.exists():
+            arguments += ["-c", str(self.constraints)]
+        self.pip(*arguments, *([] if dependencies else ["--no-deps"]))
 
     def install_torch(self, requirement: str | None) -> None:
         """Install the torch asked for; without a wish keep one that is new enough."""
@@ -100,8 +100,8 @@ class Environment:
             self.pip(*shlex.split(requirement or DEFAULT_TORCH))
             if not succeeds(self.python, HAS_TORCH):
                 raise SystemExit(f"TORCH: got {requirement!r}, accepted is a torch >= 2.10")
-        pins = subprocess.run([str(self.python), "-c", PINS_OF_TORCH], check=True, capture_output=True, text=True).stdout
-        self.constraints.write_text(pins, encoding="utf-8")
+        pins = subprocess.run([str(self.python), "-c", PINS_OF_TORCH], check=True, capture_output=True)
+        self.constraints.write_bytes(pins.stdout)
 
     def install_triton(self) -> None:
         """Triton, unless torch brought its own."""
@@ -115,21 +115,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("purpose", choices=("demo", "test", "lint"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--torch", default=None, help=f"a pip requirement; by default {DEFAULT_TORCH}, or what is there")
+    parser.add_argument("--torch", help=f"a pip requirement; by default what is there, or {DEFAULT_TORCH}")
     arguments = parser.parse_args()
-    if sys.version_info < (3, 10):
-        raise SystemExit(f"Python >= 3.10 is needed, this is {sys.version.split()[0]}; make PYTHON=python3.11 names another")
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file also runs where fastvit would not
+        raise SystemExit(
+            f"Python >= 3.10 is needed, this is {sys.version.split()[0]}; make PYTHON=python3.11 names another"
+        )
     environment = Environment(arguments.venv.resolve())
     environment.create()
-    environment.install_torch(arguments.torch or None)
+    say(f"installing what `make {arguments.purpose}` needs")
+    if arguments.purpose == "lint":  # mypy looks at no torch
+        environment.install("runtime", "lint")
+        return
+    environment.install_torch(arguments.torch)
+    environment.install(arguments.purpose)
     if arguments.purpose == "test":
         environment.install_triton()
-    say(f"installing what `make {arguments.purpose}` needs")
-    environment.install("runtime" if arguments.purpose == "lint" else arguments.purpose)
-    if arguments.purpose == "test":
         environment.install("test-no-deps", dependencies=False)
-    if arguments.purpose == "lint":
-        environment.install("lint")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16}
 
 bool is_compiled(Isa isa) {
   switch (isa) {
-    case Isa::portable: return true;
-    FASTVIT_IF_AVX2(case Isa::avx2: return true;)
-    FASTVIT_IF_AVX512(case Isa::avx512: return true;)
-    FASTVIT_IF_AVX512_BF16(case Isa::avx512_bf16: return true;)
+    case Isa::portable:
+      return true;
+      FASTVIT_IF_AVX2(case Isa::avx2 : return true;)
+      FASTVIT_IF_AVX512(case Isa::avx512 : return true;)
+      FASTVIT_IF_AVX512_BF16(case Isa::avx512_bf16 : return true;)
     default: return false;
   }
 }

@@ -43,23 +43,21 @@ void set_cpu_isa(const std::string& name);
 #endif
 
 // FASTVIT_DECLARE_PER_ISA(void f(const Params&);) inside namespace fastvit declares avx2::f, portable::f, ...
-#define FASTVIT_DECLARE_PER_ISA(...)                             \
-  namespace portable {                                           \
-  __VA_ARGS__                                                    \
-  }                                                              \
-  FASTVIT_IF_AVX2(namespace avx2{__VA_ARGS__})                   \
-  FASTVIT_IF_AVX512(namespace avx512{__VA_ARGS__})               \
+#define FASTVIT_DECLARE_PER_ISA(...)               \
+  namespace portable {                             \
+  __VA_ARGS__                                      \
+  }                                                \
+  FASTVIT_IF_AVX2(namespace avx2{__VA_ARGS__})     \
+  FASTVIT_IF_AVX512(namespace avx512{__VA_ARGS__}) \
   FASTVIT_IF_AVX512_BF16(namespace avx512_bf16{__VA_ARGS__})
 
 // FASTVIT_PER_ISA(f): the function f of the instruction set in use, to be called or passed on.
-#define FASTVIT_PER_ISA(function)                                                               \
-  ([] {                                                                                         \
-    switch (::fastvit::cpu_isa()) {                                                             \
-      FASTVIT_IF_AVX512_BF16(case ::fastvit::Isa::avx512_bf16                                   \
-                             : return &::fastvit::avx512_bf16::function;)                       \
-      FASTVIT_IF_AVX512(case ::fastvit::Isa::avx512 : return &::fastvit::avx512::function;)     \
-      FASTVIT_IF_AVX2(case ::fastvit::Isa::avx2 : return &::fastvit::avx2::function;)           \
-      default:                                                                                  \
-        return &::fastvit::portable::function;                                                  \
-    }                                                                                           \
+#define FASTVIT_PER_ISA(function)                                                                          \
+  ([] {                                                                                                    \
+    switch (::fastvit::cpu_isa()) {                                                                        \
+      FASTVIT_IF_AVX512_BF16(case ::fastvit::Isa::avx512_bf16 : return &::fastvit::avx512_bf16::function;) \
+      FASTVIT_IF_AVX512(case ::fastvit::Isa::avx512 : return &::fastvit::avx512::function;)                \
+      FASTVIT_IF_AVX2(case ::fastvit::Isa::avx2 : return &::fastvit::avx2::function;)                      \
+      default: return &::fastvit::portable::function;                                                      \
+    }                                                                                                      \
   }())
