@@ -72,16 +72,24 @@ def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
 
 
 def _changed(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[str]:
-    """How the methods to be replaced, or forward, differ from the known ones."""
-    for name in sorted(row.methods() | {"forward"}):
+    """How the methods to be replaced, or the forward around them, differ from the known ones."""
+    replaced = row.methods()
+    for name in sorted(replaced | {"forward"}):
         if name in vars(module):
             yield f"{name} was replaced on the instance"
             continue
         method = inspect.getattr_static(plain, name)
         if method is not inspect.getattr_static(known, name):
-            yield f"{plain.__name__} overrides {name}"
+            # A forward of one's own around the method that fusing replaces is what a subclass is for.
+            if name in replaced or not replaced <= _names_used_by(method):
+                yield f"{plain.__name__} overrides {name}"
         elif row.known_names is not None:
             yield from _foreign_method(known, name, method, row.known_names)
+
+
+def _names_used_by(method: object) -> set[str]:
+    code = getattr(method, "__code__", None)
+    return set() if code is None else names_used(code)
 
 
 def _foreign_method(known: type, name: str, method: object, known_names: frozenset[str]) -> Iterator[str]:
