@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,19 +43,25 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob:g}"
 
 
+def token_grid(image_size: tuple[int, int], patch_size: tuple[int, int], name: str) -> tuple[int, int]:
+    """Token grid (h, w) of an image; ValueError names the argument where the patch size does not divide it."""
+    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+        raise ValueError(f"{name}: image size {tuple(image_size)} is not divisible by patch_size {patch_size}")
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to patch tokens (B, h*w, D), row-major, by a convolution whose stride is its kernel size."""
 
-    def __init__(self, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
+    def __init__(self, patch_size: int | tuple[int, int] = 16, in_chans: int = 3, embed_dim: int = 768):
         super().__init__()
+        self.in_chans = in_chans
         self.patch_size = to_pair(patch_size, "patch_size")
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (h, w) of an image; ValueError where the patch size does not divide it."""
-        if height % self.patch_size[0] or width % self.patch_size[1]:
-            raise ValueError(f"x: image size {(height, width)} is not divisible by patch_size {self.patch_size}")
-        return height // self.patch_size[0], width // self.patch_size[1]
+    def grid(self, height: int, width: int, name: str = "x") -> tuple[int, int]:
+        """Token grid (h, w) of an image; see :func:`token_grid`."""
+        return token_grid((height, width), self.patch_size, name)
 
     def forward(self, x: Tensor) -> Tensor:
         self.grid(*x.shape[-2:])
@@ -63,12 +69,12 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), Linear, with dropout behind each linear."""
+    """Linear, activation (GELU in its erf form by default), Linear, with dropout behind each linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, act_layer: Callable[[], nn.Module] = nn.GELU):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
+        self.act = act_layer()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
@@ -79,9 +85,7 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection, axis order (q|k|v, heads, head_dim)."""
 
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
-    ):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide the width {dim}")
@@ -122,13 +126,14 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, act_layer)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
