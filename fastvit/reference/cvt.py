@@ -150,8 +150,7 @@ class Block(nn.Module):
         self.attn = ConvAttention(dim, num_heads, qkv_bias, attn_drop, drop, kv_stride, prefix_tokens)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
-        self.mlp.act = ACTIVATIONS[act]()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, ACTIVATIONS[act])
 
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), grid, mask))
@@ -189,7 +188,7 @@ class CvT(Pyramid):
     Args:
         patch_size, patch_stride, patch_padding: of the token embedding's convolution, one per stage.
         embed_dim, depth, num_heads: one per stage.
-        pool: "token" for the class token, "avg" for the mean of the normalised tokens, without a class token.
+        pool: "token" for the class token, "gap" for the mean of the normalised tokens, without a class token.
         act: "quick_gelu" (official) or "gelu" (erf; transformers).
         drop_path_rate: a number is the last stage's rate, as in the official configurations (others 0); or one per
             stage. Within a stage it grows linearly from 0.
@@ -217,8 +216,8 @@ class CvT(Pyramid):
         kv_stride: int = 2,
     ):
         super().__init__()
-        if pool not in ("token", "avg"):
-            raise ValueError(f"pool: got {pool!r}, accepted are 'token' and 'avg'")
+        if pool not in ("token", "gap"):
+            raise ValueError(f"pool: got {pool!r}, accepted are 'token' and 'gap'")
         if act not in ACTIVATIONS:
             raise ValueError(f"act: got {act!r}, accepted are {sorted(ACTIVATIONS)}")
         stages = len(depth)

@@ -26,7 +26,9 @@ def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefi
 
     Args:
         mask: bool (B, P) or (B, P, P) over the ``fine`` grid, P = h*w; None stays None.
-        queries, keys: the grids of the queries and of the keys.
+        fine: the grid of the first stage.
+        queries: the grid of the queries.
+        keys: the grid of the keys.
         prefix_tokens: how many stand in front of both.
 
     Returns:
@@ -120,7 +122,7 @@ class Pyramid(VisionModel):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW' and 'NLC'")
         if stop_early and not intermediates_only:
-            raise ValueError("stop_early: needs intermediates_only=True, the final features are those of the last block")
+            raise ValueError("stop_early: needs intermediates_only=True, final features are those of the last block")
         tokens, kept = self._run(x, mask, take_indices(sum(self.depths), indices), stop_early)
         features = []
         for stage, taken, grid in kept:

@@ -1,0 +1,311 @@
+"""CeiT: Incorporating Convolution Designs into Visual Transformers (Yuan et al. 2021, arXiv 2103.11816).
+
+Three ideas on top of ViT: tokens made from a small convolutional stem (image-to-tokens), a feed-forward with a depthwise
+convolution between its two linears (LeFF), and a last attention over the class tokens of all layers (LCA). As in
+coeusguo/ceit, which the published weights need. Where that code and the paper part:
+
+* no activation between the stem's BatchNorm and its max pooling;
+* no GELU behind LeFF's last BatchNorm, where the paper has one;
+* LeFF's residual adds the class token that norm2 gave, cls + norm2(cls), where the paper leaves the token alone.
+
+``leff="paper"`` takes the paper's side in the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit.reference import functional
+from fastvit.reference.base import Variant
+from fastvit.reference.functional import BatchNorm
+from fastvit.reference.isotropic import Grid, IsotropicTransformer
+from fastvit.reference.layers import (
+    RESIZE_KINDS,
+    Attention,
+    DropPath,
+    Mlp,
+    expand_mask,
+    init_linear_and_norm,
+    linear_drop_path,
+    run_block,
+    to_pair,
+    token_grid,
+)
+
+LEFF_FORMS = ("official", "paper")
+
+
+class Stem(nn.Module):
+    """Convolution 7x7 stride 2, BatchNorm, max pooling 3x3 stride 2: a map at a quarter of the image's resolution."""
+
+    def __init__(self, in_chans: int = 3, out_chans: int = 64):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(out_chans)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.bn(self.conv(x)))
+
+
+class ImageToTokens(nn.Module):
+    """Images (B, C, H, W) to tokens (B, h*w, D), h = H / patch_size: the stem, then a patch embedding of its map."""
+
+    def __init__(self, patch_size: int | tuple[int, int], in_chans: int, stem_chans: int, embed_dim: int):
+        super().__init__()
+        self.in_chans = in_chans
+        self.patch_size = to_pair(patch_size, "patch_size")
+        if self.patch_size[0] % 4 or self.patch_size[1] % 4:
+            raise ValueError(f"patch_size: got {patch_size}, accepted are multiples of 4, the stem's stride")
+        kernel_size = (self.patch_size[0] // 4, self.patch_size[1] // 4)
+        self.backbone = Stem(in_chans, stem_chans)
+        self.proj = nn.Conv2d(stem_chans, embed_dim, kernel_size, stride=kernel_size)
+
+    def grid(self, height: int, width: int, name: str = "x") -> Grid:
+        """Token grid (h, w) of an image; ValueError where the patch size does not divide it."""
+        return token_grid((height, width), self.patch_size, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.backbone(x)).flatten(2).transpose(1, 2)
+
+
+class LeFF(nn.Module):
+    """Locally-enhanced feed-forward: linear, BN, GELU, depthwise 3x3, BN, GELU, linear, BN on the patch tokens.
+
+    The two linears are 1x1 convolutions in the state_dict, and run as linears on tokens. The result is what the
+    residual adds: for the class tokens their own value in the official form, zero in the paper's, which leaves them be.
+    Source: section 3.2; coeusguo/ceit ``LocallyEnhancedFeedForward``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        kernel_size: int = 3,
+        with_bn: bool = True,
+        form: str = "official",
+        prefix_tokens: int = 1,
+    ):
+        super().__init__()
+        self.with_bn = with_bn
+        self.form = form
+        self.prefix_tokens = prefix_tokens
+        self.conv1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.conv2 = nn.Conv2d(hidden_dim, hidden_dim, kernel_size, padding=kernel_size // 2, groups=hidden_dim)
+        self.conv3 = nn.Conv2d(hidden_dim, dim, 1)
+        if with_bn:
+            self.bn1 = nn.BatchNorm2d(hidden_dim)
+            self.bn2 = nn.BatchNorm2d(hidden_dim)
+            self.bn3 = nn.BatchNorm2d(dim)
+
+    def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
+        """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; the part a fused block replaces."""
+        return functional.token_depthwise_conv(
+            x,
+            self.conv2.weight,
+            self.conv2.bias,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+            pre_norm=BatchNorm.of(self.bn1) if self.with_bn else None,
+            pre_activation="gelu",
+            norm=BatchNorm.of(self.bn2) if self.with_bn else None,
+            activation="gelu",
+        )
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
+        hidden = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
+        hidden = self.convolve(hidden, grid, 0)
+        out = F.linear(hidden, self.conv3.weight.flatten(1), self.conv3.bias)
+        if self.with_bn:  # over batch and tokens alike, as BatchNorm2d is over batch and map
+            out = BatchNorm.of(self.bn3)(out.flatten(0, 1)).view_as(out)
+        if self.form == "paper":
+            out, prefix = F.gelu(out), torch.zeros_like(prefix)
+        return torch.cat((prefix, out), dim=1)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x += drop_path(attn(norm1(x))); x += drop_path(leff(norm2(x)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        leff_kernel_size: int = 3,
+        leff_with_bn: bool = True,
+        leff: str = "official",
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, drop)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.leff = LeFF(dim, int(dim * mlp_ratio), leff_kernel_size, leff_with_bn, leff)
+
+    def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.leff(self.norm2(x), grid))
+
+
+class LastQueryAttention(Attention):
+    """Attention of the last token alone to all tokens: (B, N, C) to (B, 1, C), the last row of full attention."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        out = self.attend(q[:, :, -1:], k, v, mask).transpose(1, 2).reshape(batch, 1, dim)
+        return self.proj_drop(self.proj(out))
+
+
+class LayerwiseClassAttention(nn.Module):
+    """LCA: the class tokens of all layers (B, L, D) to one (B, D); only the last of them asks (section 3.3)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop: float = 0.0, attn_drop: float = 0.0
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = LastQueryAttention(dim, num_heads, qkv_bias, attn_drop, drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.feedforward = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x[:, -1:] + self.attn(self.norm1(x))
+        last = last + self.feedforward(self.norm2(last))
+        return last[:, 0]
+
+
+class CeiT(IsotropicTransformer):
+    """Convolution-enhanced image transformer.
+
+    :meth:`forward_features` gives the class token that LCA made, then the patch tokens, all normalised. The official
+    code runs square maps only; here any grid will do, once :meth:`set_input_size` has resampled the position embedding.
+
+    Args:
+        stem_chans: channels of the stem.
+        pool: "token" is all there is.
+        leff: "official", or "paper" (GELU behind LeFF's last norm, class token untouched by LeFF).
+        leff_kernel_size: of LeFF's depthwise convolution.
+        leff_with_bn: False leaves LeFF's three BatchNorms out.
+        pos_embed_resize: how the position embedding follows a change of image size.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        pool: str = "token",
+        stem_chans: int = 64,
+        leff: str = "official",
+        leff_kernel_size: int = 3,
+        leff_with_bn: bool = True,
+        pos_embed_resize: str = "bicubic",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        for name, value, accepted in (
+            ("pool", pool, ("token",)),
+            ("leff", leff, LEFF_FORMS),
+            ("pos_embed_resize", pos_embed_resize, RESIZE_KINDS),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}: got {value!r}, accepted are {accepted}")
+        self.img_size = to_pair(img_size, "img_size")
+        self.num_classes = num_classes
+        self.num_features = embed_dim
+        self.num_prefix_tokens = 1
+        self.pos_embed_resize = pos_embed_resize
+
+        self.i2t = ImageToTokens(patch_size, in_chans, stem_chans, embed_dim)
+        self.patch_size = self.i2t.patch_size
+        patches = self.grid_size[0] * self.grid_size[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_rate,
+                attn_drop_rate,
+                drop_path,
+                leff_kernel_size,
+                leff_with_bn,
+                leff,
+            )
+            for drop_path in linear_drop_path(drop_path_rate, depth)
+        )
+        self.lca = LayerwiseClassAttention(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
+        self.pos_layer_embed = nn.Parameter(torch.zeros(1, depth, embed_dim))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = self.make_head(num_classes)
+        self.apply(init_linear_and_norm)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @property
+    def stem(self) -> ImageToTokens:
+        return self.i2t
+
+    def run_blocks(
+        self, images: Tensor, mask: Tensor | None, keep: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As every family's, but that blocks know the grid, and LCA makes the class token once all of them have run."""
+        grid = self.stem.grid(*images.shape[-2:])
+        mask = expand_mask(mask, grid[0] * grid[1], 1)
+        x = self.embed(images)
+        kept, class_tokens = [], []
+        for index, block in enumerate(self.blocks[: None if last is None else last + 1]):
+            x = run_block(block, self.grad_checkpointing and self.training, x, grid, mask)
+            class_tokens.append(x[:, 0].clone())  # a view would keep every layer's patch tokens in memory
+            if index in keep:
+                kept.append(x)
+        if len(class_tokens) == len(self.blocks):
+            class_token = self.lca(torch.stack(class_tokens, dim=1) + self.pos_layer_embed)
+            x = torch.cat((class_token[:, None], x[:, 1:]), dim=1)
+        return x, kept
+
+
+_TINY = {"embed_dim": 192, "num_heads": 3}
+_SMALL = {"embed_dim": 384, "num_heads": 6}
+_BASE = {"embed_dim": 768, "num_heads": 12}
+
+
+def _variant(size: dict, img_size: int, params: int, gmacs: float) -> Variant:
+    return Variant(
+        "ceit",
+        CeiT,
+        {**size, "img_size": img_size},
+        params,
+        gmacs,
+        source="coeusguo/ceit ceit_model.py; arXiv 2103.11816, table 1",
+    )
+
+
+VARIANTS: dict[str, Variant] = {
+    "ceit_tiny": _variant(_TINY, 224, 6_356_904, 1.395),
+    "ceit_small": _variant(_SMALL, 224, 24_204_840, 4.760),
+    "ceit_base": _variant(_BASE, 224, 94_405_416, 17.749),
+    "ceit_tiny_384": _variant(_TINY, 384, 6_429_864, 5.103),
+    "ceit_small_384": _variant(_SMALL, 384, 24_350_760, 15.980),
+}
