@@ -60,7 +60,7 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"reduction: got {reduction!r}, accepted are {REDUCTIONS}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha: got {alpha}, accepted is a weight from 0 to 1")
-        if not (0.0 < tau and math.isfinite(tau)):
+        if not (tau > 0.0 and math.isfinite(tau)):
             raise ValueError(f"tau: got {tau}, accepted is a finite temperature above 0")
         if teacher is not None and not callable(teacher):
             raise TypeError(f"teacher: got {type(teacher).__name__}, accepted is a module or another callable, or None")

@@ -21,17 +21,20 @@ def batch():
 
 def cross_entropy(logits, labels):
     """Mean over the batch of log sum exp minus the label's logit, spelled out."""
-    rows = [math.log(sum(math.exp(z) for z in row)) - row[y] for row, y in zip(logits.tolist(), labels.tolist())]
+    rows = [
+        math.log(sum(math.exp(z) for z in row)) - row[y]
+        for row, y in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
     return sum(rows) / len(rows)
 
 
 def divergence(student, teacher, tau):
     """Sum over batch and classes of KL(teacher || student) at a temperature, spelled out."""
     total = 0.0
-    for s_row, t_row in zip(student.tolist(), teacher.tolist()):
+    for s_row, t_row in zip(student.tolist(), teacher.tolist(), strict=True):
         s_norm = math.log(sum(math.exp(z / tau) for z in s_row))
         t_norm = math.log(sum(math.exp(z / tau) for z in t_row))
-        for s, t in zip(s_row, t_row):
+        for s, t in zip(s_row, t_row, strict=True):
             log_pt, log_pd = t / tau - t_norm, s / tau - s_norm
             total += math.exp(log_pt) * (log_pt - log_pd)
     return total

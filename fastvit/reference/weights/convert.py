@@ -17,7 +17,6 @@ class Converted:
 
     tensors: dict[str, Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 class Format(NamedTuple):

@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,9 @@ def _contents(mapping: Mapping[Any, Any], source: str) -> Contents:
     tensors = {}
     for name, value in mapping.items():
         tensor = _as_tensor(value)
-        if tensor is None or not isinstance(name, str):
+        if name == "n_averaged":
+            contents.dropped[name] = "the counter of torch.optim.swa_utils.AveragedModel"
+        elif tensor is None or not isinstance(name, str):
             contents.dropped[str(name)] = f"not a tensor under a name, but {type(value).__name__}"
         else:
             tensors[name] = tensor.detach()
@@ -102,18 +105,16 @@ def _as_tensor(value: Any) -> Tensor | None:
     """A tensor as it is, a numpy array as a tensor, anything else as None."""
     if isinstance(value, Tensor):
         return value
-    if type(value).__module__ != "numpy" or not hasattr(value, "dtype"):
+    numpy = sys.modules.get("numpy")  # where nobody imported it, there is no array
+    if numpy is None or not isinstance(value, numpy.ndarray):
         return None
-    import numpy as np
-
-    array = np.asarray(value)
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # how numpy reads bfloat16 back
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
-    if array.dtype.kind not in "fiub":
+    if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # how numpy reads bfloat16 back
+        return torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint16)).view(torch.bfloat16)
+    if value.dtype.kind not in "fiub":
         return None
     try:
         # The copy makes strides, byte order and writability what torch wants.
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=True))
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
     except TypeError:
         return None  # a dtype torch has not
 
@@ -153,7 +154,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_npz(path: Path) -> dict[str, Any]:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file:  # np.load leaves a damaged file open that it opened itself
+        archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("not an archive of arrays")
         return dict(archive.items())

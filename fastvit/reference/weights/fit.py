@@ -69,7 +69,7 @@ def fit_pos_embed(
     kind = getattr(model, "pos_embed_resize", "bicubic")
     try:
         resized = resize_pos_embed(theirs, new_grid, prefix_tokens=prefix, old_grid=old_grid, kind=kind)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return [f"{shapes}; with {prefix} prefix tokens taken off, {error}"]
     tensors["pos_embed"] = resized
     report.resized.append(ResizedTensor("pos_embed", tuple(theirs.shape), tuple(ours.shape)))

@@ -28,11 +28,6 @@ _NAMES = {
 }
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
-NOTE = (
-    "the JAX code runs these weights with the tanh form of GELU; the erf form of the torch models moves logits by a "
-    "few 1e-4"
-)
-
 
 def convert(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
     """Rename, and turn flax's layouts (inputs first, heads apart) into torch's."""
@@ -42,7 +37,6 @@ def convert(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted
         stem, dot, leaf = name.rpartition(".")
         native[stem + dot + _LEAVES.get(leaf, leaf)] = _to_torch_layout(stem, leaf, tensor)
     converted.tensors = pack_qkv(native)
-    converted.notes.append(NOTE)
     return converted
 
 

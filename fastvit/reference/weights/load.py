@@ -52,6 +52,7 @@ def load_weights(
         ValueError: the source cannot be read, holds nothing for this model, does not fit it in shape or, when
             ``strict``, in names (all are listed); or the model has no memory to copy into (meta device, sharded).
         TypeError: ``model`` is not a module, or ``source`` none of the above. FileNotFoundError: no such file.
+        ImportError: a .safetensors file without the package safetensors.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
@@ -66,19 +67,18 @@ def load_weights(
         layout.name,
         contents.entry,
         dropped={**contents.dropped, **converted.dropped},
-        notes=[*contents.notes, *converted.notes, *numerical_notes(bare, contents, layout)],
+        notes=[*contents.notes, *numerical_notes(bare, contents, layout)],
     )
     tensors = converted.tensors
-    if tensors.keys().isdisjoint(wanted):
-        raise ValueError(_foreign(contents, report.model))
+    reason = _foreign(tensors, wanted, report.model)
+    if reason:
+        raise ValueError(f"source: {contents.source} {reason}")
     skip_heads(bare, tensors, wanted, report)
     problems = fit_pos_embed(bare, tensors, wanted, contents, report)
     problems += compare_tensors(tensors, wanted, report)
     if strict:
-        problems += [f"missing ({len(report.missing)}): {', '.join(report.missing)}"] if report.missing else []
-        problems += (
-            [f"unexpected ({len(report.unexpected)}): {', '.join(report.unexpected)}"] if report.unexpected else []
-        )
+        for title, left in (("missing", report.missing), ("unexpected", report.unexpected)):
+            problems += [f"{title} ({len(left)}): {', '.join(left)}"] if left else []
         problems += head_count_problems(bare, contents)
     if problems:
         raise ValueError(
@@ -116,12 +116,14 @@ def _convert(contents: Contents, wanted: Collection[str]) -> tuple[Format, Conve
         raise ValueError(f"source: {contents.source} is a damaged {layout.name} checkpoint: {error}") from error
 
 
-def _foreign(contents: Contents, model: str) -> str:
-    names = contents.tensors
-    reason = f"none of its {len(names)} names ({some(names)}) belongs to {model}"
-    if any("to_patch_embedding." in name for name in names):
-        reason = "vit-pytorch's models are other functions of other parameters than the published ones"
+def _foreign(tensors: Collection[str], wanted: Collection[str], model: str) -> str | None:
+    """What is wrong with a source that was never meant for this model; None for one that may have been."""
+    if any("to_patch_embedding." in name for name in tensors) and "patch_embed.proj.weight" in wanted:
+        return f"is a model of vit-pytorch, other functions of other parameters than the published {model}"
+    if not set(tensors).isdisjoint(wanted):
+        return None
     return (
-        f"source: {contents.source} is not a checkpoint of this model: {reason}; understood are the names of the "
-        "official code and timm, transformers (ViT, DeiT, CvT), torchvision's VisionTransformer and the JAX ViT"
+        f"is not a checkpoint of this model: none of its {len(tensors)} names ({some(tensors)}) belongs to {model}; "
+        "understood are the names of the official code and timm, transformers (ViT, DeiT, CvT), torchvision's "
+        "VisionTransformer and the JAX ViT"
     )

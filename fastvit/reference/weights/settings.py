@@ -7,6 +7,15 @@ from torch import nn
 from fastvit.reference.weights.convert import Format
 from fastvit.reference.weights.files import Contents
 
+CVT_NOTE = (
+    "transformers runs these weights with the erf form of GELU, the official code with QuickGELU as this model does; "
+    "for transformers' outputs build it with act='gelu'"
+)
+JAX_NOTE = (
+    "the JAX code runs these weights with the tanh form of GELU; the erf form, which this model and every torch port "
+    "use, moves logits by some 1e-4; for the JAX outputs build it with act='gelu_tanh'"
+)
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DataParallel and the like."""
@@ -57,10 +66,17 @@ def numerical_notes(model: nn.Module, contents: Contents, layout: Format) -> lis
     if theirs and ours and theirs != ours:
         one, other = ("/".join(f"{eps:g}" for eps in sorted(values)) for values in (theirs, ours))
         notes.append(
-            f"LayerNorm eps is {one} where these weights come from and {other} in this model; for outputs equal to the "
-            "last digit build the model with the source's eps"
+            f"LayerNorm eps is {one} where these weights come from and {other} in this model: for the very outputs of "
+            f"that library build the model with norm_eps={one}"
         )
     pools = getattr(contents.model, "global_pool", None), getattr(model, "pool", None)
-    if all(isinstance(pool, str) for pool in pools) and pools[0] != pools[1]:
-        notes.append(f"the source pools by {pools[0]!r}, this model by {pools[1]!r}")
+    if all(isinstance(pool, str) for pool in pools) and (pools[0] == "token") != (pools[1] == "token"):
+        notes.append(f"the source pools by {pools[0]!r}, this model by {pools[1]!r}: the outputs will differ")
+    activation = {"vit-jax": ("tanh", JAX_NOTE), "transformers": ("none", CVT_NOTE)}.get(layout.name)
+    if activation and activation[0] not in _gelu_forms(model):
+        notes.append(activation[1])
     return notes
+
+
+def _gelu_forms(model: nn.Module) -> set[str]:
+    return {module.approximate for module in model.modules() if isinstance(module, nn.GELU)}

@@ -65,11 +65,6 @@ for _part in ("query", "key", "value"):
     _CVT[f"{_conv}convolution"] = f"{_native}conv_proj_{_part[0]}.conv"
     _CVT[f"{_conv}normalization"] = f"{_native}conv_proj_{_part[0]}.bn"
 
-CVT_NOTE = (
-    "transformers runs these weights with the erf GELU, the official code with QuickGELU: build the model with "
-    "act='gelu' for transformers' outputs, with act='quick_gelu' for the official ones"
-)
-
 
 def convert_vit(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
     """ViT and DeiT, with or without the ``vit.`` or ``deit.`` in front that base models lack."""
@@ -81,9 +76,7 @@ def convert_vit(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Conve
 
 def convert_cvt(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
     """CvT, with or without the ``cvt.`` in front."""
-    converted = rename(_without_prefix(tensors, ("cvt.",)), _CVT)
-    converted.notes.append(CVT_NOTE)
-    return converted
+    return rename(_without_prefix(tensors, ("cvt.",)), _CVT)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
