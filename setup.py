@@ -5,11 +5,11 @@ interface itself (csrc/torch_abi.h). So pip's isolated build environment need no
 with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
 
 Environment:
-    FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is then
-                            pure Python, and `python -m fastvit info` says why.
-    FASTVIT_CUDA_ARCH_LIST  CUDA architectures, e.g. "8.0;9.0+PTX" (or TORCH_CUDA_ARCH_LIST). Default: those of DEFAULT_ARCHS
-                            that nvcc knows, and PTX of the newest.
-    CUDA_HOME, CUDACXX      where nvcc is; otherwise PATH. Without nvcc there is no CUDA part. A GPU need not be visible.
+    FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is
+                            then pure Python, and `python -m fastvit info` says why.
+    FASTVIT_CUDA_ARCH_LIST  CUDA architectures, e.g. "8.0;9.0+PTX" (or TORCH_CUDA_ARCH_LIST). Default: those of
+                            DEFAULT_ARCHS that nvcc knows, and PTX of the newest.
+    CUDA_HOME, CUDACXX      where nvcc is; otherwise PATH. Without nvcc there is no CUDA part. No GPU need be visible.
     CXX, CXXFLAGS, LDFLAGS  as usual.
     MAX_JOBS                compilers run at once; default: from cores and free memory.
 """
@@ -271,8 +271,8 @@ def cuda_flags(toolchain: Toolchain) -> list[str]:
 def make_torch_stub(toolchain: Toolchain) -> Path:
     """An empty libtorch_cpu.so to link against.
 
-    The binary must name libtorch_cpu.so as a library it needs, for its symbols to be found in the copy that `import torch`
-    has loaded; what is in the library is of no interest to the linker.
+    The binary must name libtorch_cpu.so as a library it needs, for its symbols to be found in the copy that
+    `import torch` has loaded; what is in the library is of no interest to the linker.
     """
     stub = OBJECTS / "stub" / "libtorch_cpu.so"
     if not stub.exists():

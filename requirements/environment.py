@@ -2,8 +2,8 @@
 
     python requirements/environment.py demo|test|lint [--venv .venv] [--torch REQUIREMENT]
 
-Torch comes first and alone; whatever else is installed then is held to that torch. A torch already there is kept when it
-is new enough: in the virtual environment, or in the Python that runs this (the environment then sees its packages).
+Torch comes first and alone; whatever else is installed then is held to that torch. A torch already there is kept when
+it is new enough: in the virtual environment, or in the Python that runs this (the environment then sees its packages).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
@@ -67,15 +68,28 @@ class Environment:
         self.constraints = folder / "torch-constraints.txt"
 
     def create(self) -> None:
-        """Make the environment; with sight of the base Python's packages where those include a usable torch."""
+        """Make the environment; with sight of this Python's packages where those include a usable torch."""
         if self.python.exists():
             return
         inherit = succeeds(Path(sys.executable), HAS_TORCH)
         say(f"creating {self.folder}" + (" on top of this Python's torch" if inherit else ""))
+        nested = sys.prefix != sys.base_prefix
         try:
-            venv.create(self.folder, system_site_packages=inherit, with_pip=True)
+            venv.create(self.folder, system_site_packages=inherit and not nested, with_pip=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"venv failed ({error}); on Debian and Ubuntu: apt install python3-venv") from error
+        if inherit and nested:
+            self.see_packages_of_this_environment()
+
+    def see_packages_of_this_environment(self) -> None:
+        """Put the packages of the virtual environment that runs this behind the new one's own.
+
+        What venv calls the system's packages are those of the Python both environments were made with.
+        """
+        code = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
+        own = subprocess.run([str(self.python), "-c", code], check=True, capture_output=True, text=True).stdout
+        parents = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+        Path(own, "parent-environment.pth").write_text("\n".join(sorted(parents)) + "\n", encoding="utf-8")
 
     def pip(self, *arguments: str) -> None:
         """Run pip install, showing its progress."""
