@@ -85,6 +85,16 @@ class IsotropicTransformer(VisionModel):
             x = x + self.pos_embed
         return self.pos_drop(x)
 
+    def block_mask(self, images: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The user's ``mask`` for these images as the blocks take it: broadcastable to (B, H, N, N)."""
+        height, width = self.stem.grid(*images.shape[-2:])
+        return expand_mask(mask, height * width, len(self.prefix_tokens()), batch=images.shape[0])
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass."""
+        return self.grad_checkpointing and self.training
+
     def run_blocks(
         self, images: Tensor, mask: Tensor | None, keep: Collection[int] = (), last: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -94,11 +104,11 @@ class IsotropicTransformer(VisionModel):
             The tokens (B, N, C) behind the last block run, and those behind each block whose index is in ``keep``.
         """
         grid = self.stem.grid(*images.shape[-2:])
-        mask = expand_mask(mask, grid[0] * grid[1], len(self.prefix_tokens()))
+        mask = self.block_mask(images, mask)
         x = self.embed(images)
         kept = []
         for index, block in enumerate(self.blocks[: None if last is None else last + 1]):
-            x = run_block(block, self.grad_checkpointing and self.training, x, mask)
+            x = run_block(block, self.checkpointing, x, mask)
             x = self.after_block(index, x, grid)
             if index in keep:
                 kept.append(x)

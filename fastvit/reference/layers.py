@@ -101,11 +101,18 @@ class Attention(nn.Module):
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
         return functional.masked_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Tokens (B, N, C) to queries, keys and values (B, H, N, D), views of one packed tensor."""
+        batch, tokens, _ = x.shape
+        return self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """What the heads gathered (B, H, N, D) to tokens (B, N, C)."""
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        out = self.attend(q, k, v, mask).transpose(1, 2).reshape(batch, tokens, dim)
-        return self.proj_drop(self.proj(out))
+        q, k, v = self.project(x)
+        return self.merge(self.attend(q, k, v, mask))
 
 
 def dropout_p(dropout: nn.Dropout) -> float:
@@ -156,12 +163,13 @@ def linear_drop_path(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-def expand_mask(mask: Tensor | None, patches: int, prefix_tokens: int) -> Tensor | None:
+def expand_mask(mask: Tensor | None, patches: int, prefix_tokens: int, batch: int | None = None) -> Tensor | None:
     """A model's ``mask`` argument to one that broadcasts over (B, H, N, N), N = prefix_tokens + patches.
 
     Args:
         mask: bool, True = attend: (B, patches), (B, patches, patches) or (B, N, N). Prefix tokens are never masked,
             neither as queries nor as keys, whatever a (B, N, N) mask says of them.
+        batch: B, where it is to be checked.
 
     Returns:
         (B, 1, 1, N) or (B, 1, N, N), or None.
@@ -174,6 +182,8 @@ def expand_mask(mask: Tensor | None, patches: int, prefix_tokens: int) -> Tensor
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: got dtype {mask.dtype}, accepted is torch.bool (True = attend)")
     total = patches + prefix_tokens
+    if batch is not None and mask.dim() > 1 and mask.shape[0] != batch:
+        raise ValueError(f"mask: got a batch of {mask.shape[0]} (shape {tuple(mask.shape)}), accepted is x's, {batch}")
     if mask.dim() == 2 and mask.shape[1] == patches:
         return F.pad(mask, (prefix_tokens, 0), value=True)[:, None, None, :]
     if mask.dim() == 3 and mask.shape[1] == mask.shape[2] and mask.shape[1] in (patches, total):
