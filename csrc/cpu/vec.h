@@ -81,6 +81,7 @@ FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
@@ -145,6 +146,7 @@ FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -219,6 +221,10 @@ FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+FASTVIT_INLINE Vec sqrt(Vec a) {
+  for (int64_t i = 0; i < Vec::lanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
 FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
 FASTVIT_INLINE Vec min(Vec a, Vec b) { return {Vec::select(a.v < b.v, a.v, b.v)}; }

@@ -1,0 +1,364 @@
+"""Depthwise convolution of tokens as they lie: the checks, the operator's schema, and who computes it.
+
+- ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``, forward.
+- ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``, forward; float32 and bfloat16.
+- ``reference``: ``fastvit.reference.functional.token_depthwise_conv``, with gradients and batch statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit import backends
+from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm
+
+__all__ = ["token_depthwise_conv"]
+
+_NAME = "token_depthwise_conv"
+_ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}  # csrc's enum Activation
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+torch.library.define(
+    "fastvit::token_depthwise_conv",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? pre_norm_weight, Tensor? pre_norm_bias, Tensor? pre_norm_mean, "
+    "Tensor? pre_norm_var, float pre_norm_eps, int pre_activation, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? norm_mean, Tensor? norm_var, float norm_eps, int activation, int height, int width, int stride, "
+    "int padding, int prefix_tokens, bool residual) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+@torch.library.register_fake("fastvit::token_depthwise_conv")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre_norm_weight: Tensor | None,
+    pre_norm_bias: Tensor | None,
+    pre_norm_mean: Tensor | None,
+    pre_norm_var: Tensor | None,
+    pre_norm_eps: float,
+    pre_activation: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
+    norm_eps: float,
+    activation: int,
+    height: int,
+    width: int,
+    stride: int,
+    padding: int,
+    prefix_tokens: int,
+    residual: bool,
+) -> Tensor:
+    kernel = weight.shape[-1]
+    tokens = _out_size(height, kernel, stride, padding) * _out_size(width, kernel, stride, padding)
+    return x.new_empty((x.shape[0], prefix_tokens + tokens, x.shape[2]))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check_vector(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    """ValueError unless the tensor is None or has x's channels, on x's device."""
+    if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != x.shape[2] or tensor.device != x.device):
+        raise ValueError(f"{name}: got {_describe(tensor)}, accepted beside x {_describe(x)} is (C,) on its device")
+
+
+def _check_norm(name: str, norm: BatchNorm, x: Tensor) -> None:
+    _check_vector(f"{name}.weight", norm.weight, x)
+    _check_vector(f"{name}.bias", norm.bias, x)
+    _check_vector(f"{name}.running_mean", norm.running_mean, x)
+    _check_vector(f"{name}.running_var", norm.running_var, x)
+    if (norm.running_mean is None) != (norm.running_var is None) or (
+        norm.running_mean is None and not norm.use_batch_stats
+    ):
+        raise ValueError(f"{name}: running_mean and running_var are both needed without use_batch_stats")
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x: got {_describe(x)}, accepted is a floating tensor (B, P + h*w, C)")
+    shape = weight.shape
+    if len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] < 1 or shape[0] != x.shape[2]:
+        raise ValueError(f"weight: got {_describe(weight)}, accepted beside x {_describe(x)} is (C, 1, k, k)")
+    if weight.device != x.device:
+        raise ValueError(f"weight: got {_describe(weight)}, x is on {x.device}")
+    _check_vector("bias", bias, x)
+
+
+def _check_geometry(
+    x: Tensor, kernel: int, grid: tuple[int, int], stride: int, padding: int, prefix_tokens: int, residual: bool
+) -> None:
+    h, w = grid
+    if h < 1 or w < 1:
+        raise ValueError(f"grid: got {grid}, accepted is a pair of positive ints (h, w)")
+    if prefix_tokens < 0:
+        raise ValueError(f"prefix_tokens: got {prefix_tokens}, accepted is an int from 0")
+    if x.shape[1] != prefix_tokens + h * w:
+        behind = x.shape[1] - prefix_tokens
+        raise ValueError(f"grid: {grid} has {h * w} tokens, x has {behind} behind {prefix_tokens} prefix tokens")
+    if stride < 1:
+        raise ValueError(f"stride: got {stride}, accepted is an int from 1")
+    if padding < 0 or min(h, w) + 2 * padding < kernel:
+        raise ValueError(f"padding: got {padding}, a kernel of {kernel} does not fit into the padded grid of {grid}")
+    if residual and (_out_size(h, kernel, stride, padding), _out_size(w, kernel, stride, padding)) != (h, w):
+        raise ValueError(
+            f"residual: needs a convolution that keeps the grid {grid}; kernel {kernel}, stride {stride} and padding "
+            f"{padding} do not"
+        )
+
+
+def _check_activation(name: str, activation: str | None) -> None:
+    if activation not in _ACTIVATION_CODES:
+        raise ValueError(f"{name}: got {activation!r}, accepted are {list(_ACTIVATION_CODES)}")
+
+
+def _parameters(weight: Tensor, bias: Tensor | None, *norms: BatchNorm | None) -> list[Tensor]:
+    """Every parameter tensor there is."""
+    tensors = [weight, bias]
+    for norm in norms:
+        if norm is not None:
+            tensors += norm[:4]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _missing_kernel(device_type: str, reasons: list[str]) -> tuple[str, ...]:
+    if reasons or backends.extension().has_op(_NAME, device_type):
+        return tuple(reasons)
+    return (f"fastvit._C has no {_NAME} for {device_type}",)
+
+
+_CPP_REASONS = _missing_kernel("cpu", backends.cpp_reasons())
+_CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
+
+
+def _kernel_reasons(
+    x: Tensor, parameters: list[Tensor], norms: tuple[BatchNorm | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> list[str]:
+    """What keeps any of the forward kernels from a call."""
+    reasons = []
+    if x.dtype not in dtypes:
+        reasons.append(f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}")
+    for parameter in parameters:
+        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+            reasons.append(f"a parameter has dtype {parameter.dtype}, it takes float32 and x's {x.dtype}")
+            break
+    for norm in norms:
+        if norm is not None and norm.use_batch_stats:
+            reasons.append("a norm uses batch statistics")
+            break
+    if gradients_needed(x, *parameters):
+        reasons.append("gradients are needed and it has no backward")
+    return reasons
+
+
+def _cpp_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    stride: int,
+    padding: int,
+    prefix_tokens: int,
+    pre_norm: BatchNorm | None,
+    pre_activation: str | None,
+    norm: BatchNorm | None,
+    activation: str | None,
+    residual: bool,
+) -> list[str]:
+    reasons = list(_CPP_REASONS)
+    if x.device.type != "cpu":
+        reasons.append(f"the C++ kernels take tensors on the CPU, not on {x.device.type}")
+    return reasons + _kernel_reasons(x, _parameters(weight, bias, pre_norm, norm), (pre_norm, norm), _CPU_DTYPES)
+
+
+def _cuda_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    stride: int,
+    padding: int,
+    prefix_tokens: int,
+    pre_norm: BatchNorm | None,
+    pre_activation: str | None,
+    norm: BatchNorm | None,
+    activation: str | None,
+    residual: bool,
+) -> list[str]:
+    if x.device.type != "cuda":
+        return [f"the CUDA kernels take tensors on a CUDA device, not on {x.device.type}"]
+    reasons = list(_CUDA_REASONS) or backends.cuda_reasons(x.device)
+    return reasons + _kernel_reasons(x, _parameters(weight, bias, pre_norm, norm), (pre_norm, norm), _CUDA_DTYPES)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _flat(norm: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    if norm is None:
+        return None, None, None, None, 0.0
+    weight, bias = _contiguous(norm.weight), _contiguous(norm.bias)
+    return weight, bias, _contiguous(norm.running_mean), _contiguous(norm.running_var), norm.eps
+
+
+def _autocast_dtype(x: Tensor, prefix_tokens: int, residual: bool) -> torch.dtype:
+    """The dtype of the plain function's result: autocast lowers the convolution, adding or joining x raises it again."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x.dtype
+    lowered = torch.get_autocast_dtype(device)
+    return torch.promote_types(x.dtype, lowered) if prefix_tokens or residual else lowered
+
+
+def _run_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    stride: int,
+    padding: int,
+    prefix_tokens: int,
+    pre_norm: BatchNorm | None,
+    pre_activation: str | None,
+    norm: BatchNorm | None,
+    activation: str | None,
+    residual: bool,
+) -> Tensor:
+    out = torch.ops.fastvit.token_depthwise_conv(
+        x if x.stride(2) == 1 else x.contiguous(),
+        _contiguous(weight),
+        _contiguous(bias),
+        *_flat(pre_norm),
+        _ACTIVATION_CODES[pre_activation],
+        *_flat(norm),
+        _ACTIVATION_CODES[activation],
+        *grid,
+        stride,
+        padding,
+        prefix_tokens,
+        residual,
+    )
+    dtype = _autocast_dtype(x, prefix_tokens, residual)
+    return out if dtype == out.dtype else out.to(dtype)
+
+
+def _reference_reasons(*_: object) -> list[str]:
+    return []
+
+
+def _run_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    stride: int,
+    padding: int,
+    prefix_tokens: int,
+    pre_norm: BatchNorm | None,
+    pre_activation: str | None,
+    norm: BatchNorm | None,
+    activation: str | None,
+    residual: bool,
+) -> Tensor:
+    return functional.token_depthwise_conv(
+        x,
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        grid=grid,
+        stride=stride,
+        padding=padding,
+        prefix_tokens=prefix_tokens,
+        pre_norm=pre_norm,
+        pre_activation=pre_activation,
+        norm=norm,
+        activation=activation,
+        residual=residual,
+    )
+
+
+IMPLEMENTATIONS = (
+    Implementation("cuda", _cuda_reasons, _run_kernel),
+    Implementation("cpp", _cpp_reasons, _run_kernel),
+    Implementation("reference", _reference_reasons, _run_reference),
+)
+"""In order of preference."""
+
+
+def token_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    stride: int = 1,
+    padding: int | None = None,
+    prefix_tokens: int = 0,
+    pre_norm: BatchNorm | None = None,
+    pre_activation: str | None = None,
+    norm: BatchNorm | None = None,
+    activation: str | None = None,
+    residual: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Depthwise k x k convolution of tokens laid out as (B, P + h*w, C), with what surrounds it in the models.
+
+    t = pre_activation(pre_norm(x)) on the grid tokens; y = activation(norm(conv(t) + bias)); y += x with ``residual``.
+    Prefix tokens pass through untouched. The tokens are never brought into image layout.
+
+    Args:
+        x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
+        weight: (C, 1, k, k), cross-correlation as in ``nn.Conv2d``; bias: (C,). On x's device.
+        grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default (zeros of t, not of x).
+        norm, pre_norm: BatchNorm over channels. activation, pre_activation: None, "gelu" (erf), "quick_gelu", "silu"
+            or "relu".
+        residual: adds the grid tokens of x; needs a convolution that keeps the grid size.
+        backend: "auto", "cuda", "cpp" or "reference".
+
+    Returns:
+        (B, P + h'*w', C), contiguous where a kernel ran, with h' = (h + 2 * padding - k) // stride + 1, likewise w'.
+
+    Raises:
+        ValueError: a shape, device, number or name that is not accepted, or an unknown backend.
+        RuntimeError: the backend asked for cannot run this call; lists every reason.
+
+    Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2; the
+    plain form is ``fastvit.reference.functional.token_depthwise_conv``.
+    """
+    _check_tensors(x, weight, bias)
+    kernel = weight.shape[-1]
+    padding = kernel // 2 if padding is None else padding
+    _check_geometry(x, kernel, grid, stride, padding, prefix_tokens, residual)
+    _check_activation("pre_activation", pre_activation)
+    _check_activation("activation", activation)
+    if pre_norm is not None:
+        _check_norm("pre_norm", pre_norm, x)
+    if norm is not None:
+        _check_norm("norm", norm, x)
+    arguments = (
+        x,
+        weight,
+        bias,
+        grid,
+        stride,
+        padding,
+        prefix_tokens,
+        pre_norm,
+        pre_activation,
+        norm,
+        activation,
+        residual,
+    )
+    return select(_NAME, IMPLEMENTATIONS, backend, arguments, {}).run(*arguments)
