@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvit.losses import DistillationLoss
+from fastvit.reference import DeiT
 
 
 @pytest.fixture
@@ -200,6 +201,19 @@ class TestTeacher:
         calls = []
         DistillationLoss("none", teacher=calls.append)(None, (class_logits, distilled), labels)
         assert calls == []
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_trains_a_distilled_model(kind):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    student, teacher = DeiT(distilled=True, **sizes), DeiT(**sizes)
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    loss = DistillationLoss(kind, teacher=teacher)
+    loss(images, student.train()(images), labels).backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    with pytest.raises(ValueError, match="one tensor"):
+        loss(images, student.eval()(images), labels)
 
 
 class TestBadUse:

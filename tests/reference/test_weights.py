@@ -21,7 +21,7 @@ from fastvit.reference.weights import LoadReport, ResizedTensor, SkippedHead, lo
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 CVT = {"img_size": 32, "embed_dim": (8, 16, 32), "depth": (1, 2, 3), "num_heads": (1, 2, 4), "num_classes": 5}
-TWINS = {"img_size": 64, "embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
+TWINS = {"img_size": 64, "embed_dim": (8, 16, 24, 32), "depth": (1, 1, 2, 1), "num_heads": (1, 2, 3, 4)}
 FAMILIES = {
     "vit": lambda **options: ViT(**{**SMALL, **options}),
     "vit_avg": lambda **options: ViT(**{**SMALL, "pool": "avg", **options}),
@@ -214,7 +214,9 @@ class TestTimm:
     def test_twins(self):
         from timm.models.twins import Twins
 
-        theirs = randomise(Twins(**TWINS, mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), num_classes=5)).eval()
+        sizes = {"embed_dims": TWINS["embed_dim"], "depths": TWINS["depth"], "num_heads": TWINS["num_heads"]}
+        theirs = Twins(**sizes, img_size=64, mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), num_classes=5)
+        randomise(theirs).eval()
         model, x = build("twins"), images(64)
         load_weights(model, theirs)
         assert_same(model(x), theirs(x))
@@ -446,7 +448,7 @@ class TestJax:
 
     def test_arrays_of_wrong_rank(self):
         arrays = jax_arrays(False)
-        arrays["head/kernel"] = np.float32(1.0)
+        arrays["head/kernel"] = np.array(1.0, np.float32)
         assert_refused(build("vit"), arrays, "damaged vit-jax checkpoint")
 
 
