@@ -1,8 +1,8 @@
 """CeiT: Incorporating Convolution Designs into Visual Transformers (Yuan et al. 2021, arXiv 2103.11816).
 
-Three ideas on top of ViT: tokens made from a small convolutional stem (image-to-tokens), a feed-forward with a depthwise
-convolution between its two linears (LeFF), and a last attention over the class tokens of all layers (LCA). As in
-coeusguo/ceit, which the published weights need. Where that code and the paper part:
+Three ideas on top of ViT: tokens made from a small convolutional stem (image-to-tokens), a feed-forward with a
+depthwise convolution between its two linears (LeFF), and a last attention over the class tokens of all layers (LCA).
+As in coeusguo/ceit, which the published weights need. Where that code and the paper part:
 
 * no activation between the stem's BatchNorm and its max pooling;
 * no GELU behind LeFF's last BatchNorm, where the paper has one;

@@ -29,7 +29,7 @@ from fastvit.reference.layers import (
     run_block,
     to_pair,
 )
-from fastvit.reference.pyramid import Grid, Pyramid
+from fastvit.reference.pyramid import Grid, Pyramid, check_per_stage
 
 
 class QuickGELU(nn.Module):
@@ -223,25 +223,23 @@ class CvT(Pyramid):
         stages = len(depth)
         if isinstance(drop_path_rate, (int, float)):
             drop_path_rate = (0.0,) * (stages - 1) + (drop_path_rate,)
-        per_stage = {
-            "patch_size": patch_size,
-            "patch_stride": patch_stride,
-            "patch_padding": patch_padding,
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "drop_path_rate": drop_path_rate,
-        }
-        for name, values in per_stage.items():
-            if len(values) != stages:
-                raise ValueError(f"{name}: got {tuple(values)}, accepted is one value per stage, {stages} as in depth")
-        self.num_classes = num_classes
+        check_per_stage(
+            {
+                "patch_size": patch_size,
+                "patch_stride": patch_stride,
+                "patch_padding": patch_padding,
+                "embed_dim": embed_dim,
+                "num_heads": num_heads,
+                "drop_path_rate": drop_path_rate,
+            },
+            stages,
+        )
         self.num_features = embed_dim[-1]
         self.num_prefix_tokens = 1 if pool == "token" else 0
         self.img_size = to_pair(img_size, "img_size")
         self.patch_size = (patch_stride[0],) * 2
         self.depths = tuple(depth)
         self.kv_stride = kv_stride
-        self.pool = pool
         for i in range(stages):
             blocks = [
                 Block(
@@ -269,7 +267,7 @@ class CvT(Pyramid):
     @property
     def stages(self) -> list[Stage]:
         """The stages in order."""
-        return [self.get_submodule(f"stage{i}") for i in range(len(self.depths))]
+        return [getattr(self, f"stage{i}") for i in range(len(self.depths))]
 
     def embed(self, stage: int, image: Tensor) -> tuple[Tensor, Grid]:
         return self.stages[stage].embed(image)
@@ -288,16 +286,8 @@ class CvT(Pyramid):
         h, w = ((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
         return h, w
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x[:, 0] if self.pool == "token" else x.mean(dim=1)
-        return x if pre_logits else self.head(x)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(self.norm.weight)
-        if num_classes > 0:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)  # the bias keeps PyTorch's default, as officially
+    def init_head(self, head: nn.Linear) -> None:
+        nn.init.trunc_normal_(head.weight, std=0.02)  # the bias keeps PyTorch's default
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}

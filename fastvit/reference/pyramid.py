@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit.reference.base import VisionModel
 from fastvit.reference.layers import Taken, expand_mask, take_indices
 
 Grid = tuple[int, int]
+
+
+def check_per_stage(arguments: Mapping[str, Sequence], stages: int) -> None:
+    """ValueError names the argument that does not have one value per stage."""
+    for name, values in arguments.items():
+        if len(values) != stages:
+            raise ValueError(f"{name}: got {tuple(values)}, accepted is one value per stage, {stages} as in depth")
 
 
 def tokens_to_map(x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
@@ -54,12 +61,13 @@ def _pool_any(mask: Tensor, fine: Grid, coarse: Grid) -> Tensor:
 class Pyramid(VisionModel):
     """A model whose stages run on ever coarser grids; subclasses say what a stage is made of.
 
-    They set ``depths`` (blocks per stage) and ``norm``, and provide :meth:`embed`, :meth:`run_layer` and
-    :meth:`key_grid`. Blocks are counted through all stages. Intermediates of earlier stages have those stages' widths
-    and grids.
+    They set ``depths`` (blocks per stage), ``num_features``, ``num_prefix_tokens``, ``norm`` and ``head``, and provide
+    :meth:`embed`, :meth:`run_layer` and :meth:`key_grid`. Blocks are counted through all stages. Intermediates of
+    earlier stages have those stages' widths and grids.
     """
 
     depths: tuple[int, ...]
+    norm: nn.LayerNorm
 
     def embed(self, stage: int, image: Tensor) -> tuple[Tensor, Grid]:
         """The image or the former stage's map (B, C, h, w) to the stage's tokens (B, P + h'*w', C') and its grid."""
@@ -77,7 +85,9 @@ class Pyramid(VisionModel):
         """How many prefix tokens a stage has; the last stage has the model's ``num_prefix_tokens``, the others none."""
         return self.num_prefix_tokens if stage == len(self.depths) - 1 else 0
 
-    def _run(self, x: Tensor, mask: Tensor | None, taken: Taken | None = None, stop_early: bool = False):
+    def _run(
+        self, x: Tensor, mask: Tensor | None, taken: Taken | None = None, stop_early: bool = False
+    ) -> tuple[Tensor, list[tuple[int, Tensor, Grid]]]:
         """Run the stages: the last tokens before the final norm, and (stage, tokens, grid) after each block taken."""
         kept: list[tuple[int, Tensor, Grid]] = []
         image, fine, block = x, None, 0
@@ -101,6 +111,28 @@ class Pyramid(VisionModel):
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) to the last stage's normalised tokens (B, P + h*w, C)."""
         return self.norm(self._run(x, mask)[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, C) to logits (B, num_classes), or to the pooled features (B, C) with ``pre_logits``.
+
+        The class token where the model has one, else the mean of the tokens.
+        """
+        x = x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        if num_classes < 0:
+            raise ValueError(f"num_classes: got {num_classes}, accepted is 0 (no head) or more")
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes).to(self.norm.weight)
+            self.init_head(self.head)
+
+    def init_head(self, head: nn.Linear) -> None:
+        """Initialise a head as the official code does."""
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
 
     def forward_intermediates(
         self,

@@ -1,4 +1,4 @@
-"""CeiT against a plain model of nn modules on maps, written here from the paper and the official order of operations."""
+"""CeiT against a plain model of nn modules on maps, written from the paper and the official order of operations."""
 
 from __future__ import annotations
 
