@@ -1,7 +1,20 @@
 """Make an existing model's slow blocks fast in place, say what was done, and undo it exactly."""
 
 from fastvit.patching.explanation import Explanation, explain
+from fastvit.patching.models import create_model, fuse_reference_models
 from fastvit.patching.reporting import Report, ReportRow, report
 from fastvit.patching.swap import is_patched, patch, patched, unpatch
 
-__all__ = ["Explanation", "Report", "ReportRow", "explain", "is_patched", "patch", "patched", "report", "unpatch"]
+__all__ = [
+    "Explanation",
+    "Report",
+    "ReportRow",
+    "create_model",
+    "explain",
+    "fuse_reference_models",
+    "is_patched",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
+]

@@ -7,8 +7,6 @@ front of the plain class, so ``module.__class__ = fused_class(seam, type(module)
 
 from __future__ import annotations
 
-import copyreg
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
@@ -39,12 +37,12 @@ class Fused:
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by (seam, plain class), since the class itself is made at run time."""
-        rebuild, args, *rest = super().__reduce_ex__(protocol)
-        if rebuild is copyreg.__newobj__:
-            cls, *new_args = args
-            return (_rebuild, (_seam_of(cls), cls.fastvit_plain, *new_args), *rest)
+        rebuild, args, *rest = tuple(super().__reduce_ex__(max(2, protocol)))
+        cls = type(self)
+        if args and args[0] is cls:  # what object gives: (copyreg.__newobj__, (cls, ...), state, ...)
+            return (_rebuild, (cls.__bases__[0], cls.fastvit_plain, *args[1:]), *rest)
         return (rebuild, args, *rest)
 
 
@@ -53,15 +51,15 @@ def _rebuild(seam: type[Fused], plain: type[nn.Module], *new_args: Any) -> nn.Mo
     return cls.__new__(cls, *new_args)
 
 
-def _seam_of(cls: type) -> type[Fused]:
-    return cls.__bases__[0]
+_classes: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
 
 
-@functools.cache
 def fused_class(seam: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``plain`` whose methods ``seam`` replaces; always the same object for the same pair."""
-    name = f"Fused{plain.__name__}"
-    return type(name, (seam, plain), {"__module__": plain.__module__, "__doc__": seam.__doc__, "fastvit_plain": plain})
+    if (seam, plain) not in _classes:
+        attributes = {"__module__": plain.__module__, "__doc__": seam.__doc__, "fastvit_plain": plain}
+        _classes[seam, plain] = type(f"Fused{plain.__name__}", (seam, plain), attributes)
+    return _classes[seam, plain]
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -106,12 +104,14 @@ class Row:
         check: attributes and shapes; gives the reasons why a module is not as expected.
         known_names: every global and attribute name the forward of the versions read uses; None where the class is
             our own. A forward that uses any other name has changed under us.
+        applies: which modules of the class the row is for, where the class has several rows.
     """
 
     path: str
     seam: type[Fused]
     check: Callable[[nn.Module], list[str]] = field(default=lambda module: [])
     known_names: frozenset[str] | None = None
+    applies: Callable[[nn.Module], bool] = field(default=lambda module: True)
 
     @property
     def op(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,9 +32,13 @@ class Match(NamedTuple):
     reasons: list[str]
 
 
-@functools.lru_cache(maxsize=1)
-def _rows() -> dict[str, Row]:
-    return {row.path: row for table in TABLES for row in table}
+@functools.cache
+def _rows() -> dict[str, list[Row]]:
+    """The rows of each class path."""
+    rows: dict[str, list[Row]] = {}
+    for row in itertools.chain(*TABLES):
+        rows.setdefault(row.path, []).append(row)
+    return rows
 
 
 def supported() -> list[str]:
@@ -43,16 +48,16 @@ def supported() -> list[str]:
 
 def operators() -> list[str]:
     """The operators that some row calls."""
-    return sorted({row.op for row in _rows().values()})
+    return sorted({row.op for row in itertools.chain(*TABLES)})
 
 
 def recognise(module: nn.Module) -> Match | None:
     """What can be fused about a module, or None where its class is not known. A fused module is seen as it was."""
     plain = plain_class(module)
     for known in plain.__mro__:
-        row = _rows().get(f"{known.__module__}.{known.__qualname__}")
-        if row is not None:
-            return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
+        for row in _rows().get(f"{known.__module__}.{known.__qualname__}", ()):
+            if row.applies(module):
+                return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
     return None
 
 
@@ -64,7 +69,7 @@ def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
         return
     for name, expected in row.seam.fastvit_reads.items():
         part = getattr(module, name, None)
-        if type(part) is not expected:
+        if part is None or type(part) is not expected:
             yield f"{name} is {type(part).__name__}, expected is exactly {expected.__name__}"
         elif part._forward_hooks or part._forward_pre_hooks:
             yield f"{name} has forward hooks, which the fused path would not call"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row
@@ -38,8 +38,112 @@ class ConvProjectionSeam(Fused):
         )
 
 
+class LeFFSeam(Fused):
+    """CeiT's BN, GELU, depthwise convolution, BN, GELU on tokens as they lie."""
+
+    fastvit_op = "token_depthwise_conv"
+
+    def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
+        return ops.token_depthwise_conv(
+            x,
+            self.conv2.weight,
+            self.conv2.bias,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+            pre_norm=BatchNorm.of(self.bn1) if self.with_bn else None,
+            pre_activation="gelu",
+            norm=BatchNorm.of(self.bn2) if self.with_bn else None,
+            activation="gelu",
+            backend=self.fastvit_backend,
+        )
+
+
+class ReAttentionSeam(Fused):
+    """DeepViT's attention with mixed and normalised maps."""
+
+    fastvit_op = "head_mixed_attention"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.re_attention(
+            q,
+            k,
+            v,
+            self.reatten_matrix.weight.flatten(1),
+            self.reatten_matrix.bias,
+            norm=BatchNorm.of(self.var_norm),
+            output_scale=self.reatten_scale,
+            mask=mask,
+            scale=self.scale,
+            dropout_p=dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+
+
+class TalkingHeadSeam(Fused):
+    """CaiT's talking heads without their N x N maps."""
+
+    fastvit_op = "head_mixed_attention"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.talking_heads_attention(
+            q,
+            k,
+            v,
+            self.proj_l.weight,
+            self.proj_l.bias,
+            self.proj_w.weight,
+            self.proj_w.bias,
+            mask=mask,
+            scale=self.scale,
+            dropout_p=dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+
+
+class ClassAttentionSeam(Fused):
+    """CaiT's class attention, which has no dropout."""
+
+    fastvit_op = "masked_attention"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.masked_attention(q, k, v, mask, scale=self.scale, backend=self.fastvit_backend)
+
+
+class PEGSeam(Fused):
+    """CPVT's position encoding generator on tokens as they lie."""
+
+    fastvit_op = "token_depthwise_conv"
+
+    def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
+        conv = self.proj[0]
+        return ops.token_depthwise_conv(
+            x,
+            conv.weight,
+            conv.bias,
+            grid=grid,
+            prefix_tokens=prefix_tokens,
+            residual=True,
+            backend=self.fastvit_backend,
+        )
+
+
+def _mixes_heads(module: nn.Module) -> bool:
+    return bool(module.transform)
+
+
+def _leaves_heads_alone(module: nn.Module) -> bool:
+    return not module.transform
+
+
 ROWS = (
     Row("fastvit.reference.layers.Attention", AttentionSeam),
+    Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),
+    Row("fastvit.reference.deepvit.ReAttention", AttentionSeam, applies=_leaves_heads_alone),
+    Row("fastvit.reference.cait.TalkingHeadAttention", TalkingHeadSeam),
+    Row("fastvit.reference.cait.ClassAttention", ClassAttentionSeam),
+    Row("fastvit.reference.cpvt.SpatialReductionAttention", AttentionSeam),
+    Row("fastvit.reference.cpvt.PEG", PEGSeam),
     Row("fastvit.reference.cvt.ConvAttention", AttentionSeam),
     Row("fastvit.reference.cvt.ConvProjection", ConvProjectionSeam),
+    Row("fastvit.reference.ceit.LeFF", LeFFSeam),
 )

@@ -132,9 +132,9 @@ def _scientific(value: float | None) -> str:
 
 
 class _Memory(NamedTuple):
-    """What only ``patch`` knew: its findings' reasons and the errors measured, by module name."""
+    """What only ``patch`` knew: status and reasons of what it left alone, and the errors measured, by module name."""
 
-    reasons: dict[str, tuple[str, ...]]
+    left_alone: dict[str, tuple[str, tuple[str, ...]]]
     errors: dict[str | None, Error]
     planned: Report | None
 
@@ -170,8 +170,8 @@ def remember(
     if dry_run:
         rows = [_row(finding, finding.status, backend, finding.reasons, errors) for finding in findings]
         planned = _assemble(model, rows, errors, dry_run=True)
-    reasons = {finding.name: finding.reasons for finding in findings if finding.fused is None}
-    _memories[model] = _Memory(reasons, errors, planned)
+    left_alone = {finding.name: (finding.status, finding.reasons) for finding in findings if finding.fused is None}
+    _memories[model] = _Memory(left_alone, errors, planned)
 
 
 def forget(model: nn.Module) -> None:
@@ -204,8 +204,9 @@ def _row_of_module(finding: Finding, memory: _Memory) -> ReportRow:
     module = finding.module
     if isinstance(module, Fused):
         return _row(finding, PATCHED, module.fastvit_backend, (), memory.errors)
-    reasons = memory.reasons.get(finding.name, finding.reasons) or ("plain; fastvit.patch(model) would fuse it",)
-    status = SKIPPED if finding.status == PATCHED else finding.status
+    could_be = (SKIPPED, ("plain; fastvit.patch(model) would fuse it",))
+    found = could_be if finding.status == PATCHED else (finding.status, finding.reasons)
+    status, reasons = memory.left_alone.get(finding.name, found)
     return _row(finding, status, None, reasons, {})
 
 

@@ -85,11 +85,6 @@ def patch(
     return model
 
 
-def fuse_built(model: nn.Module) -> None:
-    """Fuse one of our own models as it is built; silent where it has nothing to fuse."""
-    apply(survey(model), "auto")
-
-
 def unpatch(model: Model) -> Model:
     """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model."""
     check_model(model)

@@ -44,8 +44,8 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
         with contextlib.ExitStack() as hooks:
             for finding in findings:
                 if finding.fused is not None:
-                    hook = _measuring(finding, backend, errors)
-                    hooks.callback(finding.module.register_forward_hook(hook, with_kwargs=True).remove)
+                    hook = _measuring(finding.name, finding.fused, backend, errors)
+                    hooks.callback(finding.module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             plain = model(*args, **kwargs)
         apply(findings, backend)
         errors[END_TO_END] = compare(model(*args, **kwargs), plain, exact)
@@ -97,7 +97,8 @@ def _compare(fused: Tensor, plain: Tensor, exact: Tensor) -> Error:
     dtype = fused.dtype
     fused, plain, exact = fused.double(), plain.double(), exact.double()
     finite = exact.isfinite() & plain.isfinite()
-    same_elsewhere = torch.equal(fused[~finite].nan_to_num(), plain[~finite].nan_to_num())
+    same = (fused == plain) | (fused.isnan() & plain.isnan())
+    same_elsewhere = bool(same[~finite].all())
     fused, plain, exact = fused[finite], plain[finite], exact[finite]
     if exact.numel() == 0:
         return Error(0.0, 0.0, same_elsewhere)
@@ -115,20 +116,22 @@ def _floating_leaves(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _measuring(finding: Finding, backend: str, errors: dict[str | None, Error]) -> Callable[..., None]:
-    """A forward hook that runs the fused class, and the plain one in float64, on the input the module just got."""
+def _measuring(
+    name: str, fused_class: type[nn.Module], backend: str, errors: dict[str | None, Error]
+) -> Callable[..., None]:
+    """A forward hook, the module's first, that runs the fused class and the plain one in float64 on the same input."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        plain = type(module)
+        plain_class = type(module)
         exact = _in_float64(module, args, kwargs)
-        give(module, finding.fused, backend)
+        give(module, fused_class, backend)
         try:
             fused = module.forward(*args, **kwargs)
         finally:
-            give(module, plain)
+            give(module, plain_class)
         error = compare(fused, output, exact)
-        worst = errors.get(finding.name, error)  # a module may be called several times in one forward
-        errors[finding.name] = Error(
+        worst = errors.get(name, error)  # a module may be called several times in one forward
+        errors[name] = Error(
             max(worst.fused, error.fused), max(worst.plain, error.plain), worst.within_budget and error.within_budget
         )
 

@@ -1,0 +1,50 @@
+"""Seven vision transformer families with custom kernels, and ``patch`` for the models you have already.
+
+>>> import fastvit
+>>> model = fastvit.patch(model)          # in place; same outputs, same state_dict
+>>> print(fastvit.report(model))          # what was fused, what was not, and why
+>>> model = fastvit.unpatch(model)        # exactly as before
+
+``fastvit.create_model("deepvit_s")`` builds a reference model that is fused from the start.
+"""
+
+from fastvit import backends, losses, ops, patching, reference
+from fastvit._version import __version__
+from fastvit.patching import (
+    Explanation,
+    Report,
+    ReportRow,
+    create_model,
+    explain,
+    is_patched,
+    patch,
+    patched,
+    report,
+    unpatch,
+)
+from fastvit.reference import list_models
+from fastvit.reference.weights import LoadReport, load_weights
+
+__all__ = [
+    "Explanation",
+    "LoadReport",
+    "Report",
+    "ReportRow",
+    "__version__",
+    "backends",
+    "create_model",
+    "explain",
+    "is_patched",
+    "list_models",
+    "load_weights",
+    "losses",
+    "ops",
+    "patch",
+    "patched",
+    "patching",
+    "reference",
+    "report",
+    "unpatch",
+]
+
+patching.fuse_reference_models()

@@ -1,0 +1,159 @@
+"""A patched model gives what the plain one gives: every family, timm's models, each dtype, eval and training."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import assert_as_accurate
+from tiny import FAMILIES, TIMM, build, images
+from torch import Tensor, nn
+
+from fastvit.patching import explain, patch, report, unpatch
+
+EVERY = (*FAMILIES, *TIMM)
+FUSED = {
+    "vit": {"masked_attention": 2},
+    "deit": {"masked_attention": 2},
+    "deepvit": {"head_mixed_attention": 2},
+    "cait": {"head_mixed_attention": 2, "masked_attention": 2},
+    "cpvt": {"masked_attention": 2, "token_depthwise_conv": 1},
+    "cvt": {"masked_attention": 3, "token_depthwise_conv": 9},
+    "ceit": {"masked_attention": 3, "token_depthwise_conv": 2},
+    "twins_pcpvt": {"masked_attention": 4, "token_depthwise_conv": 4},
+    "timm_vit": {"masked_attention": 2},
+    "timm_vit_qk_norm": {"masked_attention": 2},
+    "timm_deit_distilled": {"masked_attention": 2},
+    "timm_cait": {"head_mixed_attention": 2, "masked_attention": 2},
+    "timm_twins": {"token_depthwise_conv": 4},
+}
+"""Blocks each tiny model has."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_block_is_fused_and_called(name):
+    model = patch(build(name))
+    totals = report(model).totals()
+    assert totals == {op: (count, count) for op, count in FUSED[name].items()}
+    called = [row.name for row in explain(model, images(name)).rows]
+    assert sorted(called) == sorted(row.name for row in report(model).rows if row.status == "patched")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EVERY)
+def test_inference(name, dtype):
+    plain, x = build(name).to(dtype), images(name, batch=3).to(dtype)
+    with torch.inference_mode():
+        oracle = copy.deepcopy(plain).double()(x.double())
+        expected = plain(x)
+        patch(plain)
+        assert_as_accurate(plain(x), expected, oracle)
+        assert torch.equal(unpatch(plain)(x), expected)
+
+
+class Step(NamedTuple):
+    """Outputs of a training step, and every gradient and running statistic behind it."""
+
+    outputs: tuple[Tensor, ...]
+    state: dict[str, Tensor]
+
+
+def training_step(model: nn.Module, x: Tensor) -> Step:
+    torch.manual_seed(0)
+    outputs = model(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = torch.linspace(-1, 1, outputs[0].numel(), dtype=x.dtype).view_as(outputs[0])
+    torch.stack([(output * weights).sum() for output in outputs]).sum().backward()
+    state = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return Step(outputs, state | {name: buffer.clone() for name, buffer in model.named_buffers()})
+
+
+def joined(state: dict[str, Tensor], exact: dict[str, Tensor]) -> Tensor:
+    """All tensors in one, each divided by its exact size, so that the smallest counts as the largest does.
+
+    One error budget for the model: of a single small tensor the largest error is too much a matter of luck. Gradients
+    that are zero but for rounding (the bias of keys) have no digits to compare.
+    """
+    sizes = {name: tensor.double().square().mean().sqrt() for name, tensor in exact.items()}
+    least = 1e-9 * torch.stack(list(sizes.values())).median()
+    return torch.cat([(state[name].double() / size).flatten() for name, size in sizes.items() if size > least])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EVERY)
+def test_training(name, dtype):
+    plain, x = build(name).to(dtype).train(), images(name, batch=3).to(dtype)
+    fused = patch(copy.deepcopy(plain))
+    exact = training_step(copy.deepcopy(plain).double(), x.double())
+    expected = training_step(plain, x)
+    got = training_step(fused, x)
+    for outputs in zip(got.outputs, expected.outputs, exact.outputs, strict=True):
+        assert_as_accurate(*outputs)
+    assert got.state.keys() == expected.state.keys() == exact.state.keys()
+    assert_as_accurate(
+        joined(got.state, exact.state).to(dtype),
+        joined(expected.state, exact.state).to(dtype),
+        joined(exact.state, exact.state),
+    )
+
+
+@pytest.mark.parametrize("name", ["vit", "deepvit", "cait", "cpvt", "cvt", "ceit"])
+def test_masks(name):
+    plain, x = build(name), images(name)
+    with torch.no_grad():
+        tokens = {"cvt": 144, "ceit": 16}.get(name, 16)
+        mask = torch.rand(2, tokens) < 0.7
+        mask[1] = False
+        oracle = copy.deepcopy(plain).double()(x.double(), mask)
+        expected = plain(x, mask)
+        assert not torch.equal(expected, plain(x))
+        assert_as_accurate(patch(plain)(x, mask), expected, oracle)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bool_2d", "additive", "causal"])
+def test_timm_attention_masks(kind):
+    block = build("timm_vit").blocks[0].attn
+    x = torch.randn(2, 6, 48)
+    bool_mask = torch.rand(2, 1, 6, 6) < 0.6
+    bool_mask[..., 0] = True
+    options = {
+        "bool": {"attn_mask": bool_mask},
+        "bool_2d": {"attn_mask": bool_mask[0, 0]},
+        "additive": {"attn_mask": torch.randn(6, 6)},
+        "causal": {"is_causal": True},
+    }[kind]
+    with torch.no_grad():
+        expected = block(x, **options)
+        oracle = copy.deepcopy(block).double()(x.double(), **{k: _double(v) for k, v in options.items()})
+        assert_as_accurate(patch(block, strict=True)(x, **options), expected, oracle)
+        block.fused_attn = False
+        assert_as_accurate(block(x, **options), unpatch(block)(x, **options), oracle)
+
+
+def _double(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_cait", "vit", "cait"])
+def test_attention_dropout_drops_in_training_only(name):
+    model, x = build(name), images(name)
+    for module in model.modules():
+        if hasattr(module, "attn_drop"):
+            module.attn_drop.p = 0.5
+    patch(model)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_autocast():
+    for name in ("vit", "cait", "ceit", "timm_vit", "timm_cait", "timm_twins"):
+        plain, x = build(name), images(name)
+        oracle = copy.deepcopy(plain).double()(x.double())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = plain(x)
+            got = patch(plain)(x)
+        assert got.dtype == expected.dtype
+        assert_as_accurate(got, expected, oracle, name=name)
