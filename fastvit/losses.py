@@ -149,10 +149,10 @@ class DistillationLoss(nn.Module):
             )
         return answer.detach()
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillationLoss:
         if isinstance(self.teacher, nn.Module):
-            self.teacher._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)
+            self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}, alpha={self.alpha:g}, tau={self.tau:g}, reduction={self.reduction!r}"

@@ -103,8 +103,8 @@ class TestGradients:
     def test_gradcheck(self, batch, kind):
         class_logits, distilled, taught, labels = batch
         loss = DistillationLoss(kind, 0.4, 1.5)
-        heads = (class_logits.requires_grad_(), distilled.requires_grad_())
-        assert torch.autograd.gradcheck(lambda a, b: loss(None, (a, b), labels, teacher_logits=taught), heads)
+        heads = (class_logits[:2].requires_grad_(), distilled[:2].requires_grad_())
+        assert torch.autograd.gradcheck(lambda a, b: loss(None, (a, b), labels[:2], teacher_logits=taught[:2]), heads)
 
     @pytest.mark.parametrize("as_argument", [False, True])
     def test_nothing_flows_into_the_teacher(self, batch, as_argument):
