@@ -13,7 +13,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -88,8 +87,8 @@ class Environment:
         """
         code = "import sysconfig; print(sysconfig.get_path('purelib'), end='')"
         own = subprocess.run([str(self.python), "-c", code], check=True, capture_output=True, text=True).stdout
-        parents = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        Path(own, "parent-environment.pth").write_text("\n".join(sorted(parents)) + "\n", encoding="utf-8")
+        seen = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        Path(own, "parent-environment.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")
 
     def pip(self, *arguments: str) -> None:
         """Run pip install, showing its progress."""
