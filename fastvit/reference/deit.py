@@ -94,7 +94,7 @@ class DeiT(IsotropicTransformer):
         super().reset_classifier(num_classes)
         if self.distilled:
             like = self.norm.weight
-            self.head_dist = self.make_head(num_classes).to(like.device, like.dtype)
+            self.head_dist = self.make_head(num_classes).to(like.device, like.dtype).train(self.training)
 
 
 _TINY = {"embed_dim": 192, "num_heads": 3}

@@ -155,7 +155,7 @@ class IsotropicTransformer(VisionModel):
 
     def reset_classifier(self, num_classes: int) -> None:
         like = next(self.parameters())
-        self.head = self.make_head(num_classes).to(like.device, like.dtype)
+        self.head = self.make_head(num_classes).to(like.device, like.dtype).train(self.training)
         self.num_classes = num_classes
 
     def make_head(self, num_classes: int) -> nn.Module:
