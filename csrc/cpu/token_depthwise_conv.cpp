@@ -15,6 +15,7 @@ constexpr int64_t kLanes = 16;            // channel blocks are whole vectors of
 constexpr int64_t kCacheFloats = 8192;    // of the L1 cache, for the rows of a channel block
 constexpr int64_t kItemsPerThread = 4;    // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 14;  // below it, waking other threads costs more than it saves
+constexpr int64_t kCachedBytes = 3 << 20;   // results up to this size are taken to be in the L2 or L3 cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -59,6 +60,7 @@ void run(TokenDepthwiseConv& op, int64_t numel) {
   const int64_t parameters = op.channel_blocks * (op.kernel * op.kernel + 4);  // as the kernel lays them out
   const int64_t rows = (op.kernel + 1) * op.padded_width + op.out_width;
   op.scratch_floats = op.channel_block * (parameters + rows);
+  op.prefetch = numel * (op.is_bf16 ? 2 : 4) > kCachedBytes;
   const int64_t items = op.batch * op.channel_blocks * op.row_blocks;
   const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
   parallel_for(0, items, divide_up(items, threads), [&](int64_t begin, int64_t end) {

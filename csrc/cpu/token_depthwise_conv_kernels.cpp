@@ -1,10 +1,11 @@
 // The arithmetic of token_depthwise_conv, compiled once per instruction set.
 //
 // One item (a channel block of a block of output rows) slides a ring of `kernel` input rows over the map. Each input
-// element is read once: widened to float32, normalised and activated on its way into the ring, whose padding columns
-// are zero. An output row is convolved from the ring into a row buffer, then finished (activation, residual, rounding)
-// on its way out. The norm behind the convolution is folded into taps and shift. All of it stays in the L1 cache, and
-// memory is touched in runs of whole channel blocks.
+// element is read once: widened to float32, normalised and activated on its way into the ring. An output row is
+// convolved from the ring into a row buffer, then finished (activation, residual, rounding) on its way out. The norm
+// behind the convolution is folded into taps and shift. All of it stays in the L1 cache, and memory is touched in runs
+// of whole channel blocks. (Convolving from x itself is slower: with a width such as 1536 the tokens of a row compete for
+// two sets of the cache.)
 #include "token_depthwise_conv.h"
 
 #include "vec.h"
@@ -17,8 +18,7 @@ constexpr int64_t kLanes = Vec::lanes;
 template <Activation activation>
 FASTVIT_INLINE Vec activate(Vec x) {
   if constexpr (activation == Activation::gelu) {
-    const Vec half = x * Vec::fill(0.5f);
-    return fma(half, erf(x * Vec::fill(0.70710678f)), half);
+    return gelu(x);
   } else if constexpr (activation == Activation::quick_gelu) {
     return x * sigmoid(x * Vec::fill(1.702f));
   } else if constexpr (activation == Activation::silu) {
@@ -66,9 +66,9 @@ Vec read(ChannelParameter parameter, int64_t at, int64_t n, float absent) {
                            : load(static_cast<const float*>(parameter.data) + at, n);
 }
 
-float read(ChannelParameter parameter, int64_t at) {
-  if (!parameter.is_bf16) return static_cast<const float*>(parameter.data)[at];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const bf16*>(parameter.data)[at].bits) << 16;
+FASTVIT_INLINE float widen(float x) { return x; }
+FASTVIT_INLINE float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
@@ -115,12 +115,13 @@ struct Block {
     *packed = 1.0f;
   }
 
-  // Row y of the padded input (zeros above and below the map); the column -padding is its first.
-  const float* input_row(int64_t y) const {
-    return y < 0 || y >= op.height ? zeros : ring + (y % op.kernel) * op.padded_width * op.channel_block;
-  }
-  float* ring_row(int64_t y) {
+  // Where input row y lies in the ring, behind its padding columns.
+  float* ring_row(int64_t y) const {
     return ring + ((y % op.kernel) * op.padded_width + op.padding) * op.channel_block;
+  }
+  // The same for reading; rows above and below the map are zeros.
+  const float* input_row(int64_t y) const {
+    return y < 0 || y >= op.height ? zeros + op.padding * op.channel_block : ring_row(y);
   }
 
  private:
@@ -131,11 +132,21 @@ struct Block {
   float* parameters_;
 };
 
-// Packs taps tap by tap, the norm folded in; lanes beyond the block's channels stay zero.
+// From (channels, taps) to (taps, width).
+template <class T>
+void transpose(const T* weight, int64_t channels, int64_t area, int64_t width, float* taps) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < area; ++tap) taps[tap * width + c] = widen(*weight++);
+  }
+}
+
+// Lays out the taps tap by tap, the norm folded in; lanes beyond the block's channels stay zero.
 void Block::pack() {
   const int64_t width = op.channel_block, area = op.kernel * op.kernel;
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t tap = 0; tap < area; ++tap) taps[tap * width + c] = read(op.weight, (first + c) * area + tap);
+  if (op.weight.is_bf16) {
+    transpose(static_cast<const bf16*>(op.weight.data) + first * area, channels, area, width, taps);
+  } else {
+    transpose(static_cast<const float*>(op.weight.data) + first * area, channels, area, width, taps);
   }
   for_each_vector(channels, [&](int64_t c, int64_t n) {
     Vec offset = read(op.bias, first + c, n, 0.0f);
@@ -156,6 +167,13 @@ void Block::pack() {
   });
 }
 
+// Brings the channels of a token that will be needed a row later near, for reading (0) or writing (1). The hardware
+// does not see the pattern: a few lines of each token in turn. A prefetch beyond the tensor does nothing.
+template <int for_writing, class T>
+FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(token + c, for_writing);
+}
+
 // Input row y into the ring: widened, normalised, activated.
 template <class T, Activation activation, bool normalise>
 void take_row(Block& block, const T* x, int64_t y) {
@@ -168,71 +186,83 @@ void take_row(Block& block, const T* x, int64_t y) {
       if constexpr (normalise) v = fma(v, Vec::load(block.pre_scale + c), Vec::load(block.pre_shift + c));
       activate<activation>(v).store(to + c);
     });
+    if (op.prefetch) prefetch<0>(from + op.width * op.x_token_stride, block.channels);
     from += op.x_token_stride;
     to += op.channel_block;
   }
 }
 
-// An output row from three input rows. Taps stay in registers while a vector of channels walks along the row.
-template <int64_t stride>
-void convolve_3x3(const Block& block, int64_t top, float* out, int64_t out_step) {
-  const int64_t width = block.op.channel_block, columns = block.op.out_width;
-  const float *above = block.input_row(top), *here = block.input_row(top + 1), *below = block.input_row(top + 2);
+// An output row of a 3x3 convolution with padding 1. A vector of channels walks along three input rows with the nine
+// taps in registers; columns it has seen stay in registers, too. With add_center the input is added to the output.
+template <int64_t stride, bool add_center>
+void convolve_3x3(const Block& block, int64_t top) {
+  const TokenDepthwiseConv& op = block.op;
+  const int64_t width = op.channel_block;
+  const Vec zero = Vec::fill(0.0f);
   for (int64_t c = 0; c < width; c += kLanes) {
     const float* tap = block.taps + c;
-    const Vec shift = Vec::load(block.shift + c);
     const Vec w0 = Vec::load(tap), w1 = Vec::load(tap + width), w2 = Vec::load(tap + 2 * width);
     const Vec w3 = Vec::load(tap + 3 * width), w4 = Vec::load(tap + 4 * width), w5 = Vec::load(tap + 5 * width);
     const Vec w6 = Vec::load(tap + 6 * width), w7 = Vec::load(tap + 7 * width), w8 = Vec::load(tap + 8 * width);
-    for (int64_t column = 0; column < columns; ++column) {
-      const int64_t at = column * stride * width + c;
-      const float *p = above + at, *q = here + at, *r = below + at;
-      Vec sum = fma(Vec::load(p), w0, shift);
-      sum = fma(Vec::load(p + width), w1, sum);
-      sum = fma(Vec::load(p + 2 * width), w2, sum);
-      sum = fma(Vec::load(q), w3, sum);
-      sum = fma(Vec::load(q + width), w4, sum);
-      sum = fma(Vec::load(q + 2 * width), w5, sum);
-      sum = fma(Vec::load(r), w6, sum);
-      sum = fma(Vec::load(r + width), w7, sum);
-      sum = fma(Vec::load(r + 2 * width), w8, sum);
-      sum.store(out + column * out_step + c);
+    const Vec shift = Vec::load(block.shift + c);
+    const float *p = block.input_row(top) + c, *q = block.input_row(top + 1) + c, *r = block.input_row(top + 2) + c;
+    float* to = block.row + c;
+    // Left, middle and right column of each row.
+    Vec p0 = zero, q0 = zero, r0 = zero;
+    Vec p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
+    const auto give = [&](Vec p2, Vec q2, Vec r2) {
+      Vec a = fma(p2, w2, fma(p1, w1, fma(p0, w0, shift)));
+      Vec b = fma(q2, w5, fma(q1, w4, q0 * w3));
+      b = fma(r2, w8, fma(r1, w7, fma(r0, w6, b)));
+      if constexpr (add_center) a += q1;
+      (a + b).store(to);
+      to += width;
+    };
+    for (int64_t column = 0; column + 1 < op.out_width; ++column) {
+      p += width, q += width, r += width;
+      const Vec p2 = Vec::load(p), q2 = Vec::load(q), r2 = Vec::load(r);
+      give(p2, q2, r2);
+      if constexpr (stride == 1) {
+        p0 = p1, q0 = q1, r0 = r1;
+        p1 = p2, q1 = q2, r1 = r2;
+      } else {
+        p += width, q += width, r += width;
+        p0 = p2, q0 = q2, r0 = r2;
+        p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
+      }
+    }
+    if (stride == 1 || op.width % 2 == 1) {
+      give(zero, zero, zero);
+    } else {
+      give(Vec::load(p + width), Vec::load(q + width), Vec::load(r + width));
     }
   }
 }
 
 // `count` neighbouring outputs of any kernel and stride: each tap is loaded once for all of them.
 template <int64_t count>
-FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c, float* out,
-                                     int64_t out_step) {
+FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c) {
   const TokenDepthwiseConv& op = block.op;
   const int64_t width = op.channel_block, step = op.stride * width;
   const float* tap = block.taps + c;
   Vec sum[count];
   for (int64_t i = 0; i < count; ++i) sum[i] = Vec::load(block.shift + c);
   for (int64_t dy = 0; dy < op.kernel; ++dy) {
-    const float* p = block.input_row(top + dy) + column * step + c;
+    const float* p = block.input_row(top + dy) + (column * op.stride - op.padding) * width + c;
     for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
       const Vec weight = Vec::load(tap);
       for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
     }
   }
-  for (int64_t i = 0; i < count; ++i) sum[i].store(out + (column + i) * out_step + c);
+  for (int64_t i = 0; i < count; ++i) sum[i].store(block.row + (column + i) * width + c);
 }
 
-void convolve_any(const Block& block, int64_t top, float* out, int64_t out_step) {
+void convolve_any(const Block& block, int64_t top) {
   for (int64_t c = 0; c < block.op.channel_block; c += kLanes) {
     int64_t column = 0;
-    for (; column + 4 <= block.op.out_width; column += 4) convolve_columns<4>(block, top, column, c, out, out_step);
-    for (; column < block.op.out_width; ++column) convolve_columns<1>(block, top, column, c, out, out_step);
+    for (; column + 4 <= block.op.out_width; column += 4) convolve_columns<4>(block, top, column, c);
+    for (; column < block.op.out_width; ++column) convolve_columns<1>(block, top, column, c);
   }
-}
-
-void convolve(const Block& block, int64_t top, float* out, int64_t out_step) {
-  const TokenDepthwiseConv& op = block.op;
-  if (op.kernel == 3 && op.stride == 1) return convolve_3x3<1>(block, top, out, out_step);
-  if (op.kernel == 3 && op.stride == 2) return convolve_3x3<2>(block, top, out, out_step);
-  convolve_any(block, top, out, out_step);
 }
 
 // The row buffer to its place: activated, the input added, rounded.
@@ -249,6 +279,7 @@ void give_row(const Block& block, const T* x, T* out, int64_t y) {
       if constexpr (residual) v += load(add + c, n);
       store(v, to + c, n);
     });
+    if (op.prefetch) prefetch<1>(to + op.out_width * op.channels, block.channels);
     from += op.channel_block;
     add += op.x_token_stride;
     to += op.channels;
@@ -270,41 +301,61 @@ TakeRow<T> choose_take_row(const TokenDepthwiseConv& op) {
 }
 
 template <class T>
-GiveRow<T> choose_give_row(const TokenDepthwiseConv& op) {
+GiveRow<T> choose_give_row(const TokenDepthwiseConv& op, bool residual) {
   GiveRow<T> chosen = nullptr;
   with_activation(op.activation, [&]<Activation activation>() {
-    chosen = op.residual ? give_row<T, activation, true> : give_row<T, activation, false>;
+    chosen = residual ? give_row<T, activation, true> : give_row<T, activation, false>;
   });
   return chosen;
 }
 
+// How the convolution itself is done, and whether it adds the residual as it goes.
+struct Convolution {
+  void (*make_row)(const Block&, int64_t top);
+  bool adds_residual;
+};
+
+Convolution choose_convolution(const TokenDepthwiseConv& op) {
+  if (op.kernel != 3 || op.padding != 1 || op.stride > 2) return {convolve_any, false};
+  if (op.stride == 2) return {convolve_3x3<2, false>, false};
+  // The ring holds x as it is, and nothing comes between the convolution and the sum.
+  const bool plain = op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none;
+  const bool adds = op.residual && plain && op.activation == Activation::none;
+  return {adds ? convolve_3x3<1, true> : convolve_3x3<1, false>, adds};
+}
+
+template <class T>
+void copy_prefix(const Block& block, const T* x, T* out) {
+  const TokenDepthwiseConv& op = block.op;
+  for (int64_t token = 0; token < op.prefix_tokens; ++token) {
+    memcpy(out + token * op.channels + block.first, x + token * op.x_token_stride + block.first,
+           static_cast<size_t>(block.channels) * sizeof(T));
+  }
+}
+
 template <class T>
 void run(const TokenDepthwiseConv& op, int64_t begin, int64_t end, float* scratch) {
+  const Convolution convolution = choose_convolution(op);
   const TakeRow<T> take = choose_take_row<T>(op);
-  const GiveRow<T> give = choose_give_row<T>(op);
-  const int64_t out_tokens = op.prefix_tokens + op.out_height * op.out_width;
+  const GiveRow<T> give = choose_give_row<T>(op, op.residual && !convolution.adds_residual);
+  const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
     // Images outermost: what lies in the same pages is worked on together.
     const int64_t rows = item % op.row_blocks, image = item / op.row_blocks / op.channel_blocks;
     block.enter(item / op.row_blocks % op.channel_blocks);
     const T* x = static_cast<const T*>(op.x) + image * op.x_batch_stride;
-    T* out = static_cast<T*>(op.out) + image * out_tokens * op.channels;
-    if (rows == 0) {
-      for (int64_t token = 0; token < op.prefix_tokens; ++token) {
-        memcpy(out + token * op.channels + block.first, x + token * op.x_token_stride + block.first,
-               static_cast<size_t>(block.channels) * sizeof(T));
-      }
-    }
+    T* out = static_cast<T*>(op.out) + image * out_image;
+    if (rows == 0) copy_prefix(block, x, out);
     const int64_t first_row = rows * op.row_block;
     const int64_t end_row = first_row + op.row_block < op.out_height ? first_row + op.row_block : op.out_height;
-    int64_t next = 0;  // the first input row not in the ring yet
+    int64_t next = 0;  // the first input row that is not in the ring yet
     for (int64_t y = first_row; y < end_row; ++y) {
       const int64_t top = y * op.stride - op.padding;
       const int64_t bottom = top + op.kernel < op.height ? top + op.kernel : op.height;
       if (next < top) next = top;
       for (; next < bottom; ++next) take(block, x, next);
-      convolve(block, top, block.row, op.channel_block);
+      convolution.make_row(block, top);
       give(block, x, out, y);
     }
   }
