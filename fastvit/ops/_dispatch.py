@@ -164,7 +164,7 @@ def _tell(selection: Selection) -> None:
             log.debug(message)
 
 
-def _configure_log(level: str | None) -> None:
+def configure_log(level: str | None) -> None:
     """Give the ``fastvit`` logger a level and a handler of its own when FASTVIT_LOG asks for them."""
     if not level:
         return
@@ -177,4 +177,4 @@ def _configure_log(level: str | None) -> None:
     log.addHandler(handler)
 
 
-_configure_log(os.environ.get("FASTVIT_LOG"))
+configure_log(os.environ.get("FASTVIT_LOG"))

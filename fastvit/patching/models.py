@@ -18,8 +18,8 @@ def _fuse(model: nn.Module) -> None:
 
 def fuse_reference_models() -> None:
     """Fuse every reference model as it is built from now on, unless FASTVIT_BACKEND asks for the reference alone."""
-    only_reference = backends.REQUESTED is not None and backends.REQUESTED <= {"reference"}
-    if not only_reference and _fuse not in base.on_build:
+    requested = backends.REQUESTED
+    if requested != {"reference"} and _fuse not in base.on_build:
         base.on_build.append(_fuse)
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastvit.patching import reference, timm
+from fastvit.patching import reference, timm, torchvision, transformers, vit_pytorch
 from fastvit.patching.fusion import Row, fused_class, names_used, plain_class
 
-TABLES = (reference.ROWS, timm.ROWS)
+TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -85,16 +85,17 @@ def _changed(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
             continue
         method = inspect.getattr_static(plain, name)
         if method is not inspect.getattr_static(known, name):
-            # A forward of one's own around the method that fusing replaces is what a subclass is for.
-            if name in replaced or not replaced <= _names_used_by(method):
+            if name in replaced or not _keeps(method, replaced):
                 yield f"{plain.__name__} overrides {name}"
         elif row.known_names is not None:
             yield from _foreign_method(known, name, method, row.known_names)
 
 
-def _names_used_by(method: object) -> set[str]:
-    code = getattr(method, "__code__", None)
-    return set() if code is None else names_used(code)
+def _keeps(forward: object, replaced: set[str]) -> bool:
+    """Whether a subclass's own forward still comes to the methods that fusing replaces: by name, or through super()."""
+    code = getattr(forward, "__code__", None)
+    names = set() if code is None else names_used(code)
+    return replaced <= names or {"super", "forward"} <= names
 
 
 def _foreign_method(known: type, name: str, method: object, known_names: frozenset[str]) -> Iterator[str]:

@@ -1,0 +1,101 @@
+"""import fastvit: what it costs, what it gives, and what the environment changes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastvit
+from fastvit.patching import recognise
+from fastvit.reference import registry
+
+SIZE = {"img_size": 32, "num_classes": 5}
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_import_is_cheap_and_needs_no_optional_library():
+    code = """
+import json, sys, time
+import torch
+start = time.process_time()
+before = set(sys.modules)
+import fastvit
+print(json.dumps({"seconds": time.process_time() - start, "new": sorted(set(sys.modules) - before)}))
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    libraries = {name.partition(".")[0] for name in found["new"]}
+    optional = {"triton", "timm", "transformers", "torchvision", "vit_pytorch", "rich", "numpy", "safetensors"}
+    assert not libraries & optional
+    assert found["seconds"] < 1.0
+
+
+def test_public_names_are_there_and_documented():
+    for name in fastvit.__all__:
+        value = getattr(fastvit, name)
+        assert name == "__version__" or value.__doc__, name
+
+
+def test_create_model_fuses_unless_told_not_to():
+    model = fastvit.create_model("cait_xxs24_224", depth=2, **SIZE)
+    assert {row.status for row in fastvit.report(model).rows} == {"patched"}
+    plain = fastvit.create_model("cait_xxs24_224", depth=2, fused=False, **SIZE)
+    assert not fastvit.is_patched(plain)
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+
+
+def test_create_model_takes_what_the_reference_takes():
+    ours = inspect.signature(fastvit.create_model).parameters
+    theirs = inspect.signature(registry.create_model).parameters
+    assert {name: parameter.default for name, parameter in ours.items() if name != "fused"} == {
+        name: parameter.default for name, parameter in theirs.items()
+    }
+    with pytest.raises(ValueError, match="did you mean"):
+        fastvit.create_model("deit_small")
+
+
+def test_a_users_subclass_of_a_family_is_fused_as_it_is_built():
+    class Mine(fastvit.reference.ViT):
+        pass
+
+    assert fastvit.is_patched(Mine(img_size=32, embed_dim=16, depth=1, num_heads=2))
+
+
+def test_every_row_names_a_class_that_exists():
+    for row in recognise.reference.ROWS:
+        module, _, name = row.path.rpartition(".")
+        assert inspect.isclass(getattr(sys.modules[module], name)), row.path
+        assert row.op in fastvit.ops.IMPLEMENTATIONS
+        assert row.methods()
+
+
+@pytest.mark.parametrize(("value", "expected"), [("reference", "False None"), ("triton", "True reference")])
+def test_fastvit_backend_in_a_fresh_process(value, expected):
+    code = """
+import fastvit
+model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+print(fastvit.is_patched(model), fastvit.report(model).rows[0].backend)
+"""
+    result = run(code, FASTVIT_BACKEND=value, TRITON_INTERPRET="0")
+    assert result.stdout.strip() == expected, result.stderr
+
+
+def test_a_wrong_fastvit_backend_is_refused():
+    result = run("import fastvit", FASTVIT_BACKEND="fast")
+    assert result.returncode != 0
+    assert "FASTVIT_BACKEND: got 'fast', accepted are" in result.stderr
