@@ -1,0 +1,80 @@
+"""What the libraries' tables share: is a sub-module the plain class, and is the structure around it the known one."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+
+from torch import Tensor, nn
+
+from fastvit.patching.fusion import plain_class
+
+
+def dropout_p(dropout: nn.Dropout) -> float:
+    """The probability a dropout layer drops with now."""
+    return dropout.p if dropout.training else 0.0
+
+
+def is_plain(part: object, cls: type[nn.Module]) -> bool:
+    """Whether a sub-module is exactly ``cls`` without hooks: only then may its tensors be read."""
+    return type(part) is cls and not part._forward_hooks and not part._forward_pre_hooks
+
+
+def forward_is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody put a function of his own in place of this instance's forward (to see what it returns)."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not isinstance(forward, MethodType)
+
+
+def as_mask_and_bias(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A library's attention mask as (bool mask, additive bias)."""
+    if attention_mask is None:
+        return None, None
+    return (None, attention_mask) if attention_mask.is_floating_point() else (attention_mask, None)
+
+
+def check_parameters(module: nn.Module, *names: str) -> list[str]:
+    """A reason where the forward of a module's plain class takes other parameters than these."""
+    taken = tuple(inspect.signature(plain_class(module).forward).parameters)[1:]
+    if taken == names:
+        return []
+    return [f"forward takes ({', '.join(taken)}), expected is ({', '.join(names)})"]
+
+
+def check_attributes(module: nn.Module, *names: str) -> list[str]:
+    """A reason naming the attributes that a module lacks."""
+    missing = [name for name in names if not hasattr(module, name)]
+    return [f"{', '.join(missing)} not there"] if missing else []
+
+
+def check_linear(module: nn.Module, name: str, width: int) -> list[str]:
+    """A reason where a projection gives another width. One that is not a plain linear answers for itself."""
+    part = getattr(module, name, None)
+    if type(part) is nn.Linear and part.out_features != width:
+        return [f"{name} gives {part.out_features} channels, expected {width}"]
+    return [] if isinstance(part, nn.Module) else [f"{name} is missing"]
+
+
+def check_scale(name: str, got: float, head_dim: int) -> list[str]:
+    """A reason where the logits are scaled by another number than head_dim ** -0.5."""
+    expected = head_dim**-0.5
+    return [] if got == expected else [f"{name} is {got}, expected {expected} (head dimension ** -0.5)"]
+
+
+def check_depthwise(name: str, conv: object, norm: object = None) -> list[str]:
+    """Reasons why tokens cannot be convolved by this convolution (and the BatchNorm behind it) as they lie."""
+    if not is_plain(conv, nn.Conv2d):
+        return [f"{name} is not a plain nn.Conv2d without hooks"]
+    expected = {
+        "groups": (conv.groups, conv.in_channels),
+        "out_channels": (conv.out_channels, conv.in_channels),
+        "kernel_size": (conv.kernel_size, (conv.kernel_size[0],) * 2),
+        "padding": (conv.padding, (conv.padding[0],) * 2),
+        "stride": (conv.stride, (conv.stride[0],) * 2),
+        "dilation": (conv.dilation, (1, 1)),
+        "padding_mode": (conv.padding_mode, "zeros"),
+    }
+    found = [f"{name} has {what} {got}, expected {want}" for what, (got, want) in expected.items() if got != want]
+    if norm is not None and not is_plain(norm, nn.BatchNorm2d):
+        found.append(f"the norm behind {name} is not a plain nn.BatchNorm2d without hooks")
+    return found

@@ -1,0 +1,254 @@
+"""lucidrains' vit-pytorch: attention of ViT, SimpleViT, DistillableViT, CaiT and CvT, convolutions of CvT and Twins.
+
+Its CvT and Twins keep maps (B, C, H, W) where the operators take tokens. A fused convolution brings its map into the
+order of tokens once; in CvT the tokens then stay as they lie, in maps that are views of them, up to the attention.
+vit-pytorch itself is never imported.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.patching.fusion import Fused, Row, intact, names_used
+from fastvit.patching.parts import (
+    check_attributes,
+    check_depthwise,
+    check_linear,
+    check_parameters,
+    dropout_p,
+    is_plain,
+)
+from fastvit.reference.functional import BatchNorm
+
+
+def _in_heads(tokens: Tensor, heads: int) -> Tensor:
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _packed_attention(module: nn.Module, x: Tensor, drop: float) -> Tensor:
+    """The forward of ViT's and SimpleViT's attention up to the output projection."""
+    q, k, v = (_in_heads(part, module.heads) for part in module.to_qkv(module.norm(x)).chunk(3, dim=-1))
+    out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
+    return out.transpose(1, 2).flatten(2)
+
+
+class AttentionSeam(Fused):
+    """ViT's attention, which DistillableViT shares."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        return self.to_out(_packed_attention(self, x, dropout_p(self.dropout)))
+
+
+class SimpleAttentionSeam(Fused):
+    """SimpleViT's attention, which has no dropout."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attend": nn.Softmax}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        return self.to_out(_packed_attention(self, x, 0.0))
+
+
+class TalkingHeadSeam(Fused):
+    """CaiT's attention: talking heads without bias, dropout before the second mix, in the class stage too."""
+
+    fastvit_op = "head_mixed_attention"
+    fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x, context)
+        x = self.norm(x)
+        context = x if context is None else torch.cat((x, context), dim=1)
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        out = ops.head_mixed_attention(
+            _in_heads(self.to_q(x), self.heads),
+            _in_heads(k, self.heads),
+            _in_heads(v, self.heads),
+            pre_weight=self.mix_heads_pre_attn.t(),  # column g makes head g
+            post_weight=self.mix_heads_post_attn.t(),
+            scale=self.scale,
+            dropout_p=dropout_p(self.dropout),
+            backend=self.fastvit_backend,
+        )
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class ConvProjectionSeam(Fused):
+    """CvT's depthwise convolution and BatchNorm on tokens; the 1x1 convolution behind them gets a view as its map."""
+
+    fastvit_op = "token_depthwise_conv"
+    fastvit_reads: ClassVar = {"net": nn.Sequential}
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self.net[0], self.net[1]
+        if not (intact(self) and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
+            return self.fastvit_plain.forward(self, x)
+        grid = tuple(x.shape[2:])
+        tokens = ops.token_depthwise_conv(
+            x.flatten(2).transpose(1, 2),
+            conv.weight,
+            conv.bias,
+            grid=grid,
+            stride=conv.stride[0],
+            padding=conv.padding[0],
+            norm=BatchNorm.of(norm),
+            backend=self.fastvit_backend,
+        )
+        height = (grid[0] + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
+        return self.net[2](tokens.transpose(1, 2).unflatten(2, (height, -1)))
+
+
+class PEGSeam(Fused):
+    """Twins' position encoding generator: convolution and residual in one, the map left in the order it came in."""
+
+    fastvit_op = "token_depthwise_conv"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _adds_plainly(self.proj):
+            return self.fastvit_plain.forward(self, x)
+        conv = self.proj.fn
+        tokens = ops.token_depthwise_conv(
+            x.flatten(2).transpose(1, 2),
+            conv.weight,
+            conv.bias,
+            grid=tuple(x.shape[2:]),
+            padding=conv.padding[0],
+            residual=True,
+            backend=self.fastvit_backend,
+        )
+        out = tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+        return out.contiguous() if x.is_contiguous() else out
+
+
+def _adds_plainly(residual: nn.Module) -> bool:
+    return is_plain(residual.fn, nn.Conv2d) and not residual._forward_hooks and not residual._forward_pre_hooks
+
+
+class ConvAttentionSeam(Fused):
+    """CvT's attention behind its projections; where they are fused as well, q, k and v are views of their tokens."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        height, width = x.shape[2:]
+        x = self.norm(x)
+        q, k, v = (
+            _with_adjacent_channels(part.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3))
+            for part in (self.to_q(x), *self.to_kv(x).chunk(2, dim=1))
+        )
+        out = ops.masked_attention(
+            q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
+        )
+        return self.to_out(out.transpose(2, 3).reshape(x.shape[0], -1, height, width))
+
+
+def _with_adjacent_channels(tokens: Tensor) -> Tensor:
+    return tokens if tokens.stride(3) == 1 else tokens.contiguous()
+
+
+class LayerNormReAttentionSeam(Fused):
+    """DeepViT's re-attention with LayerNorm over heads. It replaces nothing: the operator has no such norm."""
+
+    fastvit_op = "head_mixed_attention"
+
+
+def _check_attention(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "heads", "scale", "norm", "to_qkv", "to_out") + check_parameters(module, "x")
+    return found or _check_softmax(module) + _check_heads(module, "to_qkv", 3)
+
+
+def _check_heads(module: nn.Module, name: str, parts: int) -> list[str]:
+    """The scale tells the head dimension, which is no attribute of its own."""
+    return check_linear(module, name, parts * module.heads * round(module.scale**-2))
+
+
+def _check_softmax(module: nn.Module) -> list[str]:
+    dim = module.attend.dim
+    return [] if dim == -1 else [f"attend is a softmax over axis {dim}, expected -1"]
+
+
+def _check_talking_heads(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "heads", "scale", "norm", "to_q", "to_kv", "to_out")
+    found += check_parameters(module, "x", "context")
+    if found:
+        return found
+    square = (module.heads, module.heads)
+    for name in ("mix_heads_pre_attn", "mix_heads_post_attn"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.shape != square:
+            found.append(f"{name} does not map heads to heads")
+    return found + _check_softmax(module) + _check_heads(module, "to_q", 1) + _check_heads(module, "to_kv", 2)
+
+
+def _check_conv_attention(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "heads", "scale", "norm", "to_q", "to_kv", "to_out")
+    return (found + check_parameters(module, "x")) or _check_softmax(module)
+
+
+def _check_conv_projection(module: nn.Module) -> list[str]:
+    if len(module.net) != 3:
+        return [f"net has {len(module.net)} parts, expected are convolution, BatchNorm and 1x1 convolution"]
+    return check_parameters(module, "x") + check_depthwise("net.0", module.net[0], module.net[1])
+
+
+def _check_peg(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "proj") or check_attributes(module.proj, "fn")
+    found = found or check_parameters(module, "x") + check_parameters(module.proj, "x", "kwargs")
+    found = found or check_depthwise("proj.fn", module.proj.fn)
+    if found:
+        return found
+    conv = module.proj.fn
+    unknown = sorted(names_used(type(module.proj).forward.__code__) - {"fn"})
+    if unknown:
+        found.append(f"forward of proj uses {', '.join(unknown)}, which is not known")
+    if conv.stride != (1, 1) or conv.padding[0] != conv.kernel_size[0] // 2:
+        found.append("proj.fn does not keep the size of the map")
+    return found if found or _adds_plainly(module.proj) else ["proj has forward hooks, which would not be called"]
+
+
+def _check_re_attention(module: nn.Module) -> list[str]:
+    return ["its LayerNorm over heads is not implemented in head_mixed_attention, which normalises by BatchNorm"]
+
+
+# Every global and attribute name that the forwards of the versions read (up to vit-pytorch 1.26) use.
+_COMMON_NAMES = frozenset(
+    {"norm", "chunk", "map", "rearrange", "heads", "torch", "matmul", "transpose", "scale", "attend", "to_out"}
+)
+_ATTENTION_NAMES = _COMMON_NAMES | {"to_qkv", "dropout"}
+_TALKING_HEAD_NAMES = _COMMON_NAMES | {
+    "shape",
+    "exists",
+    "cat",
+    "to_q",
+    "to_kv",
+    "einsum",
+    "dropout",
+    "mix_heads_pre_attn",
+    "mix_heads_post_attn",
+}
+_CONV_ATTENTION_NAMES = _COMMON_NAMES | {"shape", "to_q", "to_kv", "einsum", "dropout"}
+
+ROWS = (
+    Row("vit_pytorch.vit.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
+    Row("vit_pytorch.simple_vit.Attention", SimpleAttentionSeam, _check_attention, _COMMON_NAMES | {"to_qkv"}),
+    Row("vit_pytorch.cait.Attention", TalkingHeadSeam, _check_talking_heads, _TALKING_HEAD_NAMES),
+    Row("vit_pytorch.cvt.Attention", ConvAttentionSeam, _check_conv_attention, _CONV_ATTENTION_NAMES),
+    Row("vit_pytorch.cvt.DepthWiseConv2d", ConvProjectionSeam, _check_conv_projection, frozenset({"net"})),
+    Row("vit_pytorch.twins_svt.PEG", PEGSeam, _check_peg, frozenset({"proj"})),
+    Row("vit_pytorch.deepvit.Attention", LayerNormReAttentionSeam, _check_re_attention),
+)
