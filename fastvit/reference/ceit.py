@@ -28,7 +28,6 @@ from fastvit.reference.layers import (
     Attention,
     DropPath,
     Mlp,
-    expand_mask,
     init_linear_and_norm,
     linear_drop_path,
     run_block,
@@ -272,11 +271,11 @@ class CeiT(IsotropicTransformer):
     ) -> tuple[Tensor, list[Tensor]]:
         """As every family's, but that blocks know the grid, and LCA makes the class token once all of them have run."""
         grid = self.stem.grid(*images.shape[-2:])
-        mask = expand_mask(mask, grid[0] * grid[1], 1)
+        mask = self.block_mask(images, mask)
         x = self.embed(images)
         kept, class_tokens = [], []
         for index, block in enumerate(self.blocks[: None if last is None else last + 1]):
-            x = run_block(block, self.grad_checkpointing and self.training, x, grid, mask)
+            x = run_block(block, self.checkpointing, x, grid, mask)
             class_tokens.append(x[:, 0].clone())  # a view would keep every layer's patch tokens in memory
             if index in keep:
                 kept.append(x)

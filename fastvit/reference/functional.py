@@ -329,7 +329,9 @@ def token_depthwise_conv(
     h, w = grid
     prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
     if tokens.shape[1] != h * w:
-        raise ValueError(f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} behind {prefix_tokens} prefix tokens")
+        raise ValueError(
+            f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} behind {prefix_tokens} prefix tokens"
+        )
     channels, kernel = weight.shape[0], weight.shape[-1]
     image = tokens.transpose(1, 2).reshape(x.shape[0], channels, h, w)
     inner = pre_norm(image) if pre_norm is not None else image
@@ -341,4 +343,6 @@ def token_depthwise_conv(
     out = activate(out, activation)
     if residual:
         out = out + image
-    return torch.cat((prefix, out.flatten(2).transpose(1, 2)), dim=1) if prefix_tokens else out.flatten(2).transpose(1, 2)
+    return (
+        torch.cat((prefix, out.flatten(2).transpose(1, 2)), dim=1) if prefix_tokens else out.flatten(2).transpose(1, 2)
+    )

@@ -16,7 +16,7 @@ from fastvit.reference import functional
 
 def to_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     """An int or a pair of ints as a pair; ValueError names the argument otherwise."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
         raise ValueError(f"{name}: got {value!r}, accepted is a positive int or a pair (height, width) of them")
     return pair

@@ -96,7 +96,7 @@ class Pyramid(VisionModel):
             prefix = self.prefix_tokens(stage)
             if fine is None:
                 fine = grid
-                expand_mask(mask, grid[0] * grid[1], 0)  # checks dtype and shape against the first stage's tokens
+                expand_mask(mask, grid[0] * grid[1], 0, batch=x.shape[0])  # checks it against the first stage's tokens
             seen = stage_mask(mask, fine, grid, self.key_grid(stage, grid), prefix)
             for index in range(depth):
                 tokens = self.run_layer(stage, index, tokens, grid, seen)

@@ -11,9 +11,7 @@ from fastvit.reference.base import Variant, VisionModel
 from fastvit.reference.layers import to_pair
 
 VARIANTS: dict[str, Variant] = {
-    name: variant
-    for family in (vit, deit, deepvit, cait, cpvt, cvt, ceit)
-    for name, variant in family.VARIANTS.items()
+    name: variant for family in (vit, deit, deepvit, cait, cpvt, cvt, ceit) for name, variant in family.VARIANTS.items()
 }
 
 
