@@ -10,6 +10,8 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
+# Two processes: much of the suite is Python and compilers, which one process leaves a core idle for.
+PYTEST_JOBS ?= -n 2 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ demo: $(STAMPS)/demo $(STAMPS)/native
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/native
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_JOBS) $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def copy_sources(target: Path) -> Path:
     """The files a checkout has, without what builds leave behind."""
     target.mkdir(parents=True)
     left_behind = shutil.ignore_patterns("*.so", "*.so.new", "__pycache__", "_build_info.json", "*.egg-info")
-    for name in ("fastvit", "kernels", "csrc", "tests"):
+    for name in ("fastvit", "kernels", "csrc", "tests", "requirements"):
         shutil.copytree(ROOT / name, target / name, ignore=left_behind)
     for pattern in ("*.py", "*.toml", "*.in", "*.md", "LICENSE"):
         for path in ROOT.glob(pattern):
@@ -180,6 +180,7 @@ def test_sdist_holds_what_a_build_needs_and_no_more(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "fastvit/py.typed", "fastvit/backends.py"}
     assert wanted <= names, f"missing: {sorted(wanted - names)}"
     unwanted = [name for name in names if re.search(r"\.(so|o|pyc)$|_build_info\.json$|^(\.venv|build)/", name)]
@@ -190,6 +191,7 @@ def test_isolated_wheel_is_compiled_and_complete(wheel: Path) -> None:
     names = names_in(wheel)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastvit").rglob("*.py")}
     modules |= {f"fastvit/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules.add(f"fastvit-{__version__}.dist-info/licenses/LICENSE")
     assert modules | {f"fastvit/_C{SUFFIX}", "fastvit/py.typed", "fastvit/_build_info.json"} <= names
     strangers = {name.split("/")[0] for name in names} - {"fastvit", f"fastvit-{__version__}.dist-info"}
     assert not strangers, "nothing may be installed beside the package: no top-level kernels, csrc, tests"
