@@ -1,0 +1,91 @@
+"""Tests marked ``interpreter`` run in Triton's interpreter, in a process of their own.
+
+Triton decides when a kernel is decorated, for its own library too, so TRITON_INTERPRET=1 must be set before the first
+import of triton; in the process of the other tests it must not be. At the first marked test a child pytest runs all
+that were selected, and each one here takes over the outcome of its twin there. To have them in place, under a debugger
+for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+REPORT = "FASTVIT_TEST_INTERPRETER_REPORT"
+TIMEOUT = 600
+
+_outcomes = pytest.StashKey[dict[str, list[str]]]()
+_seen: dict[str, list[str]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interpreter: runs in Triton's interpreter, in a process of its own")
+    if INTERPRETING:
+        _teach_bfloat16()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Let the child's outcome stand for the call."""
+    if INTERPRETING or pyfuncitem.get_closest_marker("interpreter") is None:
+        return None
+    stash = pyfuncitem.session.stash
+    if _outcomes not in stash:
+        items = [item for item in pyfuncitem.session.items if item.get_closest_marker("interpreter") is not None]
+        stash[_outcomes] = _run_child(pyfuncitem.config.rootpath, [item.nodeid for item in items])
+    outcome, text = stash[_outcomes].get(pyfuncitem.nodeid, ["failed", "it did not run in the interpreter's process"])
+    if outcome == "skipped":
+        pytest.skip(text)
+    if outcome != "passed":
+        pytest.fail(text, pytrace=False)
+    return True
+
+
+def _run_child(root: Path, nodeids: list[str]) -> dict[str, list[str]]:
+    """Run these tests under TRITON_INTERPRET=1; outcome and text by node id."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(report)}
+        environment.pop("PYTEST_ADDOPTS", None)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(root), *nodeids]
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+        if not report.exists():
+            text = f"the interpreter's process ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
+            return {nodeid: ["failed", text] for nodeid in nodeids}
+        return json.loads(report.read_text())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the child: note the worst phase of each test."""
+    if report.outcome != "passed" or report.when == "call":
+        _seen[report.nodeid] = [report.outcome, report.longreprtext or str(report.longrepr or "")]
+
+
+def pytest_sessionfinish() -> None:
+    if REPORT in os.environ:
+        Path(os.environ[REPORT]).write_text(json.dumps(_seen))
+
+
+def _teach_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as uint16 and multiplies those integers; give ``tl.dot`` float32 operands."""
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder
+    except ImportError:
+        return
+    plain = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *others):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return plain(self, a, b, *others)
+
+    InterpreterBuilder.create_dot = create_dot
