@@ -152,6 +152,8 @@ class CaiT(IsotropicTransformer):
         drop_path_rate: stochastic depth, the same in every block.
     """
 
+    cls_token: nn.Parameter
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

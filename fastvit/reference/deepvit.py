@@ -61,7 +61,7 @@ class ReAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
-        if not self.transform:
+        if self.reatten_matrix is None:
             return super().attend(q, k, v, mask)
         return functional.re_attention(
             q,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +255,7 @@ def take_indices(depth: int, indices: int | Sequence[int] | None) -> Taken:
     return Taken(set(chosen), max(chosen))
 
 
-def run_block(block: nn.Module, recompute: bool, *args):
+def run_block(block: Callable[..., Any], recompute: bool, *args: Any) -> Any:
     """``block(*args)``, checkpointed where asked for and where there is something to differentiate."""
     if not recompute or not torch.is_grad_enabled():
         return block(*args)

@@ -90,7 +90,7 @@ def test_every_name_is_there():
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_parameters_and_multiply_adds(name):
+def test_parameters_multiply_adds_and_image_preparation(name):
     params, gmacs = EXPECTED[name]
     with torch.device("meta"):
         model = create_model(name).eval().requires_grad_(False)
@@ -101,12 +101,10 @@ def test_parameters_and_multiply_adds(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == params == VARIANTS[name].params
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=5e-3)
     assert VARIANTS[name].gmacs == pytest.approx(gmacs, rel=5e-3)
+    assert_image_preparation(name, model.default_cfg)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_image_preparation(name):
-    with torch.device("meta"):
-        cfg = create_model(name).default_cfg
+def assert_image_preparation(name: str, cfg: dict) -> None:
     size = next((int(part) for part in name.split("_") if part in ("384", "448")), 224)
     assert cfg["input_size"] == (3, size, size)
     half = name.startswith(("vit_", "deepvit_"))
