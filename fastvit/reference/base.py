@@ -49,7 +49,7 @@ class Variant:
 class _BuiltModel(type):
     """Runs :data:`on_build` after the outermost ``__init__``, so that subclasses users write are fused too."""
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
         for hook in on_build:
             hook(model)
