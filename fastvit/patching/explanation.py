@@ -79,6 +79,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
         stack.enter_context(_dispatch.recording(lambda choice: rows.append(Choice(running[-1], *choice))))
         model(*args, **kwargs)
     return Explanation(plain_class(model).__name__, tuple(rows))

@@ -45,6 +45,13 @@ class Fused:
             return (_rebuild, (cls.__bases__[0], cls.fastvit_plain, *args[1:]), *rest)
         return (rebuild, args, *rest)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript asks this before it compiles; it would get lost in the fused path."""
+        raise RuntimeError(
+            f"TorchScript cannot compile {type(self).__name__}: call fastvit.unpatch(model) first (torch.compile and "
+            "torch.export take the model as it is)"
+        )
+
 
 def _rebuild(seam: type[Fused], plain: type[nn.Module], *new_args: Any) -> nn.Module:
     cls = fused_class(seam, plain)
@@ -76,10 +83,26 @@ def give(module: nn.Module, cls: type[nn.Module], backend: str = "auto") -> None
 
 
 def undo(model: nn.Module) -> None:
-    """Give every fused module its plain class back."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            give(module, plain_class(module))
+    """Give every fused module its plain class back.
+
+    Raises:
+        RuntimeError: somebody put a class of his own over a fused one since (FSDP and parametrisations do), which the
+            plain class would silently drop.
+    """
+    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    covered = [f"{name} ({type(module).__name__})" for name, module in fused if not _is_ours(type(module))]
+    if covered:
+        raise RuntimeError(
+            "classes were put over fused ones since patch (as FSDP and parametrisations do); take them off before "
+            f"patching anew or undoing: {', '.join(covered)}"
+        )
+    for _, module in fused:
+        give(module, plain_class(module))
+
+
+def _is_ours(cls: type) -> bool:
+    """Whether a class was made here, and is not derived from one that was."""
+    return "fastvit_plain" in vars(cls)
 
 
 def intact(module: nn.Module) -> bool:

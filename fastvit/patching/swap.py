@@ -61,7 +61,7 @@ def patch(
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
         ValueError: an operator or backend name that does not exist.
         RuntimeError: the backend cannot run on this machine; ``strict`` and a block was left alone; ``verify`` found
-            the fused model less accurate than its budget.
+            the fused model less accurate than its budget; a class was put over a fused one since an earlier patch.
 
     Warns:
         UserWarning: nothing could be fused; names the classes looked at, or why each was left alone.
@@ -86,7 +86,12 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model."""
+    """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model.
+
+    Raises:
+        TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
+        RuntimeError: a class was put over a fused one since ``patch`` (FSDP does so).
+    """
     check_model(model)
     undo(model)
     reporting.forget(model)

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, intact
-
-
-def _dropout_p(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
+from fastvit.patching.parts import check_attributes, check_depthwise, check_linear, check_scale, dropout_p, is_plain
 
 
 def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -47,7 +44,7 @@ class AttentionSeam(Fused):
             mask,
             bias,
             scale=self.scale,
-            dropout_p=_dropout_p(self.attn_drop),
+            dropout_p=dropout_p(self.attn_drop),
             backend=self.fastvit_backend,
         )
         out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
@@ -83,7 +80,7 @@ class TalkingHeadSeam(Fused):
             self.proj_w.weight,
             self.proj_w.bias,
             scale=self.scale,
-            dropout_p=_dropout_p(self.attn_drop),
+            dropout_p=dropout_p(self.attn_drop),
             backend=self.fastvit_backend,
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
@@ -104,7 +101,7 @@ class ClassAttentionSeam(Fused):
         k = self.k(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
         v = self.v(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
         out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=_dropout_p(self.attn_drop), backend=self.fastvit_backend
+            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))
 
@@ -117,7 +114,7 @@ class PosConvSeam(Fused):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         conv = self.proj[0]
-        if not intact(self) or not _is_plain_conv(conv):
+        if not intact(self) or not is_plain(conv, nn.Conv2d):
             return self.fastvit_plain.forward(self, x, size)
         return ops.token_depthwise_conv(
             x,
@@ -131,59 +128,41 @@ class PosConvSeam(Fused):
         )
 
 
-def _is_plain_conv(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
-
-
-def _check_heads(module: nn.Module, width: int, parts: dict[str, int]) -> list[str]:
-    """Reasons for projections (exactly nn.Linear ones; wrapped ones answer for themselves) of another width."""
-    found = []
-    for name, factor in parts.items():
-        part = getattr(module, name, None)
-        if not isinstance(part, nn.Module):
-            found.append(f"{name} is missing")
-        elif type(part) is nn.Linear and part.out_features != factor * width:
-            found.append(f"{name} gives {part.out_features} channels, expected {factor * width}")
-    return found
-
-
 def _check_attention(module: nn.Module) -> list[str]:
-    missing = [name for name in ("num_heads", "head_dim", "scale", "q_norm", "k_norm") if not hasattr(module, name)]
+    missing = check_attributes(module, "num_heads", "head_dim", "scale", "q_norm", "k_norm", "proj", "proj_drop")
     if missing:
-        return [f"{', '.join(missing)} not there"]
-    if module.scale != module.head_dim**-0.5:
-        return [f"scale is {module.scale}, expected {module.head_dim**-0.5} (head_dim ** -0.5)"]
-    return _check_heads(module, module.num_heads * module.head_dim, {"qkv": 3})
-
-
-def _check_cait(module: nn.Module) -> list[str]:
-    if type(module.proj) is not nn.Linear:
-        return []
-    parts = {"qkv": 3} if hasattr(module, "qkv") else {"q": 1, "k": 1, "v": 1}
-    return _check_heads(module, module.proj.in_features, parts)
+        return missing
+    width = module.num_heads * module.head_dim
+    return check_scale("scale", module.scale, module.head_dim) + check_linear(module, "qkv", 3 * width)
 
 
 def _check_talking_heads(module: nn.Module) -> list[str]:
-    square = (module.num_heads, module.num_heads)
-    wrong = [name for name in ("proj_l", "proj_w") if tuple(getattr(module, name).weight.shape) != square]
-    return [f"{name} does not map heads to heads" for name in wrong] + _check_cait(module)
+    missing = check_attributes(module, "num_heads", "scale", "proj", "proj_drop")
+    if missing:
+        return missing
+    heads = module.num_heads
+    mixes = [name for name in ("proj_l", "proj_w") if tuple(getattr(module, name).weight.shape) != (heads, heads)]
+    found = [f"{name} does not map heads to heads" for name in mixes]
+    if type(module.qkv) is nn.Linear:  # a wrapped one answers for its width itself
+        found += check_linear(module, "qkv", 3 * module.qkv.in_features)
+    return found
+
+
+def _check_class_attention(module: nn.Module) -> list[str]:
+    missing = check_attributes(module, "num_heads", "scale", "q", "k", "v", "proj", "proj_drop")
+    if missing or type(module.q) is not nn.Linear:
+        return missing
+    width = module.q.in_features
+    return [reason for name in ("q", "k", "v") for reason in check_linear(module, name, width)]
 
 
 def _check_pos_conv(module: nn.Module) -> list[str]:
-    if len(module.proj) != 1 or not _is_plain_conv(module.proj[0]):
-        return ["proj is not a single plain nn.Conv2d without hooks"]
-    conv = module.proj[0]
-    stride, kernel = (module.stride,) * 2, conv.kernel_size
-    expected = {
-        "groups": (conv.groups, conv.in_channels),
-        "out_channels": (conv.out_channels, conv.in_channels),
-        "stride": (conv.stride, stride),
-        "kernel_size": (kernel[0], kernel[1]),
-        "padding": (conv.padding, (kernel[0] // 2,) * 2),
-        "dilation": (conv.dilation, (1, 1)),
-        "padding_mode": (conv.padding_mode, "zeros"),
-    }
-    return [f"proj.0 has {name} {got}, expected {want}" for name, (got, want) in expected.items() if got != want]
+    if len(module.proj) != 1:
+        return [f"proj has {len(module.proj)} parts, expected is a single convolution"]
+    found = check_depthwise("proj.0", module.proj[0])
+    if not found and module.proj[0].stride != (module.stride,) * 2:
+        found = [f"proj.0 has stride {module.proj[0].stride}, expected {(module.stride,) * 2}"]
+    return found
 
 
 # Every global and attribute name that the forwards of the versions read (up to timm 1.0.31) use.
@@ -229,6 +208,6 @@ ROWS = (
     Row("timm.layers.attention.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),
-    Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_cait, _CAIT_NAMES),
+    Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_class_attention, _CAIT_NAMES),
     Row("timm.models.twins.PosConv", PosConvSeam, _check_pos_conv, _POS_CONV_NAMES),
 )

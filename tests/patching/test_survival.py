@@ -12,7 +12,7 @@ import torch
 from tiny import FAMILIES, TIMM, build, images
 from torch import Tensor, nn
 
-from fastvit.patching import is_patched, patch, report, unpatch
+from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.reference.layers import Attention
 
@@ -241,6 +241,45 @@ def test_compile_in_training_and_with_dynamic_batch():
         model(x).sum().backward()
         torch.testing.assert_close(got, [parameter.grad for parameter in model.parameters()])
     torch._dynamo.reset()
+
+
+def test_a_compiled_model_can_be_verified_and_explained():
+    model, x = build("vit"), images("vit")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    patch(compiled, verify=x)
+    assert report(compiled).error is not None
+    assert [row.backend for row in explain(compiled, x).rows] == ["sdpa", "sdpa"]
+    torch._dynamo.reset()
+
+
+def test_torchscript_is_refused_with_a_way_out():
+    pytest.importorskip("timm")
+    model = patch(build("timm_vit"))
+    with pytest.raises(RuntimeError, match=r"TorchScript cannot compile FusedAttention: call fastvit\.unpatch"):
+        torch.jit.script(model)
+    torch.jit.script(unpatch(model))
+
+
+def test_a_class_put_over_a_fused_one_is_not_dropped():
+    model = patch(build("vit"))
+    attention = model.blocks[1].attn
+    attention.__class__ = type("FSDPFusedAttention", (type(attention),), {})  # as fully_shard does
+    before = [type(module) for module in model.modules()]
+    for function in (unpatch, patch):
+        with pytest.raises(RuntimeError, match=r"since patch.*: blocks\.1\.attn \(FSDPFusedAttention\)"):
+            function(model)
+        assert [type(module) for module in model.modules()] == before
+    attention.__class__ = type(attention).__bases__[0]
+    assert not is_patched(unpatch(model))
+
+
+def test_a_class_put_over_a_plain_one_is_fused_and_given_back():
+    model = build("vit")
+    attention = model.blocks[1].attn
+    sharded = type("FSDPAttention", (Attention,), {})
+    attention.__class__ = sharded
+    assert isinstance(patch(model).blocks[1].attn, Fused)
+    assert type(unpatch(model).blocks[1].attn) is sharded
 
 
 def test_a_compiled_model_follows_patch_and_unpatch(monkeypatch):
