@@ -187,12 +187,12 @@ def cuda_archs(known: list[str]) -> list[str]:
 
 def add_cuda(toolchain: Toolchain) -> None:
     """Fill in the CUDA part, or the reason why there is none."""
-    if not any(CSRC.glob("cuda/*.cu")):
-        toolchain.cuda_reason = "these sources have no CUDA part"
-        return
     nvcc = find_nvcc()
     if nvcc is None:
         toolchain.cuda_reason = "nvcc was not found at build time (CUDACXX, CUDA_HOME, PATH)"
+        return
+    if not any(CSRC.glob("cuda/*.cu")):
+        toolchain.cuda_reason = "these sources have no CUDA part"
         return
     if platform.system() != "Linux":
         toolchain.cuda_reason = f"the CUDA part is built on Linux only, this is {platform.system()}"
