@@ -258,10 +258,13 @@ def masked_attention_kernel(
 
 
 def product_kind(dtype: torch.dtype) -> str:
-    """Which product a dtype takes: "half", or for float32 what ``torch.backends.cuda.matmul.allow_tf32`` says."""
+    """Which product a dtype takes: "half", or for float32 "tf32" where PyTorch's CUDA setting allows it, else "ieee".
+
+    ``fp32_precision`` can be read whichever of its ways PyTorch was told by; ``allow_tf32`` raises after the new one.
+    """
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _has_aligned_rows(tensor: Tensor) -> bool:
@@ -317,7 +320,7 @@ def masked_attention_forward(
             mask,
             bias,
             out,
-            scale,
+            float(scale),  # an int would be made a constant, 1 among others
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],

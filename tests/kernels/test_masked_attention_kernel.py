@@ -164,16 +164,18 @@ def test_every_shipped_configuration_is_right(table):
             check(q, k, v, mask=torch.rand(1, 45) > 0.3, config=config)
 
 
-def test_tf32_setting_chooses_the_product():
-    assert kernels.product_kind(torch.float16) == kernels.product_kind(torch.bfloat16) == "half"
-    before = torch.backends.cuda.matmul.allow_tf32
+@pytest.mark.parametrize(("setting", "off", "on"), [("allow_tf32", False, True), ("fp32_precision", "ieee", "tf32")])
+def test_tf32_setting_chooses_the_product(setting, off, on):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        assert kernels.product_kind(torch.float16) == kernels.product_kind(torch.bfloat16) == "half"
+        setattr(matmul, setting, off)
         assert kernels.product_kind(torch.float32) == "ieee"
-        torch.backends.cuda.matmul.allow_tf32 = True
+        setattr(matmul, setting, on)
         assert kernels.product_kind(torch.float32) == "tf32"
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def test_public_function_and_operator():
