@@ -7,9 +7,10 @@ front of the plain class, so ``module.__class__ = fused_class(seam, type(module)
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -76,10 +77,25 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def give(module: nn.Module, cls: type[nn.Module], backend: str = "auto") -> None:
     """Set a module's class, and its backend as an instance attribute where it is not the default."""
+    if holds_own_method(module, "forward"):
+        del module.forward  # it would stay that of the class before
     module.__class__ = cls
     vars(module).pop(BACKEND_ATTRIBUTE, None)
     if backend != "auto":
         vars(module)[BACKEND_ATTRIBUTE] = backend
+
+
+def holds_own_method(module: nn.Module, name: str) -> bool:
+    """Whether the method of this name was put on the instance as it is on the class.
+
+    transformers 4 does so when it takes off the wrapper by which it collected attention maps.
+    """
+    method = vars(module).get(name)
+    return (
+        isinstance(method, MethodType)
+        and method.__self__ is module
+        and method.__func__ is inspect.getattr_static(type(module), name)
+    )
 
 
 def undo(model: nn.Module) -> None:

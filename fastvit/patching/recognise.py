@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastvit.patching import reference, timm, torchvision, transformers, vit_pytorch
-from fastvit.patching.fusion import Row, fused_class, names_used, plain_class
+from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, plain_class
 
 TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
@@ -80,7 +80,7 @@ def _changed(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
     """How the methods to be replaced, or the forward around them, differ from the known ones."""
     replaced = row.methods()
     for name in sorted(replaced | {"forward"}):
-        if name in vars(module):
+        if name in vars(module) and not holds_own_method(module, name):
             yield f"{name} was replaced on the instance"
             continue
         method = inspect.getattr_static(plain, name)

@@ -38,13 +38,14 @@ def _wants_map(module: nn.Module) -> bool:
     """Whether somebody may want the map: transformers 4.x wraps the forward to collect it, and hooks are given it."""
     if forward_is_wrapped(module):
         return True
-    hooks = [hook for hook in module._forward_hooks.values() if not _collects_outputs(hook)]
-    return bool(hooks) and module.config._attn_implementation == "eager"
+    hooked = any(not _leaves_map_alone(hook) for hook in module._forward_hooks.values())
+    return hooked and module.config._attn_implementation == "eager"
 
 
-def _collects_outputs(hook: object) -> bool:
-    """Whether a hook is transformers' own (5.x), which stays for ever and only listens to ``output_attentions``."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+def _leaves_map_alone(hook: object) -> bool:
+    """Whether a hook is ours, or transformers' own (5.x), which stays for ever and listens to ``output_attentions``."""
+    origin = getattr(getattr(hook, "func", hook), "__module__", None) or ""  # func: of a functools.partial
+    return origin == "transformers.utils.output_capturing" or origin.startswith("fastvit.")
 
 
 def _runs_plain(module: nn.Module) -> bool:
@@ -176,7 +177,7 @@ def _projects_plainly(module: nn.Module) -> bool:
 
 
 def _check_interface(module: nn.Module) -> list[str]:
-    """Reasons why the function that the configuration names is not one of transformers' own, or is not known."""
+    """Reasons why the attention function that the configuration names is not a known one, or its map is wanted."""
     name = module.config._attn_implementation
     if name not in INTERFACES:
         return [f"the attention interface is {name!r}, known are {INTERFACES}"]
@@ -184,7 +185,7 @@ def _check_interface(module: nn.Module) -> list[str]:
     function = functions.get(name)
     if function is not None and not getattr(function, "__module__", "").startswith("transformers."):
         return [f"the attention interface {name!r} was replaced by {function!r}"]
-    return []
+    return ["a forward hook may want the attention map"] if _wants_map(module) else []
 
 
 def _check_scaling(module: nn.Module, head_dim: int) -> list[str]:
