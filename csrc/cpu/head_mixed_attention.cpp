@@ -170,13 +170,14 @@ void run(const HeadMixParams& p, const KeyLists& keys) {
   const int64_t grain = std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products_per_unit));
 
   // With fewer batch elements than threads, several threads need the same keys and values: pack them once for all.
-  const bool shared = p.batch < num_threads() && units > grain;
+  const int64_t parts = num_threads();
+  const bool shared = p.batch < parts && units > grain;
   float* packed_by_all = shared ? shared_workspace.take(p.batch * packed_floats) : nullptr;
   if (shared) {
-    parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, p.batch * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / p.heads;
-        kernel.pack(p, b, i % p.heads, keys.of(b), packed_by_all + b * packed_floats);
+        const int64_t b = i / parts;
+        kernel.pack(p, b, keys.of(b), i % parts, parts, packed_by_all + b * packed_floats);
       }
     });
   }
@@ -186,9 +187,7 @@ void run(const HeadMixParams& p, const KeyLists& keys) {
     for (int64_t b = begin / units; begin < end; ++b) {
       const int64_t last = std::min(end, (b + 1) * units);
       const float* packed = shared ? packed_by_all + b * packed_floats : packed_here;
-      if (!shared) {
-        for (int64_t h = 0; h < p.heads; ++h) kernel.pack(p, b, h, keys.of(b), packed_here);
-      }
+      if (!shared) kernel.pack(p, b, keys.of(b), 0, 1, packed_here);
       kernel.attend(p, b, (begin - b * units) * kernel.lanes, std::min(p.queries, (last - b * units) * kernel.lanes),
                     keys.of(b), packed, scratch);
       begin = last;

@@ -45,8 +45,8 @@ struct HeadMixKeys {
 struct HeadMixKernel {
   int64_t lanes;                          // queries are handled in multiples of this
   int64_t packed_floats, scratch_floats;  // of one batch element's packed keys and values, of a thread's scratch
-  // Packs the keys and values of head h of batch element b into its part of `packed`.
-  void (*pack)(const HeadMixParams&, int64_t b, int64_t h, HeadMixKeys, float* packed);
+  // Packs one part of the keys and values of batch element b; all parts together pack them whole.
+  void (*pack)(const HeadMixParams&, int64_t b, HeadMixKeys, int64_t part, int64_t parts, float* packed);
   // Computes queries [begin, end) of batch element b for all heads; begin is a multiple of lanes.
   void (*attend)(const HeadMixParams&, int64_t b, int64_t begin, int64_t end, HeadMixKeys, const float* packed,
                  float* scratch);

@@ -21,13 +21,9 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 constexpr int kTileVectors = 2;
-// Blocks of a product: rows (broadcast scalars) x columns (vectors), as many sums as registers hold beside the
+// Blocks of a product: rows (broadcast scalars) times columns (vectors), as many sums as registers hold beside
 // operands.
-constexpr bool k32Registers = Vec::lanes == 16;
-constexpr int kRows = k32Registers ? 12 : 6;
-constexpr int kMixRows = 6;
-constexpr int kMixColumns = k32Registers ? 4 : 2;
-
+constexpr int kRows = Vec::lanes == 16 ? 12 : 6;
 // Terms summed in one go: longer sums are made of partial sums, whose rounding errors are smaller.
 #if defined(__FMA__) || !defined(__SSE__)
 constexpr int64_t kPartialSum = 64;
@@ -40,6 +36,8 @@ constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <int N>
 struct Int {
@@ -55,11 +53,12 @@ inline void with_constant(int64_t n, const F& f) {
   f(Int<N>{});
 }
 
-// n things in the fewest blocks of at most kLargest, as even as can be.
+// n things in the fewest blocks of at most `largest`, as even as can be.
 struct Split {
   int64_t n, blocks;
   Split(int64_t n, int64_t largest) : n(n), blocks((n + largest - 1) / largest) {}
   int64_t begin(int64_t block) const { return block * n / blocks; }
+  int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
 // --- Products -------------------------------------------------------------------------------------------------------
@@ -73,33 +72,37 @@ FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
-// sums[r][c] += sum_k a[k][r] * b[k][c]: rows r broadcast from a, columns c vectors of b.
-template <bool kPairs, int kR, int kC>
-FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                            Vec (&sums)[kR][kC]) {
-  for (int64_t k = 0; k < depth; ++k) {
+// sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
+template <bool kPairs, int kR, int kC, class F>
+FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, const F& column, Vec (&sums)[kR][kC]) {
+  for (int64_t k = 0; k < depth; ++k, a += a_stride) {
     Vec columns[kC];
 #pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) columns[c] = Vec::load(b + c * kLanes);
+    for (int c = 0; c < kC; ++c) columns[c] = column(k, c);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
       const Vec row = Vec::fill(a[r]);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
     }
-    a += a_stride;
-    b += b_stride;
   }
 }
 
-// out[r * kC * kLanes + c * kLanes] = factor * sum_k a[k][r] * b[k][c], in partial sums.
+// out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out.
 template <bool kPairs, int kR, int kC>
-FASTVIT_INLINE void product_to(int64_t depth, const float* a, int64_t a_stride, const float* b, Vec factor,
-                               float* out) {
+FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Vec factor, float* out) {
   for (int64_t first = 0; first < depth || first == 0; first += kPartialSum) {
     const int64_t terms = depth - first < kPartialSum ? depth - first : kPartialSum;
-    Vec sums[kR][kC] = {};
-    product<kPairs>(terms, a + first * a_stride, a_stride, b + first * kC * kLanes, kC * kLanes, sums);
+    const float* rows = b + first * kC * kLanes;
+    Vec sums[kR][kC];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
+    }
+    product<kPairs>(
+        terms, a + first * kRows, kRows, [&](int64_t k, int c) { return Vec::load(rows + (k * kC + c) * kLanes); },
+        sums);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 8
@@ -113,27 +116,6 @@ FASTVIT_INLINE void product_to(int64_t depth, const float* a, int64_t a_stride, 
 }
 
 // --- Packing --------------------------------------------------------------------------------------------------------
-
-template <class T>
-inline void convert(const float* in, int64_t n, T* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) Vec::load(in + i).store(out + i);
-  if (i < n) Vec::load(in + i, n - i).store(out + i, n - i);
-}
-
-// How elements T lie in packed words of 32 bits: as floats, or (kPairs) two bfloat16 a word.
-template <class T, bool kPairs>
-struct Format {
-  static int64_t words(int64_t elements) { return kPairs ? (elements + 1) / 2 : elements; }
-
-  static int64_t key_words(const HeadMixParams& p, int64_t count) {
-    return words(p.dim) * kRows * Split(count, kRows).blocks + 4;  // transpose4 may write past the last panel
-  }
-  static int64_t value_words(const HeadMixParams& p, int64_t count) { return words(count) * p.dim; }
-  static int64_t head_words(const HeadMixParams& p, int64_t count) {
-    return key_words(p, count) + value_words(p, count);
-  }
-};
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -184,45 +166,102 @@ inline void transpose4(const float* const (&rows)[4], int64_t length, float* out
   }
 }
 
-// out[d * stride + i] = word d of row i, for rows i < count given by row(i); zeros up to a multiple of four rows.
+// out[d * stride + i] = word d of row i, for the rows i < count that row(i) gives; zeros up to a multiple of four rows.
 template <class T, bool kPairs, class F>
-inline void transpose_rows(int64_t count, int64_t dim, const F& row, float* out, int64_t stride) {
+inline void transpose_rows(int64_t count, int64_t dim, int64_t words, const F& row, float* out, int64_t stride) {
   float buffers[4][kHeadMixMaxDim];
-  constexpr float zeros[kHeadMixMaxDim] = {};
-  // From the last group to the first: where a group is wider than what is left of a row, the next one overwrites it.
-  for (int64_t first = (count - 1) / 4 * 4; first >= 0; first -= 4) {
+  static constexpr float zeros[kHeadMixMaxDim] = {};
+  for (int64_t first = 0; first < count; first += 4) {
     const float* rows[4];
     for (int64_t i = 0; i < 4; ++i) {
       rows[i] = first + i < count ? row_words<T, kPairs>(row(first + i), dim, buffers[i]) : zeros;
     }
-    transpose4(rows, Format<T, kPairs>::words(dim), out + first, stride);
+    transpose4(rows, words, out + first, stride);
   }
 }
 
-// Keys: panels of up to kRows keys, [panel][word][key]. Values behind them: [key or pair of keys][channel].
+// One batch element's packed keys and values. Words are 32 bits: floats, or (kPairs) two bfloat16.
+// Keys of a head: panels of up to kRows keys, [panel][word of channels][key]; values of a head behind them: panels of
+// up to kRows channels, [panel][word of keys][channel]. Every panel is kRows wide.
 template <class T, bool kPairs>
-void pack(const HeadMixParams& p, int64_t b, int64_t h, HeadMixKeys keys, float* packed) {
-  using F = Format<T, kPairs>;
-  packed += h * F::head_words(p, keys.count);
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.batch_stride + h * p.k.head_stride;
-  const Split panels(keys.count, kRows);
-  for (int64_t panel = 0; panel < panels.blocks; ++panel) {
-    const int64_t begin = panels.begin(panel);
-    transpose_rows<T, kPairs>(
-        panels.begin(panel + 1) - begin, p.dim,
-        [&](int64_t i) { return k + keys.indices[begin + i] * p.k.token_stride; },
-        packed + panel * kRows * F::words(p.dim), kRows);
+struct Packed {
+  int64_t dim, count;
+  Split key_panels, value_panels;
+  int64_t key_words, value_words;  // of a panel
+  int64_t head_words;
+
+  static int64_t words(int64_t elements) { return kPairs ? (elements + 1) / 2 : elements; }
+
+  Packed(int64_t dim, int64_t count)
+      : dim(dim),
+        count(count),
+        key_panels(count, kRows),
+        value_panels(dim, kRows),
+        key_words(words(dim) * kRows),
+        value_words(words(count) * kRows),
+        head_words(key_panels.blocks * key_words + value_panels.blocks * value_words) {}
+
+  int64_t key_panel(int64_t head, int64_t panel) const { return head * head_words + panel * key_words; }
+  int64_t value_panel(int64_t head, int64_t panel) const {
+    return head * head_words + key_panels.blocks * key_words + panel * value_words;
   }
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.batch_stride + h * p.v.head_stride;
-  float* out = packed + F::key_words(p, keys.count);
-  for (int64_t j = 0; j < keys.count; j += kPairs ? 2 : 1, out += p.dim) {
-    const T* row = v + keys.indices[j] * p.v.token_stride;
-    if constexpr (kPairs) {
-      const T* next = j + 1 < keys.count ? v + keys.indices[j + 1] * p.v.token_stride : nullptr;
-      for (int64_t d = 0; d < p.dim; ++d) out[d] = pair(row[d], next == nullptr ? bf16{0} : next[d]);
-    } else {
-      for (int64_t d = 0; d < p.dim; ++d) out[d] = to_float(row[d]);
+};
+
+template <class T>
+const T* head_of(const HeadMixOperand& operand, int64_t b, int64_t h) {
+  return static_cast<const T*>(operand.data) + b * operand.batch_stride + h * operand.head_stride;
+}
+
+template <class T, bool kPairs>
+void pack_key_panel(const HeadMixParams& p, const Packed<T, kPairs>& layout, int64_t b, const int32_t* keys,
+                    int64_t panel, float* packed) {
+  constexpr int64_t kGroups = round_up(kRows, 4);  // of four keys are transposed at a time
+  float wide[kHeadMixMaxDim * kGroups];
+  const int64_t begin = layout.key_panels.begin(panel), count = layout.key_panels.size(panel);
+  const int64_t words = layout.words(p.dim);
+  for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a key lie side by side
+    const T* k = head_of<T>(p.k, b, h);
+    float* out = packed + layout.key_panel(h, panel);
+    float* to = kGroups == kRows ? out : wide;
+    transpose_rows<T, kPairs>(
+        count, p.dim, words, [&](int64_t i) { return k + keys[begin + i] * p.k.token_stride; }, to, kGroups);
+    if constexpr (kGroups != kRows) {
+      for (int64_t d = 0; d < words; ++d) __builtin_memcpy(out + d * kRows, wide + d * kGroups, kRows * sizeof(float));
     }
+  }
+}
+
+// Word `word` of the keys: one key, or two.
+template <class T, bool kPairs>
+void pack_value_row(const HeadMixParams& p, const Packed<T, kPairs>& layout, int64_t b, const int32_t* keys,
+                    int64_t word, float* packed) {
+  const int64_t j = kPairs ? 2 * word : word;
+  float row[kHeadMixMaxDim + kRows];
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const T* v = head_of<T>(p.v, b, h);
+    const T* first = v + keys[j] * p.v.token_stride;
+    if constexpr (kPairs) {
+      const T* second = j + 1 < layout.count ? v + keys[j + 1] * p.v.token_stride : nullptr;
+      for (int64_t d = 0; d < p.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
+    } else {
+      for (int64_t d = 0; d < p.dim; ++d) row[d] = to_float(first[d]);
+    }
+    for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
+      __builtin_memcpy(packed + layout.value_panel(h, panel) + word * kRows, row + layout.value_panels.begin(panel),
+                       kRows * sizeof(float));  // a panel of fewer channels takes the next one's along
+    }
+  }
+}
+
+template <class T, bool kPairs>
+void pack(const HeadMixParams& p, int64_t b, HeadMixKeys keys, int64_t part, int64_t parts, float* packed) {
+  const Packed<T, kPairs> layout(p.dim, keys.count);
+  const int64_t panels = layout.key_panels.blocks, words = layout.words(keys.count);
+  for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+    pack_key_panel(p, layout, b, keys.indices, panel, packed);
+  }
+  for (int64_t word = part * words / parts; word < (part + 1) * words / parts; ++word) {
+    pack_value_row(p, layout, b, keys.indices, word, packed);
   }
 }
 
@@ -241,128 +280,227 @@ FASTVIT_INLINE Vec where_attended(Vec limit, Vec x) {
 
 // A thread's scratch for a tile.
 struct Scratch {
-  int64_t map_stride;
-  float* maps;     // [head][key][lane]: logits, then exponentials, then the finished map
-  float* mask;     // [head or 1][key][lane]: +inf where attended to, -inf elsewhere
-  float* inverse;  // [head][lane]: 1 / sum of exponentials
-  float* staged;   // [head][column of the mix's block][lane]
-  float* operand;  // one head's queries or output, [channel][lane]
-
   static constexpr int64_t kWidth = kTileVectors * kLanes;
-  static int64_t stride_of(int64_t keys) {
-    return (keys + kMixColumns) * kWidth + kLanes;  // heads shifted against each other in the cache's sets
-  }
+  static constexpr int kStagedKeys = 2;
+  static constexpr int kPadding = 4;  // keys that a block of the mix may reach past the last
+
+  int64_t map_stride;
+  float* maps;      // [head][key][lane]: logits, then exponentials, then the finished map
+  float* mask;      // [head or 1][key][lane]: +inf where attended to, -inf elsewhere
+  float* inverse;   // [head][lane]: 1 / sum of exponentials
+  float* staged;    // [head][key of a block of the mix][lane]
+  float* channels;  // [head][channel][lane]: the queries, then the output
+
+  // Heads are shifted against each other in the cache's sets.
+  static int64_t stride_of(int64_t keys) { return (keys + kPadding) * kWidth + kLanes; }
   static int64_t mask_heads(const HeadMixParams& p) {
     return p.mask == nullptr ? 0 : p.mask_head_stride == 0 ? 1 : p.heads;
   }
   static int64_t floats(const HeadMixParams& p) {
-    return (p.heads + mask_heads(p)) * stride_of(p.keys) + p.heads * (kWidth + kMixColumns * kLanes) +
-           (kHeadMixMaxDim + 4) * kWidth;
+    return (p.heads + mask_heads(p)) * stride_of(p.keys) + p.heads * kWidth + p.heads * kStagedKeys * kLanes +
+           p.heads * round_up(p.dim, 4) * kWidth;
   }
+
   Scratch(const HeadMixParams& p, float* memory) : map_stride(stride_of(p.keys)), maps(memory) {
     mask = maps + p.heads * map_stride;
     inverse = mask + mask_heads(p) * map_stride;
     staged = inverse + p.heads * kWidth;
-    operand = staged + p.heads * kMixColumns * kLanes;
+    channels = staged + p.heads * kStagedKeys * kLanes;
   }
 };
 
 template <class T, bool kPairs, int kV>  // kV vectors of queries
 struct Tile {
-  using F = Format<T, kPairs>;
   static constexpr int64_t kWidth = kV * kLanes;
 
   const HeadMixParams& p;
   const Scratch& s;
   int64_t b, first_query, queries;  // queries <= kWidth
   HeadMixKeys keys;
-  const int64_t count = keys.count;
+  const float* packed;
+  const Packed<T, kPairs> layout{p.dim, keys.count};
 
   float* map(int64_t h) const { return s.maps + h * s.map_stride; }
   const float* mask(int64_t h) const { return p.mask_head_stride == 0 ? s.mask : s.mask + h * s.map_stride; }
+  float* channels(int64_t h) const { return s.channels + h * round_up(p.dim, 4) * kWidth; }
+
+  void run() const {
+    if (p.mask != nullptr) expand_mask();
+    load_queries();
+    for (int64_t h = 0; h < p.heads; ++h) {
+      logits(h);
+      if (p.pre_weight == nullptr) softmax(h);  // while the map is hot
+    }
+    if (p.pre_weight != nullptr) {
+      mix<false>(p.pre_weight, p.pre_bias);
+      for (int64_t h = 0; h < p.heads; ++h) softmax(h);
+    }
+    if (p.post_weight != nullptr) {
+      mix<true>(p.post_weight, p.post_bias);
+    } else {
+      finish_unmixed();
+    }
+    for (int64_t h = 0; h < p.heads; ++h) output(h);
+    store_output();
+  }
+
+  void expand_mask() const {
+    for (int64_t h = 0; h < Scratch::mask_heads(p); ++h) {
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const int64_t query = first_query + (i < queries ? i : 0);
+        const bool* row = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride + query * p.mask_query_stride;
+        float* out = s.mask + h * s.map_stride + i;
+        for (int64_t j = 0; j < keys.count; ++j) {
+          out[j * kWidth] = row[keys.indices[j] * p.mask_key_stride] ? __builtin_inff() : -__builtin_inff();
+        }
+      }
+    }
+  }
+
+  void load_queries() const {
+    const int64_t words = layout.words(p.dim);
+    for (int64_t first = 0; first < kWidth; first += 4) {
+      const int64_t left = queries - first;
+      for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a query lie side by side
+        const T* q = head_of<T>(p.q, b, h) + (first_query + first) * p.q.token_stride;
+        float* out = channels(h) + first;
+        if (left > 0) {
+          transpose_rows<T, kPairs>(
+              left < 4 ? left : 4, p.dim, words, [&](int64_t i) { return q + i * p.q.token_stride; }, out, kWidth);
+        } else {
+          for (int64_t d = 0; d < words; ++d) __builtin_memset(out + d * kWidth, 0, 4 * sizeof(float));
+        }
+      }
+    }
+  }
 
   // S_h, all keys.
-  void logits(int64_t h, const float* packed_keys) const {
-    const T* q = static_cast<const T*>(p.q.data) + b * p.q.batch_stride + h * p.q.head_stride;
-    const int64_t depth = F::words(p.dim);
-    transpose_rows<T, kPairs>(
-        queries, p.dim, [&](int64_t i) { return q + (first_query + i) * p.q.token_stride; }, s.operand, kWidth);
-    for (int64_t i = (queries + 3) / 4 * 4; i < kWidth; ++i) {
-      for (int64_t d = 0; d < depth; ++d) s.operand[d * kWidth + i] = 0.0f;
-    }
-    const Split panels(count, kRows);
+  void logits(int64_t h) const {
     const Vec scale = Vec::fill(p.scale);
-    for (int64_t panel = 0; panel < panels.blocks; ++panel, packed_keys += kRows * depth) {
-      float* out = map(h) + panels.begin(panel) * kWidth;
-      with_constant<kRows>(panels.begin(panel + 1) - panels.begin(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(depth, packed_keys, kRows, s.operand, scale, out);
+    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
+      const float* k = packed + layout.key_panel(h, panel);
+      float* out = map(h) + layout.key_panels.begin(panel) * kWidth;
+      with_constant<kRows>(layout.key_panels.size(panel), [&](auto rows) {
+        product_to<kPairs, rows.value, kV>(layout.words(p.dim), k, channels(h), scale, out);
       });
     }
   }
 
-  // Every column (key, vector of queries) of the maps, times `factor` [head][lane] if given, becomes weight . column +
-  // bias, in place, zero where masked if `finish`; `finish` also packs pairs of keys where the product with v wants
-  // them.
-  template <bool kFinish>
-  void mix(const float* weight, const float* bias) const {
-    constexpr int kKeys = kMixColumns / kV;
-    const Split blocks(p.heads, kMixRows);
-    for (int64_t j = 0; j < count; j += kKeys) {
-      stage<kFinish>(j);
-      if (weight == nullptr) {
-        for (int64_t h = 0; h < p.heads; ++h) store_unmixed(h, j);
-        continue;
-      }
-      for (int64_t block = 0; block < blocks.blocks; ++block) {
-        const int64_t h = blocks.begin(block);
-        with_constant<kMixRows>(blocks.begin(block + 1) - h, [&](auto rows) {
-          Vec sums[rows.value][kMixColumns];
+  // exp(S_h - max) in place, and 1 / its sum over keys; a row with no key left gets zeros.
+  void softmax(int64_t h) const {
+    // With a mask, a row may have no key left; its largest logit must be finite for the difference to be.
+    const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
+    Vec largest[kV], sum[kV];
+    for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
+    for (int64_t j = 0; j < keys.count; ++j) {
 #pragma GCC unroll 8
-          for (int r = 0; r < rows.value; ++r) {
-#pragma GCC unroll 8
-            for (int c = 0; c < kMixColumns; ++c) sums[r][c] = Vec::fill(bias[h + r]);
-          }
-          product<false>(p.heads, weight + h, p.heads, s.staged, kMixColumns * kLanes, sums);
-#pragma GCC unroll 8
-          for (int r = 0; r < rows.value; ++r) store_mixed<kFinish>(h + r, j, sums[r]);
-        });
+      for (int v = 0; v < kV; ++v) {
+        float* at = map(h) + j * kWidth + v * kLanes;
+        Vec x = Vec::load(at);
+        if (p.mask != nullptr) {
+          x = min(x, Vec::load(mask(h) + j * kWidth + v * kLanes));
+          x.store(at);
+        }
+        largest[v] = max(x, largest[v]);
       }
     }
+    for (int64_t j = 0; j < keys.count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        float* at = map(h) + j * kWidth + v * kLanes;
+        const Vec e = exp(Vec::load(at) - largest[v]);
+        sum[v] += e;
+        e.store(at);
+      }
+    }
+    for (int v = 0; v < kV; ++v) {
+      // The sum is zero only where every exponential is: any finite inverse will do.
+      (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v])).store(s.inverse + h * kWidth + v * kLanes);
+    }
+  }
+
+  // The maps become weight . maps + bias, in place. kFinish: exponentials become probabilities before, and the finished
+  // map is stored as the product with v wants it.
+  template <bool kFinish>
+  void mix(const float* weight, const float* bias) const {
+    if (p.heads > kRows) return mix_in_blocks<kFinish>(weight, bias);
+    with_constant<kRows>(p.heads, [&](auto heads) {
+      constexpr int kKeys = heads.value <= kRows / 2 ? 4 : 2;
+      for (int64_t j = 0; j < keys.count; j += kKeys) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          mix_block<kFinish, heads.value, kKeys>(
+              weight, bias, 0, j, v, [&](int64_t g, int key) { return probability<kFinish>(g, j + key, v); });
+        }
+      }
+    });
+  }
+
+  // With more heads than a block has rows: several blocks from one copy of the columns.
+  template <bool kFinish>
+  void mix_in_blocks(const float* weight, const float* bias) const {
+    constexpr int kKeys = Scratch::kStagedKeys;
+    const Split blocks(p.heads, kRows);
+    for (int64_t j = 0; j < keys.count; j += kKeys) {
+      for (int v = 0; v < kV; ++v) {
+        for (int64_t g = 0; g < p.heads; ++g) {
+          for (int key = 0; key < kKeys; ++key) {
+            probability<kFinish>(g, j + key, v).store(s.staged + (g * kKeys + key) * kLanes);
+          }
+        }
+        for (int64_t block = 0; block < blocks.blocks; ++block) {
+          with_constant<kRows>(blocks.size(block), [&](auto rows) {
+            mix_block<kFinish, rows.value, kKeys>(weight, bias, blocks.begin(block), j, v, [&](int64_t g, int key) {
+              return Vec::load(s.staged + (g * kKeys + key) * kLanes);
+            });
+          });
+        }
+      }
+    }
+  }
+
+  // Heads h .. h + kR - 1 of the mix, for kKeys keys and vector v of the queries.
+  template <bool kFinish, int kR, int kKeys, class F>
+  FASTVIT_INLINE void mix_block(const float* weight, const float* bias, int64_t h, int64_t j, int v,
+                                const F& column) const {
+    Vec sums[kR][kKeys];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+      for (int key = 0; key < kKeys; ++key) sums[r][key] = Vec::fill(bias[h + r]);
+    }
+    product<false>(p.heads, weight + h, p.heads, column, sums);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) store_mixed<kFinish>(h + r, j, v, sums[r]);
+  }
+
+  template <bool kFinish>
+  FASTVIT_INLINE Vec probability(int64_t h, int64_t j, int v) const {
+    const Vec x = Vec::load(map(h) + j * kWidth + v * kLanes);
+    return kFinish ? x * Vec::load(s.inverse + h * kWidth + v * kLanes) : x;
   }
 
   // Without a mix, the finished map is factor * P_h + bias.
-  void store_unmixed(int64_t h, int64_t j) const {
-    const Vec factor = Vec::fill(p.post_factor[h]), bias = Vec::fill(p.post_bias[h]);
-    Vec columns[kMixColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kMixColumns; ++c) {
-      columns[c] = fma(Vec::load(s.staged + (h * kMixColumns + c) * kLanes), factor, bias);
-    }
-    store_mixed<true>(h, j, columns);
-  }
-
-  template <bool kScaled>
-  void stage(int64_t j) const {
-    for (int64_t g = 0; g < p.heads; ++g) {
-      const float* in = map(g) + j * kWidth;
-#pragma GCC unroll 8
-      for (int c = 0; c < kMixColumns; ++c) {
-        Vec x = Vec::load(in + c * kLanes);
-        if constexpr (kScaled) x = x * Vec::load(s.inverse + g * kWidth + c % kV * kLanes);
-        x.store(s.staged + (g * kMixColumns + c) * kLanes);
+  void finish_unmixed() const {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const Vec factor = Vec::fill(p.post_factor[h]), bias = Vec::fill(p.post_bias[h]);
+      for (int64_t j = 0; j < keys.count; j += 2) {
+        for (int v = 0; v < kV; ++v) {
+          Vec finished[2];
+          for (int key = 0; key < 2; ++key) finished[key] = fma(probability<true>(h, j + key, v), factor, bias);
+          store_mixed<true>(h, j, v, finished);
+        }
       }
     }
   }
 
-  // Columns past the last key land in the padding of the map; but a pair's second key that does not exist must be zero.
-  template <bool kFinish>
-  void store_mixed(int64_t h, int64_t j, Vec (&sums)[kMixColumns]) const {
-    if constexpr (kFinish) {
-      if (p.mask != nullptr) {
+  // Keys past the last land in the padding of the map; but a pair's second key that does not exist must be zero.
+  template <bool kFinish, int kKeys>
+  FASTVIT_INLINE void store_mixed(int64_t h, int64_t j, int v, Vec (&mixed)[kKeys]) const {
+    if (kFinish && p.mask != nullptr) {
 #pragma GCC unroll 8
-        for (int c = 0; c < kMixColumns; ++c) {
-          sums[c] = where_attended(Vec::load(mask(h) + j * kWidth + c * kLanes), sums[c]);
-        }
+      for (int key = 0; key < kKeys; ++key) {
+        mixed[key] = where_attended(Vec::load(mask(h) + (j + key) * kWidth + v * kLanes), mixed[key]);
       }
     }
 #if defined(__AVX512BF16__)
@@ -370,104 +508,52 @@ struct Tile {
       const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 8
-      for (int key = 0; key < kMixColumns / kV; key += 2) {
-#pragma GCC unroll 8
-        for (int c = 0; c < kV; ++c) {
-          const Vec even = sums[key * kV + c];
-          const Vec odd = j + key + 1 < count ? sums[(key + 1) * kV + c] : Vec::fill(0.0f);
-          const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v));
-          _mm512_storeu_si512(map(h) + (j + key) / 2 * kWidth + c * kLanes, words);
-        }
+      for (int key = 0; key < kKeys; key += 2) {
+        const Vec second = j + key + 1 < keys.count ? mixed[key + 1] : Vec::fill(0.0f);
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second.v, mixed[key].v);
+        float* out = map(h) + (j + key) / 2 * kWidth + v * kLanes;  // at or before what has been read
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
       }
       return;
     }
 #endif
 #pragma GCC unroll 8
-    for (int c = 0; c < kMixColumns; ++c) sums[c].store(map(h) + j * kWidth + c * kLanes);
+    for (int key = 0; key < kKeys; ++key) mixed[key].store(map(h) + (j + key) * kWidth + v * kLanes);
   }
 
-  // exp(S_h - max) in place, and 1 / its sum over keys; a row with no key left gets zeros.
-  void softmax(int64_t h) const {
-    Vec largest[kV], sum[kV];
-    // With a mask, a row may have no key left; its largest logit must be finite for the difference to be.
-    const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
-    for (int c = 0; c < kV; ++c) largest[c] = Vec::fill(least), sum[c] = Vec::fill(0.0f);
-    for (int64_t j = 0; j < count; ++j) {
-      float* row = map(h) + j * kWidth;
-#pragma GCC unroll 8
-      for (int c = 0; c < kV; ++c) {
-        Vec x = Vec::load(row + c * kLanes);
-        if (p.mask != nullptr) {
-          const Vec limit = Vec::load(mask(h) + j * kWidth + c * kLanes);
-          x = min(x, limit);
-          x.store(row + c * kLanes);
-        }
-        largest[c] = max(x, largest[c]);
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      float* row = map(h) + j * kWidth;
-#pragma GCC unroll 8
-      for (int c = 0; c < kV; ++c) {
-        const Vec e = exp(Vec::load(row + c * kLanes) - largest[c]);
-        sum[c] = sum[c] + e;
-        e.store(row + c * kLanes);
-      }
-    }
-    for (int c = 0; c < kV; ++c) {
-      // The sum is zero only where every exponential is: any finite inverse will do.
-      (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[c])).store(s.inverse + h * kWidth + c * kLanes);
-    }
-  }
-
-  // M_h v_h to the output.
-  void output(int64_t h, const float* packed_values) const {
-    const Split blocks(p.dim, kRows);
-    for (int64_t block = 0; block < blocks.blocks; ++block) {
-      const int64_t d = blocks.begin(block);
-      with_constant<kRows>(blocks.begin(block + 1) - d, [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(F::words(count), packed_values + d, p.dim, map(h), Vec::fill(1.0f),
-                                           s.operand + d * kWidth);
+  // M_h v_h, all channels.
+  void output(int64_t h) const {
+    for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
+      const float* v = packed + layout.value_panel(h, panel);
+      float* out = channels(h) + layout.value_panels.begin(panel) * kWidth;
+      with_constant<kRows>(layout.value_panels.size(panel), [&](auto rows) {
+        product_to<kPairs, rows.value, kV>(layout.words(keys.count), v, map(h), Vec::fill(1.0f), out);
       });
     }
-    T* out = static_cast<T*>(p.out) + ((b * p.queries + first_query) * p.heads + h) * p.dim;
-    for (int64_t i = 0; i < queries; i += 4) store_rows(i, out + i * p.heads * p.dim);
   }
 
-  // Rows i .. i + 3 (as far as they exist) of [channel][lane] to rows of channels.
-  void store_rows(int64_t i, T* out) const {
-    const int64_t rows = queries - i < 4 ? queries - i : 4, stride = p.heads * p.dim;
+  void store_output() const {
+    T* out = static_cast<T*>(p.out) + (b * p.queries + first_query) * p.heads * p.dim;
+    for (int64_t i = 0; i < queries; i += 4) {
+      for (int64_t h = 0; h < p.heads; ++h) store_rows(h, i, out + (i * p.heads + h) * p.dim);
+    }
+  }
+
+  // Queries i .. i + 3, as far as they exist, of head h.
+  void store_rows(int64_t h, int64_t i, T* out) const {
     float buffer[4 * kHeadMixMaxDim];
+    const int64_t rows = queries - i < 4 ? queries - i : 4, stride = p.heads * p.dim;
     for (int64_t d = 0; d < p.dim; d += 4) {
       const float* in[4];
-      for (int64_t k = 0; k < 4; ++k) in[k] = s.operand + (d + k) * kWidth + i;
+      for (int64_t k = 0; k < 4; ++k) in[k] = channels(h) + (d + k) * kWidth + i;
       transpose4(in, 4, buffer + d, kHeadMixMaxDim);
     }
-    for (int64_t k = 0; k < rows; ++k) convert(buffer + k * kHeadMixMaxDim, p.dim, out + k * stride);
-  }
-
-  void expand_mask() const {
-    const int64_t heads = Scratch::mask_heads(p);
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t i = 0; i < kWidth; ++i) {
-        const int64_t query = first_query + (i < queries ? i : 0);
-        const bool* row = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride + query * p.mask_query_stride;
-        float* out = s.mask + h * s.map_stride + i;
-        for (int64_t j = 0; j < count; ++j) {
-          out[j * kWidth] = row[keys.indices[j] * p.mask_key_stride] ? __builtin_inff() : -__builtin_inff();
-        }
-      }
+    for (int64_t k = 0; k < rows; ++k) {
+      const float* row = buffer + k * kHeadMixMaxDim;
+      int64_t d = 0;
+      for (; d + kLanes <= p.dim; d += kLanes) Vec::load(row + d).store(out + k * stride + d);
+      if (d < p.dim) Vec::load(row + d, p.dim - d).store(out + k * stride + d, p.dim - d);
     }
-  }
-
-  void run(const float* packed) const {
-    const int64_t head_words = F::head_words(p, count), key_words = F::key_words(p, count);
-    if (p.mask != nullptr) expand_mask();
-    for (int64_t h = 0; h < p.heads; ++h) logits(h, packed + h * head_words);
-    if (p.pre_weight != nullptr) mix<false>(p.pre_weight, p.pre_bias);
-    for (int64_t h = 0; h < p.heads; ++h) softmax(h);
-    mix<true>(p.post_weight, p.post_bias);
-    for (int64_t h = 0; h < p.heads; ++h) output(h, packed + h * head_words + key_words);
   }
 };
 
@@ -478,10 +564,10 @@ void attend(const HeadMixParams& p, int64_t b, int64_t begin, int64_t end, HeadM
   for (int64_t query = begin; query < end;) {
     const int64_t left = end - query;
     if (left > kLanes) {
-      Tile<T, kPairs, 2>{p, scratch, b, query, left < 2 * kLanes ? left : 2 * kLanes, keys}.run(packed);
+      Tile<T, kPairs, 2>{p, scratch, b, query, left < 2 * kLanes ? left : 2 * kLanes, keys, packed}.run();
       query += 2 * kLanes;
     } else {
-      Tile<T, kPairs, 1>{p, scratch, b, query, left, keys}.run(packed);
+      Tile<T, kPairs, 1>{p, scratch, b, query, left, keys, packed}.run();
       query += kLanes;
     }
   }
@@ -489,7 +575,7 @@ void attend(const HeadMixParams& p, int64_t b, int64_t begin, int64_t end, HeadM
 
 template <class T, bool kPairs>
 HeadMixKernel make_kernel(const HeadMixParams& p) {
-  return {kLanes, p.heads * Format<T, kPairs>::head_words(p, p.keys), Scratch::floats(p), pack<T, kPairs>,
+  return {kLanes, p.heads * Packed<T, kPairs>(p.dim, p.keys).head_words, Scratch::floats(p), pack<T, kPairs>,
           attend<T, kPairs>};
 }
 
