@@ -42,7 +42,7 @@ def build(name: str, **options: object) -> nn.Module:
 
 
 def images(name: str, batch: int = 2) -> Tensor:
-    size = (32, 48) if name == "cvt" else (32, 32)
+    size = (48, 64) if name == "cvt" else (32, 32)
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
