@@ -30,8 +30,14 @@ def declare_torchvision_nms() -> None:
             del sys.modules[name]  # half imported
 
 
+def share_of_the_cores() -> int:
+    """Two threads, or one where pytest-xdist's workers would not leave two: threads that wait for a core spin."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return max(1, min(2, (os.cpu_count() or 1) // workers))
+
+
 declare_torchvision_nms()
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(share_of_the_cores())
 
 
 @pytest.fixture(autouse=True)
