@@ -76,11 +76,11 @@ REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
 """Rows of 16 aligned elements, and at most a key padding mask."""
 
 IRREGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("half", 32): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 32, 4)),
-    ("half", 64): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), _one_pass(32, 256, 8), Config(32, 32, 4)),
+    ("half", 32): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 16, 4)),
+    ("half", 64): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), _one_pass(32, 256, 8), Config(32, 32, 8)),
     ("half", 128): (_one_pass(64, 64, 8), _one_pass(32, 128, 8), Config(32, 16, 4)),
     ("tf32", 32): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), Config(32, 32, 4)),
-    ("tf32", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), Config(32, 32, 4)),
+    ("tf32", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 8), Config(32, 32, 8)),
     ("tf32", 128): (_one_pass(32, 64, 8), Config(32, 16, 4)),
     ("ieee", 32): (Config(32, 32, 4),),
     ("ieee", 64): (Config(16, 32, 8),),
