@@ -145,7 +145,7 @@ def wheel(source: Path) -> Path:
     if CXX is None:
         pytest.skip("no C++ compiler on PATH")
     try:
-        return make_wheel(source, env=clean_environment(**QUICKLY))
+        return make_wheel(source, env=clean_environment(**QUICKLY, FASTVIT_BUILD_EXT="1"))
     except AssertionError as error:
         if "No matching distribution found for" in str(error) or "NewConnectionError" in str(error):
             pytest.skip("the package index cannot be reached for the build requirements")
@@ -176,21 +176,22 @@ def small_source(tmp_path: Path) -> Path:
 
 
 def test_sdist_holds_what_a_build_needs_and_no_more(sdist: Path) -> None:
+    checkout = sdist.parents[1]
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
+    wanted = {str(path.relative_to(checkout)) for path in (checkout / "csrc").rglob("*.*") if path.is_file()}
+    wanted |= {str(path.relative_to(checkout)) for path in (checkout / "kernels").glob("*.py")}
+    wanted |= {str(path.relative_to(checkout)) for path in (checkout / "tests").rglob("*.py")}
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "fastvit/py.typed", "fastvit/backends.py"}
     assert wanted <= names, f"missing: {sorted(wanted - names)}"
     unwanted = [name for name in names if re.search(r"\.(so|o|pyc)$|_build_info\.json$|^(\.venv|build)/", name)]
     assert not unwanted
 
 
-def test_isolated_wheel_is_compiled_and_complete(wheel: Path) -> None:
+def test_isolated_wheel_is_compiled_and_complete(source: Path, wheel: Path) -> None:
     names = names_in(wheel)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastvit").rglob("*.py")}
-    modules |= {f"fastvit/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules = {str(path.relative_to(source)) for path in (source / "fastvit").rglob("*.py")}
+    modules |= {f"fastvit/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
     modules.add(f"fastvit-{__version__}.dist-info/licenses/LICENSE")
     assert modules | {f"fastvit/_C{SUFFIX}", "fastvit/py.typed", "fastvit/_build_info.json"} <= names
     strangers = {name.split("/")[0] for name in names} - {"fastvit", f"fastvit-{__version__}.dist-info"}
@@ -265,7 +266,7 @@ def test_cuda_part_is_compiled_without_a_gpu_and_with_a_torch_without_cuda(wheel
 
 @needs_compiler
 def test_without_nvcc_there_is_the_cpp_part_alone(source: Path, wheel: Path) -> None:
-    env = clean_environment(**QUICKLY, CUDACXX="/nonexistent/nvcc")
+    env = clean_environment(**QUICKLY, FASTVIT_BUILD_EXT="1", CUDACXX="/nonexistent/nvcc")
     record = build_record(make_wheel(source, "--no-build-isolation", env=env))
     assert record["extension"] is True
     assert record["cuda_archs"] == []
