@@ -4,8 +4,8 @@
 // element is read once: widened to float32, normalised and activated on its way into the ring. An output row is
 // convolved from the ring into a row buffer, then finished (activation, residual, rounding) on its way out. The norm
 // behind the convolution is folded into taps and shift. All of it stays in the L1 cache, and memory is touched in runs
-// of whole channel blocks. (Convolving from x itself is slower: with a width such as 1536 the tokens of a row compete for
-// two sets of the cache.)
+// of whole channel blocks. (Convolving from x itself is slower: with a width such as 1536 the tokens of a row compete
+// for two sets of the cache.)
 #include "token_depthwise_conv.h"
 
 #include "vec.h"
@@ -62,8 +62,8 @@ FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
 
 Vec read(ChannelParameter parameter, int64_t at, int64_t n, float absent) {
   if (parameter.data == nullptr) return Vec::fill(absent);
-  return parameter.is_bf16 ? load(static_cast<const bf16*>(parameter.data) + at, n)
-                           : load(static_cast<const float*>(parameter.data) + at, n);
+  return parameter.element == Element::bfloat16 ? load(static_cast<const bf16*>(parameter.data) + at, n)
+                                                : load(static_cast<const float*>(parameter.data) + at, n);
 }
 
 FASTVIT_INLINE float widen(float x) { return x; }
@@ -88,13 +88,13 @@ Affine fold(const ChannelNorm& norm, int64_t at, int64_t n) {
 // What a thread works with: the parameters of every channel block, packed when the thread first meets it, and the rows
 // of the one at hand. It lies in the scratch the thread was given.
 struct Block {
-  const TokenDepthwiseConv& op;
+  const TokenDepthwiseConvWork& op;
   int64_t first = 0;     // channel
   int64_t channels = 0;  // the last block may be short
   float *taps, *shift, *pre_scale, *pre_shift;
   float *zeros, *ring, *row;
 
-  Block(const TokenDepthwiseConv& operation, float* scratch) : op(operation), parameters_(scratch) {
+  Block(const TokenDepthwiseConvWork& operation, float* scratch) : op(operation), parameters_(scratch) {
     const int64_t line = op.padded_width * op.channel_block;
     zeros = parameters_ + op.channel_blocks * parameter_floats();
     ring = zeros + line;
@@ -143,7 +143,7 @@ void transpose(const T* weight, int64_t channels, int64_t area, int64_t width, f
 // Lays out the taps tap by tap, the norm folded in; lanes beyond the block's channels stay zero.
 void Block::pack() {
   const int64_t width = op.channel_block, area = op.kernel * op.kernel;
-  if (op.weight.is_bf16) {
+  if (op.weight.element == Element::bfloat16) {
     transpose(static_cast<const bf16*>(op.weight.data) + first * area, channels, area, width, taps);
   } else {
     transpose(static_cast<const float*>(op.weight.data) + first * area, channels, area, width, taps);
@@ -171,13 +171,14 @@ void Block::pack() {
 // does not see the pattern: a few lines of each token in turn. A prefetch beyond the tensor does nothing.
 template <int for_writing, class T>
 FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(token + c, for_writing);
+  for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(token + c, for_writing);
 }
 
 // Input row y into the ring: widened, normalised, activated.
 template <class T, Activation activation, bool normalise>
 void take_row(Block& block, const T* x, int64_t y) {
-  const TokenDepthwiseConv& op = block.op;
+  const TokenDepthwiseConvWork& op = block.op;
   float* to = block.ring_row(y);
   const T* from = x + (op.prefix_tokens + y * op.width) * op.x_token_stride + block.first;
   for (int64_t column = 0; column < op.width; ++column) {
@@ -196,7 +197,7 @@ void take_row(Block& block, const T* x, int64_t y) {
 // taps in registers; columns it has seen stay in registers, too. With add_center the input is added to the output.
 template <int64_t stride, bool add_center>
 void convolve_3x3(const Block& block, int64_t top) {
-  const TokenDepthwiseConv& op = block.op;
+  const TokenDepthwiseConvWork& op = block.op;
   const int64_t width = op.channel_block;
   const Vec zero = Vec::fill(0.0f);
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -242,7 +243,7 @@ void convolve_3x3(const Block& block, int64_t top) {
 // `count` neighbouring outputs of any kernel and stride: each tap is loaded once for all of them.
 template <int64_t count>
 FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c) {
-  const TokenDepthwiseConv& op = block.op;
+  const TokenDepthwiseConvWork& op = block.op;
   const int64_t width = op.channel_block, step = op.stride * width;
   const float* tap = block.taps + c;
   Vec sum[count];
@@ -268,7 +269,7 @@ void convolve_any(const Block& block, int64_t top) {
 // The row buffer to its place: activated, the input added, rounded.
 template <class T, Activation activation, bool residual>
 void give_row(const Block& block, const T* x, T* out, int64_t y) {
-  const TokenDepthwiseConv& op = block.op;
+  const TokenDepthwiseConvWork& op = block.op;
   const int64_t token = op.prefix_tokens + y * op.out_width;
   const float* from = block.row;
   const T* add = x + token * op.x_token_stride + block.first;
@@ -292,7 +293,7 @@ template <class T>
 using GiveRow = void (*)(const Block&, const T*, T*, int64_t);
 
 template <class T>
-TakeRow<T> choose_take_row(const TokenDepthwiseConv& op) {
+TakeRow<T> choose_take_row(const TokenDepthwiseConvWork& op) {
   TakeRow<T> chosen = nullptr;
   with_activation(op.pre_activation, [&]<Activation activation>() {
     chosen = op.pre_norm.mean.data != nullptr ? take_row<T, activation, true> : take_row<T, activation, false>;
@@ -301,7 +302,7 @@ TakeRow<T> choose_take_row(const TokenDepthwiseConv& op) {
 }
 
 template <class T>
-GiveRow<T> choose_give_row(const TokenDepthwiseConv& op, bool residual) {
+GiveRow<T> choose_give_row(const TokenDepthwiseConvWork& op, bool residual) {
   GiveRow<T> chosen = nullptr;
   with_activation(op.activation, [&]<Activation activation>() {
     chosen = residual ? give_row<T, activation, true> : give_row<T, activation, false>;
@@ -315,7 +316,7 @@ struct Convolution {
   bool adds_residual;
 };
 
-Convolution choose_convolution(const TokenDepthwiseConv& op) {
+Convolution choose_convolution(const TokenDepthwiseConvWork& op) {
   if (op.kernel != 3 || op.padding != 1 || op.stride > 2) return {convolve_any, false};
   if (op.stride == 2) return {convolve_3x3<2, false>, false};
   // The ring holds x as it is, and nothing comes between the convolution and the sum.
@@ -326,7 +327,7 @@ Convolution choose_convolution(const TokenDepthwiseConv& op) {
 
 template <class T>
 void copy_prefix(const Block& block, const T* x, T* out) {
-  const TokenDepthwiseConv& op = block.op;
+  const TokenDepthwiseConvWork& op = block.op;
   for (int64_t token = 0; token < op.prefix_tokens; ++token) {
     memcpy(out + token * op.channels + block.first, x + token * op.x_token_stride + block.first,
            static_cast<size_t>(block.channels) * sizeof(T));
@@ -334,7 +335,7 @@ void copy_prefix(const Block& block, const T* x, T* out) {
 }
 
 template <class T>
-void run(const TokenDepthwiseConv& op, int64_t begin, int64_t end, float* scratch) {
+void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const Convolution convolution = choose_convolution(op);
   const TakeRow<T> take = choose_take_row<T>(op);
   const GiveRow<T> give = choose_give_row<T>(op, op.residual && !convolution.adds_residual);
@@ -363,8 +364,8 @@ void run(const TokenDepthwiseConv& op, int64_t begin, int64_t end, float* scratc
 
 }  // namespace
 
-void token_depthwise_conv(const TokenDepthwiseConv& op, int64_t begin, int64_t end, float* scratch) {
-  op.is_bf16 ? run<bf16>(op, begin, end, scratch) : run<float>(op, begin, end, scratch);
+void token_depthwise_conv(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
+  op.element == Element::bfloat16 ? run<bf16>(op, begin, end, scratch) : run<float>(op, begin, end, scratch);
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -84,9 +84,11 @@ FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
-FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is NaN
-FASTVIT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
-FASTVIT_INLINE Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }                  // b where either is NaN
+FASTVIT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b where either is NaN
+FASTVIT_INLINE Vec round_even(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 // mantissa * 2^n for a whole n
 FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) { return {_mm512_scalef_ps(mantissa.v, n.v)}; }
 FASTVIT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -270,8 +272,8 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
 
 #if defined(__AVX512F__)
 // Q(t), the weight of the normal distribution's upper tail, for t from 0 to 6 in steps of 0.4: around t = 0.4 n the
-// polynomial in r = t / 0.4 - n whose coefficient of r^i is [i][n]; least-maximum fits of the relative error, 2e-7 up to
-// t = 3 and 6e-5 at the end. The last entry makes it zero from 5.8 on, where Q < 4e-9.
+// polynomial in r = t / 0.4 - n whose coefficient of r^i is [i][n]; least-maximum fits of the relative error, 2e-7 up
+// to t = 3 and 6e-5 at the end. The last entry makes it zero from 5.8 on, where Q < 4e-9.
 alignas(64) constexpr float kNormalTail[6][16] = {
     {5.000000000e-01f, 3.445782661e-01f, 2.118554115e-01f, 1.150696725e-01f, 5.479928851e-02f, 2.275012992e-02f,
      8.197534829e-03f, 2.555130282e-03f, 6.871382357e-04f, 1.591088221e-04f, 3.167135583e-05f, 5.412583050e-06f,
@@ -295,7 +297,8 @@ alignas(64) constexpr float kNormalTail[6][16] = {
 #endif
 
 // GELU, x (1 - Q(x)) with Q the weight of the normal distribution's upper tail, written as max(x, 0) - t Q(t) with
-// t = |x| so that small results keep their digits. Absolute error below 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN.
+// t = |x| so that small results keep their digits. Absolute error below 1e-7 max(1, |x|); exactly 0 or x far out, NaN
+// for NaN.
 FASTVIT_INLINE Vec gelu(Vec x) {
   const Vec positive = max(Vec::fill(0.0f), x);
 #if defined(__AVX512F__)

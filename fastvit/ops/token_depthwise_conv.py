@@ -21,6 +21,7 @@ _NAME = "token_depthwise_conv"
 _ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}  # csrc's enum Activation
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_MAX_KERNEL = 13  # one output's window must fit into shared memory
 
 torch.library.define(
     "fastvit::token_depthwise_conv",
@@ -200,6 +201,8 @@ def _cuda_reasons(
     if x.device.type != "cuda":
         return [f"the CUDA kernels take tensors on a CUDA device, not on {x.device.type}"]
     reasons = list(_CUDA_REASONS) or backends.cuda_reasons(x.device)
+    if weight.shape[-1] > _CUDA_MAX_KERNEL:
+        reasons.append(f"kernel size {weight.shape[-1]} is larger than {_CUDA_MAX_KERNEL}")
     return reasons + _kernel_reasons(x, _parameters(weight, bias, pre_norm, norm), (pre_norm, norm), _CUDA_DTYPES)
 
 

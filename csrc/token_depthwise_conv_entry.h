@@ -1,0 +1,107 @@
+// The operator fastvit::token_depthwise_conv as torch calls it: every check, then a device's own function.
+#pragma once
+
+#include <optional>
+
+#include "token_depthwise_conv.h"
+#include "torch_abi.h"
+
+namespace fastvit {
+
+inline Element element_of(const Tensor& tensor, const char* name) {
+  const Dtype dtype = tensor.dtype();
+  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16 || dtype == Dtype::float16, "token_depthwise_conv: ", name,
+        " must be float32, bfloat16 or float16, got ", dtype);
+  return dtype == Dtype::float32 ? Element::float32 : dtype == Dtype::bfloat16 ? Element::bfloat16 : Element::float16;
+}
+
+inline ChannelParameter parameter_of(const Tensor& tensor, const char* name, int64_t numel, const Tensor& x) {
+  check(tensor.device_type() == x.device_type() && tensor.device_index() == x.device_index(),
+        "token_depthwise_conv: ", name, " must be on x's device");
+  check(tensor.is_contiguous() && tensor.numel() == numel, "token_depthwise_conv: ", name, " must be contiguous with ",
+        numel, " elements, got shape ", shape_of(tensor));
+  check(tensor.dtype() == Dtype::float32 || tensor.dtype() == x.dtype(), "token_depthwise_conv: ", name,
+        " must be float32 or of x's dtype ", x.dtype(), ", got ", tensor.dtype());
+  return {tensor.data<void>(), element_of(tensor, name)};
+}
+
+inline ChannelParameter parameter_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& x) {
+  return tensor ? parameter_of(*tensor, name, x.size(2), x) : ChannelParameter{};
+}
+
+// Fills in the geometry; throws unless it is one.
+inline void set_geometry(TokenDepthwiseConv& op, const Tensor& x, const Tensor& weight) {
+  check(x.dim() == 3, "token_depthwise_conv: x must be (B, P + h*w, C), got shape ", shape_of(x));
+  check(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && weight.size(2) > 0 &&
+            weight.size(0) == x.size(2),
+        "token_depthwise_conv: weight must be (C, 1, k, k) beside x ", shape_of(x), ", got shape ", shape_of(weight));
+  op.batch = x.size(0);
+  op.channels = x.size(2);
+  op.kernel = weight.size(2);
+  op.x_batch_stride = x.stride(0);
+  op.x_token_stride = x.stride(1);
+  check(x.stride(2) == 1 || op.channels <= 1, "token_depthwise_conv: x must have adjacent channels, got stride ",
+        x.stride(2));
+  check(op.height > 0 && op.width > 0 && op.prefix_tokens >= 0 && x.size(1) == op.prefix_tokens + op.height * op.width,
+        "token_depthwise_conv: x has ", x.size(1), " tokens, expected are ", op.prefix_tokens, " + ", op.height, " * ",
+        op.width);
+  check(op.stride >= 1 && op.padding >= 0, "token_depthwise_conv: stride ", op.stride, " and padding ", op.padding,
+        " must be at least 1 and 0");
+  const int64_t room = (op.height < op.width ? op.height : op.width) + 2 * op.padding - op.kernel;
+  check(room >= 0, "token_depthwise_conv: a kernel of ", op.kernel, " does not fit into the padded grid (", op.height,
+        ", ", op.width, ")");
+  op.out_height = (op.height + 2 * op.padding - op.kernel) / op.stride + 1;
+  op.out_width = (op.width + 2 * op.padding - op.kernel) / op.stride + 1;
+  check(!op.residual || (op.out_height == op.height && op.out_width == op.width),
+        "token_depthwise_conv: residual needs a convolution that keeps the grid (", op.height, ", ", op.width,
+        "), this gives (", op.out_height, ", ", op.out_width, ")");
+}
+
+inline Activation activation_of(int64_t code, const char* name) {
+  check(code >= 0 && code <= static_cast<int64_t>(Activation::relu), "token_depthwise_conv: ", name,
+        " has codes 0 to 4, got ", code);
+  return static_cast<Activation>(code);
+}
+
+// The arguments of the operator's schema (fastvit/ops/token_depthwise_conv.py). `run` computes what is described, on
+// the device of x; it is called only where there is something to compute.
+template <void (*run)(const TokenDepthwiseConv& op, const Tensor& x)>
+Tensor token_depthwise_conv_entry(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                  const std::optional<Tensor>& pre_norm_weight,
+                                  const std::optional<Tensor>& pre_norm_bias,
+                                  const std::optional<Tensor>& pre_norm_mean, const std::optional<Tensor>& pre_norm_var,
+                                  double pre_norm_eps, int64_t pre_activation, const std::optional<Tensor>& norm_weight,
+                                  const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& norm_mean,
+                                  const std::optional<Tensor>& norm_var, double norm_eps, int64_t activation,
+                                  int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t prefix_tokens,
+                                  bool residual) {
+  TokenDepthwiseConv op{};
+  op.element = element_of(x, "x");
+  op.height = height;
+  op.width = width;
+  op.stride = stride;
+  op.padding = padding;
+  op.prefix_tokens = prefix_tokens;
+  op.residual = residual;
+  set_geometry(op, x, weight);
+  check(pre_norm_mean.has_value() == pre_norm_var.has_value() && norm_mean.has_value() == norm_var.has_value(),
+        "token_depthwise_conv: a norm needs both its mean and its variance");
+  op.weight = parameter_of(weight, "weight", op.channels * op.kernel * op.kernel, x);
+  op.bias = parameter_of(bias, "bias", x);
+  op.pre_norm = {parameter_of(pre_norm_weight, "pre_norm_weight", x), parameter_of(pre_norm_bias, "pre_norm_bias", x),
+                 parameter_of(pre_norm_mean, "pre_norm_mean", x), parameter_of(pre_norm_var, "pre_norm_var", x),
+                 static_cast<float>(pre_norm_eps)};
+  op.norm = {parameter_of(norm_weight, "norm_weight", x), parameter_of(norm_bias, "norm_bias", x),
+             parameter_of(norm_mean, "norm_mean", x), parameter_of(norm_var, "norm_var", x),
+             static_cast<float>(norm_eps)};
+  op.pre_activation = activation_of(pre_activation, "pre_activation");
+  op.activation = activation_of(activation, "activation");
+  Tensor out = empty({op.batch, op.prefix_tokens + op.out_height * op.out_width, op.channels}, x);
+  if (out.numel() == 0) return out;
+  op.x = x.data<void>();
+  op.out = out.mutable_data<void>();
+  run(op, x);
+  return out;
+}
+
+}  // namespace fastvit

@@ -1,0 +1,527 @@
+"""Depthwise convolution of tokens against its plain twin in float64: every instruction set, epilogue and odd size."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvit import backends
+from fastvit.ops import token_depthwise_conv
+from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm
+from tests.helpers import assert_as_accurate, poisoned_empty
+
+op_module = importlib.import_module("fastvit.ops.token_depthwise_conv")
+needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CXX = shutil.which("c++") or shutil.which("g++")
+NVCC = shutil.which("nvcc")
+DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+
+
+class Case(NamedTuple):
+    """A shape of the operator and what surrounds the convolution."""
+
+    grid: tuple[int, int]
+    channels: int = 40
+    batch: int = 2
+    kernel: int = 3
+    stride: int = 1
+    padding: int | None = None
+    prefix: int = 0
+    bias: bool = True
+    pre_norm: bool = False
+    pre_activation: str | None = None
+    norm: bool = False
+    activation: str | None = None
+    residual: bool = False
+    affine: bool = True
+    size: float = 1.0
+
+    def __str__(self) -> str:
+        changed = (
+            f"{name}={value}" for name, value in self._asdict().items() if value != self._field_defaults.get(name)
+        )
+        return ",".join(changed).replace(" ", "")
+
+
+LEFF: dict[str, Any] = {"pre_norm": True, "pre_activation": "gelu", "norm": True, "activation": "gelu"}
+
+CASES = [
+    # Kernels and strides, with prefix tokens and channels that end within a vector.
+    *(
+        Case((15, 15), 33, kernel=kernel, stride=stride, prefix=prefix)
+        for kernel, stride, prefix in ((3, 1, 0), (3, 2, 1), (5, 1, 2), (5, 2, 0), (7, 1, 1), (7, 2, 2))
+    ),
+    # Epilogues.
+    *(Case((6, 7), pre_activation=activation, activation=activation) for activation in ACTIVATIONS),
+    Case((7, 5), prefix=1, **LEFF),
+    Case((14, 14), 96, norm=True, activation="quick_gelu", pre_norm=True, affine=False, bias=False),
+    Case((14, 14), 192, 1, residual=True),
+    Case((9, 4), prefix=2, residual=True, **LEFF),
+    Case((7, 5), residual=True, activation="silu"),
+    Case((7, 5), residual=True, pre_norm=True),
+    Case((6, 6), 20, kernel=5, residual=True, norm=True),
+    # Grids: smaller than the kernel, odd, even, wide.
+    Case((1, 1), 17, prefix=1, residual=True),
+    Case((1, 1), 16, stride=2),
+    Case((2, 1), 5, kernel=7),
+    Case((1, 9), 64, stride=2, norm=True),
+    Case((8, 10), 48, stride=2, norm=True, bias=False),
+    Case((9, 7), 48, stride=2),
+    Case((56, 56), 64, 1, prefix=1, **LEFF),
+    Case((3, 70), 130, 1, norm=True),
+    # Other geometry than the models'.
+    Case((8, 9), padding=0),
+    Case((5, 5), padding=3, stride=2),
+    Case((5, 6), kernel=4, padding=1),
+    Case((9, 9), stride=3, padding=2, pre_activation="relu", pre_norm=True),
+    Case((4, 4), kernel=1),
+    Case((4, 3), 8, kernel=11),
+    # Sizes.
+    Case((4, 4), batch=0),
+    Case((5, 5), channels=1),
+    Case((14, 14), 400, 1, **LEFF),
+    Case((5, 5), size=1e4, **LEFF),
+    Case((5, 5), size=1e-4, pre_activation="gelu", activation="gelu"),
+    Case((5, 5), size=1e18, pre_activation="quick_gelu", activation="relu"),
+]
+
+
+def make_norm(channels: int, dtype: torch.dtype, affine: bool) -> BatchNorm:
+    mean, var, bias = torch.randn(channels), 0.5 + torch.rand(channels), torch.randn(channels)
+    weight = 0.5 + torch.rand(channels)
+    return BatchNorm(
+        mean.to(dtype),
+        var.to(dtype),
+        weight.to(dtype) if affine else None,
+        bias.to(dtype) if affine else None,
+        eps=1e-5,
+    )
+
+
+def make_arguments(case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    of = parameter_dtype or dtype
+    tokens = case.prefix + case.grid[0] * case.grid[1]
+    return {
+        "x": (case.size * torch.randn(case.batch, tokens, case.channels)).to(dtype),
+        "weight": torch.randn(case.channels, 1, case.kernel, case.kernel).to(of),
+        "bias": torch.randn(case.channels).to(of) if case.bias else None,
+        "grid": case.grid,
+        "stride": case.stride,
+        "padding": case.padding,
+        "prefix_tokens": case.prefix,
+        "pre_norm": make_norm(case.channels, of, case.affine) if case.pre_norm else None,
+        "pre_activation": case.pre_activation,
+        "norm": make_norm(case.channels, of, case.affine) if case.norm else None,
+        "activation": case.activation,
+        "residual": case.residual,
+    }
+
+
+def to(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    return BatchNorm(*(to(item, dtype) for item in value)) if isinstance(value, BatchNorm) else value
+
+
+def check(run: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
+    """Hold run(**arguments) to the reference in the same dtype and in float64."""
+    with torch.no_grad():
+        with poisoned_empty():
+            got = run(**arguments)
+        same = {name: to(value, arguments["x"].dtype) for name, value in arguments.items()}
+        oracle = {name: to(value, torch.float64) for name, value in arguments.items()}
+        plain, exact = functional.token_depthwise_conv(**same), functional.token_depthwise_conv(**oracle)
+    assert_as_accurate(got, plain, exact)
+    prefix = arguments["prefix_tokens"]
+    assert torch.equal(got[:, :prefix], arguments["x"][:, :prefix])
+
+
+def supported_isas() -> list[str]:
+    if backends.cpp_reasons():
+        return []
+    from fastvit import _C
+
+    return list(_C.cpu_info()["supported"])
+
+
+@pytest.fixture(params=supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set this CPU has."""
+    from fastvit import _C
+
+    before = _C.cpu_info()["in_use"]
+    _C._set_cpu_capability(request.param)
+    yield request.param
+    _C._set_cpu_capability(before)
+
+
+def run_cpp(**arguments: Any) -> Tensor:
+    return token_depthwise_conv(**arguments, backend="cpp")
+
+
+# --- The C++ kernels ------------------------------------------------------------------------------------------------
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_accurate_as_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
+    check(run_cpp, make_arguments(case, dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("seed", range(3))
+def test_other_numbers(seed: int, isa: str) -> None:
+    torch.manual_seed(seed)
+    check(run_cpp, make_arguments(Case((11, 6), 72, prefix=1, **LEFF), torch.float32))
+
+
+@needs_cpp
+def test_every_value_of_gelu(isa: str) -> None:
+    """A 1x1 kernel of ones: the activation alone, over the whole range where it is neither 0 nor x."""
+    x = torch.linspace(-12, 12, 40000).reshape(1, 1000, 40)
+    check(run_cpp, make_arguments(Case((25, 40), kernel=1, bias=False), torch.float32) | {
+        "x": x, "weight": torch.ones(40, 1, 1, 1), "activation": "gelu",
+    })  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu", "relu"])
+def test_activations_keep_nan_and_saturate(activation: str, isa: str) -> None:
+    x = torch.tensor([float("nan"), 1e30, -1e30, 3e38, -100.0, 0.0, float("inf")]).expand(1, 1, 7)
+    got = run_cpp(x=x.contiguous(), weight=torch.ones(7, 1, 1, 1), grid=(1, 1), activation=activation).flatten()
+    assert got[0].isnan()
+    assert got[1:].tolist() == [1.0000000150474662e30, 0.0, pytest.approx(3e38), 0.0, 0.0, float("inf")]
+
+
+@needs_cpp
+def test_infinite_inputs_stay_in_their_window(isa: str) -> None:
+    x = torch.zeros(1, 49, 24)
+    x[0, 24] = float("inf")
+    got = run_cpp(x=x, weight=torch.ones(24, 1, 3, 3), grid=(7, 7))
+    window = torch.zeros(7, 7, dtype=torch.bool)
+    window[2:5, 2:5] = True
+    assert torch.equal(got[0, :, 0].isinf(), window.flatten())
+    assert torch.equal(got[0, :, 0][~window.flatten()], torch.zeros(40))
+
+
+@needs_cpp
+def test_float32_parameters_beside_bfloat16_tokens(isa: str) -> None:
+    arguments = make_arguments(Case((7, 5), prefix=1, **LEFF), torch.bfloat16, torch.float32)
+    check(run_cpp, arguments)
+    auto = token_depthwise_conv(**arguments)
+    assert torch.equal(auto, run_cpp(**arguments))
+    plain = token_depthwise_conv(**arguments, backend="reference")
+    torch.testing.assert_close(auto, plain, atol=0.1, rtol=0.05)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", ["rows", "batch", "expanded", "channels", "reversed tokens"])
+def test_x_with_other_strides(layout: str, isa: str) -> None:
+    arguments = make_arguments(Case((6, 5), 24, prefix=1, residual=True), torch.float32)
+    x = torch.randn(4, 62, 48)
+    arguments["x"] = {
+        "rows": x[:2, 3:34, 8:32],
+        "batch": x[::2, :31, :24],
+        "expanded": x[:1, :31, :24].expand(2, -1, -1),
+        "channels": x[:2, :31, ::2],
+        "reversed tokens": x.transpose(1, 2)[:2, :31, :24],
+    }[layout]
+    check(run_cpp, arguments)
+
+
+@needs_cpp
+def test_weight_of_a_channels_last_model() -> None:
+    arguments = make_arguments(Case((6, 5)), torch.float32)
+    arguments["weight"] = arguments["weight"].to(memory_format=torch.channels_last)
+    arguments["bias"] = torch.randn(80)[::2]
+    check(run_cpp, arguments)
+
+
+@needs_cpp
+def test_same_result_whatever_the_threads() -> None:
+    arguments = make_arguments(Case((20, 9), 48, 1, prefix=1, **LEFF), torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run_cpp(**arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+# --- The operator ---------------------------------------------------------------------------------------------------
+
+
+def low_level_arguments(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    pre_norm, norm = op_module._flat(arguments["pre_norm"]), op_module._flat(arguments["norm"])
+    codes = op_module._ACTIVATION_CODES
+    kernel = arguments["weight"].shape[-1]
+    return (
+        *(arguments[name] for name in ("x", "weight", "bias")),
+        *(*pre_norm, codes[arguments["pre_activation"]], *norm, codes[arguments["activation"]], *arguments["grid"]),
+        arguments["stride"],
+        kernel // 2 if arguments["padding"] is None else arguments["padding"],
+        *(arguments["prefix_tokens"], arguments["residual"]),
+    )
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", [Case((5, 4), prefix=1, **LEFF), Case((6, 5), 8, stride=2)], ids=str)
+def test_opcheck(case: Case) -> None:
+    arguments = make_arguments(case, torch.float32)
+    wide = torch.randn(case.batch, arguments["x"].shape[1], case.channels + 8)
+    for x in (arguments["x"], wide[:, :, : case.channels]):
+        flat = low_level_arguments(arguments | {"x": x})
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.fastvit.token_depthwise_conv.default, flat, test_utils=tests)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(token_depthwise_conv, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (2, 3):
+            arguments = make_arguments(Case((5, 4), batch=batch, prefix=1, **LEFF), torch.float32)
+            assert torch.equal(compiled(**arguments), run_cpp(**arguments))
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "case", [Case((4, 4), norm=True), Case((4, 4), prefix=1), Case((4, 4), residual=True)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_under_autocast_the_dtype_is_the_references(case: Case, dtype: torch.dtype) -> None:
+    arguments = make_arguments(case, dtype, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, plain = run_cpp(**arguments), functional.token_depthwise_conv(**arguments)
+    assert got.dtype == plain.dtype
+    torch.testing.assert_close(got, plain, atol=0.1, rtol=0.05)
+
+
+def test_reference_takes_what_the_kernels_do_not() -> None:
+    case = Case((5, 4), **LEFF)
+    for arguments in (
+        make_arguments(case, torch.float64),
+        make_arguments(case, torch.float16, torch.float32),
+        make_arguments(case, torch.float32)
+        | {"norm": make_norm(40, torch.float32, True)._replace(use_batch_stats=True)},
+    ):
+        got = token_depthwise_conv(**arguments)
+        weight, bias = arguments["weight"].to(got.dtype), arguments["bias"].to(got.dtype)
+        assert torch.equal(got, functional.token_depthwise_conv(**arguments | {"weight": weight, "bias": bias}))
+
+
+def test_gradients_come_from_the_reference() -> None:
+    arguments = make_arguments(Case((3, 4), 6, prefix=1, **LEFF), torch.float32)
+    for trained in (arguments["x"], arguments["weight"], arguments["norm"].weight):
+        trained.requires_grad_(True)
+        token_depthwise_conv(**arguments).sum().backward()
+        assert trained.grad is not None
+        assert trained.grad.abs().sum() > 0
+        trained.requires_grad_(False)
+
+
+# --- Refusals -------------------------------------------------------------------------------------------------------
+
+GOOD = make_arguments(Case((5, 4), 8, prefix=1), torch.float32)
+BAD = {
+    "x: got (2, 21)": {"x": torch.zeros(2, 21)},
+    "x: got (2, 21, 8) torch.int64": {"x": torch.zeros(2, 21, 8, dtype=torch.int64)},
+    "weight: got (9, 1, 3, 3)": {"weight": torch.zeros(9, 1, 3, 3)},
+    "weight: got (8, 2, 3, 3)": {"weight": torch.zeros(8, 2, 3, 3)},
+    "weight: got (8, 1, 3, 5)": {"weight": torch.zeros(8, 1, 3, 5)},
+    "bias: got (7,)": {"bias": torch.zeros(7)},
+    "grid: (5, 5) has 25 tokens, x has 20 behind 1 prefix tokens": {"grid": (5, 5)},
+    "grid: got (0, 4)": {"grid": (0, 4)},
+    "prefix_tokens: got -1": {"prefix_tokens": -1},
+    "stride: got 0": {"stride": 0},
+    "padding: got -1": {"padding": -1},
+    "padding: got 0, a kernel of 7 does not fit": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
+    "residual: needs a convolution that keeps the grid (5, 4)": {"stride": 2, "residual": True},
+    "activation: got 'tanh', accepted are [None, 'gelu'": {"activation": "tanh"},
+    "pre_activation: got 'tanh'": {"pre_activation": "tanh"},
+    "norm.weight: got (9,)": {"norm": make_norm(9, torch.float32, True)._replace(running_mean=torch.zeros(8))},
+    "pre_norm: running_mean and running_var are both needed": {"pre_norm": BatchNorm(None, None, None, None)},
+    "backend: token_depthwise_conv has none named 'triton'": {"backend": "triton"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        token_depthwise_conv(**GOOD | BAD[message])
+
+
+def test_backend_asked_for_gives_every_reason() -> None:
+    arguments = make_arguments(Case((5, 4), norm=True), torch.float16)
+    arguments["norm"] = arguments["norm"]._replace(use_batch_stats=True)
+    arguments["weight"].requires_grad_(True)
+    with pytest.raises(RuntimeError) as error:
+        run_cpp(**arguments)
+    for reason in ("dtype torch.float16 is not one of", "batch statistics", "it has no backward"):
+        assert reason in str(error.value)
+
+
+@needs_cpp
+def test_the_kernel_itself_checks() -> None:
+    """What reaches the operator without the public function must not read beyond a tensor."""
+    run, names = torch.ops.fastvit.token_depthwise_conv, list(op_module._fake.__annotations__)
+    good = dict(zip(names, low_level_arguments(GOOD), strict=False))
+    run(**good)
+    bad = {
+        "x must be float32, bfloat16 or float16": {"x": GOOD["x"].double()},
+        "take float32 and bfloat16, got float16": {"x": GOOD["x"].half()},
+        "x must have adjacent channels": {"x": torch.zeros(2, 21, 16)[:, :, ::2]},
+        "weight must be float32 or of x's dtype": {"weight": GOOD["weight"].half()},
+        "weight must be (C, 1, k, k)": {"weight": torch.zeros(8, 1, 3, 5)},
+        "bias must be contiguous with 8 elements": {"bias": torch.zeros(7)},
+        "norm_mean must be contiguous": {"norm_mean": torch.zeros(16)[::2], "norm_var": torch.ones(8)},
+        "a norm needs both": {"norm_mean": torch.zeros(8)},
+        "x has 21 tokens, expected are 1 + 5 * 5": {"width": 5},
+        "activation has codes 0 to 4, got 5": {"activation": 5},
+        "stride 0": {"stride": 0},
+        "does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
+        "keeps the grid": {"residual": True, "stride": 2},
+    }
+    for message, change in bad.items():
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            run(**good | change)
+
+
+# --- The CUDA kernel, without a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """The CUDA kernel's per-thread functions, run over whole tensors by a loop on the host."""
+    if CXX is None:
+        pytest.skip("no C++ compiler on PATH")
+    library = tmp_path_factory.mktemp("host") / "host.so"
+    source = Path(__file__).with_name("token_depthwise_conv_host.cpp")
+    command = [CXX, "-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).token_depthwise_conv_host
+
+    def run(*, vectors: bool, **arguments: Any) -> Tensor:
+        x, weight = arguments["x"], arguments["weight"]
+        kernel, stride, (h, w) = weight.shape[-1], arguments["stride"], arguments["grid"]
+        padding = kernel // 2 if arguments["padding"] is None else arguments["padding"]
+        sizes = [op_module._out_size(size, kernel, stride, padding) for size in (h, w)]
+        prefix = arguments["prefix_tokens"]
+        out = x.new_full((x.shape[0], prefix + sizes[0] * sizes[1], x.shape[2]), float("nan"))
+        codes = [op_module._ACTIVATION_CODES[arguments[name]] for name in ("pre_activation", "activation")]
+        numbers = [
+            x.shape[0],
+            x.shape[2],
+            prefix,
+            h,
+            w,
+            *sizes,
+            kernel,
+            stride,
+            padding,
+            x.stride(0),
+            x.stride(1),
+            *codes,
+        ]
+        norms = [*op_module._flat(arguments["pre_norm"])[:4], *op_module._flat(arguments["norm"])[:4]]
+        tensors = [weight, arguments["bias"], *norms]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        element = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[x.dtype]
+        status = function(
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int(element),
+            (ctypes.c_int64 * 15)(*numbers, int(arguments["residual"])),
+            (ctypes.c_void_p * 10)(*pointers),
+            ctypes.c_float(1e-5),
+            ctypes.c_int(vectors),
+        )
+        assert status == 0, f"the host run gave status {status}"
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "scalars"])
+def test_cuda_indexing_on_the_host(host: Callable[..., Tensor], dtype: torch.dtype, vectors: bool) -> None:
+    lanes = 16 // dtype.itemsize if vectors else 1
+    for case in CASES:
+        if case.size != 1.0 and dtype == torch.float16:
+            continue  # beyond its range
+        if vectors and case.kernel not in (3, 5, 7):
+            continue  # done by scalars
+        arguments = make_arguments(case._replace(channels=-(-case.channels // lanes) * lanes), dtype)
+        try:
+            check(lambda **kwargs: host(vectors=vectors, **kwargs), arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+def test_cuda_indexing_with_strides(host: Callable[..., Tensor]) -> None:
+    arguments = make_arguments(Case((9, 20), 24, prefix=1, residual=True), torch.float32)
+    arguments["x"] = torch.randn(3, 200, 64)[:2, 7:188, 8:32]
+    check(lambda **kwargs: host(vectors=True, **kwargs), arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+def test_cuda_kernels_compile_without_spills(tmp_path: Path) -> None:
+    assert NVCC is not None
+    source = CSRC / "cuda" / "token_depthwise_conv.cu"
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+    command = [NVCC, "-std=c++20", "-O3", "-DNDEBUG", *archs, "-Xptxas", "-v", "--threads=2"]
+    result = subprocess.run(
+        [*command, "-c", str(source), "-o", str(tmp_path / "kernel.o")], capture_output=True, text=True, check=False
+    )
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) == 24, report  # 3 dtypes x (3 kernels + scalars) x 2 architectures
+    assert set(frames) == {("0", "0", "0")}, report
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(backends.cuda_reasons()), reason="no GPU, or no CUDA kernels in fastvit._C"
+)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cuda_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    def on_gpu(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.cuda()
+        return BatchNorm(*(on_gpu(item) for item in value)) if isinstance(value, BatchNorm) else value
+
+    for case in CASES:
+        if case.size != 1.0:
+            continue
+        arguments = {name: on_gpu(value) for name, value in make_arguments(case, dtype).items()}
+        try:
+            check(lambda **kwargs: token_depthwise_conv(**kwargs, backend="cuda"), arguments)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
