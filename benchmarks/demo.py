@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # run as a file: make the packages beside it impo
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -43,6 +44,7 @@ MODELS = (
     "ceit_tiny",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDTH_OF_A_LOG = 130
 ORACLE_BATCH = 2  # float64 on a CPU is slow; two photographs show an error as well as eight
 
 
@@ -114,19 +116,20 @@ def measure(
 
 def result_table(outcomes: Sequence[Outcome], title: str) -> Table:
     """The table a reader of the terminal sees."""
-    table = Table(title=title, caption="speed-up: median of the paired rounds, quartiles in brackets; error: against float64")
+    caption = "speed-up: median of the paired rounds (quartiles); error: largest deviation of the logits from float64"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     for heading, justify in (
         ("model", "left"),
-        ("img/s before", "right"),
-        ("img/s after", "right"),
-        ("speed-up", "right"),
-        ("error before", "right"),
-        ("error after", "right"),
+        ("images/s\nbefore", "right"),
+        ("images/s\nafter", "right"),
+        ("speed-up", "left"),
+        ("error\nbefore", "right"),
+        ("error\nafter", "right"),
         ("replaced", "left"),
     ):
-        table.add_column(heading, justify=justify, no_wrap=heading != "replaced")
+        table.add_column(heading, justify=justify, overflow="fold")
     for o in outcomes:
-        speedup = f"[bold]{o.speedup:.2f}x[/] [{o.speedup_low:.2f}, {o.speedup_high:.2f}]"
+        speedup = f"[bold]{o.speedup:.2f}x[/] ({o.speedup_low:.2f} to {o.speedup_high:.2f})"
         table.add_row(
             o.model,
             f"{o.images_per_s_before:.1f}",
@@ -196,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when every patched model is accurate, 1 otherwise."""
     settings = parse_arguments(arguments)
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_LOG
     photos = settings.image or bundled_photographs()
     where = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else "CPU"
     title = f"fastvit {fastvit.__version__} on {where}, {settings.dtype}, batch {settings.batch}"

@@ -1,7 +1,7 @@
 """Weights that behave like trained ones, where no checkpoint is at hand.
 
 Freshly initialised models hide errors: CaiT's LayerScale of 1e-5 and its near-zero head mixers would make a wrong
-attention invisible in the logits, and BatchNorms that never saw an image are the identity.
+attention invisible in the logits, BatchNorms that never saw an image are the identity, and ViT's head starts at zero.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def lived_in(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Give ``model`` residual branches that count and BatchNorm statistics of ``images``, in place.
+    """Give ``model`` residual branches that count, logits, and BatchNorm statistics of ``images``, in place.
 
     LayerScales become 0.1 to 0.5, head mixers the identity plus noise, BatchNorm scales and shifts vary around 1 and 0,
     and their running statistics are those of one pass over ``images`` (B, 3, H, W).
@@ -25,6 +25,8 @@ def lived_in(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
             elif ".proj_l." in name or ".proj_w." in name or ".reatten_matrix." in name:
                 mixer = torch.eye(parameter.shape[0]).reshape(parameter.shape) if parameter.dim() > 1 else 0.0
                 parameter.copy_(mixer + 0.2 * (noise - 0.5))
+            elif name == "head.weight" and not parameter.any():
+                parameter.copy_(0.1 * (noise - 0.5))
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.weight.uniform_(0.8, 1.2, generator=generator)
