@@ -169,9 +169,10 @@ void run(const HeadMixParams& p, const KeyLists& keys) {
   const int64_t products_per_unit = 2 * p.heads * (p.dim + p.heads) * p.keys * kernel.lanes;
   const int64_t grain = std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products_per_unit));
 
-  // With fewer batch elements than threads, several threads need the same keys and values: pack them once for all.
+  // Where many threads need the same keys and values, pack them once for all; two do better with a copy each, and
+  // without the wait for each other.
   const int64_t parts = num_threads();
-  const bool shared = p.batch < parts && units > grain;
+  const bool shared = 2 * p.batch < parts && units > grain;
   float* packed_by_all = shared ? shared_workspace.take(p.batch * packed_floats) : nullptr;
   if (shared) {
     parallel_for(0, p.batch * parts, 1, [&](int64_t begin, int64_t end) {

@@ -212,6 +212,12 @@ const T* head_of(const HeadMixOperand& operand, int64_t b, int64_t h) {
   return static_cast<const T*>(operand.data) + b * operand.batch_stride + h * operand.head_stride;
 }
 
+// Rows lie far apart, on pages of their own: asked for early, they do not arrive late.
+template <int kForWriting = 0, class T>
+inline void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, kForWriting);
+}
+
 template <class T, bool kPairs>
 void pack_key_panel(const HeadMixParams& p, const Packed<T, kPairs>& layout, int64_t b, const int32_t* keys,
                     int64_t panel, float* packed) {
@@ -219,8 +225,10 @@ void pack_key_panel(const HeadMixParams& p, const Packed<T, kPairs>& layout, int
   float wide[kHeadMixMaxDim * kGroups];
   const int64_t begin = layout.key_panels.begin(panel), count = layout.key_panels.size(panel);
   const int64_t words = layout.words(p.dim);
+  const int64_t last_ahead = layout.count < begin + 2 * kRows ? layout.count : begin + 2 * kRows;
   for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a key lie side by side
     const T* k = head_of<T>(p.k, b, h);
+    for (int64_t j = begin + count; j < last_ahead; ++j) prefetch(k + keys[j] * p.k.token_stride, p.dim);
     float* out = packed + layout.key_panel(h, panel);
     float* to = kGroups == kRows ? out : wide;
     transpose_rows<T, kPairs>(
@@ -236,10 +244,12 @@ template <class T, bool kPairs>
 void pack_value_row(const HeadMixParams& p, const Packed<T, kPairs>& layout, int64_t b, const int32_t* keys,
                     int64_t word, float* packed) {
   const int64_t j = kPairs ? 2 * word : word;
+  constexpr int64_t kAhead = 8;
   float row[kHeadMixMaxDim + kRows];
   for (int64_t h = 0; h < p.heads; ++h) {
     const T* v = head_of<T>(p.v, b, h);
     const T* first = v + keys[j] * p.v.token_stride;
+    if (j + kAhead < layout.count) prefetch(v + keys[j + kAhead] * p.v.token_stride, p.dim);
     if constexpr (kPairs) {
       const T* second = j + 1 < layout.count ? v + keys[j + 1] * p.v.token_stride : nullptr;
       for (int64_t d = 0; d < p.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
@@ -364,6 +374,7 @@ struct Tile {
       for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a query lie side by side
         const T* q = head_of<T>(p.q, b, h) + (first_query + first) * p.q.token_stride;
         float* out = channels(h) + first;
+        for (int64_t i = 8; i < 12 && i < left; ++i) prefetch(q + i * p.q.token_stride, p.dim);
         if (left > 0) {
           transpose_rows<T, kPairs>(
               left < 4 ? left : 4, p.dim, words, [&](int64_t i) { return q + i * p.q.token_stride; }, out, kWidth);
@@ -542,7 +553,8 @@ struct Tile {
   // Queries i .. i + 3, as far as they exist, of head h.
   void store_rows(int64_t h, int64_t i, T* out) const {
     float buffer[4 * kHeadMixMaxDim];
-    const int64_t rows = queries - i < 4 ? queries - i : 4, stride = p.heads * p.dim;
+    const int64_t left = queries - i, rows = left < 4 ? left : 4, stride = p.heads * p.dim;
+    for (int64_t k = 4; k < 8 && k < left; ++k) prefetch<1>(out + k * stride, p.dim);
     for (int64_t d = 0; d < p.dim; d += 4) {
       const float* in[4];
       for (int64_t k = 0; k < 4; ++k) in[k] = channels(h) + (d + k) * kWidth + i;
