@@ -218,7 +218,7 @@ def _flat(norm: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 
 def _autocast_dtype(x: Tensor, prefix_tokens: int, residual: bool) -> torch.dtype:
-    """The dtype of the plain function's result: autocast lowers the convolution, adding or joining x raises it again."""
+    """The dtype of the plain result: autocast lowers the convolution, adding or joining x raises it again."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return x.dtype
