@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ def dropout_p(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def is_plain(part: object, cls: type[nn.Module]) -> bool:
+def is_plain(part: Any, cls: type[nn.Module]) -> bool:
     """Whether a sub-module is exactly ``cls`` without hooks: only then may its tensors be read."""
     return type(part) is cls and not part._forward_hooks and not part._forward_pre_hooks
 
@@ -49,7 +50,7 @@ def check_attributes(module: nn.Module, *names: str) -> list[str]:
 
 def check_linear(module: nn.Module, name: str, width: int) -> list[str]:
     """A reason where a projection gives another width. One that is not a plain linear answers for itself."""
-    part = getattr(module, name, None)
+    part: Any = getattr(module, name, None)
     if type(part) is nn.Linear and part.out_features != width:
         return [f"{name} gives {part.out_features} channels, expected {width}"]
     return [] if isinstance(part, nn.Module) else [f"{name} is missing"]
@@ -61,7 +62,7 @@ def check_scale(name: str, got: float, head_dim: int) -> list[str]:
     return [] if got == expected else [f"{name} is {got}, expected {expected} (head dimension ** -0.5)"]
 
 
-def check_depthwise(name: str, conv: object, norm: object = None) -> list[str]:
+def check_depthwise(name: str, conv: Any, norm: object = None) -> list[str]:
     """Reasons why tokens cannot be convolved by this convolution (and the BatchNorm behind it) as they lie."""
     if not is_plain(conv, nn.Conv2d):
         return [f"{name} is not a plain nn.Conv2d without hooks"]

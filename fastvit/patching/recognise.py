@@ -1,7 +1,8 @@
 """Which modules can be fused, and why a module that looks like one cannot.
 
-A module is known by the class it is an instance of (itself, or the nearest base class found in a table), and then by
-its structure: a changed, overridden or hooked class is left alone with a reason, never fused by guess.
+A module is known by the class it is an instance of (itself, or the nearest base class that was registered or stands in
+a library's table), else by what it holds and computes (:mod:`fastvit.patching.research`); and then by its structure: a
+changed, overridden or hooked class is left alone with a reason, never fused by guess.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastvit.patching import reference, timm, torchvision, transformers, vit_pytorch
+from fastvit.patching import reference, register, research, timm, torchvision, transformers, vit_pytorch
 from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, plain_class
 
 TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
@@ -42,8 +43,9 @@ def _rows() -> dict[str, list[Row]]:
 
 
 def supported() -> list[str]:
-    """The class paths that can be fused."""
-    return sorted(_rows())
+    """The classes that can be fused."""
+    own = [row.path for row in register.REGISTERED.values()]
+    return sorted({*_rows(), *own}) + [row.path for row in research.ROWS]
 
 
 def operators() -> list[str]:
@@ -55,10 +57,27 @@ def recognise(module: nn.Module) -> Match | None:
     """What can be fused about a module, or None where its class is not known. A fused module is seen as it was."""
     plain = plain_class(module)
     for known in plain.__mro__:
-        for row in _rows().get(f"{known.__module__}.{known.__qualname__}", ()):
+        for row in _rows_of(known):
             if row.applies(module):
-                return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
+                return _match(module, plain, known, row)
+    for row in research.ROWS:
+        if row.applies(module):
+            return _match(module, plain, _definer(plain, "forward"), row)
     return None
+
+
+def _rows_of(known: type) -> list[Row]:
+    registered = register.REGISTERED.get(known)
+    return [registered] if registered else _rows().get(f"{known.__module__}.{known.__qualname__}", [])
+
+
+def _match(module: nn.Module, plain: type[nn.Module], known: type, row: Row) -> Match:
+    return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
+
+
+def _definer(plain: type, name: str) -> type:
+    """The class among a class and its bases whose method it is."""
+    return next(known for known in plain.__mro__ if name in vars(known))
 
 
 def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[str]:

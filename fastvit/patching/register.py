@@ -1,0 +1,91 @@
+"""Attention and convolution classes of one's own: ``@fastvit.register`` tells ``patch`` how to fuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from fastvit import ops
+from fastvit.patching.fusion import Fused, Row
+
+Seam = TypeVar("Seam", bound=type[Fused])
+Check = Callable[[nn.Module], list[str]]
+
+REGISTERED: dict[type[nn.Module], Row] = {}
+"""The row of each class registered."""
+
+
+def _no_reasons(module: nn.Module) -> list[str]:
+    return []
+
+
+def register(
+    cls: type[nn.Module],
+    *,
+    op: str,
+    reads: Mapping[str, type[nn.Module]] | None = None,
+    check: Check = _no_reasons,
+) -> Callable[[Seam], Seam]:
+    """Teach ``patch`` to fuse a class of your own.
+
+    The decorated class, a subclass of ``fastvit.Fused`` at module level (so that patched models can be pickled), holds
+    the methods that replace those of ``cls``; ``self`` is the module with all its attributes. Give the operator
+    ``backend=self.fastvit_backend``, and call ``self.fastvit_plain.<method>(self, ...)`` for what you do not take.
+    Subclasses of ``cls`` that override none of these methods are fused too. A second registration replaces the first.
+
+    >>> class MyAttention(nn.Module):
+    ...     def forward(self, x):
+    ...         q, k, v = self.heads(x)
+    ...         return self.out(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    >>> @fastvit.register(MyAttention, op="masked_attention")
+    ... class FusedMyAttention(fastvit.Fused):
+    ...     def forward(self, x):
+    ...         q, k, v = self.heads(x)
+    ...         out = fastvit.ops.masked_attention(q, k, v, scale=self.scale, backend=self.fastvit_backend)
+    ...         return self.out(out.transpose(1, 2).flatten(2))
+    >>> fastvit.patch(model, verify=example)  # holds your methods to the accuracy of the plain ones
+
+    Args:
+        cls: the class to fuse.
+        op: the operator of ``fastvit.ops`` that the methods call; what ``patch(ops=...)`` and reports go by.
+        reads: sub-modules whose tensors or settings the methods read instead of calling them, and the one class each
+            may have; where one is wrapped, replaced or hooked, the module is left alone with that reason.
+        check: called with a module, gives the reasons why it cannot be fused.
+
+    Raises:
+        TypeError: ``cls`` is not an ``nn.Module`` class, or what is decorated not a subclass of ``fastvit.Fused``.
+        ValueError: no such operator, or a method that ``cls`` does not have.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls: got {cls!r}, accepted is a subclass of torch.nn.Module")
+    if op not in ops.IMPLEMENTATIONS:
+        raise ValueError(f"op: unknown {op!r}, accepted are {sorted(ops.IMPLEMENTATIONS)}")
+
+    def decorate(seam: Seam) -> Seam:
+        if not (isinstance(seam, type) and issubclass(seam, Fused)):
+            raise TypeError(f"register decorates a class of methods derived from fastvit.Fused, got {seam!r}")
+        seam.fastvit_op = op
+        seam.fastvit_reads = dict(reads or {})
+        row = Row(f"{cls.__module__}.{cls.__qualname__}", seam, check)
+        unknown = sorted(name for name in row.methods() if not hasattr(cls, name))
+        if unknown or not row.methods():
+            raise ValueError(
+                f"{seam.__name__} replaces {unknown or 'no methods'}, accepted are methods of {cls.__name__}"
+            )
+        REGISTERED[cls] = row
+        return seam
+
+    return decorate
+
+
+def unregister(cls: type[nn.Module]) -> None:
+    """Forget what :func:`register` was told about a class; models patched already stay as they are.
+
+    Raises:
+        ValueError: the class is not registered.
+    """
+    if cls not in REGISTERED:
+        raise ValueError(f"cls: {cls!r} is not registered, accepted are {sorted(c.__name__ for c in REGISTERED)}")
+    del REGISTERED[cls]
