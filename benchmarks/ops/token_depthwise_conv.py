@@ -1,0 +1,181 @@
+"""Token depthwise convolution against the library's convolutions and a plain copy, on the shapes of CPVT, CeiT and CvT.
+
+    python -m benchmarks.ops.token_depthwise_conv [--isa avx2] [--threads 2] [--batch 1 8] [--only ceit] [--json FILE]
+
+Columns, all timed in turn in one run:
+    fastvit         the operator, on tokens as they lie
+    eager           the plain function: tokens to image and back, each step its own pass
+    nchw            the library's convolution on NCHW, the norm folded into its weight, with both transposes
+    channels-last   the same on a view of the tokens as a channels-last image, without transposes
+    copy            a copy of x into a tensor already there
+
+No ratio is printed where the result fails the accuracy rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._timing import Call, Measured, compare, is_accurate
+from fastvit import backends
+from fastvit.ops import token_depthwise_conv
+from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm, activate
+
+
+class Shape(NamedTuple):
+    """One use of the operator in a model."""
+
+    name: str
+    side: int
+    channels: int
+    stride: int = 1
+    norm: bool = False
+    leff: bool = False  # norm and GELU on both sides
+    residual: bool = False
+
+
+SHAPES = (
+    *(Shape(f"cpvt PEG {channels}", 14, channels, residual=True) for channels in (192, 384, 768)),
+    *(Shape(f"ceit depthwise {channels}", 14, channels) for channels in (768, 1536, 3072)),
+    *(Shape(f"ceit LeFF middle {channels}", 14, channels, leff=True) for channels in (768, 1536, 3072)),
+    *(
+        Shape(f"cvt {channels} stride {stride}", side, channels, stride, norm=True)
+        for side, channels in ((56, 64), (28, 192), (14, 384))
+        for stride in (1, 2)
+    ),
+)
+CANDIDATES = ("fastvit", "eager", "nchw", "channels-last", "copy")
+PEERS = CANDIDATES[1:]
+
+
+def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    def norm() -> BatchNorm:
+        mean, bias = torch.randn(2, shape.channels).to(dtype)
+        var, weight = (0.5 + torch.rand(2, shape.channels)).to(dtype)
+        return BatchNorm(mean, var, weight, bias)
+
+    activation = "gelu" if shape.leff else None
+    return {
+        "x": torch.randn(batch, shape.side**2, shape.channels).to(dtype),
+        "weight": (torch.randn(shape.channels, 1, 3, 3) / 3).to(dtype),
+        "bias": None if shape.norm else torch.randn(shape.channels).to(dtype),
+        "grid": (shape.side, shape.side),
+        "stride": shape.stride,
+        "pre_norm": norm() if shape.leff else None,
+        "pre_activation": activation,
+        "norm": norm() if shape.leff or shape.norm else None,
+        "activation": activation,
+        "residual": shape.residual,
+    }
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
+    """The norm folded into the convolution in front of it, as one would do by hand."""
+    if norm is None:
+        return weight, bias
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    offset = -norm.running_mean if bias is None else bias - norm.running_mean
+    return weight * scale[:, None, None, None], norm.bias + scale * offset
+
+
+def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
+    """The best one can write with the library's convolution in the given layout; parameters are prepared beforehand."""
+    x, (h, w), channels = arguments["x"], arguments["grid"], arguments["x"].shape[2]
+    weight, bias = fold(arguments["weight"], arguments["bias"], arguments["norm"])
+    pre_norm, padding = arguments["pre_norm"], arguments["weight"].shape[-1] // 2
+
+    def run() -> Tensor:
+        image = x.view(-1, h, w, channels).permute(0, 3, 1, 2)
+        if not channels_last:
+            image = image.contiguous()
+        inner = pre_norm(image) if pre_norm is not None else image
+        inner = activate(inner, arguments["pre_activation"])
+        out = F.conv2d(inner, weight, bias, arguments["stride"], padding, groups=channels)
+        out = activate(out, arguments["activation"])
+        if arguments["residual"]:
+            out = out + image
+        return out.flatten(2).transpose(1, 2).contiguous()
+
+    return run
+
+
+def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, Measured], bool]:
+    """The times of every candidate, and whether fastvit's result is right."""
+    arguments = make_arguments(shape, batch, dtype)
+    target = torch.empty_like(arguments["x"])
+    calls: dict[str, Call] = {
+        "fastvit": lambda: token_depthwise_conv(**arguments),
+        "eager": lambda: functional.token_depthwise_conv(**arguments),
+        "nchw": library_composition(arguments, channels_last=False),
+        "channels-last": library_composition(arguments, channels_last=True),
+        "copy": lambda: target.copy_(arguments["x"]),
+    }
+    with torch.no_grad():
+        exact = functional.token_depthwise_conv(**{name: to_double(value) for name, value in arguments.items()})
+        right = is_accurate(calls["fastvit"](), calls["eager"](), exact)
+        repeats = max(1, 200_000 // arguments["x"].numel())
+        return compare(calls, rounds=rounds, repeats=repeats), right
+
+
+def to_double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    return BatchNorm(*(to_double(item) for item in value)) if isinstance(value, BatchNorm) else value
+
+
+def show(name: str, times: dict[str, Measured], right: bool) -> None:
+    columns = [f"{times[candidate].median:9.3f}" for candidate in CANDIDATES]
+    ratios = [f"{times[peer].median / times['fastvit'].median:8.2f}x" if right else "   wrong" for peer in PEERS]
+    print(f"{name:<38}" + "".join(columns) + " |" + "".join(ratios), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", help="instruction set of the C++ kernels; the CPU's best by default")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="shapes whose name holds this text")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write the measurements here")
+    options = parser.parse_args(argv)
+    if reasons := backends.cpp_reasons():
+        parser.error("; ".join(reasons))
+    from fastvit import _C
+
+    if options.isa:
+        _C._set_cpu_capability(options.isa)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = []
+    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    machine |= {"isa": _C.cpu_info()["in_use"], "cpu": backends.describe()["devices"][0]["name"]}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("median milliseconds | the peer's time over fastvit's")
+    print(f"{'':<38}" + "".join(f"{name[:8]:>9}" for name in CANDIDATES) + " |" + "".join(f"{n[:8]:>9}" for n in PEERS))
+    for dtype in options.dtype:
+        for batch in options.batch:
+            for shape in SHAPES:
+                if options.only not in shape.name:
+                    continue
+                torch.manual_seed(0)
+                times, right = measure(shape, batch, getattr(torch, dtype), options.rounds)
+                show(f"{shape.name}, batch {batch}, {dtype}", times, right)
+                rows.append({"shape": shape._asdict(), "batch": batch, "dtype": dtype, "accurate": right})
+                rows[-1]["ms"] = {name: measured._asdict() for name, measured in times.items()}
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
