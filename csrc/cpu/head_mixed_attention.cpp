@@ -2,20 +2,26 @@
 #include "head_mixed_attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <exception>
 #include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "../torch_abi.h"
 
 namespace fastvit {
 namespace {
 
-constexpr int64_t kSerialProducts =
-    1 << 19;                              // multiply-adds below which waking another thread costs more than it saves
-constexpr int64_t kKeptFloats = 8 << 20;  // of a thread's memory that stay allocated between calls
+// Multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t kSerialProducts = 1 << 19;
+// Floats of a thread's memory that stay allocated between calls.
+constexpr int64_t kKeptFloats = 8 << 20;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... message) {
