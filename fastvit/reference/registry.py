@@ -20,10 +20,19 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 
 
+def nearest_names(name: str, count: int = 3) -> list[str]:
+    """The model names most like ``name``, best first. Beginnings count: people leave endings out, not families."""
+
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
+
+    return [near for near in sorted(VARIANTS, key=likeness, reverse=True)[:count] if likeness(near) >= 0.6]
+
+
 def find_variant(name: str) -> Variant:
     """The variant of that name; ValueError suggests the nearest names."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
+        near = nearest_names(str(name))
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"name: unknown model {name!r}{hint} (fastvit.list_models() names all {len(VARIANTS)})")
     return VARIANTS[name]
