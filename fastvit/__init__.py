@@ -8,6 +8,8 @@
 ``fastvit.create_model("deepvit_s")`` builds a reference model that is fused from the start.
 """
 
+import os
+
 from fastvit import backends, losses, ops, patching, reference
 from fastvit._version import __version__
 from fastvit.patching import (
@@ -48,3 +50,5 @@ __all__ = [
 ]
 
 patching.fuse_reference_models()
+if os.environ.get("FASTVIT_AUTO"):
+    from fastvit import auto as auto
