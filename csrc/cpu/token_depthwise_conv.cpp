@@ -14,7 +14,7 @@ constexpr int64_t kLanes = 16;             // channel blocks are whole vectors o
 constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 14;  // below it, waking other threads costs more than it saves
-constexpr int64_t kCachedBytes = 3 << 20;  // tensors up to this size are taken to be in the L2 or L3 cache
+constexpr int64_t kCachedBytes = 6 << 20;  // tensors up to this size are taken to be in the L2 or L3 cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -4,8 +4,7 @@
 // element is read once: widened to float32, normalised and activated on its way into the ring. An output row is
 // convolved from the ring into a row buffer, then finished (activation, residual, rounding) on its way out. The norm
 // behind the convolution is folded into taps and shift. All of it stays in the L1 cache, and memory is touched in runs
-// of whole channel blocks. (Convolving from x itself is slower: with a width such as 1536 the tokens of a row compete
-// for two sets of the cache.)
+// of whole channel blocks. Where the convolution is all there is to do, it goes from x to the output directly.
 #include "token_depthwise_conv.h"
 
 #include "vec.h"
@@ -99,7 +98,9 @@ struct Block {
     zeros = parameters_ + op.channel_blocks * parameter_floats();
     ring = zeros + line;
     row = ring + op.kernel * line;
-    memset(scratch, 0, static_cast<size_t>(op.scratch_floats) * sizeof(float));
+    // Nothing packed yet; padding columns and rows are zero, as are the lanes behind the last channel.
+    for (int64_t i = 0; i < op.channel_blocks; ++i) is_packed(i) = 0.0f;
+    memset(zeros, 0, static_cast<size_t>((op.kernel + 1) * line) * sizeof(float));
   }
 
   // Makes a channel block the one at hand.
@@ -110,9 +111,8 @@ struct Block {
     shift = taps + op.kernel * op.kernel * op.channel_block;
     pre_scale = shift + op.channel_block;
     pre_shift = pre_scale + op.channel_block;
-    float* packed = pre_shift + op.channel_block;
-    if (*packed == 0.0f) pack();
-    *packed = 1.0f;
+    if (is_packed(index) == 0.0f) pack();
+    is_packed(index) = 1.0f;
   }
 
   // Where input row y lies in the ring, behind its padding columns.
@@ -125,8 +125,9 @@ struct Block {
   }
 
  private:
-  // Taps, three vectors, and a vector whose first element says that the rest is filled in.
+  // Taps, three vectors, and a vector whose first element says whether the rest is filled in.
   int64_t parameter_floats() const { return op.channel_block * (op.kernel * op.kernel + 4); }
+  float& is_packed(int64_t index) const { return parameters_[(index + 1) * parameter_floats() - op.channel_block]; }
   void pack();
 
   float* parameters_;
@@ -140,9 +141,10 @@ void transpose(const T* weight, int64_t channels, int64_t area, int64_t width, f
   }
 }
 
-// Lays out the taps tap by tap, the norm folded in; lanes beyond the block's channels stay zero.
+// Lays out the taps tap by tap, the norm folded in.
 void Block::pack() {
   const int64_t width = op.channel_block, area = op.kernel * op.kernel;
+  if (channels < width) memset(taps, 0, static_cast<size_t>((area + 3) * width) * sizeof(float));
   if (op.weight.element == Element::bfloat16) {
     transpose(static_cast<const bf16*>(op.weight.data) + first * area, channels, area, width, taps);
   } else {
@@ -193,21 +195,29 @@ void take_row(Block& block, const T* x, int64_t y) {
   }
 }
 
+// A row of tokens: the channels of the one in column i begin at p + i * step.
+template <class T>
+struct Row {
+  const T* p;
+  int64_t step;
+};
+
 // An output row of a 3x3 convolution with padding 1. A vector of channels walks along three input rows with the nine
 // taps in registers; columns it has seen stay in registers, too. With add_center the input is added to the output.
-template <int64_t stride, bool add_center>
-void convolve_3x3(const Block& block, int64_t top) {
+template <int64_t stride, bool add_center, class In, class Out>
+void convolve_3x3(const Block& block, Row<In> above, Row<In> here, Row<In> below, Out* out, int64_t out_step) {
   const TokenDepthwiseConvWork& op = block.op;
   const int64_t width = op.channel_block;
   const Vec zero = Vec::fill(0.0f);
-  for (int64_t c = 0; c < width; c += kLanes) {
+  for (int64_t c = 0; c < block.channels; c += kLanes) {
     const float* tap = block.taps + c;
     const Vec w0 = Vec::load(tap), w1 = Vec::load(tap + width), w2 = Vec::load(tap + 2 * width);
     const Vec w3 = Vec::load(tap + 3 * width), w4 = Vec::load(tap + 4 * width), w5 = Vec::load(tap + 5 * width);
     const Vec w6 = Vec::load(tap + 6 * width), w7 = Vec::load(tap + 7 * width), w8 = Vec::load(tap + 8 * width);
     const Vec shift = Vec::load(block.shift + c);
-    const float *p = block.input_row(top) + c, *q = block.input_row(top + 1) + c, *r = block.input_row(top + 2) + c;
-    float* to = block.row + c;
+    const In *p = above.p + c, *q = here.p + c, *r = below.p + c;
+    Out* to = out + c;
+    const auto advance = [&] { p += above.step, q += here.step, r += below.step; };
     // Left, middle and right column of each row.
     Vec p0 = zero, q0 = zero, r0 = zero;
     Vec p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
@@ -217,17 +227,17 @@ void convolve_3x3(const Block& block, int64_t top) {
       b = fma(r2, w8, fma(r1, w7, fma(r0, w6, b)));
       if constexpr (add_center) a += q1;
       (a + b).store(to);
-      to += width;
+      to += out_step;
     };
     for (int64_t column = 0; column + 1 < op.out_width; ++column) {
-      p += width, q += width, r += width;
+      advance();
       const Vec p2 = Vec::load(p), q2 = Vec::load(q), r2 = Vec::load(r);
       give(p2, q2, r2);
       if constexpr (stride == 1) {
         p0 = p1, q0 = q1, r0 = r1;
         p1 = p2, q1 = q2, r1 = r2;
       } else {
-        p += width, q += width, r += width;
+        advance();
         p0 = p2, q0 = q2, r0 = r2;
         p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
       }
@@ -235,7 +245,8 @@ void convolve_3x3(const Block& block, int64_t top) {
     if (stride == 1 || op.width % 2 == 1) {
       give(zero, zero, zero);
     } else {
-      give(Vec::load(p + width), Vec::load(q + width), Vec::load(r + width));
+      advance();
+      give(Vec::load(p), Vec::load(q), Vec::load(r));
     }
   }
 }
@@ -302,27 +313,27 @@ TakeRow<T> choose_take_row(const TokenDepthwiseConvWork& op) {
 }
 
 template <class T>
-GiveRow<T> choose_give_row(const TokenDepthwiseConvWork& op, bool residual) {
+GiveRow<T> choose_give_row(const TokenDepthwiseConvWork& op) {
   GiveRow<T> chosen = nullptr;
   with_activation(op.activation, [&]<Activation activation>() {
-    chosen = residual ? give_row<T, activation, true> : give_row<T, activation, false>;
+    chosen = op.residual ? give_row<T, activation, true> : give_row<T, activation, false>;
   });
   return chosen;
 }
 
-// How the convolution itself is done, and whether it adds the residual as it goes.
-struct Convolution {
-  void (*make_row)(const Block&, int64_t top);
-  bool adds_residual;
-};
+// The convolution from the ring to the row buffer.
+template <int64_t stride, bool add_center>
+void convolve_ring_3x3(const Block& block, int64_t top) {
+  const int64_t step = block.op.channel_block;
+  const auto row = [&](int64_t y) { return Row<float>{block.input_row(y), step}; };
+  convolve_3x3<stride, add_center>(block, row(top), row(top + 1), row(top + 2), block.row, step);
+}
 
-Convolution choose_convolution(const TokenDepthwiseConvWork& op) {
-  if (op.kernel != 3 || op.padding != 1 || op.stride > 2) return {convolve_any, false};
-  if (op.stride == 2) return {convolve_3x3<2, false>, false};
-  // The ring holds x as it is, and nothing comes between the convolution and the sum.
-  const bool plain = op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none;
-  const bool adds = op.residual && plain && op.activation == Activation::none;
-  return {adds ? convolve_3x3<1, true> : convolve_3x3<1, false>, adds};
+using ConvolveRing = void (*)(const Block&, int64_t);
+
+ConvolveRing choose_convolve_ring(const TokenDepthwiseConvWork& op) {
+  if (op.kernel != 3 || op.padding != 1 || op.stride > 2) return convolve_any;
+  return op.stride == 1 ? convolve_ring_3x3<1, false> : convolve_ring_3x3<2, false>;
 }
 
 template <class T>
@@ -334,11 +345,83 @@ void copy_prefix(const Block& block, const T* x, T* out) {
   }
 }
 
+// The rows of one item by way of the ring and the row buffer.
 template <class T>
-void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
-  const Convolution convolution = choose_convolution(op);
-  const TakeRow<T> take = choose_take_row<T>(op);
-  const GiveRow<T> give = choose_give_row<T>(op, op.residual && !convolution.adds_residual);
+class ByRing {
+ public:
+  explicit ByRing(const TokenDepthwiseConvWork& op)
+      : take_(choose_take_row<T>(op)), give_(choose_give_row<T>(op)), convolve_(choose_convolve_ring(op)) {}
+
+  void operator()(Block& block, const T* x, T* out, int64_t first_row, int64_t end_row) const {
+    const TokenDepthwiseConvWork& op = block.op;
+    int64_t next = 0;  // the first input row that is not in the ring yet
+    for (int64_t y = first_row; y < end_row; ++y) {
+      const int64_t top = y * op.stride - op.padding;
+      const int64_t bottom = top + op.kernel < op.height ? top + op.kernel : op.height;
+      if (next < top) next = top;
+      for (; next < bottom; ++next) take_(block, x, next);
+      convolve_(block, top);
+      give_(block, x, out, y);
+    }
+  }
+
+ private:
+  TakeRow<T> take_;
+  GiveRow<T> give_;
+  ConvolveRing convolve_;
+};
+
+// The rows of one item from x to out directly, where the convolution is all there is (a norm folded in, a residual).
+template <class T>
+class Directly {
+ public:
+  explicit Directly(const TokenDepthwiseConvWork& op)
+      : convolve_(op.stride == 2 ? convolve_3x3<2, false, T, T>
+                  : op.residual  ? convolve_3x3<1, true, T, T>
+                                 : convolve_3x3<1, false, T, T>) {}
+
+  static bool can(const TokenDepthwiseConvWork& op) {
+    const bool plain = op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none &&
+                       op.activation == Activation::none && (!op.residual || op.stride == 1);
+    const bool is_3x3 = op.kernel == 3 && op.padding == 1 && op.stride <= 2;
+    return plain && is_3x3 && op.channels % kLanes == 0 && is_spread_out(op);
+  }
+
+  // Whether neighbouring tokens lie in different sets of the L1 cache (64 sets of 64 bytes). Where they do not, as with
+  // 1536 channels of float32, three rows do not stay in the cache, and a ring is faster.
+  static bool is_spread_out(const TokenDepthwiseConvWork& op) {
+    const int64_t lines = op.x_token_stride * static_cast<int64_t>(sizeof(T)) / 64;
+    return lines % 32 != 0;
+  }
+
+  void operator()(Block& block, const T* x, T* out, int64_t first_row, int64_t end_row) const {
+    const TokenDepthwiseConvWork& op = block.op;
+    const auto x_token = [&](int64_t y) {
+      return x + (op.prefix_tokens + y * op.width) * op.x_token_stride + block.first;
+    };
+    const auto row = [&](int64_t y) {
+      if (y < 0 || y >= op.height) return Row<T>{reinterpret_cast<const T*>(block.zeros), 0};
+      return Row<T>{x_token(y), op.x_token_stride};
+    };
+    for (int64_t y = first_row; y < end_row; ++y) {
+      const int64_t top = y * op.stride - op.padding;
+      T* to = out + (op.prefix_tokens + y * op.out_width) * op.channels + block.first;
+      if (op.prefetch) {
+        for (int64_t next = top + 3; next < top + 3 + op.stride && next < op.height; ++next) {
+          for (int64_t i = 0; i < op.width; ++i) prefetch<0>(x_token(next) + i * op.x_token_stride, block.channels);
+        }
+        for (int64_t i = 0; i < op.out_width; ++i) prefetch<1>(to + (op.out_width + i) * op.channels, block.channels);
+      }
+      convolve_(block, row(top), row(top + 1), row(top + 2), to, op.channels);
+    }
+  }
+
+ private:
+  void (*convolve_)(const Block&, Row<T>, Row<T>, Row<T>, T*, int64_t);
+};
+
+template <class T, class Way>
+void run(const Way& way, const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
@@ -350,16 +433,14 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
     if (rows == 0) copy_prefix(block, x, out);
     const int64_t first_row = rows * op.row_block;
     const int64_t end_row = first_row + op.row_block < op.out_height ? first_row + op.row_block : op.out_height;
-    int64_t next = 0;  // the first input row that is not in the ring yet
-    for (int64_t y = first_row; y < end_row; ++y) {
-      const int64_t top = y * op.stride - op.padding;
-      const int64_t bottom = top + op.kernel < op.height ? top + op.kernel : op.height;
-      if (next < top) next = top;
-      for (; next < bottom; ++next) take(block, x, next);
-      convolution.make_row(block, top);
-      give(block, x, out, y);
-    }
+    way(block, x, out, first_row, end_row);
   }
+}
+
+template <class T>
+void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
+  Directly<T>::can(op) ? run<T>(Directly<T>(op), op, begin, end, scratch)
+                       : run<T>(ByRing<T>(op), op, begin, end, scratch);
 }
 
 }  // namespace
