@@ -8,7 +8,6 @@ running statistics. Where dropouts stand is seen by letting each drop everything
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,32 +22,34 @@ TOLERANCE = 1e-9
 
 Example = Callable[[nn.Module], tuple[Any, ...]]
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[object, list[str]]] = weakref.WeakKeyDictionary()
+_known: dict[object, list[str]] = {}
+"""What trials gave; equal blocks of a model are tried once."""
 
 
 def tried(module: nn.Module, seam: type[Fused], example: Example) -> list[str]:
-    """Reasons why the seam does not give what the module's own forward gives; repeated only where a setting changed.
+    """Reasons why the seam does not give what the module's own forward gives.
 
     Args:
         module: plain, or fused already.
         seam: what is to replace its methods.
         example: gives positional arguments for the forward, tensors in float64 on the CPU, for a module.
     """
-    settings = _settings(module)
-    remembered = _known.get(module)
-    if remembered is None or remembered[0] != (seam, settings):
-        _known[module] = (seam, settings), _try(module, seam, example)
-    return _known[module][1]
+    key = (seam, *map(_settings, module.modules()))
+    if key not in _known:
+        _known[key] = _try(module, seam, example)
+    return _known[key]
 
 
-def _settings(module: nn.Module) -> object:
-    """All that the outcome depends on, weights apart: classes, code, printed settings and simple attributes."""
-    parts = []
-    for part in module.modules():
-        simple = {name: value for name, value in vars(part).items() if isinstance(value, (int, float, str, tuple))}
-        simple.pop("training")
-        parts.append((plain_class(part), plain_class(part).forward, part.extra_repr(), repr(sorted(simple.items()))))
-    return parts
+def _settings(part: nn.Module) -> tuple[object, ...]:
+    """All that a module's results depend on, but for the numbers in its tensors; as text, where it is not code."""
+    own = {name: value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE}
+    tensors = {**part._parameters, **part._buffers}
+    shapes = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
+    cls = plain_class(part)
+    return cls, cls.forward, repr(own), repr(shapes), tuple(part._modules)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _try(module: nn.Module, seam: type[Fused], example: Example) -> list[str]:
