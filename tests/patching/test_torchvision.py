@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import check_inference, check_training
+from fused_and_plain import check_inference, check_training
 from tiny import CLASSES, shake
 from torch import Tensor, nn
 

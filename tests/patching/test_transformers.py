@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import assert_as_accurate
-from parity import Logits, check_inference, check_training, exactly
+from fused_and_plain import Logits, check_inference, check_training, exactly
 from tiny import CLASSES, shake
 from torch import Tensor, nn
 
