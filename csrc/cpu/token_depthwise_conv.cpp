@@ -14,7 +14,6 @@ constexpr int64_t kLanes = 16;             // channel blocks are whole vectors o
 constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 14;  // below it, waking other threads costs more than it saves
-constexpr int64_t kCachedBytes = 6 << 20;  // tensors up to this size are taken to be in the L2 or L3 cache
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,7 +48,7 @@ void run(const TokenDepthwiseConv& op, const Tensor&) {
   work.channel_blocks = divide_up(op.channels, work.channel_block);
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
-  work.prefetch = numel * (op.element == Element::float32 ? 4 : 2) > kCachedBytes;
+  work.bytes = numel * (op.element == Element::float32 ? 4 : 2);
   const int64_t parameters = work.channel_blocks * (op.kernel * op.kernel + 4);  // as the kernel lays them out
   const int64_t rows = (op.kernel + 1) * work.padded_width + op.out_width;
   work.scratch_floats = work.channel_block * (parameters + rows);

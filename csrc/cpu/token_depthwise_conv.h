@@ -12,7 +12,7 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t row_block, row_blocks;
   int64_t padded_width;    // of an input row with its padding columns
   int64_t scratch_floats;  // working memory of one thread
-  bool prefetch;           // x and out are too large to be in the caches already
+  int64_t bytes;           // of the result, which tells about in which cache x and out can be
 };
 
 // Does items [begin, end); scratch: 64-byte aligned, scratch_floats long.

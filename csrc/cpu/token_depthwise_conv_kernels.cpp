@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 
+// Above these sizes of the result, rows are fetched ahead; below, they come fast enough, and asking costs more.
+constexpr int64_t kRingPrefetchBytes = 3 << 20, kDirectPrefetchBytes = 6 << 20;
+
 template <Activation activation>
 FASTVIT_INLINE Vec activate(Vec x) {
   if constexpr (activation == Activation::gelu) {
@@ -189,7 +192,7 @@ void take_row(Block& block, const T* x, int64_t y) {
       if constexpr (normalise) v = fma(v, Vec::load(block.pre_scale + c), Vec::load(block.pre_shift + c));
       activate<activation>(v).store(to + c);
     });
-    if (op.prefetch) prefetch<0>(from + op.width * op.x_token_stride, block.channels);
+    if (op.bytes > kRingPrefetchBytes) prefetch<0>(from + op.width * op.x_token_stride, block.channels);
     from += op.x_token_stride;
     to += op.channel_block;
   }
@@ -291,7 +294,7 @@ void give_row(const Block& block, const T* x, T* out, int64_t y) {
       if constexpr (residual) v += load(add + c, n);
       store(v, to + c, n);
     });
-    if (op.prefetch) prefetch<1>(to + op.out_width * op.channels, block.channels);
+    if (op.bytes > kRingPrefetchBytes) prefetch<1>(to + op.out_width * op.channels, block.channels);
     from += op.channel_block;
     add += op.x_token_stride;
     to += op.channels;
@@ -406,7 +409,7 @@ class Directly {
     for (int64_t y = first_row; y < end_row; ++y) {
       const int64_t top = y * op.stride - op.padding;
       T* to = out + (op.prefix_tokens + y * op.out_width) * op.channels + block.first;
-      if (op.prefetch) {
+      if (op.bytes > kDirectPrefetchBytes) {
         for (int64_t next = top + 3; next < top + 3 + op.stride && next < op.height; ++next) {
           for (int64_t i = 0; i < op.width; ++i) prefetch<0>(x_token(next) + i * op.x_token_stride, block.channels);
         }

@@ -70,17 +70,19 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def _check_vector(name: str, tensor: Tensor | None, x: Tensor) -> None:
-    """ValueError unless the tensor is None or has x's channels, on x's device."""
-    if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != x.shape[2] or tensor.device != x.device):
-        raise ValueError(f"{name}: got {_describe(tensor)}, accepted beside x {_describe(x)} is (C,) on its device")
+def _is_vector(tensor: Tensor | None, x: Tensor) -> bool:
+    """Whether the tensor is None or has x's channels, on x's device."""
+    return tensor is None or (tensor.shape == x.shape[2:] and tensor.device == x.device)
+
+
+def _no_vector(name: str, tensor: Tensor, x: Tensor) -> ValueError:
+    return ValueError(f"{name}: got {_describe(tensor)}, accepted beside x {_describe(x)} is (C,) on its device")
 
 
 def _check_norm(name: str, norm: BatchNorm, x: Tensor) -> None:
-    _check_vector(f"{name}.weight", norm.weight, x)
-    _check_vector(f"{name}.bias", norm.bias, x)
-    _check_vector(f"{name}.running_mean", norm.running_mean, x)
-    _check_vector(f"{name}.running_var", norm.running_var, x)
+    for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
+        if not _is_vector(tensor, x):
+            raise _no_vector(f"{name}.{field}", tensor, x)
     if (norm.running_mean is None) != (norm.running_var is None) or (
         norm.running_mean is None and not norm.use_batch_stats
     ):
@@ -95,7 +97,8 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight: got {_describe(weight)}, accepted beside x {_describe(x)} is (C, 1, k, k)")
     if weight.device != x.device:
         raise ValueError(f"weight: got {_describe(weight)}, x is on {x.device}")
-    _check_vector("bias", bias, x)
+    if bias is not None and not _is_vector(bias, x):
+        raise _no_vector("bias", bias, x)
 
 
 def _check_geometry(

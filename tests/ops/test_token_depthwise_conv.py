@@ -357,7 +357,8 @@ BAD = {
     "residual: needs a convolution that keeps the grid (5, 4)": {"stride": 2, "residual": True},
     "activation: got 'tanh', accepted are [None, 'gelu'": {"activation": "tanh"},
     "pre_activation: got 'tanh'": {"pre_activation": "tanh"},
-    "norm.weight: got (9,)": {"norm": make_norm(9, torch.float32, True)._replace(running_mean=torch.zeros(8))},
+    "norm.running_var: got (9,)": {"norm": make_norm(8, torch.float32, True)._replace(running_var=torch.ones(9))},
+    "pre_norm.bias: got (8, 1)": {"pre_norm": make_norm(8, torch.float32, True)._replace(bias=torch.ones(8, 1))},
     "pre_norm: running_mean and running_var are both needed": {"pre_norm": BatchNorm(None, None, None, None)},
     "backend: token_depthwise_conv has none named 'triton'": {"backend": "triton"},
 }
