@@ -14,6 +14,7 @@ from fastvit import backends, losses, ops, patching, reference
 from fastvit._version import __version__
 from fastvit.patching import (
     Explanation,
+    Fused,
     Report,
     ReportRow,
     create_model,
@@ -21,14 +22,17 @@ from fastvit.patching import (
     is_patched,
     patch,
     patched,
+    register,
     report,
     unpatch,
+    unregister,
 )
 from fastvit.reference import list_models
 from fastvit.reference.weights import LoadReport, load_weights
 
 __all__ = [
     "Explanation",
+    "Fused",
     "LoadReport",
     "Report",
     "ReportRow",
@@ -45,8 +49,10 @@ __all__ = [
     "patched",
     "patching",
     "reference",
+    "register",
     "report",
     "unpatch",
+    "unregister",
 ]
 
 patching.fuse_reference_models()
