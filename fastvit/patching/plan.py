@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastvit import backends, ops
-from fastvit.ops._dispatch import left_out
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.recognise import Match, looks_fusable, operators, recognise
 
@@ -87,15 +86,6 @@ def machine_reasons(backend: str, device: torch.device) -> list[str]:
         "triton": functools.partial(backends.triton_reasons, device),
     }
     return known[backend]() if backend in known else []
-
-
-def usual_backend(op: str, device: torch.device) -> str:
-    """The backend that the automatic choice prefers for tensors on a device, whatever their shapes."""
-    for name in backend_names(op):
-        compiled = name not in ("cpp", "cuda") or backends.extension().has_op(op, device.type)
-        if compiled and not left_out(name) and not machine_reasons(name, device):
-            return name
-    raise AssertionError(f"{op} lacks a reference implementation")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,15 +10,19 @@ import contextlib
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastvit.patching import tables
+from fastvit.patching.coverage import share_of_flops
 from fastvit.patching.fusion import Fused, plain_class
-from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, survey, usual_backend
+from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, survey
+from fastvit.patching.preference import backend_for, backends_by_dtype
+from fastvit.patching.timing import Times, readable
 from fastvit.patching.verification import END_TO_END, Error
 
 
@@ -31,11 +35,14 @@ class ReportRow:
         cls: the plain class.
         op: the operator of ``fastvit.ops`` that replaces its slow part, None where the class is not known.
         status: "patched", "skipped", "unsupported" or "unrecognised".
-        backend: the one asked for, or the one that "auto" prefers on the module's device (what a given input gets,
-            :func:`fastvit.explain` tells); None where not patched.
+        backend: the one that inference in the module's dtype, on its device, gets (what a given input gets,
+            :func:`fastvit.explain` tells); None where not patched, or where the one asked for takes no such tensors.
         reasons: why it is not patched.
+        backends: the same for float32, bfloat16 and float16, by the dtype's name.
         error, plain_error: largest errors against float64, relative to the largest exact value, of the fused and the
             plain module; None unless ``patch(verify=...)`` measured them.
+        seconds, plain_seconds: median times of the fused and the plain module; None unless ``patch(benchmark=...)``
+            measured them.
     """
 
     name: str
@@ -44,8 +51,11 @@ class ReportRow:
     status: str
     backend: str | None
     reasons: tuple[str, ...]
+    backends: Mapping[str, str] = field(default_factory=dict)
     error: float | None = None
     plain_error: float | None = None
+    seconds: float | None = None
+    plain_seconds: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The row with JSON's names and types."""
@@ -60,7 +70,8 @@ class Report:
     """Rows in the model's order; ``str()`` is a table, ``to_json()`` the same for programs.
 
     Attributes:
-        error, plain_error: end to end, as in the rows.
+        error, plain_error, seconds, plain_seconds: end to end, as in the rows.
+        flops_share: the part of the model's FLOPs that the fused operators stand for; None without an example.
         dry_run: the rows say what ``patch`` would do, and nothing was changed.
     """
 
@@ -68,6 +79,9 @@ class Report:
     rows: tuple[ReportRow, ...]
     error: float | None = None
     plain_error: float | None = None
+    seconds: float | None = None
+    plain_seconds: float | None = None
+    flops_share: float | None = None
     dry_run: bool = False
 
     def totals(self) -> dict[str, tuple[int, int]]:
@@ -86,6 +100,9 @@ class Report:
                 "unrecognised": self._unrecognised(),
                 "error": self.error,
                 "plain_error": self.plain_error,
+                "seconds": self.seconds,
+                "plain_seconds": self.plain_seconds,
+                "flops_share": self.flops_share,
                 "dry_run": self.dry_run,
             },
             indent=2,
@@ -110,68 +127,110 @@ class Report:
             "class": [row.cls for row in self.rows],
             "operator": [row.op or "" for row in self.rows],
             "status": [row.status for row in self.rows],
-            "backend": [row.backend or "" for row in self.rows],
+            "backend": [_by_backend(row.backends) for row in self.rows],
             "error": [_scientific(row.error) for row in self.rows],
             "plain error": [_scientific(row.plain_error) for row in self.rows],
+            "time": [_time(row.seconds) for row in self.rows],
+            "plain time": [_time(row.plain_seconds) for row in self.rows],
             "reasons": ["; ".join(row.reasons) for row in self.rows],
         }
         filled = {name: cells for name, cells in columns.items() if any(cells)}
         return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]
 
     def _foot(self) -> str:
-        parts = [f"{op}: {done} of {known} patched" for op, (done, known) in self.totals().items()]
+        known = Counter(_kind(row) for row in self.rows)
+        done = Counter(_kind(row) for row in self.rows if row.status == PATCHED)
+        blocks = ", ".join(f"{done[kind]} of {known[kind]} {kind}" for kind in sorted(known))
+        parts = [f"{blocks} patched"] if blocks else ["no attention or depthwise convolution found"]
         if self._unrecognised():
             parts.append(f"{self._unrecognised()} unrecognised")
+        if self.flops_share is not None:
+            parts.append(f"est. share of FLOPs covered: {self.flops_share:.1%}")
         if self.error is not None:
             parts.append(f"end to end: relative error {self.error:.3g}, plain {_scientific(self.plain_error)}")
-        return "; ".join(parts) or "no attention or depthwise convolution found"
+        if self.seconds is not None and self.plain_seconds is not None:
+            parts.append(f"end to end: {readable(self.seconds)}, plain {readable(self.plain_seconds)}")
+        return "; ".join(parts)
+
+
+def _kind(row: ReportRow) -> str:
+    """What a row counts as at the foot."""
+    if row.op is None:  # looks like the one or the other (recognise.looks_fusable)
+        return "attention blocks" if "att" in row.cls.lower() else "convolutions"
+    return "attention blocks" if "attention" in row.op else "convolutions"
+
+
+def _by_backend(backends: Mapping[str, str]) -> str:
+    """The cell of a row: "sdpa" where every dtype gets it, else "cpp: float32, bfloat16; reference: float16"."""
+    if len(set(backends.values())) == 1 and len(backends) > 1:
+        return next(iter(backends.values()))
+    dtypes: dict[str, list[str]] = {}
+    for dtype, backend in backends.items():
+        dtypes.setdefault(backend, []).append(dtype)
+    return "; ".join(f"{backend}: {', '.join(names)}" for backend, names in dtypes.items())
 
 
 def _scientific(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
-class _Memory(NamedTuple):
-    """What only ``patch`` knew: status and reasons of what it left alone, and the errors measured, by module name."""
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else readable(seconds)
 
-    left_alone: dict[str, tuple[str, tuple[str, ...]]]
-    errors: dict[str | None, Error]
+
+class Measured(NamedTuple):
+    """What ``patch`` measured, by module name and end to end."""
+
+    errors: Mapping[str | None, Error]
+    times: Mapping[str | None, Times]
+
+
+class _Memory(NamedTuple):
+    """What only ``patch`` knew: status and reasons of what it left alone, by module name, and what it measured."""
+
+    left_alone: Mapping[str, tuple[str, tuple[str, ...]]]
+    measured: Measured
     planned: Report | None
 
 
 _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
-_NOTHING = _Memory({}, {}, None)
+_NOTHING = _Memory({}, Measured({}, {}), None)
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example: Any = None) -> Report:
     """Every attention and depthwise-convolution block of a model: patched, or left alone and why.
 
     After ``patch(..., dry_run=True)`` it says what would be done.
 
+    Args:
+        example: an input (a tensor, a tuple of arguments or a dict of keyword arguments) to run the model on, in eval
+            mode and without gradients, to count which share of its FLOPs the fused operators stand for.
+
     Raises:
-        TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
+        TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx); ``example`` is none of these.
     """
     check_model(model)
+    share = None if example is None else share_of_flops(model, example)
     memory = _memories.get(model, _NOTHING)
-    if memory.planned is not None:
-        return memory.planned
-    return _assemble(model, [_row_of_module(finding, memory) for finding in survey(model)], memory.errors)
+    told = memory.planned
+    if told is None:
+        told = _assemble(model, [_row_of_module(finding, memory) for finding in survey(model)], memory.measured)
+    return replace(told, flops_share=share)
 
 
 def remember(
-    model: nn.Module,
-    findings: Sequence[Finding],
-    backend: str,
-    errors: dict[str | None, Error],
-    dry_run: bool,
+    model: nn.Module, findings: Sequence[Finding], measured: Measured, *, planned_for: str | None = None
 ) -> None:
-    """Keep what ``patch`` found out about a model, for as long as the model lives."""
+    """Keep what ``patch`` found out about a model, for as long as the model lives.
+
+    ``planned_for`` is the backend of a dry run.
+    """
     planned = None
-    if dry_run:
-        rows = [_row(finding, finding.status, backend, finding.reasons, errors) for finding in findings]
-        planned = _assemble(model, rows, errors, dry_run=True)
+    if planned_for is not None:
+        rows = [_row(finding, finding.status, planned_for, finding.reasons, measured) for finding in findings]
+        planned = _assemble(model, rows, measured, dry_run=True)
     left_alone = {finding.name: (finding.status, finding.reasons) for finding in findings if finding.fused is None}
-    _memories[model] = _Memory(left_alone, errors, planned)
+    _memories[model] = _Memory(left_alone, measured, planned)
 
 
 def forget(model: nn.Module) -> None:
@@ -191,38 +250,58 @@ def kept(model: nn.Module) -> Iterator[None]:
             _memories[model] = before
 
 
-def _assemble(
-    model: nn.Module, rows: Sequence[ReportRow], errors: dict[str | None, Error], dry_run: bool = False
-) -> Report:
-    whole = errors.get(END_TO_END)
-    name = plain_class(model).__name__
-    return Report(name, tuple(rows), whole and whole.fused, whole and whole.plain, dry_run)
+def _assemble(model: nn.Module, rows: Sequence[ReportRow], measured: Measured, dry_run: bool = False) -> Report:
+    whole, time = measured.errors.get(END_TO_END), measured.times.get(END_TO_END)
+    return Report(
+        plain_class(model).__name__,
+        tuple(rows),
+        error=whole and whole.fused,
+        plain_error=whole and whole.plain,
+        seconds=time and time.fused,
+        plain_seconds=time and time.plain,
+        dry_run=dry_run,
+    )
 
 
 def _row_of_module(finding: Finding, memory: _Memory) -> ReportRow:
     """A row by what the module is now; a block that is plain says why, if patch has told."""
     module = finding.module
     if isinstance(module, Fused):
-        return _row(finding, PATCHED, module.fastvit_backend, (), memory.errors)
+        return _row(finding, PATCHED, module.fastvit_backend, (), memory.measured)
     could_be = (SKIPPED, ("plain; fastvit.patch(model) would fuse it",))
     found = could_be if finding.status == PATCHED else (finding.status, finding.reasons)
     status, reasons = memory.left_alone.get(finding.name, found)
-    return _row(finding, status, None, reasons, {})
+    measured = memory.measured if finding.name in memory.left_alone else _NOTHING.measured
+    return _row(finding, status, None, reasons, measured)
 
 
 def _row(
-    finding: Finding, status: str, backend: str | None, reasons: tuple[str, ...], errors: dict[str | None, Error]
+    finding: Finding, status: str, asked_for: str | None, reasons: tuple[str, ...], measured: Measured
 ) -> ReportRow:
-    error = errors.get(finding.name)
-    if backend == "auto" and finding.op is not None:
-        backend = usual_backend(finding.op, device_of(finding.module))
+    error, time = measured.errors.get(finding.name), measured.times.get(finding.name)
+    backend, backends = None, {}
+    if status == PATCHED and finding.op is not None and asked_for is not None:
+        device = device_of(finding.module)
+        backend = backend_for(finding.op, asked_for, _dtype_of(finding.module), device)
+        backends = backends_by_dtype(finding.op, asked_for, device)
     return ReportRow(
         finding.name,
         plain_class(finding.module).__name__,
         finding.op,
         status,
-        backend if status == PATCHED else None,
+        backend,
         reasons,
-        error and error.fused,
-        error and error.plain,
+        backends,
+        error=error and error.fused,
+        plain_error=error and error.plain,
+        seconds=time and time.fused,
+        plain_seconds=time and time.plain,
     )
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first floating parameter or buffer; torch's default where it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
-from fastvit.patching import reporting, verification
+from fastvit.patching import benchmarking, reporting, timing, verification
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
     PATCHED,
+    UNRECOGNISED,
     FilterFn,
     Finding,
     apply,
@@ -35,6 +37,7 @@ def patch(
     filter_fn: FilterFn | None = None,
     strict: bool = False,
     verify: Any = None,
+    benchmark: Any = None,
     dry_run: bool = False,
 ) -> Model:
     """Fuse the slow blocks of a vision transformer in place; outputs, ``state_dict`` and hooks stay as they are.
@@ -48,10 +51,12 @@ def patch(
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.
-        strict: raise unless every attention and convolution block found is fused.
+        strict: raise unless every attention and convolution block found can be fused.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). The model is run
             plain and fused, in eval mode and without gradients, and held to the accuracy of the plain one: the error
             against float64 may be twice the plain model's own, plus a few ulp. Errors go into the report.
+        benchmark: an example input, as for ``verify``. Each block is timed plain and fused on the input it gets, in
+            eval mode and without gradients, and left plain where the fused one is slower. Times go into the report.
         dry_run: change nothing, only fill the report with what would be done.
 
     Returns:
@@ -72,16 +77,20 @@ def patch(
     findings = survey(model, chosen, backend, filter_fn)
     if strict:
         _insist(model, findings)
-    elif not any(finding.fused for finding in findings):
-        warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
     errors: dict[str | None, verification.Error] = {}
+    times: dict[str | None, timing.Times] = {}
     with _restored(model, only_on_error=not dry_run):
         undo(model)
+        if benchmark is not None:
+            findings, times = benchmarking.choose(model, benchmark, findings, backend)
+            undo(model)
         if verify is not None:
             errors = verification.measure(model, verify, findings, backend)
             verification.insist(errors)
         apply(findings, backend)
-    reporting.remember(model, findings, backend, errors, dry_run)
+    reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
+    if not any(finding.fused for finding in findings):
+        warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
     return model
 
 
@@ -142,13 +151,25 @@ def _insist(model: nn.Module, findings: list[Finding]) -> None:
 
 
 def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:
-    """Why nothing is fused: the reasons, or the classes looked at where none is known."""
+    """Why nothing is fused: the reasons, or the classes looked at and the nearest known where none is."""
     name = plain_class(model).__name__
-    if findings:
-        lines = [f"{finding.name or '(the model itself)'}: {', '.join(finding.reasons)}" for finding in findings]
-        shown = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
-        told = "\n  ".join(shown)
-    else:
-        classes = sorted({plain_class(module).__name__ for module in model.modules()})
-        told = f"no attention or depthwise convolution among its classes: {', '.join(classes)}"
-    return f"fastvit: nothing to fuse in {name}:\n  {told}\n  supported are: {', '.join(supported())}"
+    lines = [f"{finding.name or '(the model itself)'}: {', '.join(finding.reasons)}" for finding in findings]
+    told = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
+    modules = [finding.module for finding in findings] or model.modules()
+    classes = sorted({plain_class(module).__name__ for module in modules})
+    if not findings:
+        told = [f"no attention or depthwise convolution among its classes: {', '.join(classes)}"]
+    if all(finding.status == UNRECOGNISED for finding in findings):
+        nearest = ", ".join(_nearest_supported(classes))
+        told.append(f"the nearest supported are: {nearest}; fastvit.register teaches your own")
+    return f"fastvit: nothing to fuse in {name}:\n  " + "\n  ".join(told)
+
+
+def _nearest_supported(names: Iterable[str]) -> list[str]:
+    """The known classes whose names are most like one of these."""
+
+    def likeness(path: str) -> float:
+        known = path.rpartition(".")[2].lower()
+        return max(difflib.SequenceMatcher(None, known, name.lower()).ratio() for name in names)
+
+    return sorted(supported(), key=likeness, reverse=True)[:5]

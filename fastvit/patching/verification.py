@@ -39,8 +39,7 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
     running statistics stay; the state of the random generators is restored.
     """
     args, kwargs = as_call(example)
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)), _evaluating(model):
+    with undisturbed(model):
         exact = _in_float64(model, args, kwargs)
         errors: dict[str | None, Error] = {}
         with contextlib.ExitStack() as hooks:
@@ -159,6 +158,14 @@ def _in_float64(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """What runs in the block leaves nothing on the model: eval mode, no gradients, no compiling, random state kept."""
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)), _evaluating(model):
+        yield
 
 
 @contextlib.contextmanager

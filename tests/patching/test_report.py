@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import sys
 import weakref
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from tiny import build, images
 from torch import nn
 
-from fastvit.patching import explain, patch, report, reporting, unpatch
+from fastvit import backends, ops
+from fastvit.patching import explain, patch, preference, report, reporting, unpatch
 
 
 def test_rows_say_what_is_and_what_could_be():
@@ -42,7 +45,8 @@ def test_unknown_blocks_are_named_once_and_innermost():
         ("0.inner", "MultiheadAttention", "unrecognised"),
         ("0.depthwise", "Conv2d", "unrecognised"),
     ]
-    assert "2 unrecognised" in str(report(nn.Sequential(AttentionWrapper())))
+    foot = str(report(nn.Sequential(AttentionWrapper()))).splitlines()[-1]
+    assert foot == "0 of 1 attention blocks, 0 of 1 convolutions patched; 2 unrecognised"
 
 
 def test_text_is_a_table_with_totals():
@@ -53,7 +57,9 @@ def test_text_is_a_table_with_totals():
     assert "ClassAttention" in row
     assert "masked_attention" in row
     assert "patched" in row
-    assert lines[-1] == "head_mixed_attention: 2 of 2 patched; masked_attention: 2 of 2 patched"
+    assert lines[-1] == "4 of 4 attention blocks patched"
+    patch(model, ops="head_mixed_attention")
+    assert str(report(model)).endswith("2 of 4 attention blocks patched")
     assert "\x1b" not in str(report(model))
     assert str(report(nn.Linear(1, 1))).endswith("no attention or depthwise convolution found")
 
@@ -73,12 +79,114 @@ def test_json_and_html():
         "status": "patched",
         "backend": "sdpa",
         "reasons": [],
+        "backends": {"float32": "sdpa", "bfloat16": "sdpa", "float16": "sdpa"},
         "error": shown.rows[0].error,
         "plain_error": shown.rows[0].plain_error,
+        "seconds": None,
+        "plain_seconds": None,
     }
     html = shown._repr_html_()
     assert html.count("<tr>") == 3
     assert "blocks.0.attn" in html
+
+
+def _backends(model: nn.Module) -> dict[str, tuple[str | None, dict[str, str]]]:
+    return {row.op: (row.backend, dict(row.backends)) for row in report(model).rows}
+
+
+def test_backends_are_those_of_each_dtype():
+    """The choice for a dtype is what explain says of a model in it."""
+    model = patch(build("cvt"))
+    told = _backends(model)
+    for dtype in preference.DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        ran = {row.op: row.backend for row in explain(model.to(dtype), images("cvt").to(dtype)).rows}
+        assert {op: backends[name] for op, (_, backends) in told.items()} == ran
+        assert {op: backend for op, (backend, _) in _backends(model).items()} == ran
+    assert _backends(model.double())["token_depthwise_conv"][0] == "reference"
+
+
+def test_a_backend_asked_for_is_told_for_the_dtypes_it_takes(monkeypatch):
+    convolution = ops.IMPLEMENTATIONS["token_depthwise_conv"]
+
+    def only_float32(x, *_):
+        return [] if x.dtype == torch.float32 else ["float32 only"]
+
+    fake = tuple(i._replace(reasons=only_float32) if i.name == "cpp" else i for i in convolution)
+    monkeypatch.setattr(sys.modules["fastvit.ops.token_depthwise_conv"], "IMPLEMENTATIONS", fake)
+    monkeypatch.setattr(backends, "cpp_reasons", list)
+    model = patch(build("cpvt"), ops="token_depthwise_conv", backend="cpp")
+    assert _backends(model)["token_depthwise_conv"] == ("cpp", {"float32": "cpp"})
+    assert "cpp: float32" in str(report(model))
+    patch(model, ops="token_depthwise_conv")
+    assert "cpp: float32; reference: bfloat16, float16" in str(report(model))
+    assert _backends(model.half())["token_depthwise_conv"][0] == "reference"
+
+
+def test_every_operator_has_a_call_to_ask_for_its_backend():
+    assert set(preference.CALLS) == set(ops.IMPLEMENTATIONS)
+
+
+def test_asking_for_backends_computes_nothing_and_says_nothing(caplog):
+    def fails(*_: object) -> None:
+        raise AssertionError("ran")
+
+    with pytest.MonkeyPatch.context() as monkeypatch, caplog.at_level("DEBUG", "fastvit"):
+        for name, implementations in ops.IMPLEMENTATIONS.items():
+            blocked = tuple(i._replace(run=fails) for i in implementations)
+            monkeypatch.setattr(sys.modules[f"fastvit.ops.{name}"], "IMPLEMENTATIONS", blocked)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert preference.backend_for("masked_attention", "auto", torch.float32, torch.device("cpu")) == "sdpa"
+        report(patch(build("cvt")))
+        report(patch(build("cait").to("meta")))
+    assert caplog.text == ""
+
+
+def _attention_flops(tokens: int, keys: int, dim: int) -> int:
+    return 2 * 2 * tokens * keys * dim
+
+
+def test_share_of_flops_is_what_the_operators_compute():
+    model, x = patch(build("vit")), images("vit")
+    tokens, dim, depth, patches = 17, 48, 2, 16
+    attention = depth * _attention_flops(tokens, tokens, dim)
+    linears = depth * 2 * tokens * dim * (3 * dim + dim + 2 * 4 * dim)
+    rest = 2 * patches * (3 * 8 * 8) * dim + 2 * dim * 7
+    got = report(model, x).flops_share
+    assert got == pytest.approx(attention / (attention + linears + rest))
+    assert f"est. share of FLOPs covered: {got:.1%}" in str(report(model, x))
+    assert json.loads(report(model, x).to_json())["flops_share"] == got
+    assert report(model).flops_share is None
+    assert "FLOPs" not in str(report(model))
+    patch(model, filter_fn=lambda module, name: "0" in name)
+    assert report(model, x).flops_share == pytest.approx(got / 2)
+    assert report(unpatch(model), x).flops_share == 0.0
+
+
+@pytest.mark.parametrize("name", ["cait", "cvt", "ceit", "timm_cait", "timm_twins"])
+def test_shares_of_operators_add_up_and_nothing_is_left_on_the_model(name):
+    model, x = build(name).train(), images(name)
+    state = copy.deepcopy(model.state_dict())
+    share = {}
+    for op in (*report(model).totals(), None):
+        patch(model, ops=op)
+        before = [type(module) for module in model.modules()]
+        share[op] = report(model, x).flops_share
+        assert [type(module) for module in model.modules()] == before
+    assert 0 < share.pop(None) == pytest.approx(sum(share.values()))
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_shares_want_an_example_the_model_takes():
+    model = patch(build("vit"))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match="example: got int"):
+        report(model, 3)
+    with pytest.raises(ValueError, match="x:"):
+        report(model, torch.zeros(1, 3, 7, 7))
+    assert [type(module) for module in model.modules()] == before
+    assert report(nn.Identity(), torch.zeros(1)).flops_share is None
 
 
 def test_reports_do_not_keep_models_alive():

@@ -1,0 +1,77 @@
+"""Which backend a fused block takes for tensors of a dtype, as far as that can be said without an input.
+
+The choice is the operator's own, made for a small call at inference; :func:`fastvit.explain` tells what a given input
+gets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvit import ops
+from fastvit.ops import _dispatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a report tells the backends of."""
+
+
+def _heads(like: Tensor) -> Tensor:
+    return like.new_zeros(1, 2, 4, 16)
+
+
+def _masked_attention(like: Tensor, backend: str) -> None:
+    q = _heads(like)
+    ops.masked_attention(q, q, q, backend=backend)
+
+
+def _head_mixed_attention(like: Tensor, backend: str) -> None:
+    q = _heads(like)
+    ops.head_mixed_attention(q, q, q, post_weight=like.new_zeros(2, 2), backend=backend)
+
+
+def _token_depthwise_conv(like: Tensor, backend: str) -> None:
+    x, weight = like.new_zeros(1, 4, 16), like.new_zeros(16, 1, 3, 3)
+    ops.token_depthwise_conv(x, weight, grid=(2, 2), backend=backend)
+
+
+CALLS: dict[str, Callable[[Tensor, str], None]] = {
+    "masked_attention": _masked_attention,
+    "head_mixed_attention": _head_mixed_attention,
+    "token_depthwise_conv": _token_depthwise_conv,
+}
+"""By operator, a small call of it beside a tensor that tells dtype and device."""
+
+
+class _Chosen(Exception):  # noqa: N818 (no error: it ends the call where the choice is made)
+    def __init__(self, selection: _dispatch.Selection):
+        self.backend = selection.backend
+
+
+def _stop(selection: _dispatch.Selection) -> None:
+    raise _Chosen(selection)
+
+
+def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The backend that a call of ``op`` with ``backend`` runs on, computing nothing; None where it would raise."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_dispatch.recording(_stop))
+        try:
+            CALLS[op](torch.empty(0, dtype=dtype, device=device), backend)
+        except _Chosen as chosen:
+            return chosen.backend
+        except RuntimeError:  # a backend insisted on that does not take the call
+            return None
+    return _dispatch.REFERENCE  # under a torch.func transform nothing is chosen
+
+
+def backends_by_dtype(op: str, backend: str, device: torch.device) -> dict[str, str]:
+    """By name of the dtype ("float32"), the backend it gets; dtypes that would raise are left out."""
+    found = {str(dtype).removeprefix("torch."): backend_for(op, backend, dtype, device) for dtype in DTYPES}
+    return {dtype: name for dtype, name in found.items() if name is not None}
