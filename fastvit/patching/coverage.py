@@ -11,7 +11,6 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.verification import as_call, undisturbed
@@ -50,14 +49,17 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # here, since it imports Triton
+
         super().__init__()
         self.flops = 0
+        self.formulas = flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is None:
             with self:
                 out = func.decompose(*args, **kwargs)
