@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvit import backends
 
@@ -59,11 +60,16 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
 
 
 def _must_be_plain() -> bool:
-    """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed (``torch.func``).
+    """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed.
 
-    Both know torch's own operators only.
+    Transformed: by ``torch.func``, or by forward-mode automatic differentiation. All know torch's own operators only.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def left_out(name: str) -> bool:

@@ -27,7 +27,7 @@ torch.library.define(
     "fastvit::token_depthwise_conv",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? pre_norm_weight, Tensor? pre_norm_bias, Tensor? pre_norm_mean, "
     "Tensor? pre_norm_var, float pre_norm_eps, int pre_activation, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? norm_mean, Tensor? norm_var, float norm_eps, int activation, int height, int width, int stride, "
+    "Tensor? norm_mean, Tensor? norm_var, float norm_eps, int activation, SymInt height, SymInt width, int stride, "
     "int padding, int prefix_tokens, bool residual) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )

@@ -14,6 +14,7 @@ from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 BACKEND_ATTRIBUTE = "fastvit_backend"
 
@@ -121,16 +122,35 @@ def _is_ours(cls: type) -> bool:
     return "fastvit_plain" in vars(cls)
 
 
+def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
+    """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
+
+    Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...".
+    """
+    if type(part) is not expected:
+        return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
+    found = []
+    if part._forward_hooks or part._forward_pre_hooks:
+        found.append("has forward hooks, which the fused path would not call")
+    if part._backward_hooks or part._backward_pre_hooks:
+        found.append("has backward hooks, which the fused path would not call")
+    for name, parameter in part._parameters.items():
+        if is_traceable_wrapper_subclass(parameter):  # quantised, or sharded and not gathered
+            found.append(f"has a {type(parameter).__name__} for {name}, which kernels cannot read")
+    return found
+
+
+def is_plain(part: Any, expected: type[nn.Module]) -> bool:
+    """Whether a sub-module is exactly of this class, with nothing hooked to it: only then may its tensors be read."""
+    return not obstacles(part, expected)
+
+
 def intact(module: nn.Module) -> bool:
     """Whether every sub-module that the fused path reads is still the plain class, without hooks.
 
     Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward.
     """
-    for name, expected in module.fastvit_reads.items():
-        part = getattr(module, name)
-        if type(part) is not expected or part._forward_hooks or part._forward_pre_hooks:
-            return False
-    return True
+    return all(not obstacles(getattr(module, name), expected) for name, expected in module.fastvit_reads.items())
 
 
 @dataclass(frozen=True)

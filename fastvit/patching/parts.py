@@ -8,17 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.patching.fusion import plain_class
+from fastvit.patching.fusion import is_plain, plain_class
 
 
 def dropout_p(dropout: nn.Dropout) -> float:
     """The probability a dropout layer drops with now."""
     return dropout.p if dropout.training else 0.0
-
-
-def is_plain(part: Any, cls: type[nn.Module]) -> bool:
-    """Whether a sub-module is exactly ``cls`` without hooks: only then may its tensors be read."""
-    return type(part) is cls and not part._forward_hooks and not part._forward_pre_hooks
 
 
 def forward_is_wrapped(module: nn.Module) -> bool:

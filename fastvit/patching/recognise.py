@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastvit.patching import reference, register, research, timm, torchvision, transformers, vit_pytorch
-from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, plain_class
+from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, obstacles, plain_class
 
 TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
@@ -87,11 +87,8 @@ def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
     if changed:
         return
     for name, expected in row.seam.fastvit_reads.items():
-        part = getattr(module, name, None)
-        if part is None or type(part) is not expected:
-            yield f"{name} is {type(part).__name__}, expected is exactly {expected.__name__}"
-        elif part._forward_hooks or part._forward_pre_hooks:
-            yield f"{name} has forward hooks, which the fused path would not call"
+        for obstacle in obstacles(getattr(module, name, None), expected):
+            yield f"{name} {obstacle}"
     yield from row.check(module)
 
 

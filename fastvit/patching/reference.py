@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row
 from fastvit.reference.functional import BatchNorm
-from fastvit.reference.layers import dropout_p
+from fastvit.reference.layers import affine_map, dropout_p
 
 
 class AttentionSeam(Fused):
@@ -89,10 +89,8 @@ class TalkingHeadSeam(Fused):
             q,
             k,
             v,
-            self.proj_l.weight,
-            self.proj_l.bias,
-            self.proj_w.weight,
-            self.proj_w.bias,
+            *affine_map(self.proj_l, self.num_heads, q),
+            *affine_map(self.proj_w, self.num_heads, q),
             mask=mask,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),

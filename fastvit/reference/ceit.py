@@ -72,6 +72,13 @@ class ImageToTokens(nn.Module):
         return self.proj(self.backbone(x)).flatten(2).transpose(1, 2)
 
 
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution on tokens (B, N, C), as a linear; one that was wrapped since (by an adapter) is called."""
+    if type(conv) is nn.Conv2d:
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return conv(x.mT.unsqueeze(-1)).squeeze(-1).mT
+
+
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward: linear, BN, GELU, depthwise 3x3, BN, GELU, linear, BN on the patch tokens.
 
@@ -117,9 +124,9 @@ class LeFF(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        hidden = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
+        hidden = pointwise(self.conv1, patches)
         hidden = self.convolve(hidden, grid, 0)
-        out = F.linear(hidden, self.conv3.weight.flatten(1), self.conv3.bias)
+        out = pointwise(self.conv3, hidden)
         if self.with_bn:  # over batch and tokens alike, as BatchNorm2d is over batch and map
             out = BatchNorm.of(self.bn3)(out.flatten(0, 1)).view_as(out)
         if self.form == "paper":

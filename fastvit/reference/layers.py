@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.reference import functional
@@ -48,6 +49,18 @@ def token_grid(image_size: tuple[int, int], patch_size: tuple[int, int], name: s
     if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
         raise ValueError(f"{name}: image size {tuple(image_size)} is not divisible by patch_size {patch_size}")
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def affine_map(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight (out, width) and bias of a linear layer that is read rather than called.
+
+    A layer that was wrapped since (by an adapter, a parametrisation or quantisation) is asked what it does to unit
+    vectors, so that it counts as if it had been called. ``like`` gives the dtype and device of those.
+    """
+    if type(linear) is nn.Linear and not is_traceable_wrapper_subclass(linear.weight):
+        return linear.weight, linear.bias
+    bias = linear(like.new_zeros(1, width))
+    return (linear(torch.eye(width, dtype=like.dtype, device=like.device)) - bias).mT, bias[0]
 
 
 class PatchEmbed(nn.Module):
