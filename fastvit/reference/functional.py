@@ -54,6 +54,7 @@ class BatchNorm(NamedTuple):
 
     ``weight`` and ``bias`` are None without affine parameters; ``running_mean`` and ``running_var`` are None with
     ``track_running_stats=False``. ``use_batch_stats`` is True where the layer normalises by the batch it sees.
+    ``layer`` is what to call in place of all these where its tensors do not tell what it does.
     """
 
     running_mean: Tensor | None
@@ -63,6 +64,7 @@ class BatchNorm(NamedTuple):
     use_batch_stats: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+    layer: nn.Module | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> BatchNorm:
@@ -70,7 +72,13 @@ class BatchNorm(NamedTuple):
 
         In training mode this counts the batch in ``num_batches_tracked``, as the layer's own forward does, so call it
         exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
+
+        A layer of another kind in its place (frozen, removed by fusing) is called, as is one that is synchronised
+        between processes while it trains.
         """
+        synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
+        if synchronised or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return cls(None, None, None, None, use_batch_stats=True, layer=module)
         use_batch_stats = module.training or module.running_mean is None
         momentum = 0.0 if module.momentum is None else module.momentum
         if not torch.compiler.is_compiling() and _recomputation.active:
@@ -92,6 +100,8 @@ class BatchNorm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
+        if self.layer is not None:
+            return self.layer(x)
         return F.batch_norm(
             x,
             self.running_mean,

@@ -195,3 +195,47 @@ def test_parametrisations_on_what_the_fused_path_reads_take_the_plain_path():
     torch.testing.assert_close(got, unpatch(model)(x))
     patch(model)
     assert report(model).rows[0].reasons == ("proj_l is ParametrizedLinear, expected is exactly Linear",)
+
+
+@pytest.mark.parametrize("name", ["deepvit", "cvt", "ceit"])
+def test_synchronised_batch_norm_is_called_in_training(name, monkeypatch):
+    """Its statistics are those of all processes; nobody but itself knows how to come by them."""
+    plain, x = build(name), images(name)
+    expected = copy.deepcopy(plain).train()
+    expected(x)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(patch(copy.deepcopy(plain)))
+    layers = [module for module in fused.modules() if isinstance(module, nn.SyncBatchNorm)]
+    called: list[nn.Module] = []
+    forward = nn.SyncBatchNorm.forward
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: called.append(self) or forward(self, x))
+    fused.train()(x)
+    assert sorted(map(id, called)) == sorted(map(id, layers))
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(expected.named_buffers()))
+    called.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(x), expected.eval()(x))
+        assert patch(fused, verify=x) is fused
+
+
+def test_what_stands_in_for_a_batch_norm_is_called():
+    plain, x = build("ceit"), images("ceit")
+    fused = patch(copy.deepcopy(plain))
+    for model in (plain, fused):
+        for block in model.blocks:
+            block.leff.bn1 = _Frozen(block.leff.bn1)
+            block.leff.bn2 = nn.Identity()
+    for training in (False, True):
+        with torch.no_grad():
+            torch.testing.assert_close(fused.train(training)(x), plain.train(training)(x))
+
+
+class _Frozen(nn.Module):
+    """A BatchNorm that never looks at the batch, as detection models have them."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        self.shift = norm.bias.detach() - norm.running_mean * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
