@@ -2,11 +2,15 @@
 
 - ``triton``: ``kernels/masked_attention.py``, forward only. Reads masks through their strides, where PyTorch's CUDA
   backends first write them out in full and padded; so it goes first on CUDA where there is a mask or a bias.
+- ``cpp``: ``csrc/cpu/masked_attention*``, forward only, without a bias. First on the CPU, but for the calls that
+  :func:`_sdpa_is_faster` knows.
 - ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, with gradients. First everywhere else.
 - ``reference``: ``fastvit.reference.functional.masked_attention``.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,9 @@ from fastvit.reference import functional
 
 __all__ = ["masked_attention"]
 
+CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_MAX_HEAD_DIM = 128
+CPP_MIN_FLOAT32_QUERIES = 9
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_HEAD_DIM = 128
 
@@ -33,6 +40,19 @@ torch.library.define(
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, head_dim = q.shape
     return q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+
+
+# An operator of its own, since Triton's interpreter runs the one above on the CPU, too.
+torch.library.define(
+    "fastvit::masked_attention_cpp",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("fastvit::masked_attention_cpp")
+def _fake_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return _fake(q, k, v, mask, None, scale)
 
 
 @torch.library.impl("fastvit::masked_attention", ("cpu", "cuda"))
@@ -54,6 +74,52 @@ def _autocast_dtype(q: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and q.dtype in TRITON_DTYPES:
         return torch.get_autocast_dtype(device)
     return q.dtype
+
+
+def _cpp_reasons(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> list[str]:
+    if q.device.type != "cpu":
+        return [*backends.cpp_reasons(), f"it takes tensors on the CPU, q is on {q.device}"]
+    reasons = backends.cpp_reasons()
+    dtype = _autocast_dtype(q)
+    if dtype not in CPP_DTYPES:
+        reasons.append(f"dtype {dtype} is not one of float32, bfloat16")
+    if q.shape[3] > CPP_MAX_HEAD_DIM:
+        reasons.append(f"head dimension {q.shape[3]} is larger than {CPP_MAX_HEAD_DIM}")
+    if bias is not None:
+        reasons.append("an additive bias is not implemented")
+    if dropout_p > 0.0:
+        reasons.append("attention dropout is not implemented")
+    if gradients_needed(q, k, v, bias):
+        reasons.append("gradients are needed and it has no backward")
+    return reasons
+
+
+def _with_adjacent_channels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _run_cpp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    dtype = _autocast_dtype(q)
+    q, k, v = (_with_adjacent_channels(tensor, dtype) for tensor in (q, k, v))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return torch.ops.fastvit.masked_attention_cpp.default(q, k, v, mask, scale)
 
 
 def _triton_reasons(
@@ -133,15 +199,42 @@ def _run_reference(
     return functional.masked_attention(q, k, v, mask, None if bias is None else bias.to(q.dtype), scale, dropout_p)
 
 
+_CPP = Implementation("cpp", _cpp_reasons, _run_cpp)
 _TRITON = Implementation("triton", _triton_reasons, _run_triton)
 _SDPA = Implementation("sdpa", _no_reasons, _run_sdpa)
 _REFERENCE = Implementation("reference", _no_reasons, _run_reference)
 
-IMPLEMENTATIONS = (_SDPA, _TRITON, _REFERENCE)
+IMPLEMENTATIONS = (_CPP, _SDPA, _TRITON, _REFERENCE)
 """In order of preference."""
 
-CUDA_MASKED_IMPLEMENTATIONS = (_TRITON, _SDPA, _REFERENCE)
+SDPA_FIRST_IMPLEMENTATIONS = (_SDPA, _CPP, _TRITON, _REFERENCE)
+"""The order off the CPU, and on it where SDPA is faster."""
+
+CUDA_MASKED_IMPLEMENTATIONS = (_TRITON, _SDPA, _CPP, _REFERENCE)
 """The order on CUDA under a mask or a bias."""
+
+
+_CPP_IS_VECTORISED = not backends.cpp_reasons() and (
+    importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
+)
+
+
+def _sdpa_is_faster(q: Tensor) -> bool:
+    """Whether SDPA takes less time than the C++ kernel on the CPU (``benchmarks/ops/masked_attention.py`` measures it).
+
+    - Without AVX2 the two tie.
+    - The C++ kernel's vectors hold a query a lane, so that few queries leave lanes empty: up to 8 queries SDPA needs
+      0.3 to 1 times its time in float32. In bfloat16 SDPA is slower even with one query.
+    """
+    return not _CPP_IS_VECTORISED or (q.shape[2] < CPP_MIN_FLOAT32_QUERIES and _autocast_dtype(q) == torch.float32)
+
+
+def _order(q: Tensor, plain: bool) -> tuple[Implementation, ...]:
+    """Who is asked first; ``plain``: there is neither mask nor bias."""
+    device = q.device.type
+    if device == "cpu" and not _sdpa_is_faster(q):
+        return IMPLEMENTATIONS
+    return CUDA_MASKED_IMPLEMENTATIONS if device == "cuda" and not plain else SDPA_FIRST_IMPLEMENTATIONS
 
 
 def masked_attention(
@@ -164,7 +257,7 @@ def masked_attention(
         bias: floating, added to the logits; broadcastable to (B, H, Nq, Nk); -inf masks a key.
         scale: D ** -0.5 by default.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
-        backend: "auto", "triton", "sdpa" or "reference".
+        backend: "auto", "cpp", "sdpa", "triton" or "reference".
 
     Returns:
         (B, H, Nq, D) in q's dtype, or autocast's.
@@ -182,7 +275,6 @@ def masked_attention(
         bias = _check_bias(bias, q, k)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
-    masked_on_cuda = q.device.type == "cuda" and (mask is not None or bias is not None)
-    order = CUDA_MASKED_IMPLEMENTATIONS if masked_on_cuda else IMPLEMENTATIONS
+    order = _order(q, mask is None and bias is None)
     arguments = (q, k, v, mask, bias, scale, dropout_p)
     return select("masked_attention", order, backend, arguments, {}).run(*arguments)

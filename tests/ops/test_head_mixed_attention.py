@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,25 +19,6 @@ pytestmark = needs_cpp
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("re", "talking", "pre", "post", "norm", "plain")
-
-
-def supported_isas() -> list[str]:
-    if backends.cpp_reasons():
-        return []
-    from fastvit import _C
-
-    return list(_C.cpu_info()["supported"])
-
-
-@pytest.fixture(params=supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each instruction set this CPU has."""
-    from fastvit import _C
-
-    before = _C.cpu_info()["in_use"]
-    _C._set_cpu_capability(request.param)
-    yield request.param
-    _C._set_cpu_capability(before)
 
 
 def make_qkv(

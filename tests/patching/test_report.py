@@ -16,6 +16,9 @@ from torch import nn
 from fastvit import backends, ops
 from fastvit.patching import explain, patch, preference, report, reporting, unpatch
 
+ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
+"""The backend of attention on the CPU, inference in float32 or bfloat16."""
+
 
 def test_rows_say_what_is_and_what_could_be():
     model = build("ceit")
@@ -24,7 +27,7 @@ def test_rows_say_what_is_and_what_could_be():
     patch(model, ops="masked_attention")
     rows = {row.name: row for row in report(model).rows}
     assert (rows["blocks.0.attn"].cls, rows["blocks.0.attn"].status) == ("Attention", "patched")
-    assert rows["blocks.0.attn"].backend == "sdpa"
+    assert rows["blocks.0.attn"].backend == ATTENTION
     assert rows["blocks.0.leff"].reasons == ("ops leaves token_depthwise_conv out",)
     assert rows["blocks.0.leff"].backend is None
     assert report(model).totals() == {"masked_attention": (3, 3), "token_depthwise_conv": (0, 2)}
@@ -77,9 +80,9 @@ def test_json_and_html():
         "class": "Attention",
         "op": "masked_attention",
         "status": "patched",
-        "backend": "sdpa",
+        "backend": ATTENTION,
         "reasons": [],
-        "backends": {"float32": "sdpa", "bfloat16": "sdpa", "float16": "sdpa"},
+        "backends": {"float32": ATTENTION, "bfloat16": ATTENTION, "float16": "sdpa"},
         "error": shown.rows[0].error,
         "plain_error": shown.rows[0].plain_error,
         "seconds": None,
@@ -136,7 +139,7 @@ def test_asking_for_backends_computes_nothing_and_says_nothing(caplog):
             blocked = tuple(i._replace(run=fails) for i in implementations)
             monkeypatch.setattr(sys.modules[f"fastvit.ops.{name}"], "IMPLEMENTATIONS", blocked)
         with torch.autocast("cpu", torch.bfloat16):
-            assert preference.backend_for("masked_attention", "auto", torch.float32, torch.device("cpu")) == "sdpa"
+            assert preference.backend_for("masked_attention", "auto", torch.float32, torch.device("cpu")) == ATTENTION
         report(patch(build("cvt")))
         report(patch(build("cait").to("meta")))
     assert caplog.text == ""
@@ -202,13 +205,13 @@ def test_explain_tells_the_backend_of_each_block_and_why_not_the_others():
     model = patch(build("vit"))
     told = explain(model, images("vit"))
     assert [(row.name, row.op, row.backend) for row in told.rows] == [
-        ("blocks.0.attn", "masked_attention", "sdpa"),
-        ("blocks.1.attn", "masked_attention", "sdpa"),
+        ("blocks.0.attn", "masked_attention", ATTENTION),
+        ("blocks.1.attn", "masked_attention", ATTENTION),
     ]
     assert told.rows[0].turned_down["triton"]
     assert "blocks.1.attn" in str(told)
     assert "2 calls" in told._repr_html_()
-    assert json.loads(told.to_json())["rows"][1]["backend"] == "sdpa"
+    assert json.loads(told.to_json())["rows"][1]["backend"] == ATTENTION
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

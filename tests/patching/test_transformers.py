@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_as_accurate
 from fused_and_plain import Logits, check_inference, check_training, exactly
+from helpers import assert_as_accurate
 from tiny import CLASSES, shake
 from torch import Tensor, nn
 
+from fastvit import backends
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise
@@ -21,6 +22,7 @@ only_4 = pytest.mark.skipif(VERSION >= (5, 0), reason="transformers 5 has no hea
 only_5 = pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 passes no attention mask to ViT")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 MODELS = ("vit_eager", "vit_sdpa", "deit_eager", "deit_sdpa", "cvt")
 FUSED = {"cvt": {"masked_attention": 6, "token_depthwise_conv": 18}}
 
@@ -86,7 +88,7 @@ def test_output_attentions_gives_the_maps_and_leaves_nothing_behind(name):
         for mine, theirs in zip(got.attentions, expected.attentions, strict=True):
             assert torch.equal(mine, theirs)
         assert torch.equal(got.logits, expected.logits)
-        assert {row.backend for row in explain(model, x).rows} == {"sdpa"}  # fused again without it
+        assert {row.backend for row in explain(model, x).rows} == {ATTENTION}  # fused again without it
         assert torch.equal(unpatch(model)(x), expected.logits)
         assert not any(isinstance(module, Fused) for module in model.modules())
 
@@ -176,7 +178,7 @@ def test_the_interface_may_change_after_patch():
         expected = model(x)
         patch(model).model.set_attn_implementation("eager")
         torch.testing.assert_close(model(x), expected)
-        assert {row.backend for row in explain(model, x).rows} == {"sdpa"}
+        assert {row.backend for row in explain(model, x).rows} == {ATTENTION}
 
 
 def test_an_interface_of_ones_own_is_left_alone():

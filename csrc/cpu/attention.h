@@ -1,0 +1,47 @@
+// What the checks and the kernels of every attention operator share.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvit {
+
+inline constexpr int64_t kAttentionMaxDim = 128;
+
+// (B, H, N, D) as it lies; strides in elements, the last axis contiguous.
+struct AttentionOperand {
+  const void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+struct AttentionParams {
+  int64_t batch, heads, queries, keys, dim;
+  AttentionOperand q, k, v;
+  void* out;      // contiguous (B, Nq, H, D)
+  bool bfloat16;  // q, k, v and out; float32 otherwise
+  float scale;
+  // True = attend; strides are 0 where broadcast; null: none. A mask over keys alone is given as a list of keys
+  // instead.
+  const bool* mask;
+  int64_t mask_batch_stride, mask_head_stride, mask_query_stride, mask_key_stride;
+};
+
+// The keys that a batch element attends to, ascending.
+struct AttentionKeys {
+  const int32_t* indices;
+  int64_t count;
+};
+
+// The steps of the computation, for one element type and instruction set. A problem is what shares its packed keys and
+// values: a batch element or one of its heads.
+template <class Params>
+struct AttentionKernel {
+  int64_t lanes;                          // queries are handled in multiples of this
+  int64_t packed_floats, scratch_floats;  // of one problem's packed keys and values, of a thread's scratch
+  // Packs one part of the keys and values of a problem; all parts together pack them whole.
+  void (*pack)(const Params&, int64_t problem, AttentionKeys, int64_t part, int64_t parts, float* packed);
+  // Computes queries [begin, end) of a problem; begin is a multiple of lanes.
+  void (*attend)(const Params&, int64_t problem, int64_t begin, int64_t end, AttentionKeys, const float* packed,
+                 float* scratch);
+};
+
+}  // namespace fastvit
