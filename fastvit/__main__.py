@@ -1,117 +1,41 @@
-"""The command line: ``python -m fastvit info | list``."""
+"""The command line: ``python -m fastvit info | list | verify | bench``."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from fastvit import backends
-from fastvit.reference.registry import VARIANTS, list_models
+from fastvit.cli import bench, facts, models, verify
 
-TITLE = "bold"
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    """An empty table; columns whose name starts with ">" are aligned to the right."""
-    table = Table(title=title, title_style=TITLE, title_justify="left", header_style=TITLE)
-    for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    return table
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+BAD_USE = 2  # argparse's exit status for it
+WIDTH_OF_A_FILE = 130
 
 
-def _backends_table(description: dict[str, Any]) -> Table:
-    table = _table("backend", "here", "reasons", title="Backends")
-    for name, backend in description["backends"].items():
-        reasons = [*backend["reasons"], *([] if backend["allowed"] else ["left out by FASTVIT_BACKEND"])]
-        usable = not reasons
-        table.add_row(name, Text("yes", "green") if usable else Text("no", "red"), escape("; ".join(reasons)))
-    return table
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a positive integer")
+    return int(text)
 
 
-def _devices_table(description: dict[str, Any]) -> Table:
-    table = _table("device", "name", "", title="Devices")
-    for device in description["devices"]:
-        rest = {key: value for key, value in device.items() if key not in ("device", "name")}
-        details = ", ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in rest.items())
-        table.add_row(device["device"], device["name"], details)
-    return table
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
 
 
-def _build_table(build: dict[str, Any]) -> Table:
-    table = _table("native part", "", title="Build")
-    first = {key: build[key] for key in ("extension", "reason")}
-    for key, value in {**first, **build}.items():
-        if value not in (None, [], {}):
-            table.add_row(key.replace("_", " "), escape(_plain(value)))
-    return table
-
-
-def _plain(value: Any) -> str:
-    """A value of the description as words."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_plain(item) or '-'}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        nested = any(isinstance(item, (list, tuple)) for item in value)
-        return ", ".join("/".join(item) for item in value) if nested else " ".join(map(str, value))
-    return str(value)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def info(arguments: argparse.Namespace, console: Console) -> int:
-    """Versions, devices, backends (with the reasons why one cannot run) and the build."""
-    description = backends.describe()
-    if arguments.json:
-        _print_json(description)
-        return 0
-    console.print(f"fastvit {description['fastvit']} in {escape(description['location'])}", highlight=False)
-    console.print(f"Python {description['python']} on {description['platform']}", highlight=False)
-    found = {name: version for name, version in description["versions"].items() if version}
-    console.print(", ".join(f"{name} {version}" for name, version in found.items()), highlight=False)
-    for name, value in description["environment"].items():
-        console.print(f"{name}={escape(value)}", highlight=False)
-    console.print(_devices_table(description), _backends_table(description), _build_table(description["build"]))
-    return 0
-
-
-def list_variants(arguments: argparse.Namespace, console: Console) -> int:
-    """The models that match the pattern, with their sizes."""
-    names = list_models(arguments.pattern)
-    if not names:
-        console.print(f"no model matches {arguments.pattern!r}; python -m fastvit list shows all {len(VARIANTS)}")
-        return 1
-    if arguments.json:
-        _print_json({name: _facts(name) for name in names})
-        return 0
-    table = _table("model", "family", ">image", ">parameters", ">GMACs", title=f"{len(names)} models")
-    for name in names:
-        facts = _facts(name)
-        millions = f"{facts['params'] / 1e6:.2f} M"
-        table.add_row(name, facts["family"], str(facts["img_size"]), millions, f"{facts['gmacs']:.2f}")
-    console.print(table)
-    return 0
-
-
-def _facts(name: str) -> dict[str, Any]:
-    variant = VARIANTS[name]
-    return {
-        "family": variant.family,
-        "img_size": variant.config.get("img_size", 224),
-        "params": variant.params,
-        "gmacs": variant.gmacs,
-    }
+def _dtype(text: str) -> torch.dtype:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are {', '.join(DTYPES)}")
+    return DTYPES[text]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,16 +50,39 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return command
 
-    add("info", info)
-    listing = add("list", list_variants)
+    add("info", facts.info)
+    listing = add("list", facts.list_variants)
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, e.g. 'cait_*_384'")
+    _add_model(add("verify", verify.verify), batch=2)
+    benching = _add_model(add("bench", bench.bench), batch=8)
+    benching.add_argument("--rounds", type=_positive, default=11, help="timed rounds of each (default 11)")
+    benching.add_argument("--compile", action="store_true", help="both under torch.compile")
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser, batch: int) -> argparse.ArgumentParser:
+    """The arguments of a command that runs a model."""
+    where = ", ".join(f"{library}/NAME" for library in models.LOADERS)
+    command.add_argument("model", help=f"{where}, or package.module:factory; nothing is downloaded")
+    command.add_argument("--batch", type=_positive, default=batch, help=f"images in a batch (default {batch})")
+    command.add_argument("--dtype", type=_dtype, default="float32", help=", ".join(DTYPES))
+    command.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    command.add_argument("--size", type=_positive, help="pixels of the square images (default: the model's own)")
+    command.add_argument("--seed", type=int, default=0, help="of random weights and images (default 0)")
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    return arguments.run(arguments, Console())
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_A_FILE
+    try:
+        return arguments.run(arguments, console)
+    except models.CannotLoad as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"python -m fastvit {arguments.command}: {error}", "red"))
+        return BAD_USE
 
 
 if __name__ == "__main__":
