@@ -297,11 +297,33 @@ void store_four_queries(const float* channels, int64_t width, int64_t left, int6
 // first.
 inline void expand_mask(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t queries,
                         AttentionKeys keys, float* out, int64_t width) {
-  const bool* head = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride;
-  for (int64_t i = 0; i < width; ++i) {
-    const bool* row = head + (first_query + (i < queries ? i : 0)) * p.mask_query_stride;
-    for (int64_t j = 0; j < keys.count; ++j) {
-      out[j * width + i] = row[keys.indices[j] * p.mask_key_stride] ? __builtin_inff() : -__builtin_inff();
+  constexpr int kGroup = kLanes < 8 ? kLanes : 8;  // of queries at a time, by eight keys: bytes of one word
+  typedef int32_t Ints __attribute__((vector_size(kGroup * sizeof(int32_t))));
+  Ints lane_bit;
+  for (int r = 0; r < kGroup; ++r) lane_bit[r] = 1 << r;
+  // All keys are in the list, in order: a mask beside it is not one over keys alone.
+  const bool* head = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride +
+                     (keys.count > 0 ? keys.indices[0] : 0) * p.mask_key_stride;
+  const bool whole_words = p.mask_key_stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  for (int64_t i = 0; i < width; i += kGroup) {
+    for (int64_t j = 0; j < keys.count; j += 8) {
+      const int64_t count = keys.count - j < 8 ? keys.count - j : 8;
+      uint64_t bits = 0;  // bit r of byte n: whether query i + r attends to key j + n
+      for (int r = 0; r < kGroup; ++r) {
+        const bool* row = head + (first_query + (i + r < queries ? i + r : 0)) * p.mask_query_stride;
+        uint64_t bytes = 0;
+        if (whole_words && count == 8) {
+          __builtin_memcpy(&bytes, row + j, 8);
+        } else {
+          for (int64_t n = 0; n < count; ++n) bytes |= uint64_t{row[(j + n) * p.mask_key_stride]} << 8 * n;
+        }
+        bits |= bytes << r;
+      }
+      for (int64_t n = 0; n < count; ++n, bits >>= 8) {
+        const Ints masked = (lane_bit & static_cast<int32_t>(bits & 0xff)) == 0;
+        const Ints limit = (masked & INT32_MIN) | 0x7f800000;  // infinity's bits, and the sign
+        __builtin_memcpy(out + (j + n) * width + i, &limit, sizeof limit);
+      }
     }
   }
 }

@@ -1,0 +1,148 @@
+"""Masked attention on CPU beside torch's SDPA and the plain form, on the packed qkv that a projection gives.
+
+    python -m benchmarks.ops.masked_attention [--dtype float32 bfloat16] [--batch 8 1] [--mask none padding]
+        [--backend auto] [--rounds 15] [--json PATH]
+
+One line a shape: median milliseconds of the operator, of SDPA on the same views and of the plain form, all timed in
+turn within one run; the time relative to SDPA (its spread: 20th and 80th percentile of the operator over SDPA's median)
+and how many times faster than the plain form. "padding" is a mask over keys, (B, Nk), that leaves four fifths; "full"
+is one of its own for every query, (B, 1, Nq, Nk). A row whose result is not as accurate as the plain form's says so
+and prints no speed. ``--backend cpp`` shows the C++ kernel where the automatic choice is SDPA, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.ops._timing import Measured, compare, is_accurate
+from fastvit import backends, ops
+from fastvit.reference import functional
+
+
+class Shape(NamedTuple):
+    """One model's attention: heads, queries, keys, head dimension."""
+
+    model: str
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+
+
+SHAPES = (
+    Shape("vit_ti", 3, 197, 197, 64),
+    Shape("vit_s", 6, 197, 197, 64),
+    Shape("vit_b", 12, 197, 197, 64),
+    Shape("vit_b_384", 12, 577, 577, 64),
+    Shape("vit_s_512", 6, 1025, 1025, 64),
+    Shape("cvt_stage1", 1, 3136, 784, 64),
+    Shape("cvt_stage2", 3, 784, 196, 64),
+    Shape("cvt_stage3", 6, 197, 50, 64),
+    Shape("cpvt_s", 6, 196, 196, 64),
+    Shape("cait_s_class", 8, 1, 197, 48),
+    Shape("ceit_s_class", 6, 1, 12, 64),
+)
+PRODUCTS_PER_ROUND = 1 << 27
+
+
+def make_inputs(shape: Shape, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of packed tensors."""
+    longest = max(shape.queries, shape.keys)
+    packed = torch.randn(batch, longest, 3, shape.heads, shape.dim).to(dtype)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    return q[:, :, : shape.queries], k[:, :, : shape.keys], v[:, :, : shape.keys]
+
+
+def make_mask(kind: str, shape: Shape, batch: int) -> Tensor | None:
+    sizes = {"padding": (batch, 1, 1, shape.keys), "full": (batch, 1, shape.queries, shape.keys)}
+    return torch.rand(sizes[kind]) < 0.8 if kind in sizes else None
+
+
+def measure(shape: Shape, batch: int, dtype: torch.dtype, mask_kind: str, backend: str, rounds: int) -> dict[str, Any]:
+    """Times one row; its errors are against float64."""
+    q, k, v = make_inputs(shape, batch, dtype)
+    mask = make_mask(mask_kind, shape, batch)
+    calls = {
+        "fused": lambda: ops.masked_attention(q, k, v, mask, backend=backend),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask),
+        "plain": lambda: functional.masked_attention(q, k, v, mask),
+    }
+    exact = functional.masked_attention(q.double(), k.double(), v.double(), mask)
+    products = 2 * batch * shape.heads * shape.queries * shape.keys * shape.dim
+    # At most 50 calls a round, so that what a call costs beside the products counts, too.
+    repeats = max(1, min(50, PRODUCTS_PER_ROUND // products))
+    times = compare(calls, rounds=rounds, repeats=repeats)
+    return {
+        "model": shape.model,
+        "shape": [batch, *shape[1:]],
+        "dtype": str(dtype).removeprefix("torch."),
+        "mask": mask_kind,
+        "accurate": is_accurate(calls["fused"](), calls["plain"](), exact),
+        **{name: measured._asdict() for name, measured in times.items()},
+    }
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    name = f"{row['model']:<13} {tuple(row['shape'])!s:<24} {row['dtype']:<9} {row['mask']:<8}"
+    if not row["accurate"]:
+        return f"{name} WRONG: less accurate than the plain form"
+    fused, sdpa, plain = (Measured(**row[key]) for key in ("fused", "sdpa", "plain"))
+    spread = f"({fused.low / sdpa.median:.2f} to {fused.high / sdpa.median:.2f})"
+    return (
+        f"{name} {fused.median:8.3f} {sdpa.median:8.3f} {plain.median:8.3f} "
+        f"{fused.median / sdpa.median:8.2f} {spread:<14} {plain.median / fused.median:8.2f}x"
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Where it ran."""
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "devices": backends.describe()["devices"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[8, 1])
+    parser.add_argument("--mask", nargs="+", choices=("none", "padding", "full"), default=["none", "padding"])
+    parser.add_argument("--model", nargs="+", choices=[shape.model for shape in SHAPES])
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--json", type=Path, help="write the rows and the machine's description there")
+    options = parser.parse_args(arguments)
+    if reasons := backends.cpp_reasons():
+        parser.error("the C++ kernels cannot run: " + "; ".join(reasons))
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(
+        f"{'model':<13} {'(B, H, Nq, Nk, D)':<24} {'dtype':<9} {'mask':<8} {'fused ms':>8} {'sdpa':>8} {'plain':>8} "
+        f"{'of sdpa':>8} {'':<14} faster than plain"
+    )
+    rows = []
+    with torch.inference_mode():
+        for dtype in options.dtype:
+            for batch in options.batch:
+                for shape in SHAPES:
+                    for kind in options.mask if not options.model or shape.model in options.model else ():
+                        row = measure(shape, batch, getattr(torch, dtype), kind, options.backend, options.rounds)
+                        rows.append(row)
+                        print(describe_row(row), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
