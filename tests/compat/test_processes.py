@@ -21,6 +21,8 @@ from fastvit.patching.fusion import Fused
 
 TIMM = ("timm_vit", "timm_cait", "timm_twins")
 EVERY = (*FAMILIES, *TIMM)
+OTHER_ORDERS = ("cait", "cvt", "timm_vit", "timm_cait")
+"""Also patched, and unpatched, once they are sharded."""
 PROCESSES = 2
 STEPS = 2
 BATCH = 4
@@ -97,8 +99,9 @@ def _worker(rank: int, folder: str, names: list[str]) -> None:
         x = images(name, BATCH)
         results[f"{name} DDP"] = _in_two(DistributedDataParallel(_model(name)), x, rank)
         results[f"{name} FSDP2"] = _in_two(_sharded(_model(name)), x, rank)
-        results[f"{name} FSDP2, patched behind it"] = _in_two(patch(_sharded(unpatch(_model(name)))), x, rank)
-        results[f"{name} FSDP2, unpatched behind it"] = _in_two(unpatch(_sharded(_model(name))), x, rank)
+        if name in OTHER_ORDERS:
+            results[f"{name} FSDP2, patched behind it"] = _in_two(patch(_sharded(unpatch(_model(name)))), x, rank)
+            results[f"{name} FSDP2, unpatched behind it"] = _in_two(unpatch(_sharded(_model(name))), x, rank)
     if rank == 0:
         torch.save(results, f"{folder}/results")
     distributed.destroy_process_group()
@@ -126,6 +129,6 @@ def test_two_processes_train_as_one(name, losses):
     alone = _train(_model(name), images(name, BATCH))
     assert not torch.allclose(alone[0], alone[1], rtol=1e-3)  # the weights do move
     ways = {way: got for way, got in losses.items() if way.startswith(f"{name} ")}
-    assert len(ways) == 4
+    assert len(ways) == (4 if name in OTHER_ORDERS else 2)
     for way, got in ways.items():
         torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-6, msg=lambda text, way=way: f"{way}: {text}")
