@@ -170,7 +170,9 @@ def bar_chart(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line to checked settings; argparse prints the message and exits with 2 on a bad one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="names of fastvit.list_models()")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), metavar="NAME", help="names of fastvit.list_models()"
+    )
     parser.add_argument("--batch", type=int, default=8, help="photographs in a batch (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="float32, or bfloat16 where there is a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; a GPU by default where there is one")

@@ -52,15 +52,15 @@ extern "C" int token_depthwise_conv_host(const void* x, void* out, int element, 
   op.x = x;
   op.out = out;
   op.element = static_cast<Element>(element);
-  int64_t* const fields[] = {&op.batch,      &op.channels, &op.prefix_tokens, &op.height,         &op.width,
-                             &op.out_height, &op.out_width, &op.kernel,       &op.stride,         &op.padding,
-                             &op.x_batch_stride, &op.x_token_stride};
+  int64_t* const fields[] = {&op.batch,  &op.channels,   &op.prefix_tokens,  &op.height,
+                             &op.width,  &op.out_height, &op.out_width,      &op.kernel,
+                             &op.stride, &op.padding,    &op.x_batch_stride, &op.x_token_stride};
   for (int64_t* field : fields) *field = *numbers++;
   op.pre_activation = static_cast<Activation>(*numbers++);
   op.activation = static_cast<Activation>(*numbers++);
   op.residual = *numbers++ != 0;
-  ChannelParameter* const tensors[] = {&op.weight,        &op.bias,        &op.pre_norm.weight, &op.pre_norm.bias,
-                                       &op.pre_norm.mean, &op.pre_norm.var, &op.norm.weight,    &op.norm.bias,
+  ChannelParameter* const tensors[] = {&op.weight,        &op.bias,         &op.pre_norm.weight, &op.pre_norm.bias,
+                                       &op.pre_norm.mean, &op.pre_norm.var, &op.norm.weight,     &op.norm.bias,
                                        &op.norm.mean,     &op.norm.var};
   for (ChannelParameter* tensor : tensors) *tensor = {*parameters++, op.element};
   op.pre_norm.eps = op.norm.eps = eps;

@@ -7,8 +7,8 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_as_accurate
 from fused_and_plain import check_inference, check_training
+from helpers import assert_as_accurate
 from tiny import CLASSES, shake
 from torch import Tensor, nn
 
