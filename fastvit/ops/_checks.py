@@ -8,18 +8,20 @@ from torch import Tensor
 __all__ = ["check_mask", "check_tokens", "describe", "to_four_axes"]
 
 
-def describe(tensor: Tensor) -> str:
-    """A tensor in an error message."""
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+def describe(value: object) -> str:
+    """What was given for a tensor, in an error message."""
+    if not isinstance(value, Tensor):
+        return f"{value!r} ({type(value).__name__})"
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q is (B, H, Nq, D) and k, v are (B, H, Nk, D) of one floating dtype on one device."""
-    if q.dim() != 4 or not q.is_floating_point():
+    if not isinstance(q, Tensor) or q.dim() != 4 or not q.is_floating_point():
         raise ValueError(f"q: got {describe(q)}, accepted is a floating tensor (B, H, Nq, D)")
-    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+    if not isinstance(k, Tensor) or k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k: got {describe(k)}, accepted beside q {describe(q)} is (B, H, Nk, D)")
-    if v.shape != k.shape:
+    if not isinstance(v, Tensor) or v.shape != k.shape:
         raise ValueError(f"v: got {describe(v)}, accepted beside k {describe(k)} is the same shape")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.device != q.device:
@@ -43,7 +45,7 @@ def to_four_axes(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask with four axes; (B, Nk) is key padding. ValueError where it is not bool or does not broadcast."""
-    if mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise ValueError(f"mask: got {describe(mask)}, accepted is bool, True = attend")
     if mask.dim() == 2:
         if mask.shape[0] not in (1, q.shape[0]):

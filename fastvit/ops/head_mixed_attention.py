@@ -38,7 +38,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    if tensor.shape != shape or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(
             f"{name}: got {describe(tensor)}, accepted is a floating tensor {shape}, q has {q.shape[1]} heads"
         )
@@ -56,7 +56,14 @@ def _check_mix(when: str, weight: Tensor | None, bias: Tensor | None, q: Tensor)
         _check_parameter(f"{when}_bias", bias, (heads,), q)
 
 
+def _check_given(name: str, weight: Tensor) -> None:
+    if weight is None:
+        raise ValueError(f"{name}: got None, accepted is a floating tensor (H, H)")
+
+
 def _check_norm(norm: BatchNorm, q: Tensor) -> None:
+    if not isinstance(norm, BatchNorm):
+        raise ValueError(f"norm: got {type(norm).__name__}, accepted is BatchNorm.of(module) or None")
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("norm: running_mean and running_var must both be given or both be None")
     if norm.running_mean is None and not norm.use_batch_stats:
@@ -281,6 +288,8 @@ def talking_heads_attention(
 
     Arguments, result and errors as in :func:`head_mixed_attention`. Source: facebookresearch/deit ``cait_models.py``.
     """
+    _check_given("pre_weight", pre_weight)
+    _check_given("post_weight", post_weight)
     return head_mixed_attention(
         q,
         k,
@@ -316,6 +325,7 @@ def re_attention(
     Arguments, result and errors as in :func:`head_mixed_attention`; ``weight`` (H, H) is the 1x1 convolution's. Source:
     Zhou et al. 2021, equation 3, and zhoudaquan/dvit_repo ``layers.py``.
     """
+    _check_given("weight", weight)
     return head_mixed_attention(
         q,
         k,

@@ -63,7 +63,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor |
 
 
 def _check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    if not bias.is_floating_point():
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise ValueError(f"bias: got {describe(bias)}, accepted is floating; pass bool masks as mask")
     return to_four_axes("bias", bias, q, k)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvit import backends
+from fastvit.ops._checks import describe
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
@@ -66,20 +67,22 @@ def _fake(
     return x.new_empty((x.shape[0], prefix_tokens + tokens, x.shape[2]))
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
 def _is_vector(tensor: Tensor | None, x: Tensor) -> bool:
-    """Whether the tensor is None or has x's channels, on x's device."""
-    return tensor is None or (tensor.shape == x.shape[2:] and tensor.device == x.device)
+    """Whether the tensor is None, or floating with x's channels on x's device."""
+    if tensor is None:
+        return True
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return False
+    return tensor.shape == x.shape[2:] and tensor.device == x.device
 
 
 def _no_vector(name: str, tensor: Tensor, x: Tensor) -> ValueError:
-    return ValueError(f"{name}: got {_describe(tensor)}, accepted beside x {_describe(x)} is (C,) on its device")
+    return ValueError(f"{name}: got {describe(tensor)}, accepted beside x {describe(x)} is floating (C,) on its device")
 
 
 def _check_norm(name: str, norm: BatchNorm, x: Tensor) -> None:
+    if not isinstance(norm, BatchNorm):
+        raise ValueError(f"{name}: got {type(norm).__name__}, accepted is BatchNorm.of(module) or None")
     for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
         if not _is_vector(tensor, x):
             raise _no_vector(f"{name}.{field}", tensor, x)
@@ -90,13 +93,15 @@ def _check_norm(name: str, norm: BatchNorm, x: Tensor) -> None:
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x: got {_describe(x)}, accepted is a floating tensor (B, P + h*w, C)")
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"x: got {describe(x)}, accepted is a floating tensor (B, P + h*w, C)")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(f"weight: got {describe(weight)}, accepted is a floating tensor (C, 1, k, k)")
     shape = weight.shape
     if len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] < 1 or shape[0] != x.shape[2]:
-        raise ValueError(f"weight: got {_describe(weight)}, accepted beside x {_describe(x)} is (C, 1, k, k)")
+        raise ValueError(f"weight: got {describe(weight)}, accepted beside x {describe(x)} is (C, 1, k, k)")
     if weight.device != x.device:
-        raise ValueError(f"weight: got {_describe(weight)}, x is on {x.device}")
+        raise ValueError(f"weight: got {describe(weight)}, x is on {x.device}")
     if bias is not None and not _is_vector(bias, x):
         raise _no_vector("bias", bias, x)
 
@@ -104,16 +109,18 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _check_geometry(
     x: Tensor, kernel: int, grid: tuple[int, int], stride: int, padding: int, prefix_tokens: int, residual: bool
 ) -> None:
-    h, w = grid
-    if h < 1 or w < 1:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
         raise ValueError(f"grid: got {grid}, accepted is a pair of positive ints (h, w)")
+    h, w = grid
     if prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: got {prefix_tokens}, accepted is an int from 0")
     if x.shape[1] != prefix_tokens + h * w:
         behind = x.shape[1] - prefix_tokens
         raise ValueError(f"grid: {grid} has {h * w} tokens, x has {behind} behind {prefix_tokens} prefix tokens")
-    if stride < 1:
+    if isinstance(stride, (tuple, list)) or stride < 1:
         raise ValueError(f"stride: got {stride}, accepted is an int from 1")
+    if isinstance(padding, (tuple, list, str)):
+        raise ValueError(f"padding: got {padding!r}, accepted is an int from 0, the same on all sides")
     if padding < 0 or min(h, w) + 2 * padding < kernel:
         raise ValueError(f"padding: got {padding}, a kernel of {kernel} does not fit into the padded grid of {grid}")
     if residual and (_out_size(h, kernel, stride, padding), _out_size(w, kernel, stride, padding)) != (h, w):
