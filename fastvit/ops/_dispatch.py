@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,9 @@ def select(
     else:
         chosen = _named(op, implementations, backend, args, kwargs)
     if not torch.compiler.is_compiling() and (_recorder.get() is not None or log.isEnabledFor(logging.DEBUG)):
-        _tell(Selection(op, chosen.name, turned_down(op, implementations, args, kwargs)))
+        around = _tell(Selection(op, chosen.name, turned_down(op, implementations, args, kwargs)))
+        if around is not None:
+            return chosen._replace(run=functools.partial(around, chosen.run))
     return chosen
 
 
@@ -139,14 +142,18 @@ def turned_down(op: str, implementations: Sequence[Implementation], args: tuple,
     return found
 
 
-_recorder: contextvars.ContextVar[Callable[[Selection], object] | None] = contextvars.ContextVar(
-    "recorder", default=None
-)
+Around = Callable[..., Any]
+Record = Callable[[Selection], Around | None]
+
+_recorder: contextvars.ContextVar[Record | None] = contextvars.ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
-def recording(record: Callable[[Selection], object]) -> Iterator[None]:
-    """Calls ``record(selection)`` for each choice made in the block by this thread; traced calls are not seen."""
+def recording(record: Record) -> Iterator[None]:
+    """Calls ``record(selection)`` for each choice made in the block by this thread; traced calls are not seen.
+
+    Where it returns a function, that one is called with the implementation's ``run`` and its arguments in its place.
+    """
     token = _recorder.set(record)
     try:
         yield
@@ -157,17 +164,17 @@ def recording(record: Callable[[Selection], object]) -> Iterator[None]:
 _told: set[str] = set()
 
 
-def _tell(selection: Selection) -> None:
-    """Hand a choice to the recorder and to the log."""
+def _tell(selection: Selection) -> Around | None:
+    """Hand a choice to the recorder and to the log; what the recorder returns."""
     record = _recorder.get()
-    if record is not None:
-        record(selection)
+    around = None if record is None else record(selection)
     if log.isEnabledFor(logging.DEBUG):
         others = "".join(f"; not {name}: {', '.join(reasons)}" for name, reasons in selection.turned_down.items())
         message = f"{selection.op}: {selection.backend}{others}"
         if message not in _told:  # one line for twelve equal blocks, not twelve per forward
             _told.add(message)
             log.debug(message)
+    return around
 
 
 def configure_log(level: str | None) -> None:

@@ -1,26 +1,26 @@
-"""How much of a model's arithmetic do the fused operators stand for? Counted, on an example."""
+"""How much of a model's arithmetic do the fused operators do? Counted, on an example."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvit.ops import _dispatch
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.verification import as_call, undisturbed
 
 
 def share_of_flops(model: nn.Module, example: Any) -> float | None:
-    """The part of a model's FLOPs (matrix products and convolutions) that fused operators compute, from 0 to 1.
+    """The part of a model's FLOPs (matrix products and convolutions) that fused operators do, from 0 to 1.
 
-    The plain model is counted, sub-module by sub-module. Covered is what a fused block does itself, and what those of
-    its parts do that it no longer calls: its projections stay outside. None where the model has no such FLOPs.
+    It is what the plain model spends and the patched one does not spend outside of operators; an operator that runs its
+    reference counts as not fused. Projections around an attention stay outside. None where the model has no such FLOPs.
 
     Args:
         example: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -30,16 +30,12 @@ def share_of_flops(model: nn.Module, example: Any) -> float | None:
     """
     args, kwargs = as_call(example)
     fused = {module for module in model.modules() if isinstance(module, Fused)}
-    with undisturbed(model):
-        called: dict[nn.Module, int] = {}
-        with _counting(called, None):
+    with undisturbed(model), _whole_products():
+        with _Counter() as outside, _dispatch.recording(outside.leave_out):
             model(*args, **kwargs)
-        own: dict[nn.Module, int] = {}
-        with _plain(fused), _whole_products(), _Counter() as counter, _counting(own, counter):
+        with _plain(fused), _Counter() as whole:
             model(*args, **kwargs)
-    replaced = {part for block in fused for part in block.modules() if part not in called} | fused
-    covered = sum(flops for module, flops in own.items() if module in replaced)
-    return covered / counter.flops if counter.flops else None
+    return 1.0 - outside.flops / whole.flops if whole.flops else None
 
 
 class _Counter(TorchDispatchMode):
@@ -68,31 +64,16 @@ class _Counter(TorchDispatchMode):
         self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
+    def leave_out(self, selection: _dispatch.Selection) -> Callable[..., Any] | None:
+        """For ``_dispatch.recording``: what an operator spends is not counted."""
+        return None if selection.backend == _dispatch.REFERENCE else self._uncounted
 
-@contextlib.contextmanager
-def _counting(own: dict[nn.Module, int], counter: _Counter | None) -> Iterator[None]:
-    """Collects, by module called in the block, the FLOPs it spends outside of its sub-modules."""
-    spent_inside: list[int] = []  # by the sub-modules of each running module
-    begun: list[int] = []
-
-    def now() -> int:
-        return 0 if counter is None else counter.flops
-
-    def enter(*_: object) -> None:
-        begun.append(now())
-        spent_inside.append(0)
-
-    def leave(module: nn.Module, *_: object) -> None:
-        spent = now() - begun.pop()
-        own[module] = own.get(module, 0) + spent - spent_inside.pop()
-        if spent_inside:
-            spent_inside[-1] += spent
-
-    # Hooks on the modules themselves would keep fused blocks from reading them.
-    with contextlib.ExitStack() as hooks:
-        hooks.callback(register_module_forward_pre_hook(enter).remove)
-        hooks.callback(register_module_forward_hook(leave, always_call=True).remove)
-        yield
+    def _uncounted(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.flops
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.flops = before
 
 
 @contextlib.contextmanager

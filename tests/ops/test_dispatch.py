@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvit import backends
+from fastvit import backends, ops
 from fastvit.ops import _dispatch
 from fastvit.ops._dispatch import Implementation, Selection, gradients_needed, recording, select, turned_down
 
@@ -139,3 +139,13 @@ def test_fastvit_log_gives_the_logger_a_handler(capsys, monkeypatch):
     assert capsys.readouterr().err == "fastvit: double: cpp; not cuda: not on a GPU, too old\n"
     with pytest.raises(ValueError, match="FASTVIT_LOG: got 'shout', accepted are 'debug'"):
         _dispatch.configure_log("shout")
+
+
+def test_a_recorder_may_stand_around_the_run():
+    def around(run, *args):
+        return run(*args) + 1.0
+
+    with recording(lambda selection: around if selection.backend == "sdpa" else None):
+        x = torch.ones(1, 1, 2, 8)
+        assert torch.equal(ops.masked_attention(x, x, x, backend="sdpa"), x + 1.0)
+        assert torch.equal(ops.masked_attention(x, x, x, backend="reference"), x)

@@ -163,7 +163,21 @@ def test_share_of_flops_is_what_the_operators_compute():
     assert "FLOPs" not in str(report(model))
     patch(model, filter_fn=lambda module, name: "0" in name)
     assert report(model, x).flops_share == pytest.approx(got / 2)
+    patch(model, backend="reference")
+    assert report(model, x).flops_share == 0.0
     assert report(unpatch(model), x).flops_share == 0.0
+
+
+def test_share_of_flops_leaves_out_what_a_fused_block_does_beside_its_operator():
+    """CeiT's LeFF multiplies by the weights of its 1x1 convolutions itself; only the depthwise one is fused."""
+    model, x = patch(build("ceit"), ops="token_depthwise_conv"), images("ceit")
+    patches, hidden, depth = 16, 4 * 48, 2
+    whole = report(model, x).flops_share
+    convolution = depth * 2 * 9 * patches * hidden
+    patch(model, ops="token_depthwise_conv", filter_fn=lambda module, name: "0" in name)
+    assert report(model, x).flops_share == pytest.approx(whole / 2)
+    linears = depth * 2 * 17 * 48 * (3 * 48 + 48) + depth * 2 * 2 * patches * 48 * hidden
+    assert 0 < whole < convolution / (convolution + linears)
 
 
 @pytest.mark.parametrize("name", ["cait", "cvt", "ceit", "timm_cait", "timm_twins"])
