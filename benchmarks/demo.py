@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import json
 import statistics
 import sys
@@ -227,9 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.advance(task)
     console.print(result_table(outcomes, title))
     settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "demo.json").write_text(
-        json.dumps({"title": title, "torch": torch.__version__, "outcomes": [asdict(o) for o in outcomes]}, indent=1)
-    )
+    result = {
+        "command": " ".join(["python -m benchmarks.demo", *(sys.argv[1:] if arguments is None else arguments)]),
+        "title": title,
+        "date": datetime.date.today().isoformat(),
+        "machine": {key: value for key, value in fastvit.backends.describe().items() if key != "location"},
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+    (settings.out / "demo.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     console.print("chart:", str(bar_chart(outcomes, title, settings.out / "demo.png")), soft_wrap=True)
     inaccurate = [o.model for o in outcomes if not o.accurate]
     if inaccurate:

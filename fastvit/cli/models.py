@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +72,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _library(name: str) -> Any:
     """The module of a library, or why there is none."""
     try:
-        _mend_torchvision()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name:
@@ -81,23 +79,6 @@ def _library(name: str) -> Any:
         raise CannotLoad(f"{name} cannot be imported: {error}") from error
     except Exception as error:
         raise CannotLoad(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def _mend_torchvision() -> None:
-    """Where torchvision's binary was built for another torch, let it be imported without the operators in it.
-
-    All the libraries import it, and none of their models needs these operators.
-    """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
-            del sys.modules[module]  # half imported
 
 
 def _images(model: nn.Module, size: int | None) -> Callable[[int], Any]:

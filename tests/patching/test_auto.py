@@ -27,6 +27,8 @@ from fastvit import backends
 from fastvit.patching import building, is_patched, report, unpatch
 from fastvit.patching.fusion import Fused
 
+fastvit.auto.disable()  # the import switched it on, for every test file this process collects
+
 SETTINGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
 
 timm = pytest.importorskip("timm")
@@ -38,7 +40,7 @@ from timm.layers.attention import Attention  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def off() -> Iterator[None]:
-    """Each test begins and ends with it switched off: importing it here switched it on."""
+    """Each test begins and ends with it switched off."""
     fastvit.auto.disable()
     yield
     fastvit.auto.disable()
