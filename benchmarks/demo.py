@@ -32,7 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import fastvit  # noqa: E402
 from benchmarks.lived_in import lived_in  # noqa: E402
-from benchmarks.photos import bundled_photographs, photo_batch  # noqa: E402
+from benchmarks.photos import bundled_photographs, open_photograph, photo_batch  # noqa: E402
 from benchmarks.timing import interleaved  # noqa: E402
 
 MODELS = (
@@ -181,7 +181,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each model (default 11)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out", help="where chart and JSON go")
     settings = parser.parse_args(arguments)
-    settings.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        settings.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        parser.error(f"--device: {error}")
     settings.dtype = settings.dtype or ("bfloat16" if settings.device.type == "cuda" else "float32")
     known = fastvit.list_models()
     for name in settings.models:
@@ -195,6 +198,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for path in settings.image or ():
         if not path.is_file():
             parser.error(f"--image: there is no file {path}")
+        try:
+            open_photograph(path)
+        except ValueError as error:
+            parser.error(str(error))
     return settings
 
 
