@@ -101,23 +101,38 @@ std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+namespace {
+
+Tensor make_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like,
+                  Dtype dtype) {
   check(sizes.size() == strides.size(), "fastvit: empty_strided got ", sizes.size(), " sizes and ", strides.size(),
         " strides");
   AtenTensorHandle handle = nullptr;
   FASTVIT_TORCH(aoti_torch_empty_strided, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                code_of(like.dtype()), like.device_type(), like.device_index(), &handle);
+                code_of(dtype), like.device_type(), like.device_index(), &handle);
   return Tensor(handle);
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = step;
     step *= sizes[axis] > 0 ? sizes[axis] : 1;
   }
-  return empty_strided(sizes, strides, like);
+  return strides;
+}
+
+}  // namespace
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+  return make_empty(sizes, strides, like, like.dtype());
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) { return empty(sizes, like, like.dtype()); }
+
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype) {
+  return make_empty(sizes, contiguous_strides(sizes), like, dtype);
 }
 
 void* current_cuda_stream(const Tensor& tensor) {

@@ -144,9 +144,10 @@ class Tensor {
 
 std::string shape_of(const Tensor& tensor);  // "(8, 197, 384)", for messages
 
-// An uninitialised tensor of like's dtype and device.
+// An uninitialised tensor on like's device, of like's dtype or the one given.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
 Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like);  // contiguous
+Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype);
 
 // Makes the tensor's device current for the life of the object (CUDA).
 class DeviceGuard {
@@ -222,21 +223,33 @@ struct Unbox<std::optional<T>> {
   }
 };
 
+// Puts results on the stack and says how many they are.
+inline constexpr uint64_t results_of(const Tensor*) { return 1; }
+template <class... Results>
+constexpr uint64_t results_of(const std::tuple<Results...>*) {
+  return sizeof...(Results);
+}
+inline void give(Tensor result, StableIValue* stack) { *stack = reinterpret_cast<StableIValue>(result.release()); }
+template <class... Results>
+void give(std::tuple<Results...> results, StableIValue* stack) {
+  std::apply([&](Results&... each) { (give(std::move(each), stack++), ...); }, results);
+}
+
 template <auto function>
 struct Box;
 
-template <class... Args, Tensor (*function)(Args...)>
+template <class Result, class... Args, Result (*function)(Args...)>
 struct Box<function> {
   static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
-    check(num_args == sizeof...(Args) && num_outputs == 1, "fastvit: the schema has ", num_args, " arguments and ",
-          num_outputs, " results, the kernel takes ", sizeof...(Args), " and gives 1");
-    Tensor result = invoke(stack, std::index_sequence_for<Args...>{});
-    stack[0] = reinterpret_cast<StableIValue>(result.release());
+    constexpr uint64_t results = results_of(static_cast<const Result*>(nullptr));
+    check(num_args == sizeof...(Args) && num_outputs == results, "fastvit: the schema has ", num_args,
+          " arguments and ", num_outputs, " results, the kernel takes ", sizeof...(Args), " and gives ", results);
+    give(invoke(stack, std::index_sequence_for<Args...>{}), stack);
   }
 
  private:
   template <size_t... I>
-  static Tensor invoke(StableIValue* stack, std::index_sequence<I...>) {
+  static Result invoke(StableIValue* stack, std::index_sequence<I...>) {
     // Every argument is taken over (and so freed in the end) before the function runs.
     std::tuple<std::remove_cvref_t<Args>...> args{Unbox<std::remove_cvref_t<Args>>::take(stack[I])...};
     return std::apply(function, std::move(args));
@@ -248,7 +261,7 @@ struct Box<function> {
 
 // FASTVIT_REGISTER(token_depthwise_conv, "CPU", run): `run` implements fastvit::token_depthwise_conv there. `run` is a
 // function of Tensor, std::optional<Tensor>, int64_t, double and bool (by value or const reference) that returns a
-// Tensor.
+// Tensor or a std::tuple of them.
 #define FASTVIT_REGISTER(op, key, function)                                                                      \
   static const ::fastvit::Registration fastvit_register_##op(#op, key, ::fastvit::detail::Box<(function)>::call, \
                                                              __FILE__, __LINE__)
