@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace fastvit {
+#include "activation.h"
 
-enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu };
+namespace fastvit {
 
 enum class Element : int32_t { float32, bfloat16, float16 };
 

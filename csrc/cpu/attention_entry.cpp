@@ -6,9 +6,6 @@
 namespace fastvit {
 namespace {
 
-// Floats of a thread's memory that stay allocated between calls.
-constexpr int64_t kKeptFloats = 8 << 20;
-
 AttentionOperand operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype) {
   check(tensor.dtype() == dtype, op, ": ", name, " is ", tensor.dtype(), ", q is ", dtype);
   check(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", name, " must have a contiguous last axis");
@@ -84,32 +81,6 @@ KeyLists::KeyLists(int64_t batch, int64_t keys, const Tensor* mask) {
 AttentionKeys KeyLists::of(int64_t b) const {
   const size_t list = begins_.size() == 2 ? 0 : static_cast<size_t>(b);
   return {indices_.data() + begins_[list], static_cast<int64_t>(begins_[list + 1] - begins_[list])};
-}
-
-float* Workspace::take(int64_t floats) {
-  if (floats > size_) {
-    memory_.reset();
-    size_ = 0;
-    memory_.reset(static_cast<float*>(operator new(static_cast<size_t>(floats) * sizeof(float), kAlign)));
-    size_ = floats;
-  }
-  return memory_.get();
-}
-
-void Workspace::give_back() {
-  if (size_ <= kKeptFloats) return;
-  memory_.reset();
-  size_ = 0;
-}
-
-Workspace& Workspace::of_thread() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-Workspace& Workspace::of_call() {
-  thread_local Workspace workspace;
-  return workspace;
 }
 
 }  // namespace fastvit

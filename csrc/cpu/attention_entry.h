@@ -4,13 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "../torch_abi.h"
 #include "attention.h"
+#include "workspace.h"
 
 namespace fastvit {
 
@@ -36,24 +35,6 @@ class KeyLists {
  private:
   std::vector<int32_t> indices_;
   std::vector<size_t> begins_;
-};
-
-// Uninitialised memory of a thread, kept between calls so that its pages are not mapped anew each time.
-class Workspace {
- public:
-  float* take(int64_t floats);
-  void give_back();  // what is too much to keep
-
-  static Workspace& of_thread();  // of a thread at work
-  static Workspace& of_call();    // for what the threads of a call share
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(float* memory) const { operator delete(memory, kAlign); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
 };
 
 // Multiply-adds below which waking another thread costs more than it saves.

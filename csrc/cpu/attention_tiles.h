@@ -7,11 +7,8 @@
 #pragma once
 
 #include "attention.h"
+#include "transpose.h"
 #include "vec.h"
-
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -143,25 +140,6 @@ inline const float* row_words(const T* row, int64_t dim, float* buffer) {
   } else {
     for (int64_t d = 0; d < dim; ++d) buffer[d] = to_float(row[d]);
     return buffer;
-  }
-}
-
-// out[d * stride + i] = rows[i][d] for four rows.
-inline void transpose4(const float* const (&rows)[4], int64_t length, float* out, int64_t stride) {
-  int64_t d = 0;
-#if defined(__SSE__)
-  for (; d + 4 <= length; d += 4) {
-    __m128 a = _mm_loadu_ps(rows[0] + d), b = _mm_loadu_ps(rows[1] + d);
-    __m128 c = _mm_loadu_ps(rows[2] + d), e = _mm_loadu_ps(rows[3] + d);
-    _MM_TRANSPOSE4_PS(a, b, c, e);
-    _mm_storeu_ps(out + d * stride, a);
-    _mm_storeu_ps(out + (d + 1) * stride, b);
-    _mm_storeu_ps(out + (d + 2) * stride, c);
-    _mm_storeu_ps(out + (d + 3) * stride, e);
-  }
-#endif
-  for (; d < length; ++d) {
-    for (int i = 0; i < 4; ++i) out[d * stride + i] = rows[i][d];
   }
 }
 

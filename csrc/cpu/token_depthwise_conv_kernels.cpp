@@ -7,6 +7,7 @@
 // of whole channel blocks. Where the convolution is all there is to do, it goes from x to the output directly.
 #include "token_depthwise_conv.h"
 
+#include "activation.h"
 #include "vec.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -16,33 +17,6 @@ constexpr int64_t kLanes = Vec::lanes;
 
 // Above these sizes of the result, rows are fetched ahead; below, they come fast enough, and asking costs more.
 constexpr int64_t kRingPrefetchBytes = 3 << 20, kDirectPrefetchBytes = 6 << 20;
-
-template <Activation activation>
-FASTVIT_INLINE Vec activate(Vec x) {
-  if constexpr (activation == Activation::gelu) {
-    return gelu(x);
-  } else if constexpr (activation == Activation::quick_gelu) {
-    return x * sigmoid(x * Vec::fill(1.702f));
-  } else if constexpr (activation == Activation::silu) {
-    return x * sigmoid(x);
-  } else if constexpr (activation == Activation::relu) {
-    return max(Vec::fill(0.0f), x);
-  } else {
-    return x;
-  }
-}
-
-// Calls f.template operator()<activation>() for the activation known at run time.
-template <class F>
-FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::gelu: return f.template operator()<Activation::gelu>();
-    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
-    case Activation::silu: return f.template operator()<Activation::silu>();
-    case Activation::relu: return f.template operator()<Activation::relu>();
-    case Activation::none: return f.template operator()<Activation::none>();
-  }
-}
 
 // f(c, n) for the channels of a block: vectors of n = kLanes, and one of fewer where the block ends in between.
 template <class F>

@@ -1,0 +1,274 @@
+// A linear layer and its activation, for one instruction set.
+//
+// Columns are the lanes of every vector. A tile of the result is kRows rows by a panel of kPanelVectors vectors; its
+// sums stay in registers while x is broadcast, word by word, against the packed weight:
+//   sums[r][c] += x[r][k] * weight[k][c]
+// Every kPartialSum terms the sums move on to the tile's totals, which start with the bias: partial sums keep the
+// rounding error of long sums small. The rows of x are copied next to each other, a block of the depth at a time, so
+// that their distance is a constant that fits the addressing and no power of two that would fight for cache lines.
+//
+// With the bfloat16 dot product (kPairs) a word holds two neighbours along the depth, and the sums are float32.
+#include "linear.h"
+
+#include "activation.h"
+#include "transpose.h"
+#include "vec.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kLanes = Vec::lanes;
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as registers hold beside the operands
+constexpr int64_t kPartialSum = 64;
+constexpr int64_t kDepthBlock = 512;  // words of x that a row of the copy holds
+constexpr int64_t kRowStride = kDepthBlock + 16;
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// f(Int<n>) for a run-time n in [1, N].
+template <int N, class F>
+inline void with_constant(int64_t n, const F& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, f);
+  }
+  f(Int<N>{});
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float result;
+  memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// --- Words: floats, or pairs of bfloat16 ----------------------------------------------------------------------------
+
+template <bool kPairs>
+constexpr int64_t words_of(int64_t elements) {
+  return kPairs ? (elements + 1) / 2 : elements;
+}
+
+// `count` words from element `first` on of a contiguous row of `depth` elements; an odd one's missing half is zero.
+template <class T, bool kPairs>
+inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count, float* to) {
+  if constexpr (kPairs) {
+    const int64_t left = depth - first;
+    const int64_t whole = smaller(count, left / 2);
+    memcpy(to, row + first, static_cast<size_t>(whole) * sizeof(float));
+    if (whole < count) {
+      const uint32_t bits = row[depth - 1].bits;
+      memcpy(to + whole, &bits, sizeof bits);
+    }
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    memcpy(to, row + first, static_cast<size_t>(count) * sizeof(float));
+  } else {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) Vec::load(row + first + k).store(to + k);
+    for (; k < count; ++k) to[k] = widened(row[first + k]);
+  }
+}
+
+// --- The packed weight: [panel][word of the depth][column] -----------------------------------------------------------
+
+// A panel whose columns lie as contiguous rows of the weight.
+template <class T, bool kPairs>
+void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to) {
+  constexpr int64_t kBlock = 128;
+  static constexpr float zeros[kBlock] = {};
+  float buffers[4][kBlock];
+  const int64_t words = words_of<kPairs>(p.depth), elements_a_word = kPairs ? 2 : 1;
+  for (int64_t first = 0; first < words; first += kBlock) {
+    const int64_t count = smaller(kBlock, words - first);
+    for (int64_t c = 0; c < kPanel; c += 4) {
+      const float* rows[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        rows[i] = zeros;
+        if (c + i < columns) {
+          const T* row = static_cast<const T*>(p.weight) + (column + c + i) * p.weight_column_stride;
+          copy_words<T, kPairs>(row, p.depth, first * elements_a_word, count, buffers[i]);
+          rows[i] = buffers[i];
+        }
+      }
+      transpose4(rows, count, to + first * kPanel + c, kPanel);
+    }
+  }
+}
+
+// A panel of a weight whose columns lie side by side.
+template <class T, bool kPairs>
+void pack_columns(const LinearParams& p, int64_t column, int64_t columns, float* to) {
+  const T* weight = static_cast<const T*>(p.weight) + column;
+  for (int64_t k = 0; k < words_of<kPairs>(p.depth); ++k, to += kPanel) {
+    if constexpr (kPairs) {
+      const T* low = weight + 2 * k * p.weight_depth_stride;
+      const T* high = low + p.weight_depth_stride;
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const uint32_t second = c < columns && 2 * k + 1 < p.depth ? high[c].bits : 0;
+        const uint32_t bits = (c < columns ? low[c].bits : 0) | second << 16;
+        memcpy(to + c, &bits, sizeof bits);
+      }
+    } else {
+      const T* row = weight + k * p.weight_depth_stride;
+      for (int64_t c = 0; c < kPanel; ++c) to[c] = c < columns ? widened(row[c]) : 0.0f;
+    }
+  }
+}
+
+template <class T, bool kPairs>
+void pack(const LinearParams& p, int64_t begin, int64_t end, float* packed) {
+  const int64_t words = words_of<kPairs>(p.depth);
+  for (int64_t panel = begin; panel < end; ++panel, packed += words * kPanel) {
+    const int64_t column = panel * kPanel, columns = smaller(kPanel, p.columns - column);
+    if (p.weight_depth_stride == 1) {
+      pack_rows<T, kPairs>(p, column, columns, packed);
+    } else {
+      pack_columns<T, kPairs>(p, column, columns, packed);
+    }
+  }
+}
+
+// --- A tile ---------------------------------------------------------------------------------------------------------
+
+template <bool kPairs>
+FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fma(a, b, c);
+}
+
+// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
+template <bool kPairs, int kR>
+void add_products(int64_t words, const float* x, const float* weight, float* totals) {
+  for (int64_t first = 0; first < words; first += kPartialSum) {
+    const int64_t end = smaller(words, first + kPartialSum);
+    Vec sums[kR][kPanelVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = Vec::fill(0.0f);
+    }
+    for (int64_t k = first; k < end; ++k) {
+      Vec columns[kPanelVectors];
+#pragma GCC unroll 2
+      for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kR; ++r) {
+        const Vec row = Vec::fill(x[r * kRowStride + k]);
+#pragma GCC unroll 2
+        for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kPanelVectors; ++c) {
+        float* total = totals + r * kPanel + c * kLanes;
+        (Vec::load(total) + sums[r][c]).store(total);
+      }
+    }
+  }
+}
+
+// The rows of a tile against all panels of a group.
+template <class T, bool kPairs>
+struct Tile {
+  const LinearParams& p;
+  int64_t row, rows, begin_panel, end_panel;
+  const float* packed;
+  float *copy, *totals;
+
+  int64_t columns(int64_t panel) const { return smaller(kPanel, p.columns - panel * kPanel); }
+  float* total(int64_t panel, int64_t r) const { return totals + ((panel - begin_panel) * kRows + r) * kPanel; }
+
+  void run() const {
+    start();
+    const int64_t words = words_of<kPairs>(p.depth);
+    for (int64_t first = 0; first < words; first += kDepthBlock) {
+      const int64_t count = smaller(kDepthBlock, words - first);
+      copy_rows(first, count);
+      for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+        const float* weight = packed + ((panel - begin_panel) * words + first) * kPanel;
+        with_constant<kRows>(rows,
+                             [&](auto n) { add_products<kPairs, n.value>(count, copy, weight, total(panel, 0)); });
+      }
+    }
+    with_activation(p.activation, [&]<Activation activation>() { finish<activation>(); });
+  }
+
+  void start() const {
+    for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const int64_t left = columns(panel) - c;
+        const float* bias = p.bias + panel * kPanel + c;
+        const Vec value = left >= kLanes ? Vec::load(bias) : left > 0 ? Vec::load(bias, left) : Vec::fill(0.0f);
+        for (int64_t r = 0; r < rows; ++r) value.store(total(panel, r) + c);
+      }
+    }
+  }
+
+  void copy_rows(int64_t first, int64_t count) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
+      copy_words<T, kPairs>(from, p.depth, first * (kPairs ? 2 : 1), count, copy + r * kRowStride);
+    }
+  }
+
+  template <Activation activation>
+  void finish() const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+        T* out = static_cast<T*>(p.out) + (row + r) * p.columns + panel * kPanel;
+        for (int64_t c = 0; c < columns(panel); c += kLanes) {
+          const Vec value = activate<activation>(Vec::load(total(panel, r) + c));
+          const int64_t left = columns(panel) - c;
+          left >= kLanes ? value.store(out + c) : value.store(out + c, left);
+        }
+      }
+    }
+  }
+};
+
+template <class T, bool kPairs>
+void multiply(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+              const float* packed, float* scratch) {
+  const int64_t rows = row_end - row_begin, tiles = (rows + kRows - 1) / kRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {  // as even as can be
+    const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
+    Tile<T, kPairs>{p, row_begin + first, last - first, begin, end, packed, scratch, scratch + kRows * kRowStride}
+        .run();
+  }
+}
+
+template <class T, bool kPairs>
+LinearKernel make_kernel(const LinearParams& p) {
+  return {kPanel,
+          kRows,
+          words_of<kPairs>(p.depth) * kPanel,
+          kRows * kPanel,
+          kRows * kRowStride,
+          pack<T, kPairs>,
+          multiply<T, kPairs>};
+}
+
+}  // namespace
+
+LinearKernel linear_kernel(const LinearParams& p) {
+  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+}
+
+}  // namespace fastvit::FASTVIT_ISA

@@ -1,0 +1,28 @@
+// Scratch memory of the CPU kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace fastvit {
+
+// Uninitialised memory of a thread, kept between calls so that its pages are not mapped anew each time.
+class Workspace {
+ public:
+  float* take(int64_t floats);
+  void give_back();  // what is too much to keep
+
+  static Workspace& of_thread();  // of a thread at work
+  static Workspace& of_call();    // for what the threads of a call share
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(float* memory) const { operator delete(memory, kAlign); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace fastvit
