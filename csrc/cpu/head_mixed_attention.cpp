@@ -49,21 +49,37 @@ struct Mix {
   std::vector<float> bias;
 
   // factor[h] * (weight x + bias)[h] + shift[h]
-  Mix(const std::optional<Tensor>& mix, const std::optional<Tensor>& mix_bias, const std::string& when,
-      const std::vector<double>& factor, const std::vector<double>& shift) {
+  Mix(const std::vector<double>& matrix, const std::vector<double>& offset, const std::vector<double>& factor,
+      const std::vector<double>& shift) {
     const size_t heads = factor.size();
-    const std::string name = when + "_weight", bias_name = when + "_bias";
-    if (mix) {
-      check_cpu_shape(kOp, *mix, name.c_str(), {static_cast<int64_t>(heads), static_cast<int64_t>(heads)});
-      const std::vector<double> matrix = values(*mix, name.c_str());
-      for (size_t g = 0; g < heads; ++g) {
-        for (size_t h = 0; h < heads; ++h) weight.push_back(static_cast<float>(factor[h] * matrix[h * heads + g]));
-      }
+    for (size_t g = 0; g < heads && !matrix.empty(); ++g) {
+      for (size_t h = 0; h < heads; ++h) weight.push_back(static_cast<float>(factor[h] * matrix[h * heads + g]));
     }
-    const std::vector<double> offset = vector_or(mix_bias, bias_name.c_str(), heads, 0.0);
     for (size_t h = 0; h < heads; ++h) bias.push_back(static_cast<float>(factor[h] * offset[h] + shift[h]));
   }
 };
+
+// The (H, H) matrix, row by row; empty if there is none.
+std::vector<double> matrix_of(const std::optional<Tensor>& tensor, const char* name, size_t heads) {
+  if (!tensor) return {};
+  check_cpu_shape(kOp, *tensor, name, {static_cast<int64_t>(heads), static_cast<int64_t>(heads)});
+  return values(*tensor, name);
+}
+
+// Takes the mean over output heads off a mix (the identity, if there is none).
+void centre(std::vector<double>& matrix, std::vector<double>& offset) {
+  const size_t heads = offset.size();
+  if (matrix.empty()) {
+    matrix.assign(heads * heads, 0.0);
+    for (size_t h = 0; h < heads; ++h) matrix[h * heads + h] = 1.0;
+  }
+  for (size_t g = 0; g <= heads; ++g) {
+    const auto at = [&](size_t h) -> double& { return g < heads ? matrix[h * heads + g] : offset[h]; };
+    double mean = 0.0;
+    for (size_t h = 0; h < heads; ++h) mean += at(h) / static_cast<double>(heads);
+    for (size_t h = 0; h < heads; ++h) at(h) -= mean;
+  }
+}
 
 // --- The operator ---------------------------------------------------------------------------------------------------
 
@@ -72,19 +88,22 @@ Tensor head_mixed_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& 
                                 const std::optional<Tensor>& post_weight, const std::optional<Tensor>& post_bias,
                                 const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                                 const std::optional<Tensor>& norm_mean, const std::optional<Tensor>& norm_var,
-                                double norm_eps, double output_scale, const std::optional<Tensor>& mask, double scale) {
+                                double norm_eps, bool layer_norm, double output_scale,
+                                const std::optional<Tensor>& mask, double scale) {
   HeadMixParams p{attention_params(kOp, q, k, v, scale)};
   check(p.heads <= kHeadMixMaxHeads, kOp, ": at most ", kHeadMixMaxHeads, " heads are accepted, got ", p.heads);
   check(norm_mean.has_value() == norm_var.has_value(), kOp, ": norm_mean and norm_var must be given together");
+  check(!layer_norm || !norm_mean, kOp, ": a layer norm takes no norm_mean and norm_var");
 
   const auto heads = static_cast<size_t>(p.heads);
+  const std::vector<double> zeros(heads, 0.0), ones(heads, 1.0);
   std::optional<Mix> pre;
   if (pre_weight) {
-    pre.emplace(pre_weight, pre_bias, "pre", std::vector<double>(heads, 1.0), std::vector<double>(heads, 0.0));
+    pre.emplace(matrix_of(pre_weight, "pre_weight", heads), vector_or(pre_bias, "pre_bias", heads, 0.0), ones, zeros);
     p.pre_weight = pre->weight.data();
     p.pre_bias = pre->bias.data();
   }
-  // norm(x) * output_scale = factor * x + shift
+  // norm(x) * output_scale = factor * x + shift, or of a layer norm what follows the division.
   std::vector<double> factor = vector_or(norm_weight, "norm_weight", heads, 1.0);
   std::vector<double> shift = vector_or(norm_bias, "norm_bias", heads, 0.0);
   const std::vector<double> mean = vector_or(norm_mean, "norm_mean", heads, 0.0);
@@ -94,11 +113,19 @@ Tensor head_mixed_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& 
     shift[h] = output_scale * (shift[h] - factor[h] * mean[h]);
     factor[h] *= output_scale;
   }
-  const Mix post(post_weight, post_bias, "post", factor, shift);
-  const std::vector<float> post_factor(factor.begin(), factor.end());
-  p.post_weight = post_weight ? post.weight.data() : nullptr;
-  p.post_factor = post_factor.data();
+  std::vector<double> post_matrix = matrix_of(post_weight, "post_weight", heads);
+  std::vector<double> post_offset = vector_or(post_bias, "post_bias", heads, 0.0);
+  if (layer_norm) centre(post_matrix, post_offset);
+  const Mix post(post_matrix, post_offset, layer_norm ? ones : factor, layer_norm ? zeros : shift);
+  const std::vector<float> last_factor(factor.begin(), factor.end()), last_shift(shift.begin(), shift.end());
+  p.post_weight = post_matrix.empty() ? nullptr : post.weight.data();
+  p.post_factor = last_factor.data();
   p.post_bias = post.bias.data();
+  if (layer_norm) {
+    p.norm_factor = last_factor.data();
+    p.norm_shift = last_shift.data();
+    p.norm_eps = static_cast<float>(norm_eps);
+  }
 
   const bool over_keys = mask && take_mask(kOp, *mask, p);
   Tensor out = attention_output(p, q);

@@ -19,6 +19,11 @@ struct HeadMixParams : AttentionParams {
       nullptr;  // (H, H), transposed, normalisation and output scale folded in; null: no mix after it
   const float* post_factor = nullptr;  // (H,), read where post_weight is null
   const float* post_bias = nullptr;    // (H,)
+  // LayerNorm over heads of what the mix gives, whose weight and bias are centred over its output heads: then
+  // M_h = norm_factor[h] X_h / sqrt(mean_g X_g^2 + norm_eps) + norm_shift[h]. Null: none.
+  const float* norm_factor = nullptr;  // (H,)
+  const float* norm_shift = nullptr;   // (H,)
+  float norm_eps = 0.0f;
 };
 
 // Its problems are batch elements, all heads of one at a time.

@@ -57,6 +57,7 @@ struct Scratch {
   float* mask;      // [head or 1][key][lane]: +inf where attended to, -inf elsewhere
   float* inverse;   // [head][lane]: 1 / sum of exponentials
   float* staged;    // [head][key of a block of the mix][lane]
+  float* mixed;     // the same, behind the mix, where a layer norm waits for all heads
   float* channels;  // [head][channel][lane]: the queries, then the output
 
   // Heads are shifted against each other in the cache's sets.
@@ -65,7 +66,7 @@ struct Scratch {
     return p.mask == nullptr ? 0 : p.mask_head_stride == 0 ? 1 : p.heads;
   }
   static int64_t floats(const HeadMixParams& p) {
-    return (p.heads + mask_heads(p)) * stride_of(p.keys) + p.heads * kWidth + p.heads * kStagedKeys * kLanes +
+    return (p.heads + mask_heads(p)) * stride_of(p.keys) + p.heads * kWidth + 2 * p.heads * kStagedKeys * kLanes +
            p.heads * round_up(p.dim, 4) * kWidth;
   }
 
@@ -73,7 +74,8 @@ struct Scratch {
     mask = maps + p.heads * map_stride;
     inverse = mask + mask_heads(p) * map_stride;
     staged = inverse + p.heads * kWidth;
-    channels = staged + p.heads * kStagedKeys * kLanes;
+    mixed = staged + p.heads * kStagedKeys * kLanes;
+    channels = mixed + p.heads * kStagedKeys * kLanes;
   }
 };
 
@@ -105,7 +107,9 @@ struct Tile {
       mix<false>(p.pre_weight, p.pre_bias);
       for (int64_t h = 0; h < p.heads; ++h) softmax(h);
     }
-    if (p.post_weight != nullptr) {
+    if (p.norm_factor != nullptr) {
+      mix_normalised();
+    } else if (p.post_weight != nullptr) {
       mix<true>(p.post_weight, p.post_bias);
     } else {
       finish_unmixed();
@@ -178,8 +182,9 @@ struct Tile {
       for (int64_t j = 0; j < keys.count; j += kKeys) {
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          mix_block<kFinish, heads.value, kKeys>(
-              weight, bias, 0, j, v, [&](int64_t g, int key) { return probability<kFinish>(g, j + key, v); });
+          mix_block<heads.value, kKeys>(
+              weight, bias, 0, j, v, [&](int64_t g, int key) { return probability<kFinish>(g, j + key, v); },
+              [&](int64_t h, int64_t j, int v, Vec(&mixed)[kKeys]) { store_mixed<kFinish>(h, j, v, mixed); });
         }
       }
     });
@@ -188,6 +193,43 @@ struct Tile {
   // With more heads than a block has rows: several blocks from one copy of the columns.
   template <bool kFinish>
   void mix_in_blocks(const float* weight, const float* bias) const {
+    mix_staged<kFinish>(
+        weight, bias,
+        [&](int64_t h, int64_t j, int v, Vec(&mixed)[Scratch::kStagedKeys]) { store_mixed<kFinish>(h, j, v, mixed); },
+        [](int64_t, int) {});
+  }
+
+  // A layer norm over heads behind the mix, whose results have mean zero.
+  void mix_normalised() const {
+    constexpr int kKeys = Scratch::kStagedKeys;
+    const auto at = [&](int64_t h, int key) { return s.mixed + (h * kKeys + key) * kLanes; };
+    const auto keep = [&](int64_t h, int64_t, int, Vec(&mixed)[kKeys]) {
+      for (int key = 0; key < kKeys; ++key) mixed[key].store(at(h, key));
+    };
+    mix_staged<true>(p.post_weight, p.post_bias, keep, [&](int64_t j, int v) {
+      Vec inverse[kKeys];
+      for (int key = 0; key < kKeys; ++key) {
+        Vec squares = Vec::fill(0.0f);
+        for (int64_t h = 0; h < p.heads; ++h) squares = fma(Vec::load(at(h, key)), Vec::load(at(h, key)), squares);
+        const Vec variance = fma(squares, Vec::fill(1.0f / static_cast<float>(p.heads)), Vec::fill(p.norm_eps));
+        inverse[key] = Vec::fill(1.0f) / sqrt(variance);
+      }
+      for (int64_t h = 0; h < p.heads; ++h) {
+        Vec normed[kKeys];
+        for (int key = 0; key < kKeys; ++key) {
+          normed[key] =
+              fma(Vec::load(at(h, key)) * inverse[key], Vec::fill(p.norm_factor[h]), Vec::fill(p.norm_shift[h]));
+        }
+        store_mixed<true>(h, j, v, normed);
+      }
+    });
+  }
+
+  // Block by block: store(h, j, v, mixed) takes the results of two keys, all_heads(j, v) comes behind those of all
+  // heads.
+  template <bool kFinish, class Store, class AllHeads>
+  FASTVIT_INLINE void mix_staged(const float* weight, const float* bias, const Store& store,
+                                 const AllHeads& all_heads) const {
     constexpr int kKeys = Scratch::kStagedKeys;
     const Split blocks(p.heads, kRows);
     for (int64_t j = 0; j < keys.count; j += kKeys) {
@@ -199,19 +241,20 @@ struct Tile {
         }
         for (int64_t block = 0; block < blocks.blocks; ++block) {
           with_constant<kRows>(blocks.size(block), [&](auto rows) {
-            mix_block<kFinish, rows.value, kKeys>(weight, bias, blocks.begin(block), j, v, [&](int64_t g, int key) {
-              return Vec::load(s.staged + (g * kKeys + key) * kLanes);
-            });
+            mix_block<rows.value, kKeys>(
+                weight, bias, blocks.begin(block), j, v,
+                [&](int64_t g, int key) { return Vec::load(s.staged + (g * kKeys + key) * kLanes); }, store);
           });
         }
+        all_heads(j, v);
       }
     }
   }
 
   // Heads h .. h + kR - 1 of the mix, for kKeys keys and vector v of the queries.
-  template <bool kFinish, int kR, int kKeys, class F>
-  FASTVIT_INLINE void mix_block(const float* weight, const float* bias, int64_t h, int64_t j, int v,
-                                const F& column) const {
+  template <int kR, int kKeys, class F, class Store>
+  FASTVIT_INLINE void mix_block(const float* weight, const float* bias, int64_t h, int64_t j, int v, const F& column,
+                                const Store& store) const {
     Vec sums[kR][kKeys];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
@@ -220,7 +263,7 @@ struct Tile {
     }
     product<false>(p.heads, weight + h, p.heads, column, sums);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) store_mixed<kFinish>(h + r, j, v, sums[r]);
+    for (int r = 0; r < kR; ++r) store(h + r, j, v, sums[r]);
   }
 
   template <bool kFinish>

@@ -25,8 +25,8 @@ MAX_HEAD_DIM = 128
 torch.library.define(
     "fastvit::head_mixed_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? pre_weight, Tensor? pre_bias, Tensor? post_weight, Tensor? post_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float norm_eps, float output_scale, "
-    "Tensor? mask, float scale) -> Tensor",
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float norm_eps, "
+    "bool layer_norm, float output_scale, Tensor? mask, float scale) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -147,8 +147,9 @@ def _run_cpp(
     weight, bias, mean, var, eps = None, None, None, None, 0.0
     if norm is not None:
         weight, bias, mean, var, eps = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+    statistics = (weight, bias, mean, var, eps, False)
     return torch.ops.fastvit.head_mixed_attention.default(
-        q, k, v, pre_weight, pre_bias, post_weight, post_bias, weight, bias, mean, var, eps, output_scale, mask, scale
+        q, k, v, pre_weight, pre_bias, post_weight, post_bias, *statistics, output_scale, mask, scale
     )
 
 
