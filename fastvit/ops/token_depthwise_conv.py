@@ -1,8 +1,10 @@
-"""Depthwise convolution of tokens as they lie: the checks, the operator's schema, and who computes it.
+"""Depthwise convolution of tokens as they lie: the checks, and who computes it.
 
-- ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``, forward.
-- ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``, forward; float32 and bfloat16.
-- ``reference``: ``fastvit.reference.functional.token_depthwise_conv``, with gradients and batch statistics.
+- ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``.
+- ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``; float32 and bfloat16.
+- ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
+
+The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv_native.py``.
 """
 
 from __future__ import annotations
@@ -13,58 +15,16 @@ from torch import Tensor
 from fastvit import backends
 from fastvit.ops._checks import describe
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, Call, out_size, run
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
-_ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}  # csrc's enum Activation
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_MAX_KERNEL = 13  # one output's window must fit into shared memory
-
-torch.library.define(
-    "fastvit::token_depthwise_conv",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? pre_norm_weight, Tensor? pre_norm_bias, Tensor? pre_norm_mean, "
-    "Tensor? pre_norm_var, float pre_norm_eps, int pre_activation, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? norm_mean, Tensor? norm_var, float norm_eps, int activation, SymInt height, SymInt width, int stride, "
-    "int padding, int prefix_tokens, bool residual) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-@torch.library.register_fake("fastvit::token_depthwise_conv")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pre_norm_weight: Tensor | None,
-    pre_norm_bias: Tensor | None,
-    pre_norm_mean: Tensor | None,
-    pre_norm_var: Tensor | None,
-    pre_norm_eps: float,
-    pre_activation: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    norm_eps: float,
-    activation: int,
-    height: int,
-    width: int,
-    stride: int,
-    padding: int,
-    prefix_tokens: int,
-    residual: bool,
-) -> Tensor:
-    kernel = weight.shape[-1]
-    tokens = _out_size(height, kernel, stride, padding) * _out_size(width, kernel, stride, padding)
-    return x.new_empty((x.shape[0], prefix_tokens + tokens, x.shape[2]))
 
 
 def _is_vector(tensor: Tensor | None, x: Tensor) -> bool:
@@ -123,7 +83,7 @@ def _check_geometry(
         raise ValueError(f"padding: got {padding!r}, accepted is an int from 0, the same on all sides")
     if padding < 0 or min(h, w) + 2 * padding < kernel:
         raise ValueError(f"padding: got {padding}, a kernel of {kernel} does not fit into the padded grid of {grid}")
-    if residual and (_out_size(h, kernel, stride, padding), _out_size(w, kernel, stride, padding)) != (h, w):
+    if residual and (out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)) != (h, w):
         raise ValueError(
             f"residual: needs a convolution that keeps the grid {grid}; kernel {kernel}, stride {stride} and padding "
             f"{padding} do not"
@@ -131,14 +91,14 @@ def _check_geometry(
 
 
 def _check_activation(name: str, activation: str | None) -> None:
-    if activation not in _ACTIVATION_CODES:
-        raise ValueError(f"{name}: got {activation!r}, accepted are {list(_ACTIVATION_CODES)}")
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"{name}: got {activation!r}, accepted are {list(ACTIVATION_CODES)}")
 
 
-def _parameters(weight: Tensor, bias: Tensor | None, *norms: BatchNorm | None) -> list[Tensor]:
+def _parameters(call: Call) -> list[Tensor]:
     """Every parameter tensor there is."""
-    tensors = [weight, bias]
-    for norm in norms:
+    tensors = [call.weight, call.bias]
+    for norm in (call.pre_norm, call.norm):
         if norm is not None:
             tensors += norm[:4]
     return [tensor for tensor in tensors if tensor is not None]
@@ -152,12 +112,34 @@ def _missing_kernel(device_type: str, reasons: list[str]) -> tuple[str, ...]:
 
 _CPP_REASONS = _missing_kernel("cpu", backends.cpp_reasons())
 _CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
+_TRAINABLE = {
+    device_type: all(backends.extension().has_op(_NAME + name, device_type) for name in ("_training", "_backward"))
+    for device_type in ("cpu", "cuda")
+}
 
 
-def _kernel_reasons(
-    x: Tensor, parameters: list[Tensor], norms: tuple[BatchNorm | None, ...], dtypes: tuple[torch.dtype, ...]
-) -> list[str]:
-    """What keeps any of the forward kernels from a call."""
+def _values(call: Call, convolved: bool) -> int:
+    """How many values of a channel a norm in front of or behind the convolution sees."""
+    h, w = call.grid
+    if convolved:
+        h, w = (out_size(size, call.weight.shape[-1], call.stride, call.padding) for size in call.grid)
+    return call.x.shape[0] * h * w
+
+
+def _norm_reasons(norm: BatchNorm, values: int) -> list[str]:
+    """What keeps any of the kernels from a norm over that many values per channel."""
+    if norm.layer is not None:
+        return [f"a norm is a {type(norm.layer).__name__}, of which only the layer itself knows what it does"]
+    if gradients_needed(norm.running_mean, norm.running_var):
+        return ["running statistics need gradients"]
+    if norm.use_batch_stats and values < 2:
+        return [f"batch statistics need more than one value per channel, here are {values}"]
+    return []
+
+
+def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """What keeps any of the kernels from a call."""
+    x, parameters = call.x, _parameters(call)
     reasons = []
     if x.dtype not in dtypes:
         reasons.append(f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}")
@@ -165,146 +147,61 @@ def _kernel_reasons(
         if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
             reasons.append(f"a parameter has dtype {parameter.dtype}, it takes float32 and x's {x.dtype}")
             break
-    for norm in norms:
-        if norm is not None and norm.use_batch_stats:
-            reasons.append("a norm uses batch statistics")
-            break
-    if gradients_needed(x, *parameters):
-        reasons.append("gradients are needed and it has no backward")
+    trains = gradients_needed(x, *parameters)
+    for norm, values in ((call.pre_norm, _values(call, False)), (call.norm, _values(call, True))):
+        if norm is not None:
+            reasons += _norm_reasons(norm, values)
+            trains = trains or norm.use_batch_stats
+    if trains and not _TRAINABLE.get(x.device.type, False):
+        reasons.append("gradients or batch statistics are needed and it has none")
     return reasons
 
 
-def _cpp_reasons(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    stride: int,
-    padding: int,
-    prefix_tokens: int,
-    pre_norm: BatchNorm | None,
-    pre_activation: str | None,
-    norm: BatchNorm | None,
-    activation: str | None,
-    residual: bool,
-) -> list[str]:
+def _cpp_reasons(call: Call) -> list[str]:
     reasons = list(_CPP_REASONS)
-    if x.device.type != "cpu":
-        reasons.append(f"the C++ kernels take tensors on the CPU, not on {x.device.type}")
-    return reasons + _kernel_reasons(x, _parameters(weight, bias, pre_norm, norm), (pre_norm, norm), _CPU_DTYPES)
+    if call.x.device.type != "cpu":
+        reasons.append(f"the C++ kernels take tensors on the CPU, not on {call.x.device.type}")
+    return reasons + _kernel_reasons(call, _CPU_DTYPES)
 
 
-def _cuda_reasons(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    stride: int,
-    padding: int,
-    prefix_tokens: int,
-    pre_norm: BatchNorm | None,
-    pre_activation: str | None,
-    norm: BatchNorm | None,
-    activation: str | None,
-    residual: bool,
-) -> list[str]:
-    if x.device.type != "cuda":
-        return [f"the CUDA kernels take tensors on a CUDA device, not on {x.device.type}"]
-    reasons = list(_CUDA_REASONS) or backends.cuda_reasons(x.device)
-    if weight.shape[-1] > _CUDA_MAX_KERNEL:
-        reasons.append(f"kernel size {weight.shape[-1]} is larger than {_CUDA_MAX_KERNEL}")
-    return reasons + _kernel_reasons(x, _parameters(weight, bias, pre_norm, norm), (pre_norm, norm), _CUDA_DTYPES)
+def _cuda_reasons(call: Call) -> list[str]:
+    if call.x.device.type != "cuda":
+        return [f"the CUDA kernels take tensors on a CUDA device, not on {call.x.device.type}"]
+    reasons = list(_CUDA_REASONS) or backends.cuda_reasons(call.x.device)
+    if call.weight.shape[-1] > _CUDA_MAX_KERNEL:
+        reasons.append(f"kernel size {call.weight.shape[-1]} is larger than {_CUDA_MAX_KERNEL}")
+    return reasons + _kernel_reasons(call, _CUDA_DTYPES)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _flat(norm: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
-    if norm is None:
-        return None, None, None, None, 0.0
-    weight, bias = _contiguous(norm.weight), _contiguous(norm.bias)
-    return weight, bias, _contiguous(norm.running_mean), _contiguous(norm.running_var), norm.eps
-
-
-def _autocast_dtype(x: Tensor, prefix_tokens: int, residual: bool) -> torch.dtype:
+def _autocast_dtype(call: Call) -> torch.dtype:
     """The dtype of the plain result: autocast lowers the convolution, adding or joining x raises it again."""
-    device = x.device.type
+    device, dtype = call.x.device.type, call.x.dtype
     if not torch.is_autocast_enabled(device):
-        return x.dtype
+        return dtype
     lowered = torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, lowered) if prefix_tokens or residual else lowered
+    return torch.promote_types(dtype, lowered) if call.prefix_tokens or call.residual else lowered
 
 
-def _run_kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    stride: int,
-    padding: int,
-    prefix_tokens: int,
-    pre_norm: BatchNorm | None,
-    pre_activation: str | None,
-    norm: BatchNorm | None,
-    activation: str | None,
-    residual: bool,
-) -> Tensor:
-    out = torch.ops.fastvit.token_depthwise_conv(
-        x if x.stride(2) == 1 else x.contiguous(),
-        _contiguous(weight),
-        _contiguous(bias),
-        *_flat(pre_norm),
-        _ACTIVATION_CODES[pre_activation],
-        *_flat(norm),
-        _ACTIVATION_CODES[activation],
-        *grid,
-        stride,
-        padding,
-        prefix_tokens,
-        residual,
-    )
-    dtype = _autocast_dtype(x, prefix_tokens, residual)
+def _run_native(call: Call) -> Tensor:
+    out = run(call, NATIVE, gradients_needed(call.x, *_parameters(call)))
+    dtype = _autocast_dtype(call)
     return out if dtype == out.dtype else out.to(dtype)
 
 
-def _reference_reasons(*_: object) -> list[str]:
+def _reference_reasons(_: Call) -> list[str]:
     return []
 
 
-def _run_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    stride: int,
-    padding: int,
-    prefix_tokens: int,
-    pre_norm: BatchNorm | None,
-    pre_activation: str | None,
-    norm: BatchNorm | None,
-    activation: str | None,
-    residual: bool,
-) -> Tensor:
-    return functional.token_depthwise_conv(
-        x,
-        weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
-        grid=grid,
-        stride=stride,
-        padding=padding,
-        prefix_tokens=prefix_tokens,
-        pre_norm=pre_norm,
-        pre_activation=pre_activation,
-        norm=norm,
-        activation=activation,
-        residual=residual,
-    )
+def _run_reference(call: Call) -> Tensor:
+    arguments = call._asdict()
+    x, weight, bias = (arguments.pop(name) for name in ("x", "weight", "bias"))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return functional.token_depthwise_conv(x, weight, bias, **arguments)
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", _cuda_reasons, _run_kernel),
-    Implementation("cpp", _cpp_reasons, _run_kernel),
+    Implementation("cuda", _cuda_reasons, _run_native),
+    Implementation("cpp", _cpp_reasons, _run_native),
     Implementation("reference", _reference_reasons, _run_reference),
 )
 """In order of preference."""
@@ -360,7 +257,7 @@ def token_depthwise_conv(
         _check_norm("pre_norm", pre_norm, x)
     if norm is not None:
         _check_norm("norm", norm, x)
-    arguments = (
+    call = Call(
         x,
         weight,
         bias,
@@ -374,4 +271,4 @@ def token_depthwise_conv(
         activation,
         residual,
     )
-    return select(_NAME, IMPLEMENTATIONS, backend, arguments, {}).run(*arguments)
+    return select(_NAME, IMPLEMENTATIONS, backend, (call,), {}).run(call)

@@ -112,8 +112,8 @@ def test_backends_are_those_of_each_dtype():
 def test_a_backend_asked_for_is_told_for_the_dtypes_it_takes(monkeypatch):
     convolution = ops.IMPLEMENTATIONS["token_depthwise_conv"]
 
-    def only_float32(x, *_):
-        return [] if x.dtype == torch.float32 else ["float32 only"]
+    def only_float32(call):
+        return [] if call.x.dtype == torch.float32 else ["float32 only"]
 
     fake = tuple(i._replace(reasons=only_float32) if i.name == "cpp" else i for i in convolution)
     monkeypatch.setattr(sys.modules["fastvit.ops.token_depthwise_conv"], "IMPLEMENTATIONS", fake)
