@@ -6,6 +6,7 @@ Offsets inside a tile are 32-bit, the place of the tile is 64-bit: no tensor is 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,3 +90,13 @@ def with_small_strides(tensor: Tensor) -> Tensor:
     if LARGEST_TILE * sum(copy.stride()[-2:]) >= 2**31:
         raise ValueError(f"tensor: got shape {tuple(tensor.shape)}, accepted are last axes under 8 million elements")
     return copy
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """Which product a dtype takes: "half", or for float32 "tf32" where PyTorch's CUDA setting allows it, else "ieee".
+
+    ``fp32_precision`` can be read whichever of its ways PyTorch was told by; ``allow_tf32`` raises after the new one.
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

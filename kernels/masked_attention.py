@@ -34,6 +34,7 @@ from fastvit.kernels._primitives import (
     LOG2_E,
     load_key_mask,
     load_tile,
+    product_kind,
     store_rows,
     visible_range,
     with_small_strides,
@@ -255,16 +256,6 @@ def masked_attention_kernel(
     # A row that has seen no key has sum 0 and accumulator 0.
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     store_rows(out, acc, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
-
-
-def product_kind(dtype: torch.dtype) -> str:
-    """Which product a dtype takes: "half", or for float32 "tf32" where PyTorch's CUDA setting allows it, else "ieee".
-
-    ``fp32_precision`` can be read whichever of its ways PyTorch was told by; ``allow_tf32`` raises after the new one.
-    """
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _has_aligned_rows(tensor: Tensor) -> bool:

@@ -1,0 +1,456 @@
+"""CeiT's feed-forward, forward with every norm folded: two matrix products, the convolution inside the second.
+
+    h = GELU(x w1^T + b1)                                   on the grid tokens, (B, h*w, E)
+    out = GELU(depthwise(h) + db) w2^T + b2                 on the grid tokens, (B, P + h*w, O)
+
+In the paper's form a GELU follows. Prefix tokens are x's own, or zeros in the paper's form. The expansion h is written
+once, in x's dtype, and read by the second kernel; the result of the convolution never reaches memory.
+
+Tile plan:
+
+- ``leff_expand_kernel``: one program makes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
+  Programs that share their tokens are neighbours, so x comes from the cache.
+- ``leff_contract_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
+  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers: k * k shifted tiles of h, of which all but the
+  first come from the L1 cache, times their taps, plus db, GELU. Making it costs as much as multiplying it, so a program
+  is to be as wide as the output: a second, narrower accumulator makes widths of 192 and 384 out of powers of two.
+  Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
+
+Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
+float32; everything between them is float32.
+
+Source: Yuan et al. 2021 (CeiT), section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastvit.kernels._primitives import product_kind
+from fastvit.kernels._tuning import choose, token_bucket
+from torch import Tensor
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+class Config(NamedTuple):
+    """How one launch is cut: tile sizes, warps and loop stages; block_n2 is the second accumulator's width or 0."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    block_n2: int = 0
+
+
+# Keyed by what is multiplied ("half": float16 and bfloat16 on tensor cores, "tf32": float32 on tensor cores, "ieee":
+# float32 on the plain units). The first of a row fits every chip without spills and within 99 kB of shared memory (64
+# kB on gfx942); the others those that `choose_contract` gives them to. tests/kernels holds them to that.
+EXPAND: dict[str, tuple[Config, ...]] = {
+    "half": (Config(64, 64, 32, 4, 2), Config(128, 128, 32, 8, 3)),
+    "tf32": (Config(64, 64, 32, 4, 1),),
+    "ieee": (Config(64, 32, 16, 4, 2),),
+}
+"""The second of a row is for aligned rows only."""
+
+CONTRACT: dict[str, tuple[Config, ...]] = {
+    "half": (Config(32, 64, 16, 4, 1), Config(64, 128, 32, 8, 2, 64), Config(64, 256, 32, 8, 2, 128)),
+    "tf32": (Config(32, 64, 16, 4, 1), Config(32, 128, 16, 8, 1, 64)),
+    "ieee": (Config(32, 64, 16, 4, 1),),
+}
+"""Aligned rows, narrow first. The second of a row is for NVIDIA, the third for its compute capability 9 and later."""
+
+CONTRACT_AMD = Config(32, 128, 16, 8, 1, 64)
+"""What gfx942 takes beside the first of "half"."""
+
+CONTRACT_IRREGULAR: dict[str, Config] = {
+    "half": Config(32, 32, 16, 4, 1),
+    "tf32": Config(32, 32, 16, 8, 1),
+    "ieee": Config(32, 32, 16, 8, 1),
+}
+"""Rows read element by element: one address per element takes registers."""
+
+
+def choose_expand(product: str, *, regular: bool) -> tuple[Config, ...]:
+    """The candidates for the first kernel; regular: rows start on 16 bytes and hold a multiple of 16 elements."""
+    return EXPAND[product] if regular else EXPAND[product][:1]
+
+
+def choose_contract(product: str, width: int, *, regular: bool, chip: int) -> tuple[Config, ...]:
+    """The candidates for the second kernel.
+
+    Args:
+        width: output channels. Wider than they are is of no use, but for the narrowest candidate.
+        chip: compute capability's major number, 0 for AMD.
+    """
+    if not regular:
+        return (CONTRACT_IRREGULAR[product],)
+    first, *others = CONTRACT[product]
+    if chip == 0:
+        others = [CONTRACT_AMD] if product == "half" else []
+    elif chip < 9:
+        others = others[:1]
+    return (first, *(config for config in others if config.block_n < width))
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def _weight_tile(weight, first_row, first_column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transposed tile [COLUMNS, ROWS] of a contiguous (num_rows, num_columns) matrix, zeros outside."""
+    rows = first_row + tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
+    return tl.load(weight + rows[None, :] * num_columns + columns[:, None], mask=inside, other=0)
+
+
+@triton.jit
+def _vector(vector, first, size, BLOCK: tl.constexpr):
+    """BLOCK elements from first on, in float32; zeros behind the last one, or where there is no vector at all."""
+    if vector is None:
+        return tl.zeros([BLOCK], tl.float32)
+    places = first + tl.arange(0, BLOCK)
+    return tl.load(vector + places, mask=places < size, other=0).to(tl.float32)
+
+
+@triton.jit
+def _place_rows(a, b, c, first_row, num_rows, tokens, stride_a, stride_b, stride_c, BLOCK_M: tl.constexpr):
+    """Where the BLOCK_M rows from first_row on lie, of images of `tokens` rows each.
+
+    Three tensors, moved on to the first row's image by their strides; then per row its image, counted from there, its
+    token, and whether it exists. So offsets are 32-bit, the place of the image is 64-bit.
+    """
+    image = tl.cast(first_row // tokens, tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    places = first_row % tokens + rows
+    return (
+        a + image * stride_a,
+        b + image * stride_b,
+        c + image * stride_c,
+        places // tokens,
+        places % tokens,
+        first_row + rows < num_rows,
+    )
+
+
+@triton.jit(do_not_specialize=["prefix_tokens", "grid_tokens", "num_rows"])
+def leff_expand_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    stride_xb,
+    stride_xn,
+    prefix_tokens,
+    grid_tokens,
+    num_rows,
+    C,
+    E,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """h [BLOCK_M grid tokens of all images in a row, BLOCK_N of the E channels]."""
+    blocks = tl.cdiv(E, BLOCK_N)
+    program = tl.program_id(0)
+    first_column = (program % blocks) * BLOCK_N
+    x, out, _, image, token, exists = _place_rows(
+        x, out, out, (program // blocks) * BLOCK_M, num_rows, grid_tokens, stride_xb, grid_tokens * E, 0, BLOCK_M
+    )
+    source = image * stride_xb + (prefix_tokens + token) * stride_xn
+    target = (image * grid_tokens + token) * E
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, C, BLOCK_K):
+        channels = k + tl.arange(0, BLOCK_K)
+        inside = exists[:, None] & (channels < C)[None, :]
+        left = tl.load(x + (source[:, None] + channels[None, :]), mask=inside, other=0)
+        right = _weight_tile(weight, first_column, k, E, C, BLOCK_N, BLOCK_K)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    acc = _gelu(acc + _vector(bias, first_column, E, BLOCK_N)[None, :])
+    columns = first_column + tl.arange(0, BLOCK_N)
+    inside = exists[:, None] & (columns < E)[None, :]
+    tl.store(out + (target[:, None] + columns[None, :]), acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _convolved(
+    h,
+    taps,
+    shift,
+    corner,
+    row,
+    column,
+    height,
+    width,
+    first_channel,
+    E,
+    PADDING: tl.constexpr,
+    KERNEL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """GELU(depthwise(h) + shift) [BLOCK_M tokens, BLOCK_K channels] in float32; zeros behind the last channel.
+
+    corner: pointer offsets of the tokens in h; row, column: their places in the grid, row negative where there is none.
+    """
+    channels = first_channel + tl.arange(0, BLOCK_K)
+    within = channels < E
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32) + _vector(shift, first_channel, E, BLOCK_K)[None, :]
+    for dy in tl.static_range(KERNEL):
+        for dx in tl.static_range(KERNEL):
+            tap = _vector(taps + (dy * KERNEL + dx) * E, first_channel, E, BLOCK_K)
+            y, z = row + (dy - PADDING), column + (dx - PADDING)
+            inside = (row >= 0) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            place = corner + ((dy - PADDING) * width + (dx - PADDING)) * E
+            tile = tl.load(h + (place[:, None] + channels[None, :]), mask=inside[:, None] & within[None, :], other=0)
+            acc += tile.to(tl.float32) * tap[None, :]
+    return _gelu(acc)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias,
+    x,
+    out,
+    target,
+    source,
+    from_x,
+    exists,
+    first_column,
+    num_out,
+    PAPER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Bias, and what the form asks for behind it and for prefix tokens; writes [BLOCK_M tokens, BLOCK_N]."""
+    columns = first_column + tl.arange(0, BLOCK_N)
+    within = (columns < num_out)[None, :]
+    acc += _vector(bias, first_column, num_out, BLOCK_N)[None, :]
+    if PAPER:
+        result = tl.where(from_x[:, None], 0.0, _gelu(acc)).to(out.dtype.element_ty)
+    else:
+        prefix = tl.load(x + (source[:, None] + columns[None, :]), mask=from_x[:, None] & within, other=0)
+        result = tl.where(from_x[:, None], prefix, acc.to(out.dtype.element_ty))
+    tl.store(out + (target[:, None] + columns[None, :]), result, mask=exists[:, None] & within)
+
+
+@triton.jit(do_not_specialize=["prefix_tokens", "height", "width", "num_rows"])
+def leff_contract_kernel(
+    h,
+    taps,
+    shift,
+    weight,
+    bias,
+    x,
+    out,
+    stride_xb,
+    stride_xn,
+    prefix_tokens,
+    height,
+    width,
+    num_rows,
+    E,
+    num_out,
+    KERNEL: tl.constexpr,
+    PAPER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out [BLOCK_M tokens of all images in a row, BLOCK_N + BLOCK_N2 of the num_out channels]."""
+    blocks = tl.cdiv(num_out, BLOCK_N + BLOCK_N2)
+    program = tl.program_id(0)
+    first_column = (program % blocks) * (BLOCK_N + BLOCK_N2)
+    tokens = prefix_tokens + height * width
+    x, out, h, image, token, exists = _place_rows(
+        x,
+        out,
+        h,
+        (program // blocks) * BLOCK_M,
+        num_rows,
+        tokens,
+        stride_xb,
+        tokens * num_out,
+        height * width * E,
+        BLOCK_M,
+    )
+    place = token - prefix_tokens
+    row = tl.where(exists & (place >= 0), place // width, -1)
+    column = place % width
+    corner = (image * (height * width) + place) * E
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BLOCK_N2 != 0:
+        acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
+    for k in range(0, E, BLOCK_K):
+        left = _convolved(
+            h, taps, shift, corner, row, column, height, width, k, E, KERNEL // 2, KERNEL, BLOCK_M, BLOCK_K
+        )  # fmt: skip
+        left = left.to(h.dtype.element_ty)
+        right = _weight_tile(weight, first_column, k, num_out, E, BLOCK_N, BLOCK_K)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        if BLOCK_N2 != 0:
+            right2 = _weight_tile(weight, first_column + BLOCK_N, k, num_out, E, BLOCK_N2, BLOCK_K)
+            acc2 = tl.dot(left, right2, acc2, input_precision=PRECISION)
+
+    source = image * stride_xb + token * stride_xn
+    target = (image * tokens + token) * num_out
+    from_x = exists & (token < prefix_tokens)
+    _finish(acc, bias, x, out, target, source, from_x, exists, first_column, num_out, PAPER, BLOCK_N)
+    if BLOCK_N2 != 0:
+        _finish(acc2, bias, x, out, target, source, from_x, exists, first_column + BLOCK_N, num_out, PAPER, BLOCK_N2)
+
+
+def _is_regular(*tensors: Tensor) -> bool:
+    """Whether Triton can see that every row of every tensor starts on 16 bytes, and reads them in pieces of that."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and tensor.shape[-1] % 16 == 0 and all(s % 16 == 0 for s in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def _chip() -> int:
+    if torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8
+
+
+def _launch_expand(
+    config: Config, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, prefix_tokens: int, precision: str
+) -> None:
+    batch, grid_tokens, expansion = h.shape
+    rows = batch * grid_tokens
+    leff_expand_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(expansion, config.block_n),)](
+        x,
+        weight,
+        bias,
+        h,
+        x.stride(0),
+        x.stride(1),
+        prefix_tokens,
+        grid_tokens,
+        rows,
+        x.shape[2],
+        expansion,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PRECISION=precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _launch_contract(
+    config: Config,
+    h: Tensor,
+    taps: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    out: Tensor,
+    grid: tuple[int, int],
+    kernel: int,
+    paper: bool,
+    precision: str,
+) -> None:
+    batch, tokens, width = out.shape
+    programs = triton.cdiv(batch * tokens, config.block_m) * triton.cdiv(width, config.block_n + config.block_n2)
+    leff_contract_kernel[(programs,)](
+        h,
+        taps,
+        shift,
+        weight,
+        bias,
+        x,
+        out,
+        x.stride(0),
+        x.stride(1),
+        tokens - grid[0] * grid[1],
+        *grid,
+        batch * tokens,
+        h.shape[2],
+        width,
+        KERNEL=kernel,
+        PAPER=paper,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_N2=config.block_n2,
+        BLOCK_K=config.block_k,
+        PRECISION=precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def leff_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    dw: Tensor,
+    db: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    grid: tuple[int, int],
+    prefix_tokens: int = 0,
+    *,
+    form: str = "official",
+    expand: Config | None = None,
+    contract: Config | None = None,
+) -> Tensor:
+    """Launch both kernels.
+
+    Args:
+        x: (B, P + h*w, C); float32, float16 or bfloat16, copied only where its channels are not adjacent.
+        w1: (E, C) and w2: (O, E), in x's dtype; O = C where there are prefix tokens. dw: (E, 1, k, k), k odd, zero
+            padding k // 2. b1, db: (E,), b2: (O,), or None. BatchNorms are folded into all these; dw and the biases may
+            be float32 beside a narrower x.
+        grid: (h, w). prefix_tokens: P.
+        form: "official" hands prefix tokens through; "paper" gives zeros for them, and a GELU at the end.
+        expand, contract: in place of the configurations chosen.
+
+    Returns:
+        (B, P + h*w, O), contiguous.
+
+    Raises:
+        ValueError: a map of more than 2^30 elements of the expansion per image, which offsets do not reach.
+    """
+    batch, tokens, _ = x.shape
+    (expansion, channels), kernel = w1.shape, dw.shape[-1]
+    if grid[0] * grid[1] * expansion > 2**30:
+        raise ValueError(f"grid: got {grid} of {expansion} channels, accepted are up to 2^30 elements per image")
+    out = torch.empty((batch, tokens, w2.shape[0]), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x = x if x.stride(2) == 1 else x.contiguous()
+    w1, w2 = w1.contiguous(), w2.contiguous()
+    b1, db, b2 = (None if bias is None else bias.contiguous() for bias in (b1, db, b2))
+    taps = dw.reshape(expansion, kernel * kernel).t().contiguous()
+    h = torch.empty((batch, grid[0] * grid[1], expansion), dtype=x.dtype, device=x.device)
+    product = product_kind(x.dtype)
+    regular, precision = _is_regular(x, w1, w2, out), "tf32" if product == "tf32" else "ieee"
+    key = (x.dtype, precision, channels, expansion, out.shape[2], kernel, regular, token_bucket(batch * tokens))
+    with torch.cuda.device_of(x):
+
+        def run_expand(config: Config) -> None:
+            _launch_expand(config, x, w1, b1, h, prefix_tokens, precision)
+
+        def run_contract(config: Config) -> None:
+            _launch_contract(config, h, taps, db, w2, b2, x, out, grid, kernel, form == "paper", precision)
+
+        candidates = choose_expand(product, regular=regular)
+        run_expand(expand or choose("leff_expand", key, candidates, run_expand))
+        candidates = choose_contract(product, out.shape[2], regular=regular, chip=_chip())
+        run_contract(contract or choose("leff_contract", key, candidates, run_contract))
+    return out
