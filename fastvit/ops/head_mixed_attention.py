@@ -1,8 +1,9 @@
-"""Attention mixed across heads (talking heads, re-attention): the checks, the operator's schema, and who computes it.
+"""Attention mixed across heads (talking heads, re-attention): the checks, and who computes it.
 
-- ``cpp``: ``csrc/cpu/head_mixed_attention*``, forward only. All heads of a few queries at a time, so that the maps stay
-  in the caches; the normalisation (by running statistics) and the output scale are folded into the mix.
-- ``reference``: ``fastvit.reference.functional.head_mixed_attention``.
+- ``cpp``: ``csrc/cpu/head_mixed_attention*``: all heads of a few queries at a time, their maps never leave the caches.
+- ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
+
+The first two are engines of :mod:`fastvit.ops._head_mixing`, which has the algebra of the norms around them.
 """
 
 from __future__ import annotations
@@ -11,30 +12,18 @@ import torch
 from torch import Tensor
 
 from fastvit import backends
+from fastvit.ops import _head_mixed_attention_native as native
 from fastvit.ops._checks import check_mask, check_tokens, describe
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.ops._head_mixing import Call
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm
 
 __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
-
-torch.library.define(
-    "fastvit::head_mixed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? pre_weight, Tensor? pre_bias, Tensor? post_weight, Tensor? post_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float norm_eps, "
-    "bool layer_norm, float output_scale, Tensor? mask, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.register_fake("fastvit::head_mixed_attention")
-def _fake(q: Tensor, *_: object) -> Tensor:
-    batch, heads, queries, head_dim = q.shape
-    return q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
 
 
 def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
@@ -46,14 +35,14 @@ def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tenso
         raise ValueError(f"{name}: got {describe(tensor)}, q is on {q.device}")
 
 
-def _check_mix(when: str, weight: Tensor | None, bias: Tensor | None, q: Tensor) -> None:
+def _check_mix(names: tuple[str, str], weight: Tensor | None, bias: Tensor | None, q: Tensor) -> None:
     heads = q.shape[1]
     if weight is not None:
-        _check_parameter(f"{when}_weight", weight, (heads, heads), q)
+        _check_parameter(names[0], weight, (heads, heads), q)
     if bias is not None:
         if weight is None:
-            raise ValueError(f"{when}_bias: got {describe(bias)} without {when}_weight, accepted is None then")
-        _check_parameter(f"{when}_bias", bias, (heads,), q)
+            raise ValueError(f"{names[1]}: got {describe(bias)} without {names[0]}, accepted is None then")
+        _check_parameter(names[1], bias, (heads,), q)
 
 
 def _check_given(name: str, weight: Tensor) -> None:
@@ -61,133 +50,101 @@ def _check_given(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: got None, accepted is a floating tensor (H, H)")
 
 
-def _check_norm(norm: BatchNorm, q: Tensor) -> None:
-    if not isinstance(norm, BatchNorm):
-        raise ValueError(f"norm: got {type(norm).__name__}, accepted is BatchNorm.of(module) or None")
-    if (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError("norm: running_mean and running_var must both be given or both be None")
-    if norm.running_mean is None and not norm.use_batch_stats:
-        raise ValueError("norm: got no running statistics and use_batch_stats=False, accepted is one of the two")
-    for field in ("running_mean", "running_var", "weight", "bias"):
+def _check_norm(norm: BatchNorm | LayerNorm, q: Tensor) -> None:
+    if not isinstance(norm, (BatchNorm, LayerNorm)):
+        accepted = "BatchNorm.of(module), LayerNorm.of(module) or None"
+        raise ValueError(f"norm: got {type(norm).__name__}, accepted is {accepted}")
+    fields = ["weight", "bias"]
+    if isinstance(norm, BatchNorm):
+        if (norm.running_mean is None) != (norm.running_var is None):
+            raise ValueError("norm: running_mean and running_var must both be given or both be None")
+        if norm.running_mean is None and not norm.use_batch_stats:
+            raise ValueError("norm: got no running statistics and use_batch_stats=False, accepted is one of the two")
+        fields = ["running_mean", "running_var", *fields]
+    for field in fields:
         tensor = getattr(norm, field)
         if tensor is not None:
             _check_parameter(f"norm.{field}", tensor, (q.shape[1],), q)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:
-    """The dtype a tensor on the CPU is computed in: autocast's where it is on and q is not float64."""
-    if torch.is_autocast_enabled("cpu") and q.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    """The dtype q is computed in: autocast's where it is on and q is not float64."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return q.dtype
 
 
-def _cpp_reasons(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    norm: BatchNorm | None,
-    output_scale: float,
-    mask: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    dropout_after_mix: bool,
-) -> list[str]:
-    if q.device.type != "cpu":
-        return [*backends.cpp_reasons(), f"it takes tensors on the CPU, q is on {q.device}"]
-    reasons = list(backends.cpp_reasons())
-    dtype = _compute_dtype(q)
-    if dtype not in CPP_DTYPES:
-        reasons.append(f"dtype {dtype} is not one of float32, bfloat16")
-    if q.shape[1] > MAX_HEADS:
-        reasons.append(f"{q.shape[1]} heads are more than {MAX_HEADS}")
-    if q.shape[3] > MAX_HEAD_DIM:
-        reasons.append(f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}")
-    if dropout_p > 0.0:
+def _reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """What neither engine can do."""
+    reasons = []
+    dtype = _compute_dtype(call.q)
+    if dtype not in dtypes:
+        reasons.append(f"dtype {dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    if call.q.shape[1] > MAX_HEADS:
+        reasons.append(f"{call.q.shape[1]} heads are more than {MAX_HEADS}")
+    if call.q.shape[3] > MAX_HEAD_DIM:
+        reasons.append(f"head dimension {call.q.shape[3]} is larger than {MAX_HEAD_DIM}")
+    if call.dropout_p > 0.0:
         reasons.append("attention dropout is not implemented")
-    affine = (None, None)
-    if norm is not None:
-        affine = norm.weight, norm.bias
-        if norm.use_batch_stats:
-            reasons.append("the norm uses batch statistics, which is not implemented")
-    for tensor in (pre_weight, pre_bias, post_weight, post_bias, *affine):
-        if tensor is not None and tensor.dtype not in CPP_DTYPES:
-            reasons.append(f"a parameter of dtype {tensor.dtype} is not one of float32, bfloat16")
+    for tensor in call.parameters():
+        if tensor is not None and tensor.dtype not in dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            reasons.append(f"a parameter of dtype {tensor.dtype} is not one of {names}")
             break
-    if gradients_needed(q, k, v, pre_weight, pre_bias, post_weight, post_bias, *affine):
+    if isinstance(call.norm, BatchNorm):
+        reasons += _batch_norm_reasons(call.norm, call)
+    return reasons
+
+
+def _batch_norm_reasons(norm: BatchNorm, call: Call) -> list[str]:
+    if norm.layer is not None and norm.process_group is None:
+        return [f"the norm is a {type(norm.layer).__name__}, which has to be called"]
+    if norm.process_group is not None:
+        return ["a synchronised norm is not traced"] if torch.compiler.is_compiling() else []
+    values = call.q.shape[0] * call.q.shape[2] * call.k.shape[2]
+    if norm.use_batch_stats and values <= 1:
+        return [f"the norm uses batch statistics, of {values} values"]
+    return []
+
+
+def _cpp_reasons(call: Call) -> list[str]:
+    if call.q.device.type != "cpu":
+        return [*backends.cpp_reasons(), f"it takes tensors on the CPU, q is on {call.q.device}"]
+    reasons = backends.cpp_reasons() + _reasons(call, CPP_DTYPES)
+    if isinstance(call.norm, BatchNorm) and call.norm.use_batch_stats:
+        reasons.append("the norm uses batch statistics, which is not implemented")
+    if gradients_needed(call.q, call.k, call.v, *call.parameters()):
         reasons.append("gradients are needed and it has no backward")
     return reasons
 
 
-def _with_adjacent_channels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.to(dtype)
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def _run_cpp(call: Call) -> Tensor:
+    return native.infer(call, _compute_dtype(call.q))
 
 
-def _run_cpp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    norm: BatchNorm | None,
-    output_scale: float,
-    mask: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    dropout_after_mix: bool,
-) -> Tensor:
-    dtype = _compute_dtype(q)
-    q, k, v = (_with_adjacent_channels(tensor, dtype) for tensor in (q, k, v))
-    weight, bias, mean, var, eps = None, None, None, None, 0.0
-    if norm is not None:
-        weight, bias, mean, var, eps = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
-    statistics = (weight, bias, mean, var, eps, False)
-    return torch.ops.fastvit.head_mixed_attention.default(
-        q, k, v, pre_weight, pre_bias, post_weight, post_bias, *statistics, output_scale, mask, scale
-    )
-
-
-def _no_reasons(*_: object) -> list[str]:
+def _no_reasons(call: Call) -> list[str]:
     return []
 
 
-def _run_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    norm: BatchNorm | None,
-    output_scale: float,
-    mask: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    dropout_after_mix: bool,
-) -> Tensor:
+def _run_reference(call: Call) -> Tensor:
     # torch's convolution wants the maps' dtype, which under autocast it sees to itself.
-    mixes = [None if t is None else t.to(q.dtype) for t in (pre_weight, pre_bias, post_weight, post_bias)]
+    mixes = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
+    pre_weight, pre_bias, post_weight, post_bias = (None if t is None else t.to(call.q.dtype) for t in mixes)
     return functional.head_mixed_attention(
-        q,
-        k,
-        v,
-        pre_weight=mixes[0],
-        pre_bias=mixes[1],
-        post_weight=mixes[2],
-        post_bias=mixes[3],
-        norm=norm,
-        output_scale=output_scale,
-        mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_after_mix=dropout_after_mix,
+        call.q,
+        call.k,
+        call.v,
+        pre_weight=pre_weight,
+        pre_bias=pre_bias,
+        post_weight=post_weight,
+        post_bias=post_bias,
+        norm=call.norm,
+        output_scale=call.output_scale,
+        mask=call.mask,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        dropout_after_mix=call.dropout_after_mix,
     )
 
 
@@ -196,6 +153,40 @@ IMPLEMENTATIONS = (
     Implementation("reference", _no_reasons, _run_reference),
 )
 """In order of preference."""
+
+
+def _attend(
+    post_names: tuple[str, str],
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    norm: BatchNorm | LayerNorm | None,
+    output_scale: float,
+    mask: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    dropout_after_mix: bool,
+) -> Tensor:
+    """Check, choose and run; ``post_names``: what the caller calls the weight and bias of the mix after the softmax."""
+    check_tokens(q, k, v)
+    _check_mix(("pre_weight", "pre_bias"), pre_weight, pre_bias, q)
+    _check_mix(post_names, post_weight, post_bias, q)
+    if norm is not None:
+        _check_norm(norm, q)
+    if mask is not None:
+        mask = check_mask(mask, q, k)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    mixes = (pre_weight, pre_bias, post_weight, post_bias)
+    call = Call(q, k, v, *mixes, norm, output_scale, mask, scale, dropout_p, dropout_after_mix)
+    return select("head_mixed_attention", IMPLEMENTATIONS, backend, (call,), {}).run(call)
 
 
 def head_mixed_attention(
@@ -207,7 +198,7 @@ def head_mixed_attention(
     pre_bias: Tensor | None = None,
     post_weight: Tensor | None = None,
     post_bias: Tensor | None = None,
-    norm: BatchNorm | None = None,
+    norm: BatchNorm | LayerNorm | None = None,
     output_scale: float = 1.0,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -224,7 +215,8 @@ def head_mixed_attention(
         q: (B, H, Nq, D), floating, any strides.
         k, v: (B, H, Nk, D), dtype and device of q (under autocast dtypes may differ).
         pre_weight, post_weight: (H, H), row h makes output head h; None leaves that mix out. pre_bias, post_bias: (H,).
-        norm: BatchNorm over heads on the mixed map, or None.
+        norm: BatchNorm or LayerNorm over heads on the mixed map, or None. A BatchNorm that uses the batch's statistics
+            has its running statistics updated in place; a synchronised one sums over its processes.
         output_scale: factor on the finished map.
         mask: bool, True = attend; (B, Nk) key padding, or broadcastable to (B, H, Nq, Nk). Applied to the mixed logits;
             the finished map is zero at masked positions too. A row with no key left gives zeros.
@@ -242,33 +234,8 @@ def head_mixed_attention(
     Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shazeer et al. 2020 (talking heads). The
     plain form is ``fastvit.reference.functional.head_mixed_attention``.
     """
-    check_tokens(q, k, v)
-    _check_mix("pre", pre_weight, pre_bias, q)
-    _check_mix("post", post_weight, post_bias, q)
-    if norm is not None:
-        _check_norm(norm, q)
-    if mask is not None:
-        mask = check_mask(mask, q, k)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    arguments = (
-        q,
-        k,
-        v,
-        pre_weight,
-        pre_bias,
-        post_weight,
-        post_bias,
-        norm,
-        output_scale,
-        mask,
-        scale,
-        dropout_p,
-        dropout_after_mix,
-    )
-    return select("head_mixed_attention", IMPLEMENTATIONS, backend, arguments, {}).run(*arguments)
+    arguments = (q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm, output_scale, mask, scale)
+    return _attend(("post_weight", "post_bias"), backend, *arguments, dropout_p, dropout_after_mix)
 
 
 def talking_heads_attention(
@@ -291,20 +258,8 @@ def talking_heads_attention(
     """
     _check_given("pre_weight", pre_weight)
     _check_given("post_weight", post_weight)
-    return head_mixed_attention(
-        q,
-        k,
-        v,
-        pre_weight=pre_weight,
-        pre_bias=pre_bias,
-        post_weight=post_weight,
-        post_bias=post_bias,
-        mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_after_mix=True,
-        backend=backend,
-    )
+    arguments = (q, k, v, pre_weight, pre_bias, post_weight, post_bias, None, 1.0, mask, scale)
+    return _attend(("post_weight", "post_bias"), backend, *arguments, dropout_p, True)
 
 
 def re_attention(
@@ -313,7 +268,7 @@ def re_attention(
     v: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: BatchNorm | None,
+    norm: BatchNorm | LayerNorm | None,
     *,
     output_scale: float = 1.0,
     mask: Tensor | None = None,
@@ -321,22 +276,12 @@ def re_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """DeepViT's re-attention: softmax, dropout, linear mix across heads, BatchNorm over heads, output scale.
+    """DeepViT's re-attention: softmax, dropout, linear mix across heads, norm over heads, output scale.
 
     Arguments, result and errors as in :func:`head_mixed_attention`; ``weight`` (H, H) is the 1x1 convolution's. Source:
-    Zhou et al. 2021, equation 3, and zhoudaquan/dvit_repo ``layers.py``.
+    Zhou et al. 2021, equation 3, and zhoudaquan/dvit_repo ``layers.py``; with a LayerNorm and no bias it is
+    lucidrains/vit-pytorch's.
     """
     _check_given("weight", weight)
-    return head_mixed_attention(
-        q,
-        k,
-        v,
-        post_weight=weight,
-        post_bias=bias,
-        norm=norm,
-        output_scale=output_scale,
-        mask=mask,
-        scale=scale,
-        dropout_p=dropout_p,
-        backend=backend,
-    )
+    arguments = (q, k, v, None, None, weight, bias, norm, output_scale, mask, scale)
+    return _attend(("weight", "bias"), backend, *arguments, dropout_p, False)

@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
     "ACTIVATIONS",
     "BatchNorm",
+    "LayerNorm",
     "activate",
     "attention_probabilities",
     "head_mixed_attention",
@@ -54,7 +56,9 @@ class BatchNorm(NamedTuple):
 
     ``weight`` and ``bias`` are None without affine parameters; ``running_mean`` and ``running_var`` are None with
     ``track_running_stats=False``. ``use_batch_stats`` is True where the layer normalises by the batch it sees.
-    ``layer`` is what to call in place of all these where its tensors do not tell what it does.
+    ``layer`` is what to call in place of all these where its tensors do not tell what it does. ``process_group`` is set
+    where that layer is a ``nn.SyncBatchNorm`` that takes its statistics over several processes; a path that does so
+    itself asks for :meth:`opened`.
     """
 
     running_mean: Tensor | None
@@ -65,6 +69,7 @@ class BatchNorm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     layer: nn.Module | None = None
+    process_group: Any = None
 
     @classmethod
     def of(cls, module: nn.Module) -> BatchNorm:
@@ -74,11 +79,26 @@ class BatchNorm(NamedTuple):
         exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
 
         A layer of another kind in its place (frozen, removed by fusing) is called, as is one that is synchronised
-        between processes while it trains.
+        between processes while it trains; such a one counts for itself.
         """
-        synchronised = isinstance(module, nn.SyncBatchNorm) and module.training
-        if synchronised or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return cls(None, None, None, None, use_batch_stats=True, layer=module)
+        group = _synchronised_over(module)
+        if group is not None:
+            return cls(None, None, module.weight, module.bias, True, 0.0, module.eps, module, group)
+        return cls._read(module)
+
+    def opened(self) -> BatchNorm:
+        """With the tensors of a synchronised layer in its place: for a path that sums over ``process_group`` itself.
+
+        Counts the batch, as :meth:`of` does for other layers: call it once, and the layer not at all.
+        """
+        if self.layer is None or self.process_group is None:
+            return self
+        return self._read(self.layer)._replace(process_group=self.process_group)
+
+    @classmethod
+    def _read(cls, module: Any) -> BatchNorm:
         use_batch_stats = module.training or module.running_mean is None
         momentum = 0.0 if module.momentum is None else module.momentum
         if not torch.compiler.is_compiling() and _recomputation.active:
@@ -112,6 +132,35 @@ class BatchNorm(NamedTuple):
             self.momentum,
             self.eps,
         )
+
+
+def _synchronised_over(module: nn.Module) -> Any:
+    """The process group over which a layer takes its statistics now, or None where it takes them alone."""
+    if not isinstance(module, nn.SyncBatchNorm) or not module.training:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD if module.process_group is None else module.process_group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class LayerNorm(NamedTuple):
+    """The tensors and settings of a LayerNorm over heads: every position of a map is normalised over its H values."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> LayerNorm:
+        """Read a ``nn.LayerNorm`` over one axis; ValueError where it is another module or has more axes."""
+        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+            raise ValueError(f"module: got {module!r}, accepted is a nn.LayerNorm over one axis")
+        return cls(module.weight, module.bias, module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise x (B, H, ...) over its second axis."""
+        return F.layer_norm(x.movedim(1, -1), (x.shape[1],), self.weight, self.bias, self.eps).movedim(-1, 1)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -199,7 +248,7 @@ def head_mixed_attention(
     pre_bias: Tensor | None = None,
     post_weight: Tensor | None = None,
     post_bias: Tensor | None = None,
-    norm: BatchNorm | None = None,
+    norm: BatchNorm | LayerNorm | None = None,
     output_scale: float = 1.0,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -214,7 +263,7 @@ def head_mixed_attention(
     Args:
         q: (B, H, Nq, D); k, v: (B, H, Nk, D).
         pre_weight, post_weight: (H, H), row h makes output head h; None leaves that mix out. pre_bias, post_bias: (H,).
-        norm: BatchNorm over heads on the mixed map, or None.
+        norm: BatchNorm or LayerNorm over heads on the mixed map, or None.
         mask: as in :func:`masked_attention`. Applied to the mixed logits; the finished map is zero at masked positions
             too, since the mix's bias and the norm's shift would give them a weight again. The norm's batch statistics
             are those ``nn.BatchNorm2d`` would see, masked positions included.
@@ -284,17 +333,17 @@ def re_attention(
     v: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: BatchNorm | None,
+    norm: BatchNorm | LayerNorm | None,
     *,
     output_scale: float = 1.0,
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """DeepViT's re-attention: softmax, dropout, linear mix across heads, BatchNorm over heads, output scale.
+    """DeepViT's re-attention: softmax, dropout, linear mix across heads, norm over heads, output scale.
 
     Arguments as in :func:`head_mixed_attention`; ``weight`` (H, H) is the 1x1 convolution's. Source: Zhou et al. 2021,
-    equation 3, and zhoudaquan/dvit_repo ``layers.py``.
+    equation 3, and zhoudaquan/dvit_repo ``layers.py``; with a LayerNorm and no bias it is lucidrains/vit-pytorch's.
     """
     return head_mixed_attention(
         q,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm
 
 HEADS, CHANNELS = 4, 6
 
@@ -81,10 +81,10 @@ _QKV = [
 ]
 
 
-def _norm_cases(name: str, features: int) -> list[tuple[str, Any, str]]:
+def _norm_cases(name: str, features: int, accepted: str = "BatchNorm.of(module) or None") -> list[tuple[str, Any, str]]:
     wrong, moved = torch.ones(features + 1), torch.ones(features, **META)
     return [
-        (name, nn.BatchNorm2d(features), f"{name}: got BatchNorm2d, accepted is BatchNorm.of(module) or None"),
+        (name, nn.BatchNorm2d(features), f"{name}: got BatchNorm2d, accepted is {accepted}"),
         (name, _batch_norm(features, running_mean=wrong), f"{name}.running_mean: got ({features + 1},)"),
         (
             name,
@@ -101,15 +101,16 @@ def _norm_cases(name: str, features: int) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _matrix_cases(name: str, called: str | None = None) -> list[tuple[str, Any, str]]:
-    """``called``: the name that the error gives it."""
-    called = called or name
+def _matrix_cases(name: str) -> list[tuple[str, Any, str]]:
     return [
-        (name, torch.randn(3, 3), f"{called}: got (3, 3) torch.float32 on cpu, accepted is a floating tensor (4, 4)"),
-        (name, torch.ones(4, 4).long(), f"{called}: got (4, 4) torch.int64"),
-        (name, torch.ones(4, 4, **META), f"{called}: got (4, 4) torch.float32 on meta, q is on cpu"),
+        (name, torch.randn(3, 3), f"{name}: got (3, 3) torch.float32 on cpu, accepted is a floating tensor (4, 4)"),
+        (name, torch.ones(4, 4).long(), f"{name}: got (4, 4) torch.int64"),
+        (name, torch.ones(4, 4, **META), f"{name}: got (4, 4) torch.float32 on meta, q is on cpu"),
     ]
 
+
+EITHER_NORM = "BatchNorm.of(module), LayerNorm.of(module) or None"
+_LAYER_NORM = ("norm", LayerNorm(torch.ones(3), None), "norm.weight: got (3,) torch.float32 on cpu, accepted is")
 
 BAD: dict[str, list[tuple[str, Any, str]]] = {
     "masked_attention": [
@@ -125,14 +126,16 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         *_matrix_cases("post_weight"),
         ("pre_bias", torch.zeros(3), "pre_bias: got (3,) torch.float32 on cpu, accepted is a floating tensor (4,)"),
         ("post_bias", 0.5, "post_bias: got 0.5 (float), accepted is a floating tensor (4,)"),
-        *_norm_cases("norm", HEADS),
+        *_norm_cases("norm", HEADS, EITHER_NORM),
+        _LAYER_NORM,
     ],
     "re_attention": [
         *_QKV,
-        *_matrix_cases("weight", "post_weight"),
+        *_matrix_cases("weight"),
         ("weight", None, "weight: got None, accepted is a floating tensor (H, H)"),
-        ("bias", torch.zeros(3), "post_bias: got (3,)"),
-        *_norm_cases("norm", HEADS),
+        ("bias", torch.zeros(3), "bias: got (3,) torch.float32 on cpu, accepted is a floating tensor (4,)"),
+        *_norm_cases("norm", HEADS, EITHER_NORM),
+        _LAYER_NORM,
     ],
     "talking_heads_attention": [
         *_QKV,
