@@ -1,4 +1,4 @@
-"""Head-mixed attention by ``csrc/cpu/head_mixed_attention*``: the schema of its operator."""
+"""Head-mixed attention by ``csrc/cpu/head_mixed_attention*`` and ``csrc/cpu/head_map_moments*``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.ops._head_mixing import Call, as_rows
+from fastvit.ops._head_mixed_attention_schemas import define_operators
+from fastvit.ops._head_mixing import Call, Engine, as_rows
 from fastvit.reference.functional import LayerNorm
 
-__all__ = ["infer"]
+__all__ = ["ENGINE", "infer"]
 
-torch.library.define(
-    "fastvit::head_mixed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? pre_weight, Tensor? pre_bias, Tensor? post_weight, Tensor? post_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float norm_eps, "
-    "bool layer_norm, float output_scale, Tensor? mask, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+define_operators(statistics=True)
+
+
+def _forward(*arguments: Any) -> Tensor:
+    """Without running statistics, which a norm that is to be differentiated has folded already."""
+    return torch.ops.fastvit.head_mixed_attention.default(*arguments[:9], None, None, *arguments[9:])
+
+
+ENGINE = Engine(
+    _forward,
+    torch.ops.fastvit.head_mixed_attention_backward.default,
+    torch.ops.fastvit.head_map_moments.default,
+    torch.ops.fastvit.head_map_moments_backward.default,
 )
-
-
-@torch.library.register_fake("fastvit::head_mixed_attention")
-def _fake(q: Tensor, *_: object) -> Tensor:
-    batch, heads, queries, head_dim = q.shape
-    return q.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+"""With gradients."""
 
 
 def infer(call: Call, dtype: torch.dtype) -> Tensor:
