@@ -1,4 +1,4 @@
-// Attention under a mask, forward: what the checks hand to the kernels.
+// Attention under a mask and an additive bias: what the checks hand to the kernels.
 #pragma once
 
 #include "attention.h"
@@ -6,9 +6,15 @@
 
 namespace fastvit {
 
-// Its problems are the heads of all batch elements, each on its own: problem = b * heads + h.
-using MaskedAttentionKernel = AttentionKernel<AttentionParams>;
+// softmax(scale q k^T + bias, over the keys that the mask allows) v
+struct MaskedAttentionParams : AttentionParams {
+  const void* bias = nullptr;  // of q's dtype; strides are 0 where broadcast; null: none
+  int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_query_stride = 0, bias_key_stride = 0;
+};
 
-FASTVIT_DECLARE_PER_ISA(MaskedAttentionKernel masked_attention_kernel(const AttentionParams& p);)
+// Its problems are the heads of all batch elements, each on its own: problem = b * heads + h.
+using MaskedAttentionKernel = AttentionKernel<MaskedAttentionParams>;
+
+FASTVIT_DECLARE_PER_ISA(MaskedAttentionKernel masked_attention_kernel(const MaskedAttentionParams& p);)
 
 }  // namespace fastvit

@@ -1,7 +1,7 @@
-// Attention under a mask, forward, for one instruction set.
+// Attention under a mask and an additive bias, forward, for one instruction set.
 //
 // A tile is one or two vectors of queries of one head, and a block of its keys at a time:
-//   S[j] = sum_d k[j][d] q[d]     P[j] = exp(S[j] - max)     out[d] = sum_j v[j][d] P[j] / sum_j P[j]
+//   S[j] = sum_d k[j][d] q[d] + bias[j]     P[j] = exp(S[j] - max)     out[d] = sum_j v[j][d] P[j] / sum_j P[j]
 // The map of a tile, (keys of a block, lanes) floats, stays in the first caches; no other map exists. All keys of a
 // vision transformer's usual 197 tokens are one block; of more, what earlier blocks gave is multiplied by
 // exp(old max - new max) as the maximum rises (Milakov and Gimelshein 2018).
@@ -10,6 +10,7 @@
 #include "masked_attention.h"
 
 #include "attention_tiles.h"
+#include "masked_attention_bias.h"
 #include "vec.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -31,7 +32,7 @@ struct Blocks : Split {
 };
 
 template <class T, bool kPairs>
-void pack(const AttentionParams& p, int64_t problem, AttentionKeys keys, int64_t part, int64_t parts, float* packed) {
+void pack(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys, int64_t part, int64_t parts, float* packed) {
   const int64_t b = problem / p.heads, h = problem % p.heads;
   const Rows<T> k(p.k, b, h), v(p.v, b, h);
   const Blocks<T, kPairs> blocks(p.dim, keys.count);
@@ -54,19 +55,21 @@ struct Scratch {
 
   float* map;       // [key of a block][lane]: logits, then exponentials
   float* mask;      // [key of a block][lane]: +inf where attended to, -inf elsewhere
+  float* bias;      // [key of a block][lane]
   float* queries;   // [word of channels][lane]
   float* channels;  // [channel][lane]: the output
 
-  static int64_t map_floats(const AttentionParams& p) { return (p.keys < kBlockKeys ? p.keys : kBlockKeys) * kWidth; }
-  static int64_t channel_floats(const AttentionParams& p) { return round_up(p.dim, 4) * kWidth; }
-  static int64_t floats(const AttentionParams& p) {
-    return (p.mask == nullptr ? 1 : 2) * map_floats(p) + 2 * channel_floats(p);
+  static int64_t map_floats(const MaskedAttentionParams& p) { return (p.keys < kBlockKeys ? p.keys : kBlockKeys) * kWidth; }
+  static int64_t channel_floats(const MaskedAttentionParams& p) { return round_up(p.dim, 4) * kWidth; }
+  static int64_t floats(const MaskedAttentionParams& p) {
+    return (1 + (p.mask != nullptr) + (p.bias != nullptr)) * map_floats(p) + 2 * channel_floats(p);
   }
 
-  Scratch(const AttentionParams& p, float* memory)
+  Scratch(const MaskedAttentionParams& p, float* memory)
       : map(memory),
-        mask(p.mask == nullptr ? nullptr : map + map_floats(p)),
-        queries(map + (p.mask == nullptr ? 1 : 2) * map_floats(p)),
+        mask(map + map_floats(p)),
+        bias(mask + (p.mask != nullptr) * map_floats(p)),
+        queries(bias + (p.bias != nullptr) * map_floats(p)),
         channels(queries + channel_floats(p)) {}
 };
 
@@ -74,7 +77,7 @@ template <class T, bool kPairs, int kV>  // kV vectors of queries
 struct Tile {
   static constexpr int64_t kWidth = kV * kLanes;
 
-  const AttentionParams& p;
+  const MaskedAttentionParams& p;
   const Scratch& s;
   int64_t b, h, first_query, queries;  // queries <= kWidth
   AttentionKeys keys;
@@ -85,7 +88,7 @@ struct Tile {
     const Blocks<T, kPairs> blocks(p.dim, keys.count);
     load_queries();
     // A block may hold no key for a row; its largest logit must be finite for the difference to be.
-    const bool always_a_key = p.mask == nullptr && blocks.blocks == 1;
+    const bool always_a_key = p.mask == nullptr && p.bias == nullptr && blocks.blocks == 1;
     for (int v = 0; v < kV; ++v) {
       largest[v] = Vec::fill(always_a_key ? -__builtin_inff() : -__FLT_MAX__);
       sum[v] = Vec::fill(0.0f);
@@ -95,6 +98,7 @@ struct Tile {
       const Packed<T, kPairs> layout = blocks.layout(block);
       const float* from = packed + block * blocks.words;
       if (p.mask != nullptr) expand_mask(p, b, h, first_query, queries, part, s.mask, kWidth);
+      if (p.bias != nullptr) expand_bias<T>(p, b, h, first_query, queries, part, s.bias, kWidth);
       logits(layout, from);
       exponentials(part.count, block > 0);
       output(layout, from, block > 0);
@@ -130,10 +134,9 @@ struct Tile {
       for (int v = 0; v < kV; ++v) {
         float* at = s.map + j * kWidth + v * kLanes;
         Vec x = Vec::load(at);
-        if (p.mask != nullptr) {
-          x = min(x, Vec::load(s.mask + j * kWidth + v * kLanes));
-          x.store(at);
-        }
+        if (p.bias != nullptr) x += Vec::load(s.bias + j * kWidth + v * kLanes);
+        if (p.mask != nullptr) x = min(x, Vec::load(s.mask + j * kWidth + v * kLanes));
+        if (p.bias != nullptr || p.mask != nullptr) x.store(at);
         largest[v] = max(x, largest[v]);
       }
     }
@@ -213,7 +216,7 @@ struct Tile {
 };
 
 template <class T, bool kPairs>
-void attend(const AttentionParams& p, int64_t problem, int64_t begin, int64_t end, AttentionKeys keys,
+void attend(const MaskedAttentionParams& p, int64_t problem, int64_t begin, int64_t end, AttentionKeys keys,
             const float* packed, float* memory) {
   const Scratch scratch(p, memory);
   const int64_t b = problem / p.heads, h = problem % p.heads;
@@ -230,14 +233,14 @@ void attend(const AttentionParams& p, int64_t problem, int64_t begin, int64_t en
 }
 
 template <class T, bool kPairs>
-MaskedAttentionKernel make_kernel(const AttentionParams& p) {
+MaskedAttentionKernel make_kernel(const MaskedAttentionParams& p) {
   const Blocks<T, kPairs> blocks(p.dim, p.keys);
   return {kLanes, blocks.blocks * blocks.words, Scratch::floats(p), pack<T, kPairs>, attend<T, kPairs>};
 }
 
 }  // namespace
 
-MaskedAttentionKernel masked_attention_kernel(const AttentionParams& p) {
+MaskedAttentionKernel masked_attention_kernel(const MaskedAttentionParams& p) {
   return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
 }
 

@@ -185,9 +185,9 @@ def test_public_function_and_operator():
     plain = functional.masked_attention(q, k, v, mask, bias)
     oracle = functional.masked_attention(q.double(), k.double(), v.double(), mask, bias.double())
     assert_as_accurate(out, plain, oracle)
-    arguments = (q, k, v, mask[:, None, None], bias[None], 0.25)
-    torch.library.opcheck(torch.ops.fastvit.masked_attention.default, arguments)
-    torch.library.opcheck(torch.ops.fastvit.masked_attention.default, (q, k, v, None, None, 0.25))
+    arguments = (q, k, v, mask[:, None, None], bias[None], 0.25, False)
+    torch.library.opcheck(torch.ops.fastvit.masked_attention_triton.default, arguments)
+    torch.library.opcheck(torch.ops.fastvit.masked_attention_triton.default, (q, k, v, None, None, 0.25, False))
 
 
 def test_public_function_under_autocast():

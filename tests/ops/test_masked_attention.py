@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import backends
-from fastvit.ops import _dispatch, masked_attention
-from fastvit.ops.masked_attention import CPP_DTYPES, IMPLEMENTATIONS
+from fastvit.ops import _attention, _dispatch, masked_attention
+from fastvit.ops._attention import CPP_DTYPES
+from fastvit.ops.masked_attention import IMPLEMENTATIONS
 from fastvit.reference import functional
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -37,7 +37,7 @@ def outputs_and_gradients(function, tensors: list[Tensor], grad: Tensor) -> list
 
 def check(tensors: list[Tensor], mask: Tensor | None = None, scale: float | None = None, backend: str = "auto") -> None:
     """Forward and every gradient, and the C++ forward; ``tensors`` is q, k, v and perhaps a bias."""
-    if len(tensors) == 3 and tensors[0].dtype in CPP_DTYPES and not backends.cpp_reasons():
+    if tensors[0].dtype in CPP_DTYPES and not backends.cpp_reasons():
         check_cpp(tensors, mask, scale)
 
     def fused(q, k, v, bias=None):
@@ -59,9 +59,10 @@ def check(tensors: list[Tensor], mask: Tensor | None = None, scale: float | None
 def check_cpp(tensors: list[Tensor], mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """The C++ kernel's forward; returns its result."""
     with torch.no_grad(), poisoned_empty():
-        got = masked_attention(*tensors, mask, scale=scale, backend="cpp")
-    plain = functional.masked_attention(*tensors, mask, scale=scale)
-    exact = functional.masked_attention(*(tensor.double() for tensor in tensors), mask, scale=scale)
+        got = masked_attention(*tensors[:3], mask, *tensors[3:], scale=scale, backend="cpp")
+    plain = functional.masked_attention(*tensors[:3], mask, *tensors[3:], scale=scale)
+    wide = [tensor.double() for tensor in tensors]
+    exact = functional.masked_attention(*wide[:3], mask, *wide[3:], scale=scale)
     assert_as_accurate(got, plain, exact)
     return got
 
@@ -320,7 +321,7 @@ def test_backends_by_name():
 
 def test_fake_of_the_operator_has_the_strides_of_the_kernel():
     q, k, v = (tensor.to("meta") for tensor in packed(2, 3, 17, 16, torch.float32))
-    out = torch.ops.fastvit.masked_attention(q, k, v, None, None, 0.25)
+    out = torch.ops.fastvit.masked_attention_cpp(q, k, v, None, None, 0.25)
     assert out.shape == q.shape
     assert out.transpose(1, 2).is_contiguous()
 
@@ -514,7 +515,7 @@ def test_cpp_autocast():
 def test_cpp_opcheck(masked):
     q, k, v = packed(2, 4, 9, 8, torch.float32)
     mask = torch.rand(2, 1, 9, 9) > 0.5 if masked else None
-    torch.library.opcheck(torch.ops.fastvit.masked_attention_cpp.default, (q, k, v, mask, 0.25))
+    torch.library.opcheck(torch.ops.fastvit.masked_attention_cpp.default, (q, k, v, mask, None, 0.25))
 
 
 @needs_cpp
@@ -538,7 +539,6 @@ def test_cpp_tells_its_reasons():
         assert masked_attention(*tensors, **options).shape == tensors[0].shape  # SDPA takes it
 
     refused("dropout", q, k, v, dropout_p=0.5)
-    refused("additive bias", q, k, v, bias=torch.zeros(9, 9))
     refused("float64", q.double(), k.double(), v.double())
     refused("head dimension 129", *packed(1, 2, 2, 129, torch.float32))
     refused("gradients are needed", q.detach().requires_grad_(), k, v)
@@ -554,13 +554,9 @@ def test_sdpa_goes_first_where_it_is_faster(monkeypatch):
             masked_attention(q[:, :, :queries], k, v)
         return seen[0].backend
 
-    module = sys.modules["fastvit.ops.masked_attention"]
-    monkeypatch.setattr(module, "_CPP_IS_VECTORISED", True)
-    assert [chosen(queries, torch.float32) for queries in (1, 8, 9, 40)] == ["sdpa", "sdpa", "cpp", "cpp"]
-    assert chosen(1, torch.bfloat16) == "cpp"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert chosen(1, torch.float32) == "cpp"
-    monkeypatch.setattr(module, "_CPP_IS_VECTORISED", False)
+    monkeypatch.setattr(_attention, "VECTORISED", True)
+    assert [chosen(queries, torch.float32) for queries in (1, 8, 9, 40)] == ["cpp"] * 4
+    monkeypatch.setattr(_attention, "VECTORISED", False)
     assert chosen(40, torch.float32) == chosen(40, torch.bfloat16) == "sdpa"
 
 
@@ -580,7 +576,7 @@ LOW_LEVEL_BAD = {
 @pytest.mark.parametrize("message", LOW_LEVEL_BAD)
 def test_cpp_operator_checks_for_itself(message):
     q, k, v = packed(1, 4, 9, 8, torch.float32)
-    arguments = {"q": q, "k": k, "v": v, "mask": None, "scale": 1.0}
+    arguments = {"q": q, "k": k, "v": v, "mask": None, "bias": None, "scale": 1.0}
     for name, change in LOW_LEVEL_BAD[message].items():
         arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=f"masked_attention_cpp: {message}"):

@@ -1,0 +1,317 @@
+"""What attention without head mixing is made of: one call, the engines that compute it, and its gradient.
+
+An engine is a pair of registered operators, one for each direction; :func:`attend` puts autograd around them. What the
+backward needs beside the inputs is the engine's own affair: the C++ one computes the map of a few queries anew and
+needs nothing, the Triton ones keep the output and the logarithm of each row's sum of exponentials.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvit import backends
+from fastvit.ops._checks import check_mask, check_tokens, describe, to_four_axes
+from fastvit.ops._dispatch import gradients_needed
+from fastvit.reference import functional
+
+__all__ = ["Call", "attend", "checked", "cpp_reasons", "run_cpp", "run_reference", "run_sdpa", "triton_reasons"]
+
+CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_MAX_HEAD_DIM = 128
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_MAX_HEAD_DIM = 128
+
+
+class Call(NamedTuple):
+    """The arguments of one call, checked: mask and bias have four axes, the scale is a number."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    scale: float
+    dropout_p: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in: autocast's dtype where that is on and q is not float64."""
+        device = self.q.device.type
+        if torch.is_autocast_enabled(device) and self.q.dtype in TRITON_DTYPES:
+            return torch.get_autocast_dtype(device)
+        return self.q.dtype
+
+    @property
+    def needs_gradients(self) -> bool:
+        return gradients_needed(self.q, self.k, self.v, self.bias)
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+) -> Call:
+    """The call; ValueError names the argument, what it is and what is accepted."""
+    check_tokens(q, k, v)
+    if mask is not None:
+        mask = check_mask(mask, q, k)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            raise ValueError(f"bias: got {describe(bias)}, accepted is floating; pass bool masks as mask")
+        bias = to_four_axes("bias", bias, q, k)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
+    return Call(q, k, v, mask, bias, q.shape[3] ** -0.5 if scale is None else scale, dropout_p)
+
+
+# --- Operators ------------------------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_OPTIONS = "Tensor? mask, Tensor? bias, float scale"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+
+
+def _define(name: str, schema: str) -> None:
+    torch.library.define(f"fastvit::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+_define("masked_attention_cpp", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
+_define("masked_attention_cpp_backward", f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool bias_grad) -> {_GRADIENTS}")
+_define("masked_attention_triton", f"({_INPUTS}, {_OPTIONS}, bool need_lse) -> (Tensor, Tensor)")
+_define(
+    "masked_attention_triton_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool bias_grad) -> {_GRADIENTS}",
+)
+
+
+def _heads_last(like: Tensor) -> Tensor:
+    """Uninitialised, of like's shape (B, H, N, D), lying as a contiguous (B, N, H, D)."""
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("fastvit::masked_attention_cpp")
+def _fake_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    return _heads_last(q)
+
+
+def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, ...]:
+    of_bias = bias.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
+    return _heads_last(q), _heads_last(k), _heads_last(v), of_bias
+
+
+@torch.library.register_fake("fastvit::masked_attention_cpp_backward")
+def _fake_cpp_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(q, k, v, bias, bias_grad)
+
+
+@torch.library.register_fake("fastvit::masked_attention_triton")
+def _fake_triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    return _heads_last(q), q.new_empty(q.shape[:3] if need_lse else 0, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastvit::masked_attention_triton_backward")
+def _fake_triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(q, k, v, bias, bias_grad)
+
+
+@torch.library.impl("fastvit::masked_attention_triton", ("cpu", "cuda"))
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    from fastvit.kernels.masked_attention import masked_attention_forward
+
+    return masked_attention_forward(q, k, v, mask, bias, scale), q.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.impl("fastvit::masked_attention_triton_backward", ("cpu", "cuda"))
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from fastvit.kernels.masked_attention import masked_attention_backward
+
+    return masked_attention_backward(*arguments)
+
+
+# --- Engines --------------------------------------------------------------------------------------------------------
+
+
+class Engine(NamedTuple):
+    """``infer(q, k, v, mask, bias, scale)`` gives the output, ``forward`` of the same arguments (output, what to keep),
+    and ``backward(grad, q, k, v, *kept, mask, bias, scale, bias_grad)`` (dq, dk, dv, dbias).
+    """
+
+    infer: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def _cpp_forward(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return torch.ops.fastvit.masked_attention_cpp.default(*arguments), ()
+
+
+def _triton_infer(*arguments: Any) -> Tensor:
+    return torch.ops.fastvit.masked_attention_triton.default(*arguments, False)[0]
+
+
+def _triton_forward(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    out, lse = torch.ops.fastvit.masked_attention_triton.default(*arguments, True)
+    return out, (out, lse)
+
+
+ENGINES = {
+    "cpp": Engine(
+        torch.ops.fastvit.masked_attention_cpp.default,
+        _cpp_forward,
+        torch.ops.fastvit.masked_attention_cpp_backward.default,
+    ),
+    "triton": Engine(_triton_infer, _triton_forward, torch.ops.fastvit.masked_attention_triton_backward.default),
+}
+
+
+def _with_adjacent_channels(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with its gradient, by the engine named. The map is computed anew in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        out, kept = ENGINES[engine].forward(q, k, v, mask, bias, scale)
+        ctx.engine, ctx.scale = engine, scale
+        ctx.save_for_backward(q, k, v, mask, bias, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, bias, *kept = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[5]
+        dq, dk, dv, dbias = ENGINES[ctx.engine].backward(
+            _with_adjacent_channels(grad), q, k, v, *kept, mask, bias, ctx.scale, bias_grad
+        )
+        return None, dq, dk, dv, None, dbias if bias_grad else None, None
+
+
+def attend(engine: str, call: Call) -> Tensor:
+    """The call computed by the engine of this name, with its gradient where one is needed."""
+    dtype = call.dtype
+    q, k, v = (_with_adjacent_channels(tensor.to(dtype)) for tensor in (call.q, call.k, call.v))
+    bias = None if call.bias is None else call.bias.to(dtype)
+    if call.needs_gradients:
+        return _Attention.apply(engine, q, k, v, call.mask, bias, call.scale)
+    return ENGINES[engine].infer(q, k, v, call.mask, bias, call.scale)
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
+
+
+def cpp_reasons(call: Call) -> list[str]:
+    """Why the C++ kernels cannot take the call."""
+    q, reasons = call.q, backends.cpp_reasons()
+    if q.device.type != "cpu":
+        return [*reasons, f"it takes tensors on the CPU, q is on {q.device}"]
+    dtype = call.dtype
+    if dtype not in CPP_DTYPES:
+        reasons.append(f"dtype {dtype} is not one of float32, bfloat16")
+    if q.shape[3] > CPP_MAX_HEAD_DIM:
+        reasons.append(f"head dimension {q.shape[3]} is larger than {CPP_MAX_HEAD_DIM}")
+    if call.dropout_p > 0.0:
+        reasons.append("attention dropout is not implemented")
+    if call.needs_gradients:
+        reasons.append("gradients are needed and it has no backward")
+    return reasons
+
+
+def run_cpp(call: Call) -> Tensor:
+    return attend("cpp", call)
+
+
+def triton_reasons(call: Call) -> list[str]:
+    """Why the Triton kernels cannot take the call."""
+    q, dtype = call.q, call.dtype
+    reasons = list(backends.triton_reasons(q.device))
+    if dtype not in TRITON_DTYPES:
+        reasons.append(f"dtype {dtype} is not one of float32, float16, bfloat16")
+    if dtype == torch.bfloat16 and q.device.type == "cpu":
+        reasons.append("Triton's interpreter multiplies bfloat16 as integers")
+    if q.shape[3] > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"head dimension {q.shape[3]} is larger than {TRITON_MAX_HEAD_DIM}")
+    if call.dropout_p > 0.0:
+        reasons.append("attention dropout is not implemented")
+    if call.needs_gradients:
+        reasons.append("gradients are needed and it has no backward")
+    return reasons
+
+
+def run_sdpa(call: Call) -> Tensor:
+    """torch's own; a row without keys gives zeros on every device."""
+    q, k, v, mask, bias, scale, dropout_p = call
+    if bias is None:
+        allowed = mask
+    else:
+        bias = bias.to(q.dtype)
+        allowed = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    if allowed is None or q.device.type == "cpu":  # the CPU backends give zeros for a row without keys
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, scale=scale)
+    # Of the other devices' backends some give NaN there, or the mean of v, and NaN gradients: such a row sees every key
+    # in the call, and its result is cut off behind it.
+    empty = ~(allowed if bias is None else allowed != float("-inf")).any(-1, keepdim=True)
+    allowed = allowed | empty if bias is None else allowed.masked_fill(empty, 0.0)
+    return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, scale=scale).masked_fill(empty, 0.0)
+
+
+def run_reference(call: Call) -> Tensor:
+    """The plain form; a bias of another dtype is taken in q's."""
+    bias = None if call.bias is None else call.bias.to(call.q.dtype)
+    return functional.masked_attention(*call._replace(bias=bias))
+
+
+def no_reasons(call: Call) -> list[str]:
+    """For what takes every call."""
+    return []
+
+
+VECTORISED = not backends.cpp_reasons() and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
+"""Whether the C++ kernels run on vectors of their own (AVX2 or better); without, SDPA ties with them."""
