@@ -21,9 +21,11 @@ constexpr int64_t kLanes = Vec::lanes;
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as registers hold beside the operands
-constexpr int64_t kPartialSum = 64;
 constexpr int64_t kDepthBlock = 512;  // words of x that a row of the copy holds
 constexpr int64_t kRowStride = kDepthBlock + 16;
+// Terms of a partial sum. Results of bfloat16 are rounded so much more that theirs may be long.
+template <bool kPairs>
+constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 128;
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
@@ -87,23 +89,30 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 // A panel whose columns lie as contiguous rows of the weight.
 template <class T, bool kPairs>
 void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to) {
-  constexpr int64_t kBlock = 128;
-  static constexpr float zeros[kBlock] = {};
-  float buffers[4][kBlock];
-  const int64_t words = words_of<kPairs>(p.depth), elements_a_word = kPairs ? 2 : 1;
-  for (int64_t first = 0; first < words; first += kBlock) {
-    const int64_t count = smaller(kBlock, words - first);
-    for (int64_t c = 0; c < kPanel; c += 4) {
-      const float* rows[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        rows[i] = zeros;
-        if (c + i < columns) {
-          const T* row = static_cast<const T*>(p.weight) + (column + c + i) * p.weight_column_stride;
-          copy_words<T, kPairs>(row, p.depth, first * elements_a_word, count, buffers[i]);
-          rows[i] = buffers[i];
+  constexpr bool kInPlace = kPairs || sizeof(T) == sizeof(float);  // a row's elements are words as they lie
+  constexpr int64_t kElements = kPairs ? 2 : 1;
+  const int64_t words = words_of<kPairs>(p.depth), whole = kInPlace ? p.depth / kElements : 0;
+  for (int64_t c = 0; c < kPanel; c += kLanes) {
+    const T* weight = static_cast<const T*>(p.weight) + (column + c) * p.weight_column_stride;
+    for (int64_t k = 0; k < words; k += kLanes) {
+      float buffer[kLanes][kLanes] = {};
+      const float* rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const T* row = weight + i * p.weight_column_stride;
+        if (c + i < columns && k + kLanes <= whole) {
+          rows[i] = reinterpret_cast<const float*>(row + k * kElements);
+          continue;
         }
+        rows[i] = buffer[i];
+        if (c + i < columns) copy_words<T, kPairs>(row, p.depth, k * kElements, smaller(kLanes, words - k), buffer[i]);
       }
-      transpose4(rows, count, to + first * kPanel + c, kPanel);
+      if (k + kLanes <= words) {
+        transpose_square(rows, to + k * kPanel + c, kPanel);
+      } else {
+        float square[kLanes * kLanes];
+        transpose_square(rows, square, kLanes);
+        for (int64_t i = 0; k + i < words; ++i) Vec::load(square + i * kLanes).store(to + (k + i) * kPanel + c);
+      }
     }
   }
 }
@@ -154,8 +163,8 @@ FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 // totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
 template <bool kPairs, int kR>
 void add_products(int64_t words, const float* x, const float* weight, float* totals) {
-  for (int64_t first = 0; first < words; first += kPartialSum) {
-    const int64_t end = smaller(words, first + kPartialSum);
+  for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
+    const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
