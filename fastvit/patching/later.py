@@ -11,18 +11,22 @@ from torch.utils import _pytree as pytree
 
 
 class Later(Tensor):
-    """Stands for the result of ``compute``, which is called, once and without gradients, by the first use of it.
+    """Stands for the result of ``compute``, which is called, once, by the first use of it.
+
+    With gradients where they were enabled as it was made.
 
     For outputs that belong to a block's contract and that hardly anybody uses, such as attention maps. Eager mode only.
     """
 
     _compute: Callable[[], Tensor]
     _result: Tensor | None
+    _differentiable: bool
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor]) -> Later:
         self = Tensor._make_subclass(cls, torch.empty(0))
         self._compute, self._result = compute, None
+        self._differentiable = torch.is_grad_enabled()
         return self
 
     def __init__(self, compute: Callable[[], Tensor]):
@@ -43,6 +47,6 @@ class Later(Tensor):
 
 def _computed(later: Later) -> Tensor:
     if later._result is None:
-        with torch.no_grad():
+        with torch.set_grad_enabled(later._differentiable):
             later._result = later._compute()
     return later._result

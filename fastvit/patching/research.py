@@ -1,8 +1,9 @@
 """Research code that was copied into a project, under any class name: known by what it holds and what it computes.
 
-The blocks of the official DeiT, CaiT, DeepViT, CeiT, CvT, CPVT and Twins repositories. A class is taken for one of them
-by its attributes; it is fused only if its forward uses no other names than theirs do (so that it does nothing on the
-side, such as keeping its attention map) and a trial on random weights gives the same numbers plain and fused.
+The blocks of the official DeiT, CaiT, DeepViT, CeiT, CvT, CPVT and Twins repositories, and vit-pytorch's DeepViT. A
+class is taken for one of them by its attributes; it is fused only if its forward uses no other names than theirs do (so
+that it does nothing on the side, such as keeping its attention map) and a trial on random weights gives the same
+numbers plain and fused.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.ops._dispatch import gradients_needed
-from fastvit.patching import timm
+from fastvit.patching import timm, vit_pytorch
 from fastvit.patching.fusion import Fused, Row, intact, plain_class
 from fastvit.patching.later import Later
 from fastvit.patching.parts import check_depthwise, check_parameters, dropout_p, is_plain
@@ -54,19 +54,10 @@ class AttentionSeam(Fused):
         return _merged(self, out)
 
 
-def _map_is_due_now(module: nn.Module, x: Tensor) -> bool:
-    """Training uses DeepViT's maps in its cosine loss, and gradients may flow through them."""
-    return module.training or gradients_needed(x, *module.parameters())
-
-
 def _later(compute: Callable[[], Tensor]) -> Tensor:
     """A map for whoever may want it; in a graph it is a node like others, left out where nobody uses it."""
     in_a_graph = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
     return compute() if in_a_graph else Later(compute)
-
-
-def _plain_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return functional.attention_probabilities((q * scale) @ k.transpose(-2, -1))
 
 
 class UntransformedReAttentionSeam(Fused):
@@ -76,39 +67,51 @@ class UntransformedReAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, atten: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not intact(self) or _map_is_due_now(self, x):
+        if not intact(self) or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
             return self.fastvit_plain.forward(self, x, atten)
         q, k, v = _packed_heads(self, x)
         out = ops.masked_attention(q, k, v, scale=self.scale, backend=self.fastvit_backend)
-        return _merged(self, out), _later(functools.partial(_plain_map, q, k, self.scale))
+        return _merged(self, out), _later(functools.partial(_finished_map, q, k, scale=self.scale))
 
 
 class ReAttentionSeam(Fused):
-    """DeepViT's re-attention at inference; the map it returns is computed on demand."""
+    """DeepViT's re-attention; the map it returns is computed on demand, with gradients where the block has them."""
 
     fastvit_op = "head_mixed_attention"
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "reatten_matrix": nn.Conv2d, "var_norm": nn.BatchNorm2d}
 
     def forward(self, x: Tensor, atten: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not intact(self) or _map_is_due_now(self, x):
+        if not intact(self) or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
             return self.fastvit_plain.forward(self, x, atten)
         q, k, v = _packed_heads(self, x)
-        out = ops.re_attention(
-            q,
-            k,
-            v,
+        weight, bias, norm = (
             self.reatten_matrix.weight.flatten(1),
             self.reatten_matrix.bias,
             BatchNorm.of(self.var_norm),
-            output_scale=self.reatten_scale,
-            scale=self.scale,
-            backend=self.fastvit_backend,
         )
-        return _merged(self, out), _later(functools.partial(_mixed_map, self, q, k))
+        options = {"output_scale": self.reatten_scale, "scale": self.scale}
+        out = ops.re_attention(q, k, v, weight, bias, norm, **options, backend=self.fastvit_backend)
+        as_it_is = {"post_weight": _copied(weight), "post_bias": _copied(bias), "norm": _as_it_is(norm)}
+        return _merged(self, out), _later(functools.partial(_finished_map, q, k, **as_it_is, **options))
 
 
-def _mixed_map(module: nn.Module, q: Tensor, k: Tensor) -> Tensor:
-    return module.var_norm(module.reatten_matrix(_plain_map(q, k, module.scale))) * module.reatten_scale
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    """Safe from an optimizer's step; a few numbers."""
+    return None if tensor is None else tensor.clone()
+
+
+def _as_it_is(norm: BatchNorm) -> BatchNorm:
+    """The norm of this forward pass, once more: what it was, and nothing counted twice."""
+    mean, var = (None, None) if norm.use_batch_stats else (_copied(norm.running_mean), _copied(norm.running_var))
+    return norm._replace(running_mean=mean, running_var=var, weight=_copied(norm.weight), bias=_copied(norm.bias))
+
+
+def _finished_map(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    """What weighs the rows of a unit matrix is the map; all in the dtype that autocast gave q."""
+    for name in ("post_weight", "post_bias"):
+        options[name] = None if options.get(name) is None else options[name].to(q.dtype)
+    unit = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+    return functional.head_mixed_attention(q, k, unit, **options)
 
 
 class ConvAttentionSeam(Fused):
@@ -308,6 +311,10 @@ def _looks_like_re_attention(module: nn.Module) -> bool:
     )
 
 
+def _looks_like_layer_normed_re_attention(module: nn.Module) -> bool:
+    return _holds(module, "norm", "to_qkv", "reattn_norm", "to_out") and hasattr(module, "reattn_weights")
+
+
 def _looks_untransformed(module: nn.Module) -> bool:
     plain = getattr(module, "apply_transform", True) is False and not hasattr(module, "reatten_matrix")
     return plain and _is_attention(module, "qkv") and len(_parameters(module)) == 2
@@ -405,6 +412,14 @@ PATTERNS = (
         _looks_untransformed,
         _HEADS | {"qkv", "apply_transform", "reatten_matrix", "var_norm", "reatten_scale"},
         _example_packed,
+    ),
+    Pattern(
+        "vit-pytorch's DeepViT Attention",
+        vit_pytorch.ReAttentionSeam,
+        _looks_like_layer_normed_re_attention,
+        vit_pytorch.RE_ATTENTION_NAMES | {"map"},
+        lambda module: (_tokens(module.to_qkv.in_features),),
+        vit_pytorch.check_re_attention,
     ),
     Pattern(
         "CvT's Attention",

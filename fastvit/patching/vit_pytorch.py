@@ -1,4 +1,4 @@
-"""lucidrains' vit-pytorch: attention of ViT, SimpleViT, DistillableViT, CaiT and CvT, convolutions of CvT and Twins.
+"""lucidrains' vit-pytorch: attention of ViT, SimpleViT, DistillableViT, DeepViT, CaiT, CvT; convolutions of CvT, Twins.
 
 Its CvT and Twins keep maps (B, C, H, W) where the operators take tokens. A fused convolution brings its map into the
 order of tokens once; in CvT the tokens then stay as they lie, in maps that are views of them, up to the attention.
@@ -22,7 +22,7 @@ from fastvit.patching.parts import (
     dropout_p,
     is_plain,
 )
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm
 
 
 def _in_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -161,10 +161,39 @@ def _with_adjacent_channels(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(3) == 1 else tokens.contiguous()
 
 
-class LayerNormReAttentionSeam(Fused):
-    """DeepViT's re-attention with LayerNorm over heads. It replaces nothing: the operator has no such norm."""
+class ReAttentionSeam(Fused):
+    """DeepViT's re-attention: a mix without bias, and a LayerNorm over heads between two rearrangements."""
 
     fastvit_op = "head_mixed_attention"
+    fastvit_reads: ClassVar = {"dropout": nn.Dropout, "reattn_norm": nn.Sequential}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not intact(self) or _check_head_norm(self):
+            return self.fastvit_plain.forward(self, x)
+        q, k, v = (_in_heads(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
+        out = ops.re_attention(
+            q,
+            k,
+            v,
+            self.reattn_weights.t(),  # column g makes head g
+            None,
+            LayerNorm.of(self.reattn_norm[1]),
+            scale=self.scale,
+            dropout_p=dropout_p(self.dropout),
+            backend=self.fastvit_backend,
+        )
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def _check_head_norm(module: nn.Module) -> list[str]:
+    parts = list(module.reattn_norm)
+    if len(parts) != 3 or not is_plain(parts[1], nn.LayerNorm) or parts[1].normalized_shape != (module.heads,):
+        return ["reattn_norm is not a plain nn.LayerNorm over heads between two rearrangements"]
+    return [
+        f"reattn_norm.{at} is not the rearrangement to and from heads last, without hooks"
+        for at, pattern in ((0, "b h i j -> b i j h"), (2, "b i j h -> b h i j"))
+        if not is_plain(parts[at], type(parts[at])) or getattr(parts[at], "pattern", None) != pattern
+    ]
 
 
 def _check_attention(module: nn.Module) -> list[str]:
@@ -221,8 +250,15 @@ def _check_peg(module: nn.Module) -> list[str]:
     return found if found or _adds_plainly(module.proj) else ["proj has forward hooks, which would not be called"]
 
 
-def _check_re_attention(module: nn.Module) -> list[str]:
-    return ["its LayerNorm over heads is not implemented in head_mixed_attention, which normalises by BatchNorm"]
+def check_re_attention(module: nn.Module) -> list[str]:
+    """Reasons why a module is not vit-pytorch's re-attention."""
+    found = check_attributes(module, "heads", "scale", "norm", "to_qkv", "to_out") + check_parameters(module, "x")
+    if found:
+        return found
+    weight = getattr(module, "reattn_weights", None)
+    if not isinstance(weight, Tensor) or weight.shape != (module.heads, module.heads):
+        found.append("reattn_weights does not map heads to heads")
+    return found + _check_head_norm(module) + _check_heads(module, "to_qkv", 3)
 
 
 # Every global and attribute name that the forwards of the versions read (up to vit-pytorch 1.26) use.
@@ -241,6 +277,10 @@ _TALKING_HEAD_NAMES = _COMMON_NAMES | {
     "mix_heads_pre_attn",
     "mix_heads_post_attn",
 }
+_FREE_NAMES = frozenset({"shape", "chunk", "map", "rearrange", "einsum"})
+RE_ATTENTION_NAMES = frozenset(
+    {"norm", "to_qkv", "heads", "scale", "softmax", "dropout", "reattn_weights", "reattn_norm", "to_out"}
+)
 _CONV_ATTENTION_NAMES = _COMMON_NAMES | {"shape", "to_q", "to_kv", "einsum", "dropout"}
 
 ROWS = (
@@ -250,5 +290,5 @@ ROWS = (
     Row("vit_pytorch.cvt.Attention", ConvAttentionSeam, _check_conv_attention, _CONV_ATTENTION_NAMES),
     Row("vit_pytorch.cvt.DepthWiseConv2d", ConvProjectionSeam, _check_conv_projection, frozenset({"net"})),
     Row("vit_pytorch.twins_svt.PEG", PEGSeam, _check_peg, frozenset({"proj"})),
-    Row("vit_pytorch.deepvit.Attention", LayerNormReAttentionSeam, _check_re_attention),
+    Row("vit_pytorch.deepvit.Attention", ReAttentionSeam, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
 )

@@ -99,6 +99,38 @@ class Deeper(HeadsBase):
         return self.proj_drop(self.proj((maps @ v).transpose(1, 2).reshape(b, n, c))), maps
 
 
+class Turned(nn.Module):
+    """Stands for einops' layers between heads first and heads last."""
+
+    def __init__(self, pattern: str, *axes: int):
+        super().__init__()
+        self.pattern, self.axes = pattern, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.axes)
+
+
+class Regenerator(nn.Module):
+    """As vit-pytorch's DeepViT attention."""
+
+    def __init__(self, drop: float = 0.0):
+        super().__init__()
+        self.heads, self.scale = HEADS, 5**-0.5
+        self.norm, self.to_qkv = nn.LayerNorm(DIM), nn.Linear(DIM, 3 * 5 * HEADS, bias=False)
+        self.dropout = nn.Dropout(drop)
+        self.reattn_weights = nn.Parameter(torch.randn(HEADS, HEADS))
+        there, back = Turned("b h i j -> b i j h", 0, 2, 3, 1), Turned("b i j h -> b h i j", 0, 3, 1, 2)
+        self.reattn_norm = nn.Sequential(there, nn.LayerNorm(HEADS), back)
+        self.to_out = nn.Sequential(nn.Linear(5 * HEADS, DIM), nn.Dropout(drop))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
+        maps = self.dropout((torch.einsum("bhid,bhjd->bhij", q, k) * self.scale).softmax(dim=-1))
+        maps = self.reattn_norm(torch.einsum("bhij,hg->bgij", maps, self.reattn_weights))
+        return self.to_out(torch.einsum("bhij,bhjd->bhid", maps, v).transpose(1, 2).flatten(2))
+
+
 class Rearrange(nn.Module):
     """Stands for einops' layer 'b c h w -> b (h w) c'."""
 
@@ -205,6 +237,7 @@ CASES: dict[str, Case] = {
     "class_attention": (ClassLook, lambda: (tokens(10),), {"masked_attention": 1}),
     "re_attention": (Deeper, lambda: (tokens(10),), {"head_mixed_attention": 1}),
     "untransformed": (lambda: Deeper(False), lambda: (tokens(10),), {"masked_attention": 1}),
+    "layer_normed": (Regenerator, lambda: (tokens(10),), {"head_mixed_attention": 1}),
     "conv_attention": (Convolver, lambda: (tokens(31), 5, 6), {"masked_attention": 1, "token_depthwise_conv": 3}),
     "pos_conv": (Locator, lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "pos_conv_stride": (lambda: Locator(2), lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
@@ -285,9 +318,36 @@ def test_deepvits_maps_are_there_for_who_wants_them(transform):
         torch.testing.assert_close(maps * 1, expected)
         torch.testing.assert_close(maps.mean(), expected.mean())
         assert torch.equal(block(out, maps)[0], block(out)[0])
-    maps = block.train()(x)[1]
-    assert not isinstance(maps, Later)
-    assert maps.requires_grad
+
+
+@pytest.mark.parametrize("transform", [True, False])
+def test_deepvits_maps_in_training_have_gradients_and_count_nothing_twice(transform):
+    plain = shake(Deeper(transform)).double().train()
+    fused, x = patch(copy.deepcopy(plain)), tokens(10).double()
+    for _ in range(3):
+        with torch.no_grad():  # as the optimizer would, before anybody has looked at the maps
+            for parameter, other in zip(plain.parameters(), fused.parameters(), strict=True):
+                other.copy_(parameter)
+        (out, maps), (expected, expected_maps) = fused(x), plain(x)
+        assert isinstance(maps, Later)
+        with torch.no_grad():
+            for parameter in fused.parameters():
+                parameter.add_(1.0)
+        torch.testing.assert_close(maps * 1, expected_maps)
+        for block, loss in ((fused, maps.square().sum()), (plain, expected_maps.square().sum())):
+            block.zero_grad()
+            loss.backward(retain_graph=True)
+        for (name, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+            assert (parameter.grad is None) == (other.grad is None), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(other.grad, parameter.grad)
+        torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_deepvits_dropped_maps_are_those_that_were_used():
+    block = shake(Deeper(drop=0.5)).train()
+    assert not isinstance(patch(block)(tokens(10))[1], Later)
 
 
 class _KeepsMap(Mixer):
@@ -477,6 +537,8 @@ def test_adapters_are_called():
     [
         ("attention", "block.attn_drop"),
         ("re_attention", "block.var_norm"),
+        ("layer_normed", "block.reattn_norm.1"),
+        ("layer_normed", "block.dropout"),
         ("conv_attention", "block.conv_proj_k.bn"),
         ("conv_attention", "block.conv_proj_k.rearrange"),
         ("peg", "block.proj"),

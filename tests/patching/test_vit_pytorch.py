@@ -13,7 +13,6 @@ from tiny import CLASSES, shake
 from torch import Tensor, nn
 
 from fastvit.patching import explain, patch, report, unpatch
-from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise
 
 pytest.importorskip("vit_pytorch")
@@ -25,6 +24,7 @@ FUSED = {
     "vit": {"masked_attention": 2},
     "simple_vit": {"masked_attention": 2},
     "distillable_vit": {"masked_attention": 2},
+    "deepvit": {"head_mixed_attention": 2},
     "cait": {"head_mixed_attention": 4},
     "cvt": {"masked_attention": 3, "token_depthwise_conv": 6},
     "twins_svt": {"token_depthwise_conv": 4},
@@ -60,7 +60,7 @@ def images(name: str, batch: int = 2) -> Tensor:
 
 
 def attention_of(model: nn.Module) -> nn.Module:
-    return next(module for module in model.modules() if hasattr(module, "attend"))
+    return next(module for module in model.modules() if hasattr(module, "attend") or hasattr(module, "reattn_norm"))
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -83,20 +83,11 @@ def test_training(name, dtype):
     check_training(build(name), images(name, batch=3), dtype)
 
 
-def test_deepvit_is_known_and_left_alone_with_the_reason():
-    with pytest.warns(UserWarning, match="LayerNorm over heads is not implemented in head_mixed_attention"):
-        model = patch(build("deepvit"))
-    assert {(row.cls, row.op, row.status) for row in report(model).rows} == {
-        ("Attention", "head_mixed_attention", "skipped")
-    }
-    assert not any(isinstance(module, Fused) for module in model.modules())
-
-
-@pytest.mark.parametrize("name", ["vit", "cait", "cvt"])
+@pytest.mark.parametrize("name", ["vit", "deepvit", "cait", "cvt"])
 def test_attention_dropout_drops_in_training_only(name):
     model, x = build(name), images(name)
     for module in model.modules():
-        if hasattr(module, "attend"):
+        if hasattr(module, "attend") or hasattr(module, "reattn_norm"):
             module.dropout.p = 0.5
     patch(model)
     assert torch.equal(model(x), model(x))
@@ -173,6 +164,28 @@ def test_cvts_tokens_are_not_copied_between_convolution_and_attention():
     assert out.flatten(2).transpose(1, 2).stride(2) == 1
 
 
+def replace_norm(attention: nn.Module, norm: nn.Module) -> None:
+    attention.reattn_norm[1] = norm
+
+
+def swap_rearrangements(attention: nn.Module) -> None:
+    norm = attention.reattn_norm
+    norm[0], norm[2] = norm[2], norm[0]
+
+
+@pytest.mark.parametrize("part", ["reattn_norm", "reattn_norm.0", "reattn_norm.1"])
+def test_deepvits_maps_are_there_for_a_hook(part):
+    """Whoever wants to see the maps before or behind their norm gets them, and the same results."""
+    model, x = build("deepvit"), images("deepvit")
+    expected = model(x)
+    patch(model)
+    maps: list[Tensor] = []
+    attention_of(model).get_submodule(part).register_forward_hook(lambda module, args, output: maps.append(output))
+    torch.testing.assert_close(model(x), expected)
+    assert len(maps) == 1
+    assert recognise(attention_of(model)).reasons
+
+
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
@@ -180,6 +193,11 @@ def test_cvts_tokens_are_not_copied_between_convolution_and_attention():
         ("vit", lambda attention: setattr(attention, "heads", 3), "to_qkv gives 144 channels, expected 108"),
         ("cait", lambda attention: setattr(attention, "heads", 2), "mix_heads_pre_attn does not map heads to heads"),
         ("cvt", lambda attention: delattr(attention, "to_kv"), "to_kv not there"),
+        ("deepvit", lambda attention: setattr(attention, "heads", 2), "reattn_weights does not map heads to heads"),
+        ("deepvit", lambda attention: attention.reattn_norm.pop(2), "between two rearrangements"),
+        ("deepvit", lambda attention: replace_norm(attention, nn.LayerNorm((4, 1))), "not a plain nn.LayerNorm over"),
+        ("deepvit", lambda attention: replace_norm(attention, nn.BatchNorm2d(4)), "not a plain nn.LayerNorm over"),
+        ("deepvit", lambda attention: swap_rearrangements(attention), "reattn_norm.0 is not the rearrangement"),
     ],
 )
 def test_changed_settings_are_left_alone(name, change, reason):
@@ -188,7 +206,7 @@ def test_changed_settings_are_left_alone(name, change, reason):
     assert reason in recognise(attention).reasons[0]
 
 
-@pytest.mark.parametrize("name", ["vit", "cait", "cvt", "twins_svt"])
+@pytest.mark.parametrize("name", ["vit", "deepvit", "cait", "cvt", "twins_svt"])
 def test_a_forward_of_another_version_is_left_alone(name, monkeypatch):
     model = build(name)
     module = next(m for m in model.modules() if type(m).__name__ == ("PEG" if name == "twins_svt" else "Attention"))
@@ -203,7 +221,7 @@ def test_a_forward_of_another_version_is_left_alone(name, monkeypatch):
 
 
 def test_compile_without_graph_breaks():
-    for name, shape in (("vit", (2, 9, 48)), ("cait", (2, 9, 48)), ("cvt", (2, 16, 4, 6))):
+    for name, shape in (("vit", (2, 9, 48)), ("deepvit", (2, 9, 48)), ("cait", (2, 9, 48)), ("cvt", (2, 16, 4, 6))):
         attention, x = patch(attention_of(build(name))), torch.randn(shape)
         with torch.no_grad():
             compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
