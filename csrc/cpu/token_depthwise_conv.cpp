@@ -2,10 +2,9 @@
 #include "token_depthwise_conv.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "../token_depthwise_conv_entry.h"
+#include "workspace.h"
 
 namespace fastvit {
 namespace {
@@ -33,11 +32,9 @@ int64_t choose_row_block(const TokenDepthwiseConvWork& work, int64_t threads) {
   return std::max(wanted, 2 * work.kernel);
 }
 
-struct FreeScratch {
-  void operator()(float* scratch) const { operator delete(scratch, std::align_val_t{64}); }
-};
+}  // namespace
 
-void run(const TokenDepthwiseConv& op, const Tensor&) {
+TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   check(op.element != Element::float16, "token_depthwise_conv: the CPU kernels take float32 and bfloat16, got float16");
   const int64_t numel = op.batch * op.out_height * op.out_width * op.channels;
   const int64_t threads = numel < kSerialNumel ? 1 : num_threads();
@@ -52,12 +49,19 @@ void run(const TokenDepthwiseConv& op, const Tensor&) {
   const int64_t parameters = work.channel_blocks * (op.kernel * op.kernel + 4);  // as the kernel lays them out
   const int64_t rows = (op.kernel + 1) * work.padded_width + op.out_width;
   work.scratch_floats = work.channel_block * (parameters + rows);
-  const int64_t items = op.batch * work.channel_blocks * work.row_blocks;
+  work.items = op.batch * work.channel_blocks * work.row_blocks;
+  work.grain = divide_up(work.items, threads);
+  return work;
+}
+
+namespace {
+
+void run(const TokenDepthwiseConv& op, const Tensor&) {
+  const TokenDepthwiseConvWork work = divide(op);
   const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
-  parallel_for(0, items, divide_up(items, threads), [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(work.scratch_floats) * sizeof(float);
-    const std::unique_ptr<float, FreeScratch> scratch(static_cast<float*>(operator new(bytes, std::align_val_t{64})));
-    kernel(work, begin, end, scratch.get());
+  parallel_for(0, work.items, work.grain, [&](int64_t begin, int64_t end) {
+    kernel(work, begin, end, Workspace::of_thread().take(work.scratch_floats));
+    Workspace::of_thread().give_back();
   });
 }
 

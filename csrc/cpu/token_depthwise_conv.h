@@ -13,7 +13,11 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t padded_width;    // of an input row with its padding columns
   int64_t scratch_floats;  // working memory of one thread
   int64_t bytes;           // of the result, which tells about in which cache x and out can be
+  int64_t items, grain;    // all there are, and as many as a thread should take at least
 };
+
+// Divides the work among the threads there are. Throws where the CPU kernels do not take the dtype.
+TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op);
 
 // Does items [begin, end); scratch: 64-byte aligned, scratch_floats long.
 FASTVIT_DECLARE_PER_ISA(void token_depthwise_conv(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end,

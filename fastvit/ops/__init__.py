@@ -3,22 +3,34 @@
 ``IMPLEMENTATIONS`` holds, by operator, who can compute it in order of preference.
 """
 
+from fastvit.ops.conv_projection import IMPLEMENTATIONS as _CONV_PROJECTION
+from fastvit.ops.conv_projection import conv_projection
+from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as _DEPTHWISE_SEPARABLE_CONV
+from fastvit.ops.depthwise_separable_conv import depthwise_separable_conv
 from fastvit.ops.head_mixed_attention import IMPLEMENTATIONS as _HEAD_MIXED_ATTENTION
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
+from fastvit.ops.leff import IMPLEMENTATIONS as _LEFF
+from fastvit.ops.leff import leff
 from fastvit.ops.masked_attention import IMPLEMENTATIONS as _MASKED_ATTENTION
 from fastvit.ops.masked_attention import masked_attention
 from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE_CONV
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
 IMPLEMENTATIONS = {
+    "conv_projection": _CONV_PROJECTION,
+    "depthwise_separable_conv": _DEPTHWISE_SEPARABLE_CONV,
     "head_mixed_attention": _HEAD_MIXED_ATTENTION,
+    "leff": _LEFF,
     "masked_attention": _MASKED_ATTENTION,
     "token_depthwise_conv": _TOKEN_DEPTHWISE_CONV,
 }
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "conv_projection",
+    "depthwise_separable_conv",
     "head_mixed_attention",
+    "leff",
     "masked_attention",
     "re_attention",
     "talking_heads_attention",

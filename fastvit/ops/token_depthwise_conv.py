@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops._checks import describe
+from fastvit.ops._convolution_checks import check_bias, check_depthwise, check_geometry, check_norm, check_x
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
 from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, Call, out_size, run
 from fastvit.reference import functional
@@ -25,69 +25,6 @@ _NAME = "token_depthwise_conv"
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_MAX_KERNEL = 13  # one output's window must fit into shared memory
-
-
-def _is_vector(tensor: Tensor | None, x: Tensor) -> bool:
-    """Whether the tensor is None, or floating with x's channels on x's device."""
-    if tensor is None:
-        return True
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        return False
-    return tensor.shape == x.shape[2:] and tensor.device == x.device
-
-
-def _no_vector(name: str, tensor: Tensor, x: Tensor) -> ValueError:
-    return ValueError(f"{name}: got {describe(tensor)}, accepted beside x {describe(x)} is floating (C,) on its device")
-
-
-def _check_norm(name: str, norm: BatchNorm, x: Tensor) -> None:
-    if not isinstance(norm, BatchNorm):
-        raise ValueError(f"{name}: got {type(norm).__name__}, accepted is BatchNorm.of(module) or None")
-    for field, tensor in zip(BatchNorm._fields[:4], norm[:4], strict=True):
-        if not _is_vector(tensor, x):
-            raise _no_vector(f"{name}.{field}", tensor, x)
-    if (norm.running_mean is None) != (norm.running_var is None) or (
-        norm.running_mean is None and not norm.use_batch_stats
-    ):
-        raise ValueError(f"{name}: running_mean and running_var are both needed without use_batch_stats")
-
-
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"x: got {describe(x)}, accepted is a floating tensor (B, P + h*w, C)")
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ValueError(f"weight: got {describe(weight)}, accepted is a floating tensor (C, 1, k, k)")
-    shape = weight.shape
-    if len(shape) != 4 or shape[1] != 1 or shape[2] != shape[3] or shape[2] < 1 or shape[0] != x.shape[2]:
-        raise ValueError(f"weight: got {describe(weight)}, accepted beside x {describe(x)} is (C, 1, k, k)")
-    if weight.device != x.device:
-        raise ValueError(f"weight: got {describe(weight)}, x is on {x.device}")
-    if bias is not None and not _is_vector(bias, x):
-        raise _no_vector("bias", bias, x)
-
-
-def _check_geometry(
-    x: Tensor, kernel: int, grid: tuple[int, int], stride: int, padding: int, prefix_tokens: int, residual: bool
-) -> None:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
-        raise ValueError(f"grid: got {grid}, accepted is a pair of positive ints (h, w)")
-    h, w = grid
-    if prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens: got {prefix_tokens}, accepted is an int from 0")
-    if x.shape[1] != prefix_tokens + h * w:
-        behind = x.shape[1] - prefix_tokens
-        raise ValueError(f"grid: {grid} has {h * w} tokens, x has {behind} behind {prefix_tokens} prefix tokens")
-    if isinstance(stride, (tuple, list)) or stride < 1:
-        raise ValueError(f"stride: got {stride}, accepted is an int from 1")
-    if isinstance(padding, (tuple, list, str)):
-        raise ValueError(f"padding: got {padding!r}, accepted is an int from 0, the same on all sides")
-    if padding < 0 or min(h, w) + 2 * padding < kernel:
-        raise ValueError(f"padding: got {padding}, a kernel of {kernel} does not fit into the padded grid of {grid}")
-    if residual and (out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)) != (h, w):
-        raise ValueError(
-            f"residual: needs a convolution that keeps the grid {grid}; kernel {kernel}, stride {stride} and padding "
-            f"{padding} do not"
-        )
 
 
 def _check_activation(name: str, activation: str | None) -> None:
@@ -247,16 +184,15 @@ def token_depthwise_conv(
     Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2; the
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
-    _check_tensors(x, weight, bias)
-    kernel = weight.shape[-1]
+    check_x(x)
+    channels, kernel = x.shape[2], check_depthwise("weight", weight, x.shape[2], x)
+    check_bias("bias", bias, channels, x)
     padding = kernel // 2 if padding is None else padding
-    _check_geometry(x, kernel, grid, stride, padding, prefix_tokens, residual)
+    check_geometry(x, kernel, grid, stride, padding, prefix_tokens, residual)
     _check_activation("pre_activation", pre_activation)
     _check_activation("activation", activation)
-    if pre_norm is not None:
-        _check_norm("pre_norm", pre_norm, x)
-    if norm is not None:
-        _check_norm("norm", norm, x)
+    check_norm("pre_norm", pre_norm, channels, x)
+    check_norm("norm", norm, channels, x)
     call = Call(
         x,
         weight,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import SKIPPED, Finding, apply, device_of
 from fastvit.patching.timing import Times, interleaved, readable
-from fastvit.patching.verification import END_TO_END, as_call, undisturbed
+from fastvit.patching.verification import END_TO_END, as_call, undisturbed, watching
 
 
 def choose(
@@ -31,11 +30,8 @@ def choose(
     args, kwargs = as_call(example)
     times: dict[str | None, Times] = {}
     with undisturbed(model):
-        with contextlib.ExitStack() as hooks:
-            for finding in findings:
-                if finding.fused is not None:
-                    hook = _timing(finding, backend, times)
-                    hooks.callback(finding.module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        hooks = {finding.module: _timing(finding, backend, times) for finding in findings if finding.fused is not None}
+        with watching(hooks):
             model(*args, **kwargs)
         chosen = [_decided(finding, times) for finding in findings]
         times[END_TO_END] = _compared(functools.partial(model, *args, **kwargs), model, chosen, backend)

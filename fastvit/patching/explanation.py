@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fastvit.ops import _dispatch
 from fastvit.patching import tables
@@ -72,12 +73,12 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     running: list[str] = []
     rows: list[Choice] = []
     with contextlib.ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, Fused):
-                enter = module.register_forward_pre_hook(functools.partial(_enter, running, name))
-                leave = module.register_forward_hook(functools.partial(_leave, running), always_call=True)
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
+        names = {module: name for name, module in model.named_modules() if isinstance(module, Fused)}
+        # For all modules there are, since blocks call parts that have hooks of their own where they else need not.
+        enter = register_module_forward_pre_hook(functools.partial(_enter, running, names))
+        leave = register_module_forward_hook(functools.partial(_leave, running, names), always_call=True)
+        stack.callback(enter.remove)
+        stack.callback(leave.remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
         stack.enter_context(_dispatch.recording(lambda choice: rows.append(Choice(running[-1], *choice))))
@@ -85,9 +86,11 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     return Explanation(plain_class(model).__name__, tuple(rows))
 
 
-def _enter(running: list[str], name: str, *_: object) -> None:
-    running.append(name)
+def _enter(running: list[str], names: dict[nn.Module, str], module: nn.Module, *_: object) -> None:
+    if module in names:
+        running.append(names[module])
 
 
-def _leave(running: list[str], *_: object) -> None:
-    running.pop()
+def _leave(running: list[str], names: dict[nn.Module, str], module: nn.Module, *_: object) -> None:
+    if module in names:
+        running.pop()

@@ -14,7 +14,8 @@ from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastvit.reference.layers import obstacles
 
 BACKEND_ATTRIBUTE = "fastvit_backend"
 
@@ -120,24 +121,6 @@ def undo(model: nn.Module) -> None:
 def _is_ours(cls: type) -> bool:
     """Whether a class was made here, and is not derived from one that was."""
     return "fastvit_plain" in vars(cls)
-
-
-def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
-    """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
-
-    Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...".
-    """
-    if type(part) is not expected:
-        return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
-    found = []
-    if part._forward_hooks or part._forward_pre_hooks:
-        found.append("has forward hooks, which the fused path would not call")
-    if part._backward_hooks or part._backward_pre_hooks:
-        found.append("has backward hooks, which the fused path would not call")
-    for name, parameter in part._parameters.items():
-        if is_traceable_wrapper_subclass(parameter):  # quantised, or sharded and not gathered
-            found.append(f"has a {type(parameter).__name__} for {name}, which kernels cannot read")
-    return found
 
 
 def is_plain(part: Any, expected: type[nn.Module]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.ops import _dispatch
+from fastvit.reference.functional import Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a report tells the backends of."""
@@ -38,10 +39,28 @@ def _token_depthwise_conv(like: Tensor, backend: str) -> None:
     ops.token_depthwise_conv(x, weight, grid=(2, 2), backend=backend)
 
 
+def _depthwise_separable_conv(like: Tensor, backend: str) -> None:
+    x, weight = like.new_zeros(1, 4, 16), like.new_zeros(16, 1, 3, 3)
+    ops.depthwise_separable_conv(x, weight, None, like.new_zeros(16, 16), grid=(2, 2), backend=backend)
+
+
+def _conv_projection(like: Tensor, backend: str) -> None:
+    part = Projection(like.new_zeros(16, 1, 3, 3), None, like.new_zeros(16, 16))
+    ops.conv_projection(like.new_zeros(1, 4, 16), part, part, part, grid=(2, 2), backend=backend)
+
+
+def _leff(like: Tensor, backend: str) -> None:
+    x, up, weight, down = (like.new_zeros(shape) for shape in ((1, 5, 8), (16, 8), (16, 1, 3, 3), (8, 16)))
+    ops.leff(x, up, None, weight, None, down, None, grid=(2, 2), backend=backend)
+
+
 CALLS: dict[str, Callable[[Tensor, str], None]] = {
     "masked_attention": _masked_attention,
     "head_mixed_attention": _head_mixed_attention,
     "token_depthwise_conv": _token_depthwise_conv,
+    "depthwise_separable_conv": _depthwise_separable_conv,
+    "conv_projection": _conv_projection,
+    "leff": _leff,
 }
 """By operator, a small call of it beside a tensor that tells dtype and device."""
 

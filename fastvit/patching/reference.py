@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row
-from fastvit.reference.functional import BatchNorm
-from fastvit.reference.layers import affine_map, dropout_p
+from fastvit.reference.cvt import ConvProjection
+from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.layers import affine_map, dropout_p, obstacles
 
 
 class AttentionSeam(Fused):
@@ -38,10 +39,41 @@ class ConvProjectionSeam(Fused):
         )
 
 
-class LeFFSeam(Fused):
-    """CeiT's BN, GELU, depthwise convolution, BN, GELU on tokens as they lie."""
+class ConvAttentionSeam(Fused):
+    """CvT's attention; its three projections read their tokens once where their convolutions are fused as well."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "masked_attention"
+
+    attend = AttentionSeam.attend
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [(getattr(self, f"conv_proj_{name}"), getattr(self, f"proj_{name}")) for name in "qkv"]
+        if any(_must_be_called(self, *part) for part in parts):
+            return self.fastvit_plain.project(self, x, grid)
+        q, k, v = (
+            Projection(part.conv.weight, BatchNorm.of(part.bn), linear.weight, linear.bias, part.stride)
+            for part, linear in parts
+        )
+        return ops.conv_projection(
+            x, q, k, v, grid=grid, prefix_tokens=self.prefix_tokens, backend=self.fastvit_backend
+        )
+
+
+def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
+    """Whether a projection's parts do more than its tensors tell, or are not to be fused as the attention is."""
+    known = isinstance(convolution, ConvProjectionSeam) and convolution.fastvit_plain is ConvProjection
+    if not known or convolution.fastvit_backend != attention.fastvit_backend:
+        return True
+    return bool(obstacles(convolution, type(convolution)) or obstacles(linear, nn.Linear))
+
+
+class LeFFSeam(Fused):
+    """CeiT's feed-forward whole, or its BN, GELU, depthwise convolution, BN, GELU where its linears must be called."""
+
+    fastvit_op = "leff"
+
+    def transform(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return ops.leff(x, **self.parameters_and_form(), grid=grid, backend=self.fastvit_backend)
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
         return ops.token_depthwise_conv(
@@ -141,7 +173,7 @@ ROWS = (
     Row("fastvit.reference.cait.ClassAttention", ClassAttentionSeam),
     Row("fastvit.reference.cpvt.SpatialReductionAttention", AttentionSeam),
     Row("fastvit.reference.cpvt.PEG", PEGSeam),
-    Row("fastvit.reference.cvt.ConvAttention", AttentionSeam),
+    Row("fastvit.reference.cvt.ConvAttention", ConvAttentionSeam),
     Row("fastvit.reference.cvt.ConvProjection", ConvProjectionSeam),
     Row("fastvit.reference.ceit.LeFF", LeFFSeam),
 )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
 from fastvit.patching.fusion import give
@@ -42,15 +43,34 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
     with undisturbed(model):
         exact = _in_float64(model, args, kwargs)
         errors: dict[str | None, Error] = {}
-        with contextlib.ExitStack() as hooks:
-            for finding in findings:
-                if finding.fused is not None:
-                    hook = _measuring(finding.name, finding.fused, backend, errors)
-                    hooks.callback(finding.module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        hooks = {
+            finding.module: _measuring(finding.name, finding.fused, backend, errors)
+            for finding in findings
+            if finding.fused is not None
+        }
+        with watching(hooks):
             plain = model(*args, **kwargs)
         apply(findings, backend)
         errors[END_TO_END] = compare(model(*args, **kwargs), plain, exact)
     return errors
+
+
+@contextlib.contextmanager
+def watching(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    """Calls hook(module, args, kwargs, output) behind each forward of these modules, before hooks of their own.
+
+    Nothing is put on the modules: blocks call parts that have hooks where they else need not.
+    """
+
+    def behind(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if module in hooks:
+            hooks[module](module, args, kwargs, output)
+
+    handle = register_module_forward_hook(behind, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def insist(errors: dict[str | None, Error]) -> None:

@@ -14,6 +14,7 @@ As in coeusguo/ceit, which the published weights need. Where that code and the p
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastvit.reference import functional
 from fastvit.reference.base import Variant
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import LEFF_FORMS, BatchNorm
 from fastvit.reference.isotropic import Grid, IsotropicTransformer
 from fastvit.reference.layers import (
     RESIZE_KINDS,
@@ -30,12 +31,11 @@ from fastvit.reference.layers import (
     Mlp,
     init_linear_and_norm,
     linear_drop_path,
+    obstacles,
     run_block,
     to_pair,
     token_grid,
 )
-
-LEFF_FORMS = ("official", "paper")
 
 
 class Stem(nn.Module):
@@ -73,10 +73,10 @@ class ImageToTokens(nn.Module):
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
-    """A 1x1 convolution on tokens (B, N, C), as a linear; one that was wrapped since (by an adapter) is called."""
-    if type(conv) is nn.Conv2d:
-        return F.linear(x, conv.weight.flatten(1), conv.bias)
-    return conv(x.mT.unsqueeze(-1)).squeeze(-1).mT
+    """A 1x1 convolution on tokens (B, N, C), as a linear; one that was wrapped since or is hooked is called."""
+    if obstacles(conv, nn.Conv2d):
+        return conv(x.mT.unsqueeze(-1)).squeeze(-1).mT
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class LeFF(nn.Module):
@@ -108,8 +108,24 @@ class LeFF(nn.Module):
             self.bn2 = nn.BatchNorm2d(hidden_dim)
             self.bn3 = nn.BatchNorm2d(dim)
 
+    def transform(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, P + h*w, D) tokens to what the residual adds; the part a fused block replaces."""
+        return functional.leff(x, **self.parameters_and_form(), grid=grid)
+
+    def parameters_and_form(self) -> dict[str, Any]:
+        """What :func:`functional.leff` takes beside x and grid. Counts a batch in training, so once per forward."""
+        convolutions = {"up": self.conv1, "dw": self.conv2, "down": self.conv3}
+        arguments: dict[str, Any] = {"prefix_tokens": self.prefix_tokens, "form": self.form}
+        for name, conv in convolutions.items():
+            arguments[f"{name}_weight"] = conv.weight if name == "dw" else conv.weight.flatten(1)
+            arguments[f"{name}_bias"] = conv.bias
+        if self.with_bn:
+            norms = {"up": self.bn1, "dw": self.bn2, "down": self.bn3}
+            arguments |= {f"{name}_norm": BatchNorm.of(norm) for name, norm in norms.items()}
+        return arguments
+
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
-        """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; the part a fused block replaces."""
+        """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; replaced where linears are called."""
         return functional.token_depthwise_conv(
             x,
             self.conv2.weight,
@@ -122,16 +138,21 @@ class LeFF(nn.Module):
             activation="gelu",
         )
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def transform_by_parts(self, x: Tensor, grid: Grid) -> Tensor:
+        """As :meth:`transform`, for linears that have to be called."""
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        hidden = pointwise(self.conv1, patches)
-        hidden = self.convolve(hidden, grid, 0)
+        hidden = self.convolve(pointwise(self.conv1, patches), grid, 0)
         out = pointwise(self.conv3, hidden)
-        if self.with_bn:  # over batch and tokens alike, as BatchNorm2d is over batch and map
-            out = BatchNorm.of(self.bn3)(out.flatten(0, 1)).view_as(out)
+        if self.with_bn:
+            out = BatchNorm.of(self.bn3)(out.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
         if self.form == "paper":
             out, prefix = F.gelu(out), torch.zeros_like(prefix)
         return torch.cat((prefix, out), dim=1)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        if obstacles(self.conv1, nn.Conv2d) or obstacles(self.conv3, nn.Conv2d):
+            return self.transform_by_parts(x, grid)
+        return self.transform(x, grid)
 
 
 class Block(nn.Module):

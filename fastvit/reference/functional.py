@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 __all__ = [
     "ACTIVATIONS",
+    "LEFF_FORMS",
     "BatchNorm",
     "LayerNorm",
+    "Projection",
     "activate",
     "attention_probabilities",
+    "conv_projection",
+    "depthwise_separable_conv",
     "head_mixed_attention",
+    "leff",
     "masked_attention",
     "re_attention",
     "recomputing",
@@ -411,3 +416,114 @@ def token_depthwise_conv(
     return (
         torch.cat((prefix, out.flatten(2).transpose(1, 2)), dim=1) if prefix_tokens else out.flatten(2).transpose(1, 2)
     )
+
+
+def depthwise_separable_conv(
+    x: Tensor,
+    dw_weight: Tensor,
+    norm: BatchNorm | None,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    stride: int = 1,
+    padding: int | None = None,
+    prefix_tokens: int = 0,
+    dw_bias: Tensor | None = None,
+) -> Tensor:
+    """Depthwise k x k convolution of tokens, BatchNorm, then a linear layer: one of CvT's projections.
+
+    Prefix tokens skip the convolution and the norm, and join at the linear layer.
+
+    Args:
+        x: (B, P + h*w, C). dw_weight: (C, 1, k, k), dw_bias: (C,). pw_weight: (O, C), pw_bias: (O,).
+        norm: BatchNorm over channels, between the two. grid, stride, padding: as in :func:`token_depthwise_conv`.
+
+    Returns:
+        (B, P + h'*w', O).
+
+    Source: Wu et al. 2021 (CvT), section 3.2.
+    """
+    tokens = token_depthwise_conv(
+        x, dw_weight, dw_bias, grid=grid, stride=stride, padding=padding, prefix_tokens=prefix_tokens, norm=norm
+    )
+    return F.linear(tokens, pw_weight, pw_bias)
+
+
+class Projection(NamedTuple):
+    """The parameters of one :func:`depthwise_separable_conv`: its arguments of the same names."""
+
+    dw_weight: Tensor
+    norm: BatchNorm | None
+    pw_weight: Tensor
+    pw_bias: Tensor | None = None
+    stride: int = 1
+    padding: int | None = None
+    dw_bias: Tensor | None = None
+
+
+def conv_projection(
+    x: Tensor, q: Projection, k: Projection, v: Projection, *, grid: tuple[int, int], prefix_tokens: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CvT's queries, keys and values: three :func:`depthwise_separable_conv` of the same tokens (B, P + h*w, C).
+
+    Source: Wu et al. 2021 (CvT), section 3.2; microsoft/CvT ``cls_cvt.py``.
+    """
+    q_out, k_out, v_out = (
+        depthwise_separable_conv(x, **part._asdict(), grid=grid, prefix_tokens=prefix_tokens) for part in (q, k, v)
+    )
+    return q_out, k_out, v_out
+
+
+LEFF_FORMS = ("official", "paper")
+
+
+def leff(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    grid: tuple[int, int],
+    up_norm: BatchNorm | None = None,
+    dw_norm: BatchNorm | None = None,
+    down_norm: BatchNorm | None = None,
+    prefix_tokens: int = 1,
+    form: str = "official",
+) -> Tensor:
+    """CeiT's locally-enhanced feed-forward, as what a residual adds to its input.
+
+    On grid tokens: linear, norm, GELU, depthwise k x k convolution, norm, GELU, linear, norm. Prefix tokens pass by.
+
+    Args:
+        x: (B, P + h*w, C), row-major grid tokens behind P prefix tokens.
+        up_weight: (E, C), dw_weight: (E, 1, k, k) with k odd, down_weight: (O, E); O = C where there are prefix tokens.
+        up_norm, dw_norm, down_norm: BatchNorm over channels behind each.
+        form: "official" gives prefix tokens as they came, so that a residual doubles them, and has no GELU at the end;
+            "paper" gives zeros for them, so that a residual leaves them be, and has a GELU behind the last norm.
+
+    Returns:
+        (B, P + h*w, O).
+
+    Source: Yuan et al. 2021 (CeiT), section 3.2; coeusguo/ceit ``LocallyEnhancedFeedForward``.
+    """
+    prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
+    hidden = token_depthwise_conv(
+        F.linear(tokens, up_weight, up_bias),
+        dw_weight,
+        dw_bias,
+        grid=grid,
+        pre_norm=up_norm,
+        pre_activation="gelu",
+        norm=dw_norm,
+        activation="gelu",
+    )
+    out = F.linear(hidden, down_weight, down_bias)
+    if down_norm is not None:
+        out = down_norm(out.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    if form == "paper":
+        out, prefix = F.gelu(out), torch.zeros_like(prefix)
+    return torch.cat((prefix, out), dim=1) if prefix_tokens else out

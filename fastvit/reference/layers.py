@@ -63,6 +63,24 @@ def affine_map(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
     return (linear(torch.eye(width, dtype=like.dtype, device=like.device)) - bias).mT, bias[0]
 
 
+def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
+    """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
+
+    Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...".
+    """
+    if type(part) is not expected:
+        return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
+    found = []
+    if part._forward_hooks or part._forward_pre_hooks:
+        found.append("has forward hooks, which the fused path would not call")
+    if part._backward_hooks or part._backward_pre_hooks:
+        found.append("has backward hooks, which the fused path would not call")
+    for name, parameter in part._parameters.items():
+        if is_traceable_wrapper_subclass(parameter):  # quantised, or sharded and not gathered
+            found.append(f"has a {type(parameter).__name__} for {name}, which kernels cannot read")
+    return found
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to patch tokens (B, h*w, D), row-major, by a convolution whose stride is its kernel size."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.reference.functional import BatchNorm, LayerNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 HEADS, CHANNELS = 4, 6
 
@@ -47,6 +47,30 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "post_weight": _square(),
         "post_bias": torch.randn(HEADS),
     },
+    "depthwise_separable_conv": lambda: {
+        "x": torch.randn(2, 13, CHANNELS),
+        "dw_weight": torch.randn(CHANNELS, 1, 3, 3),
+        "norm": None,
+        "pw_weight": torch.randn(8, CHANNELS),
+        "grid": (3, 4),
+        "prefix_tokens": 1,
+    },
+    "conv_projection": lambda: {
+        "x": torch.randn(2, 13, CHANNELS),
+        **{name: Projection(torch.randn(CHANNELS, 1, 3, 3), None, torch.randn(8, CHANNELS)) for name in "qkv"},
+        "grid": (3, 4),
+        "prefix_tokens": 1,
+    },
+    "leff": lambda: {
+        "x": torch.randn(2, 13, CHANNELS),
+        "up_weight": torch.randn(12, CHANNELS),
+        "up_bias": None,
+        "dw_weight": torch.randn(12, 1, 3, 3),
+        "dw_bias": None,
+        "down_weight": torch.randn(CHANNELS, 12),
+        "down_bias": None,
+        "grid": (3, 4),
+    },
     "token_depthwise_conv": lambda: {
         "x": torch.randn(2, 13, CHANNELS),
         "weight": torch.randn(CHANNELS, 1, 3, 3),
@@ -57,6 +81,33 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
 """By operator, arguments that it takes."""
 
 META = {"device": "meta"}
+_GRID = [
+    ("grid", 12, "grid: got 12, accepted is a pair of positive ints (h, w)"),
+    ("grid", (3, 4, 1), "grid: got (3, 4, 1), accepted is a pair"),
+    ("grid", (0, 4), "grid: got (0, 4), accepted is a pair"),
+    ("grid", (4, 4), "grid: (4, 4) has 16 tokens, x has 12 behind 1 prefix tokens"),
+    ("prefix_tokens", -1, "prefix_tokens: got -1, accepted is an int from 0"),
+    ("prefix_tokens", 0, "grid: (3, 4) has 12 tokens, x has 13 behind 0 prefix tokens"),
+]
+
+
+def _weight_cases(name: str, shape: tuple[int, ...], accepted: str) -> list[tuple[str, Any, str]]:
+    wide = (*shape[:-2], shape[-2] + 1, shape[-1] + 2)
+    return [
+        (name, torch.randn(wide), f"{name}: got {wide} torch.float32 on cpu, accepted is a floating tensor {accepted}"),
+        (name, torch.ones(shape).long(), f"{name}: got {shape} torch.int64 on cpu, accepted is a floating tensor"),
+        (name, torch.randn(shape, **META), f"{name}: got {shape} torch.float32 on meta, x is on cpu"),
+        (name, None, f"{name}: got None (NoneType), accepted is a floating tensor {accepted}"),
+    ]
+
+
+def _vector_cases(name: str, size: int) -> list[tuple[str, Any, str]]:
+    return [
+        (name, torch.zeros(size + 1), f"{name}: got ({size + 1},) torch.float32 on cpu, accepted beside x (2, 13, 6)"),
+        (name, torch.zeros(size, **META), f"{name}: got ({size},) torch.float32 on meta, accepted beside x"),
+    ]
+
+
 _QKV = [
     ("q", torch.randn(2, 4, 5), "q: got (2, 4, 5) torch.float32 on cpu, accepted is a floating tensor (B, H, Nq, D)"),
     ("q", torch.ones(2, 4, 5, 8, dtype=torch.int32), "q: got (2, 4, 5, 8) torch.int32"),
@@ -146,6 +197,48 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         ("pre_bias", torch.zeros(4, 1), "pre_bias: got (4, 1)"),
         ("post_bias", torch.zeros(4, **META), "post_bias: got (4,) torch.float32 on meta, q is on cpu"),
     ],
+    "depthwise_separable_conv": [
+        ("x", torch.randn(13, CHANNELS), "x: got (13, 6) torch.float32 on cpu, accepted is a floating tensor"),
+        ("x", None, "x: got None (NoneType)"),
+        *_weight_cases("dw_weight", (CHANNELS, 1, 3, 3), "(6, 1, k, k)"),
+        *_weight_cases("pw_weight", (8, CHANNELS), "(O, 6)"),
+        *_vector_cases("dw_bias", CHANNELS),
+        *_vector_cases("pw_bias", 8),
+        *_norm_cases("norm", CHANNELS),
+        *_GRID,
+        ("stride", 0, "stride: got 0, accepted is an int from 1"),
+        ("padding", "same", "padding: got 'same', accepted is an int from 0"),
+        ("backend", "fast", "none named 'fast', accepted are ['auto', "),
+    ],
+    "conv_projection": [
+        ("x", torch.randn(13, CHANNELS), "x: got (13, 6) torch.float32 on cpu, accepted is a floating tensor"),
+        *((name, None, f"{name}: got NoneType, accepted is a Projection") for name in "qkv"),
+        ("k", Projection(torch.randn(5, 1, 3, 3), None, _square()), "k.dw_weight: got (5, 1, 3, 3)"),
+        *_GRID,
+        ("backend", "fast", "none named 'fast', accepted are ['auto', "),
+    ],
+    "leff": [
+        ("x", torch.randn(13, CHANNELS), "x: got (13, 6) torch.float32 on cpu, accepted is a floating tensor"),
+        ("x", None, "x: got None (NoneType)"),
+        *_weight_cases("up_weight", (12, CHANNELS), "(O, 6)"),
+        *_weight_cases("dw_weight", (12, 1, 3, 3), "(12, 1, k, k)"),
+        *_weight_cases("down_weight", (CHANNELS, 12), "(O, 12)"),
+        ("dw_weight", torch.randn(12, 1, 2, 2), "dw_weight: got a kernel of 2, accepted are odd ones"),
+        (
+            "down_weight",
+            torch.randn(5, 12),
+            "down_weight: gives 5 channels, accepted with prefix tokens are as many as",
+        ),
+        *_vector_cases("up_bias", 12),
+        *_vector_cases("dw_bias", 12),
+        *_vector_cases("down_bias", CHANNELS),
+        *_norm_cases("up_norm", 12),
+        *_norm_cases("dw_norm", 12),
+        *_norm_cases("down_norm", CHANNELS),
+        *_GRID,
+        ("form", "both", "form: got 'both', accepted are ('official', 'paper')"),
+        ("backend", "fast", "none named 'fast', accepted are ['auto', "),
+    ],
     "token_depthwise_conv": [
         (
             "x",
@@ -154,7 +247,7 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
         ),
         ("x", torch.ones(2, 13, CHANNELS).long(), "x: got (2, 13, 6) torch.int64"),
         ("x", None, "x: got None (NoneType)"),
-        ("weight", torch.randn(CHANNELS, 3, 3), "weight: got (6, 3, 3) torch.float32 on cpu, accepted beside x"),
+        ("weight", torch.randn(CHANNELS, 3, 3), "weight: got (6, 3, 3) torch.float32 on cpu, accepted is a floating"),
         ("weight", torch.randn(5, 1, 3, 3), "weight: got (5, 1, 3, 3)"),
         (
             "weight",
@@ -166,16 +259,11 @@ BAD: dict[str, list[tuple[str, Any, str]]] = {
             torch.randn(CHANNELS, 1, 3, 3, **META),
             "weight: got (6, 1, 3, 3) torch.float32 on meta, x is on cpu",
         ),
-        ("weight", None, "weight: got None (NoneType), accepted is a floating tensor (C, 1, k, k)"),
+        ("weight", None, "weight: got None (NoneType), accepted is a floating tensor (6, 1, k, k)"),
         ("bias", torch.zeros(5), "bias: got (5,) torch.float32 on cpu, accepted beside x (2, 13, 6)"),
         ("bias", torch.zeros(CHANNELS).long(), "bias: got (6,) torch.int64"),
         ("bias", [0.0] * CHANNELS, "bias: got [0.0, "),
-        ("grid", 12, "grid: got 12, accepted is a pair of positive ints (h, w)"),
-        ("grid", (3, 4, 1), "grid: got (3, 4, 1), accepted is a pair"),
-        ("grid", (0, 4), "grid: got (0, 4), accepted is a pair"),
-        ("grid", (4, 4), "grid: (4, 4) has 16 tokens, x has 12 behind 1 prefix tokens"),
-        ("prefix_tokens", -1, "prefix_tokens: got -1, accepted is an int from 0"),
-        ("prefix_tokens", 0, "grid: (3, 4) has 12 tokens, x has 13 behind 0 prefix tokens"),
+        *_GRID,
         ("stride", 0, "stride: got 0, accepted is an int from 1"),
         ("stride", (1, 1), "stride: got (1, 1), accepted is an int from 1"),
         ("padding", -1, "padding: got -1"),
@@ -205,7 +293,8 @@ def test_the_error_names_the_argument_the_value_and_what_is_accepted(op, name, v
 
 @pytest.mark.parametrize("op", GOOD)
 def test_what_the_cases_start_from_is_accepted(op):
-    assert torch.isfinite(getattr(ops, op)(**GOOD[op]())).all()
+    result = getattr(ops, op)(**GOOD[op]())
+    assert all(torch.isfinite(part).all() for part in (result if isinstance(result, tuple) else (result,)))
 
 
 def test_residual_wants_the_grid_kept():
@@ -218,5 +307,9 @@ def test_every_operator_and_every_tensor_argument_is_here():
     assert set(BAD) == set(GOOD) == public
     for op in public:
         parameters = inspect.signature(getattr(ops, op)).parameters.values()
-        tensors = {p.name for p in parameters if "Tensor" in str(p.annotation) or "BatchNorm" in str(p.annotation)}
+        tensors = {
+            p.name
+            for p in parameters
+            if any(kind in str(p.annotation) for kind in ("Tensor", "BatchNorm", "Projection"))
+        }
         assert tensors <= {name for name, _, _ in BAD[op]}, op

@@ -76,7 +76,7 @@ def test_filter_fn_sees_module_and_qualified_name(model):
 def test_ops_chooses_operators():
     model = build("ceit")
     everything = fused_names(patch(model))
-    convolutions = fused_names(patch(model, ops="token_depthwise_conv"))
+    convolutions = fused_names(patch(model, ops="leff"))
     attentions = fused_names(patch(model, ops=["masked_attention"]))
     assert convolutions == ["blocks.0.leff", "blocks.1.leff"]
     assert sorted(convolutions + attentions) == sorted(everything)
@@ -108,8 +108,8 @@ def test_a_backend_that_an_operator_lacks_leaves_the_block_alone():
     rows = {row.name: row for row in report(model).rows}
     assert rows["blocks.0.attn"].backend == "sdpa"
     assert rows["blocks.0.leff"].status == "unsupported"
-    assert "token_depthwise_conv has no backend 'sdpa'" in rows["blocks.0.leff"].reasons[0]
-    with pytest.raises(RuntimeError, match=r"strict: .*\n  blocks.0.leff \(LeFF\): token_depthwise_conv has no"):
+    assert "leff has no backend 'sdpa'" in rows["blocks.0.leff"].reasons[0]
+    with pytest.raises(RuntimeError, match=r"strict: .*\n  blocks.0.leff \(LeFF\): leff has no"):
         patch(model, backend="sdpa", strict=True)
 
 

@@ -28,9 +28,9 @@ def test_rows_say_what_is_and_what_could_be():
     rows = {row.name: row for row in report(model).rows}
     assert (rows["blocks.0.attn"].cls, rows["blocks.0.attn"].status) == ("Attention", "patched")
     assert rows["blocks.0.attn"].backend == ATTENTION
-    assert rows["blocks.0.leff"].reasons == ("ops leaves token_depthwise_conv out",)
+    assert rows["blocks.0.leff"].reasons == ("ops leaves leff out",)
     assert rows["blocks.0.leff"].backend is None
-    assert report(model).totals() == {"masked_attention": (3, 3), "token_depthwise_conv": (0, 2)}
+    assert report(model).totals() == {"masked_attention": (3, 3), "leff": (0, 2)}
     unpatch(model)
     assert rows["blocks.0.leff"].reasons != report(model).rows[1].reasons
 
@@ -99,11 +99,11 @@ def _backends(model: nn.Module) -> dict[str, tuple[str | None, dict[str, str]]]:
 
 def test_backends_are_those_of_each_dtype():
     """The choice for a dtype is what explain says of a model in it."""
-    model = patch(build("cvt"))
+    model = patch(build("cpvt"))
     told = _backends(model)
     for dtype in preference.DTYPES:
         name = str(dtype).removeprefix("torch.")
-        ran = {row.op: row.backend for row in explain(model.to(dtype), images("cvt").to(dtype)).rows}
+        ran = {row.op: row.backend for row in explain(model.to(dtype), images("cpvt").to(dtype)).rows}
         assert {op: backends[name] for op, (_, backends) in told.items()} == ran
         assert {op: backend for op, (backend, _) in _backends(model).items()} == ran
     assert _backends(model.double())["token_depthwise_conv"][0] == "reference"
@@ -169,15 +169,14 @@ def test_share_of_flops_is_what_the_operators_compute():
 
 
 def test_share_of_flops_leaves_out_what_a_fused_block_does_beside_its_operator():
-    """CeiT's LeFF multiplies by the weights of its 1x1 convolutions itself; only the depthwise one is fused."""
-    model, x = patch(build("ceit"), ops="token_depthwise_conv"), images("ceit")
-    patches, hidden, depth = 16, 4 * 48, 2
-    whole = report(model, x).flops_share
-    convolution = depth * 2 * 9 * patches * hidden
-    patch(model, ops="token_depthwise_conv", filter_fn=lambda module, name: "0" in name)
-    assert report(model, x).flops_share == pytest.approx(whole / 2)
-    linears = depth * 2 * 17 * 48 * (3 * 48 + 48) + depth * 2 * 2 * patches * 48 * hidden
-    assert 0 < whole < convolution / (convolution + linears)
+    """CvT's attention calls linears that have hooks; then only the depthwise convolutions are fused."""
+    model, x = patch(build("cvt"), ops="token_depthwise_conv"), images("cvt")
+    convolutions = report(model, x).flops_share
+    everything = report(patch(model), x).flops_share
+    for name, module in model.named_modules():
+        if name.endswith("proj_q"):
+            module.register_forward_hook(lambda *_: None)
+    assert 0 < convolutions < report(model, x).flops_share < everything
 
 
 @pytest.mark.parametrize("name", ["cait", "cvt", "ceit", "timm_cait", "timm_twins"])
@@ -190,7 +189,8 @@ def test_shares_of_operators_add_up_and_nothing_is_left_on_the_model(name):
         before = [type(module) for module in model.modules()]
         share[op] = report(model, x).flops_share
         assert [type(module) for module in model.modules()] == before
-    assert 0 < share.pop(None) == pytest.approx(sum(share.values()))
+    together, alone = share.pop(None), sum(share.values())
+    assert 0 < together == pytest.approx(alone) or (name == "cvt" and together > alone)  # its linears join in
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

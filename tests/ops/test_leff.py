@@ -1,0 +1,206 @@
+"""CeiT's feed-forward against its plain twin: both forms, with and without norms, inference and training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastvit import backends
+from fastvit.ops import leff
+from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm
+from tests.ops.composed import Arguments, check_inference, check_training, converted, random_norm
+
+needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def make(
+    grid: tuple[int, int] = (7, 5), prefix: int = 1, form: str = "official", channels: int = 24, batch: int = 2,
+    kernel: int = 3, norms: bool = True, batch_statistics: bool = False, **changes: Any
+) -> Arguments:  # fmt: skip
+    hidden = 2 * channels + 4
+
+    def norm(size: int) -> BatchNorm | None:
+        return random_norm(size, batch_statistics) if norms else None
+
+    return {
+        "x": torch.randn(batch, prefix + grid[0] * grid[1], channels),
+        "up_weight": torch.randn(hidden, channels) / channels**0.5,
+        "up_bias": torch.randn(hidden),
+        "dw_weight": torch.randn(hidden, 1, kernel, kernel) / kernel,
+        "dw_bias": torch.randn(hidden),
+        "down_weight": torch.randn(channels, hidden) / hidden**0.5,
+        "down_bias": torch.randn(channels),
+        "up_norm": norm(hidden),
+        "dw_norm": norm(hidden),
+        "down_norm": norm(channels),
+        "grid": grid,
+        "prefix_tokens": prefix,
+        "form": form,
+    } | changes
+
+
+CASES = {
+    "official": make(),
+    "paper": make(form="paper"),
+    "without norms": make(norms=False),
+    "paper without norms": make(norms=False, form="paper"),
+    "no prefix": make(prefix=0),
+    "two prefix tokens": make(prefix=2, form="paper"),
+    "one token": make((1, 1)),
+    "odd": make((15, 15), channels=20, batch=1),
+    "kernel 5": make((9, 8), kernel=5),
+    "kernel 1": make((3, 3), kernel=1),
+    "no biases": make(up_bias=None, dw_bias=None, down_bias=None),
+    "no image": make(batch=0),
+    "other width": make(prefix=0, down_weight=torch.randn(7, 52), down_bias=None, down_norm=None),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_inference(case: str, dtype: torch.dtype, isa: str) -> None:
+    check_inference(leff, functional.leff, converted(CASES[case], dtype), backend="cpp")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["official", "paper"])
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_training(batch_statistics: bool, form: str, dtype: torch.dtype) -> None:
+    case = make((5, 4), 1, form, channels=12, batch_statistics=batch_statistics)
+    check_training(leff, functional.leff, converted(case, dtype))
+
+
+def test_training_without_norms_and_prefix() -> None:
+    check_training(leff, functional.leff, make((5, 4), 0, channels=12, norms=False))
+
+
+def test_batch_statistics_without_gradients_leave_prefix_tokens_out() -> None:
+    got = make(batch_statistics=True)
+    expected = converted(got, torch.float32)
+    got["x"][:, 0] = 1e6
+    expected["x"][:, 0] = 0.0
+    with torch.no_grad():
+        torch.testing.assert_close(leff(**got)[:, 1:], functional.leff(**expected)[:, 1:])
+    for name in ("up_norm", "dw_norm", "down_norm"):
+        torch.testing.assert_close(got[name].running_mean, expected[name].running_mean)
+        torch.testing.assert_close(got[name].running_var, expected[name].running_var)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_prefix_tokens_pass_by(backend: str) -> None:
+    official, paper = make(prefix=2), make(prefix=2, form="paper")
+    official["x"][0, 1, 3] = float("nan")
+    with torch.no_grad():
+        got = leff(**official, backend=backend)
+        assert torch.equal(got[:, :2].nan_to_num(9.0), official["x"][:, :2].nan_to_num(9.0))
+        assert got[:, 2:].isfinite().all()
+        assert leff(**paper, backend=backend)[:, :2].eq(0).all()
+
+
+def test_the_argument_is_left_as_it_was() -> None:
+    for form in functional.LEFF_FORMS:
+        case = make(form=form, norms=False)
+        before = case["x"].clone()
+        with torch.no_grad():
+            leff(**case)
+        assert torch.equal(case["x"], before)
+
+
+class Chain(nn.Module):
+    """The feed-forward as a chain of layers on the map, for patch tokens alone."""
+
+    def __init__(self, form: str):
+        super().__init__()
+        self.form = form
+        self.up, self.down = nn.Conv2d(6, 12, 1), nn.Conv2d(12, 6, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in (12, 12, 6))
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = x.transpose(1, 2).unflatten(2, grid)
+        x = torch.nn.functional.gelu(self.norms[0](self.up(x)))
+        x = torch.nn.functional.gelu(self.norms[1](self.depthwise(x)))
+        x = self.norms[2](self.down(x))
+        return (torch.nn.functional.gelu(x) if self.form == "paper" else x).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("form", ["official", "paper"])
+def test_the_twin_is_the_chain_of_layers(form: str) -> None:
+    chain = Chain(form).double()
+    x = torch.randn(2, 1 + 35, 6, dtype=torch.float64)
+    expected = chain(x[:, 1:], (5, 7))
+    for norm in chain.norms:
+        norm.reset_running_stats()
+    up, down = (conv.weight.flatten(1) for conv in (chain.up, chain.down))
+    norms = dict(zip(("up_norm", "dw_norm", "down_norm"), map(BatchNorm.of, chain.norms), strict=True))
+    got = functional.leff(
+        x, up, chain.up.bias, chain.depthwise.weight, chain.depthwise.bias, down, chain.down.bias,
+        grid=(5, 7), form=form, **norms,
+    )  # fmt: skip
+    torch.testing.assert_close(got[:, 1:], expected)
+
+
+def test_gradcheck_of_the_twin() -> None:
+    case = converted(make((2, 3), channels=3, batch=1), torch.float64)
+    names = ("x", "up_weight", "dw_weight", "down_weight", "down_bias")
+    tensors = [case[name].requires_grad_() for name in names]
+
+    def run(*values: Tensor) -> Tensor:
+        return functional.leff(**case | dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("name", ["up_norm", "dw_norm", "down_norm"])
+def test_a_norm_to_be_called_takes_the_plain_path(name: str) -> None:
+    case = make()
+    layer = nn.BatchNorm2d(case[name].running_mean.numel())
+    case[name] = BatchNorm(None, None, None, None, True, layer=layer)
+    with pytest.raises(RuntimeError, match="is a BatchNorm2d, of which only the layer itself knows what it does"):
+        leff(**case, backend="cpp" if not backends.cpp_reasons() else "cuda")
+    with torch.no_grad():
+        leff(**case)
+    assert layer.num_batches_tracked == 1
+
+
+def test_other_dtypes_take_the_plain_path() -> None:
+    for dtype in (torch.float16, torch.float64):
+        got = leff(**converted(make(), dtype))
+        assert got.dtype == dtype
+    case = converted(make(), torch.float64)
+    assert torch.equal(leff(**case), functional.leff(**case))
+    mixed = converted(make(), torch.bfloat16, torch.float32)
+    assert leff(**mixed).dtype == leff(**mixed, backend="reference").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("form", ["official", "paper"])
+def test_autocast(form: str, prefix: int) -> None:
+    case = make(prefix=prefix, form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            got, plain = leff(**case), functional.leff(**case)
+        assert got.dtype == plain.dtype
+        torch.testing.assert_close(got, plain, atol=0.1, rtol=0.05)
+        case["up_weight"].requires_grad_()
+        leff(**case).sum().backward()
+    assert case["up_weight"].grad is not None
+    assert case["up_weight"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(leff, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (2, 3):
+            case = make(batch=batch)
+            torch.testing.assert_close(compiled(**case), leff(**case), rtol=0, atol=0)
+    case["up_weight"].requires_grad_()
+    torch.testing.assert_close(compiled(**case), leff(**case))
