@@ -1,4 +1,4 @@
-"""Masked attention, forward.
+"""Masked attention, forward; the backward is in ``masked_attention_backward.py``.
 
     out[b, h] = softmax(q[b, h] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
@@ -17,7 +17,8 @@ and V come from the cache. The program holds Q [BLOCK_M, BLOCK_D] (BLOCK_D is D 
   A key padding mask confines the loop to the tiles between the first and the last visible key.
 
 Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
-float32; everything between them is float32. Logits are kept in units of log2 so that exp is a single exp2.
+float32; everything between them is float32. The maximum is taken off before the logits are brought to the units of
+exp2, the one exponential GPUs have an instruction for, so that large logits keep their differences.
 
 Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling).
 """
@@ -29,20 +30,18 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import (
-    LARGEST_TILE,
-    LOG2_E,
-    load_key_mask,
-    load_tile,
+from fastvit.kernels import _tuning
+from fastvit.kernels._attention import (
+    Operands,
+    empty_rows,
+    finite_maximum,
+    inverse_of_sum,
+    logits_tile,
+    padded_head_dim,
     product_kind,
-    store_rows,
-    visible_range,
-    with_small_strides,
 )
+from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
 from torch import Tensor
-
-NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
-"""How a mask is read: not at all, one row for all queries of a head, or a tile of (queries, keys)."""
 
 
 class Config(NamedTuple):
@@ -94,11 +93,6 @@ AMD_ONE_PASS_KEYS = 128
 """Larger one-pass tiles spill on gfx942, whose matrix instructions want 16 rows per warp."""
 
 
-def block_d(head_dim: int) -> int:
-    """The head dimension padded to a power of two the tables have."""
-    return max(32, triton.next_power_of_2(head_dim))
-
-
 def choose_configs(
     product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False
 ) -> tuple[Config, ...]:
@@ -106,54 +100,10 @@ def choose_configs(
 
     Keyed by what is multiplied, the padded head dimension, the token bucket, and how regularly memory is read.
     """
-    table = (REGULAR if regular else IRREGULAR)[product, block_d(head_dim)]
+    table = (REGULAR if regular else IRREGULAR)[product, padded_head_dim(head_dim)]
     largest = AMD_ONE_PASS_KEYS if amd else LARGEST_TILE
     fitting = [config for config in table if config.one_pass and num_keys <= config.block_n <= largest]
     return (*fitting[:1], *(config for config in table if not config.one_pass))
-
-
-@triton.jit
-def _logits(
-    q_tile,
-    k_tile,
-    qk_scale,
-    mask,
-    bias,
-    first_query,
-    first_key,
-    num_queries,
-    num_keys,
-    stride_mq,
-    stride_mk,
-    stride_biasq,
-    stride_biask,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Logits [BLOCK_M, BLOCK_N] in units of log2, -inf where a key is masked or lies behind the last one."""
-    logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * qk_scale
-    if HAS_BIAS:
-        tile = load_tile(
-            bias, first_query, first_key, num_queries, num_keys, stride_biasq, stride_biask, BLOCK_M, BLOCK_N
-        )
-        logits += tile.to(tl.float32) * LOG2_E
-    if MASK_KIND == 0:
-        visible = (first_key + tl.arange(0, BLOCK_N) < num_keys)[None, :]
-    elif MASK_KIND == 1:
-        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)[None, :]
-    else:
-        tile = load_tile(mask, first_query, first_key, num_queries, num_keys, stride_mq, stride_mk, BLOCK_M, BLOCK_N)
-        visible = tile != 0
-    return tl.where(visible, logits, float("-inf"))
-
-
-@triton.jit
-def _finite_maximum(row_max):
-    """The row maximum, 0 for a row that has seen no key: exp2(-inf - 0) is 0 where exp2(-inf - -inf) is NaN."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 # Token counts and head counts vary from call to call and gain nothing from a kernel of their own.
@@ -167,6 +117,7 @@ def masked_attention_kernel(
     mask,
     bias,
     out,
+    lse,
     scale,
     stride_qb,
     stride_qh,
@@ -195,10 +146,11 @@ def masked_attention_kernel(
     ONE_PASS: tl.constexpr,
     MASK_KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of BLOCK_M queries of one head."""
-    qk_scale = tl.cast(scale, tl.float32) * LOG2_E  # a Python float may arrive as float64
+    scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
 
     # Which block: neighbours in program_id share the head.
     blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -221,11 +173,12 @@ def masked_attention_kernel(
 
     if ONE_PASS:
         k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-        logits = _logits(
-            q_tile, k_tile, qk_scale, mask, bias, first_query, 0, num_queries, num_keys,
+        logits = logits_tile(
+            q_tile, k_tile, scale, mask, bias, first_query, 0, num_queries, num_keys,
             stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
         )  # fmt: skip
-        p = tl.exp2(logits - _finite_maximum(tl.max(logits, 1))[:, None])
+        row_max = tl.max(logits, 1)
+        p = tl.exp(logits - finite_maximum(row_max)[:, None])
         row_sum = tl.sum(p, 1)
         v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
@@ -240,27 +193,26 @@ def masked_attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(first, end, BLOCK_N):
             k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-            logits = _logits(
-                q_tile, k_tile, qk_scale, mask, bias, first_query, start, num_queries, num_keys,
+            logits = logits_tile(
+                q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys,
                 stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
             )  # fmt: skip
             new_max = tl.maximum(row_max, tl.max(logits, 1))
-            finite_max = _finite_maximum(new_max)
-            p = tl.exp2(logits - finite_max[:, None])
-            rescale = tl.exp2(row_max - finite_max)
+            finite_max = finite_maximum(new_max)
+            p = tl.exp(logits - finite_max[:, None])
+            rescale = tl.exp(row_max - finite_max)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
             row_max = new_max
 
     # A row that has seen no key has sum 0 and accumulator 0.
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    acc = acc * inverse_of_sum(row_sum)[:, None]
     store_rows(out, acc, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
-
-
-def _has_aligned_rows(tensor: Tensor) -> bool:
-    """Whether Triton can see that every row starts on 16 bytes and so reads it in pieces of that size."""
-    return tensor.shape[3] % 16 == 0 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in tensor.stride()[:3])
+    if WRITE_LSE:
+        rows = first_query + tl.arange(0, BLOCK_M)
+        row_lse = row_max + tl.log(row_sum)  # -inf + -inf without a key
+        tl.store(lse + head.to(tl.int64) * num_queries + rows, row_lse, mask=rows < num_queries)
 
 
 def masked_attention_forward(
@@ -270,9 +222,10 @@ def masked_attention_forward(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float = 1.0,
+    need_lse: bool = False,
     *,
     config: Config | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel.
 
     Args:
@@ -280,55 +233,53 @@ def masked_attention_forward(
             copied only where the last axis is not adjacent.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk). bias: floating, likewise.
         scale: multiplies q k^T.
-        config: in place of the first of :func:`choose_configs`.
+        config: in place of what is chosen by measuring.
 
     Returns:
-        (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D).
+        The output, (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D); and with need_lse the natural
+        logarithm of each row's sum of exponentials, (B, H, Nq) float32, -inf for a row without keys, else empty (0,).
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
-    out = torch.empty((batch, num_queries, heads, head_dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = empty_rows(q, num_queries)
+    lse = q.new_empty((batch, heads, num_queries) if need_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
-        return out
+        return out, lse
     if num_keys == 0:
-        return out.zero_()
-    q, k, v = (with_small_strides(t if t.stride(3) == 1 else t.contiguous()) for t in (q, k, v))
-    full = (batch, heads, num_queries, num_keys)
-    mask = None if mask is None else with_small_strides(mask.view(torch.uint8).expand(full))
-    bias = None if bias is None else with_small_strides(bias.expand(full))
-    mask_kind = NO_MASK if mask is None else KEY_MASK if mask.stride(2) == 0 else FULL_MASK
+        return out.zero_(), lse.fill_(float("-inf"))
+    operands = Operands.of(q, k, v, mask, bias)
     product = product_kind(q.dtype)
-    if config is None:
-        regular = mask_kind != FULL_MASK and bias is None and all(map(_has_aligned_rows, (q, k, v)))
-        amd = torch.version.hip is not None
-        config = choose_configs(product, head_dim, num_keys, regular=regular, amd=amd)[0]
-    no_strides = (0, 0, 0, 0)
-    with torch.cuda.device_of(q):
+
+    def launch(config: Config, out: Tensor) -> None:
         masked_attention_kernel[(triton.cdiv(num_queries, config.block_m) * batch * heads,)](
-            q,
-            k,
-            v,
-            mask,
-            bias,
-            out,
-            float(scale),  # an int would be made a constant, 1 among others
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *(mask.stride() if mask is not None else no_strides),
-            *(bias.stride() if bias is not None else no_strides),
-            heads,
-            num_queries,
-            num_keys,
+            **operands._asdict(),
+            out=out,
+            lse=lse if need_lse else None,
+            scale=float(scale),  # an int would be made a constant, 1 among others
+            **operands.strides(),
+            H=heads,
+            num_queries=num_queries,
+            num_keys=num_keys,
             D=head_dim,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            BLOCK_D=block_d(head_dim),
+            BLOCK_D=padded_head_dim(head_dim),
             ONE_PASS=config.one_pass,
-            MASK_KIND=mask_kind,
+            MASK_KIND=operands.mask_kind,
             HAS_BIAS=bias is not None,
+            WRITE_LSE=need_lse,
             PRECISION="tf32" if product == "tf32" else "ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return out
+
+    with torch.cuda.device_of(q):
+        if config is None:
+            regular = operands.regular
+            candidates = choose_configs(product, head_dim, num_keys, regular=regular, amd=torch.version.hip is not None)
+            key = (product, q.dtype, heads, head_dim, _tuning.token_bucket(num_keys), operands.mask_kind, regular)
+            config = _tuning.choose(
+                "masked_attention", key, candidates, lambda config: launch(config, torch.empty_like(out))
+            )
+        launch(config, out)
+    return out, lse

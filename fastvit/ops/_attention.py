@@ -154,12 +154,12 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     from fastvit.kernels.masked_attention import masked_attention_forward
 
-    return masked_attention_forward(q, k, v, mask, bias, scale), q.new_empty(0, dtype=torch.float32)
+    return masked_attention_forward(q, k, v, mask, bias, scale, need_lse)
 
 
 @torch.library.impl("fastvit::masked_attention_triton_backward", ("cpu", "cuda"))
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastvit.kernels.masked_attention import masked_attention_backward
+    from fastvit.kernels.masked_attention_backward import masked_attention_backward
 
     return masked_attention_backward(*arguments)
 
@@ -280,8 +280,6 @@ def triton_reasons(call: Call) -> list[str]:
         reasons.append(f"head dimension {q.shape[3]} is larger than {TRITON_MAX_HEAD_DIM}")
     if call.dropout_p > 0.0:
         reasons.append("attention dropout is not implemented")
-    if call.needs_gradients:
-        reasons.append("gradients are needed and it has no backward")
     return reasons
 
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,6 +27,10 @@ SHARED_LIMIT = {"cuda": 99 * 1024, "hip": 64 * 1024}
 """Shared memory a block may have: sm_86 and sm_89, the smallest of the CUDA chips meant; gfx942."""
 
 PROCESSES = 2
+SAMPLED = 11
+"""One in so many cases is compiled by default; prime to the chips and dtypes, so that each has its turn."""
+
+Case = TypeVar("Case")
 
 
 class Build(NamedTuple):
@@ -71,6 +76,20 @@ def compile_kernel(build: Build) -> Report:
     compiled = triton.compile(source, target=target, options=options)
     read = _read_cuda if target.backend == "cuda" else _read_hip
     return read(compiled)
+
+
+def assert_fits(report: Report | str, target: str, *, tensor_cores: bool) -> None:
+    """Hold a build to its chip: no spills, shared memory within the limit, no float64, tensor cores where meant."""
+    assert isinstance(report, Report), report
+    assert report.spilled == 0
+    assert report.shared <= SHARED_LIMIT[TARGETS[target].backend]
+    assert not report.float64
+    assert report.tensor_cores > 0 or not tensor_cores
+
+
+def sample(cases: Sequence[Case]) -> list[Case]:
+    """A tenth of the cases, spread evenly; all of them with FASTVIT_TEST_AOT=all, which takes minutes."""
+    return list(cases) if os.environ.get("FASTVIT_TEST_AOT") == "all" else list(cases[::SAMPLED])
 
 
 def _number(pattern: str, text: str) -> int:

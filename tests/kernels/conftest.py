@@ -28,7 +28,7 @@ _seen: dict[str, list[str]] = {}
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs in Triton's interpreter, in a process of its own")
     if INTERPRETING:
-        _teach_bfloat16()
+        _teach_products()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,17 +75,22 @@ def pytest_sessionfinish() -> None:
         Path(os.environ[REPORT]).write_text(json.dumps(_seen))
 
 
-def _teach_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as uint16 and multiplies those integers; give ``tl.dot`` float32 operands."""
+def _teach_products() -> None:
+    """Have ``tl.dot`` take bfloat16, which the interpreter keeps as uint16, for the numbers they are, and round once.
+
+    numpy sums in an order that depends on the shapes and strides of the operands, so that q k^T would differ from the
+    transpose of k q^T. A GPU adds along the contraction in one order, and both are equal.
+    """
     try:
+        import numpy as np
         import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     except ImportError:
         return
-    plain = InterpreterBuilder.create_dot
 
-    def create_dot(self, a, b, *others):
+    def create_dot(self, a, b, d, *others):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return plain(self, a, b, *others)
+        exact = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,588 @@
+"""Masked attention, backward.
+
+With P = softmax(q k^T * scale + bias over the keys that mask allows), out = P v and the gradient g of out:
+
+    dP = g v^T,    delta = rowsum(P * dP),    dS = P * (dP - delta)
+    dq = dS k * scale,    dk = dS^T q * scale,    dv = P^T g,    dbias = dS summed over bias's broadcast axes
+
+Nothing of (Nq, Nk) is kept between the kernels: each recomputes the tiles of P that it needs. Shapes and strides are
+those of the forward; every gradient of tokens has the memory order of (B, N, H, D). Three kernels, no atomics, every
+sum in an order that only the shapes decide:
+
+1. dq: a program holds BLOCK_M queries of one head and goes over the keys. It leaves what the others need of a row:
+   shift and factor, with P = exp(logits - shift) * factor, and delta.
+   ONE_PASS, all keys in one tile: shift is the row's maximum, factor one over the row's sum, delta summed as above.
+   Streaming: shift is the forward's log-sum-exp, whose rounding the factor takes out again. Here delta is
+   rowsum(g * out), which is known beforehand; what is left for the others is the sum over P, nearer to their dP.
+2. dk, dv: a program holds BLOCK_N keys of one head and goes over the queries in tiles of BLOCK_M, on transposed tiles,
+   so that P and dS are left operands as they come out of the products. Keys that nobody sees are zeros at once.
+3. dbias, where asked for: a program holds one tile of the bias and goes over the batch items, heads and query tiles
+   that it was broadcast to (a bias that all keys share changes nothing: its gradient is zero). Where that leaves too
+   few programs, or too long a sum, they are split into partial sums, added in order afterwards.
+
+Source: Dao et al. 2022, appendix B.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastvit.kernels import _tuning
+from fastvit.kernels._attention import (
+    Operands,
+    empty_rows,
+    finite_maximum,
+    inverse_of_sum,
+    logits_tile,
+    padded_head_dim,
+    product_kind,
+    token_rows,
+)
+from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
+from fastvit.kernels.masked_attention import Config
+from torch import Tensor
+
+LONGEST_SUM = 64
+"""Terms that one float32 sum over broadcast axes may have: longer ones are split."""
+
+
+class Configs(NamedTuple):
+    """The candidates of the three kernels, the first of each within 99 kB of shared memory and without spills."""
+
+    queries: tuple[Config, ...]
+    keys: tuple[Config, ...]
+    bias: Config
+
+
+def _one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
+    return Config(block_m, block_n, num_warps, one_pass=True)
+
+
+CONFIGS: dict[tuple[str, int], Configs] = {
+    ("half", 32): Configs((_one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
+    ("half", 64): Configs((_one_pass(32, 64, 4), Config(32, 32, 8)), (Config(32, 32, 4),), Config(32, 32, 8)),
+    ("half", 128): Configs((_one_pass(32, 64, 8), Config(32, 16, 8)), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("tf32", 32): Configs((_one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
+    ("tf32", 64): Configs((_one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
+    ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
+    ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 8)),
+    ("ieee", 64): Configs((Config(16, 16, 8),), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
+}
+"""By product and padded head dimension, for any input on any chip; ``keys`` and ``bias`` count BLOCK_M in queries and
+BLOCK_N in keys, too."""
+
+REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
+    ("half", 32): Configs(
+        (_one_pass(32, 64, 4), _one_pass(64, 128, 8), Config(64, 64, 4, 2)),
+        (Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+        Config(32, 32, 4),
+    ),
+    ("half", 64): Configs(
+        (_one_pass(32, 64, 4), _one_pass(32, 256, 8), Config(64, 64, 8, 2)),
+        (Config(32, 64, 4, 2), Config(32, 128, 8, 2)),
+        Config(32, 32, 8),
+    ),
+}
+"""In their place for rows of 16 aligned elements without a bias or a mask of (queries, keys), on NVIDIA's chips."""
+
+
+@triton.jit
+def _load_rows(rows, first_row, num_rows, ROWS: tl.constexpr):
+    """ROWS numbers of one head from first_row on, zeros behind the last one."""
+    places = first_row + tl.arange(0, ROWS)
+    return tl.load(rows + places, mask=places < num_rows, other=0.0)
+
+
+@triton.jit
+def _store_rows(rows, values, first_row, num_rows, ROWS: tl.constexpr):
+    places = first_row + tl.arange(0, ROWS)
+    tl.store(rows + places, values, mask=places < num_rows)
+
+
+# Token counts and head counts vary from call to call and gain nothing from a kernel of their own.
+NOT_SPECIALIZED = ["H", "num_queries", "num_keys", "stride_mb", "stride_mh", "stride_biasb", "stride_biash"]
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def masked_attention_dq_kernel(
+    grad,
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    out,
+    lse,
+    dq,
+    shift,
+    factor,
+    delta,
+    scale,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_biasb,
+    stride_biash,
+    stride_biasq,
+    stride_biask,
+    H,
+    num_queries,
+    num_keys,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq, shift, factor and delta of one block of BLOCK_M queries of one head."""
+    scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
+
+    # Which block: neighbours in program_id share the head.
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    program = tl.program_id(0)
+    head = (program // blocks).to(tl.int64)
+    b = head // H
+    h = head % H
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    grad += b * stride_gb + h * stride_gh
+    dq += (b * num_queries * H + h) * D
+    if MASK_KIND != 0:
+        mask += b * stride_mb + h * stride_mh
+    if HAS_BIAS:
+        bias += b * stride_biasb + h * stride_biash
+
+    first_query = (program % blocks) * BLOCK_M
+    EXACT_D: tl.constexpr = BLOCK_D == D
+    q_tile = load_tile(q, first_query, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D)
+    g_tile = load_tile(grad, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D, EXACT_D)
+
+    if ONE_PASS:
+        k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+        v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+        logits = logits_tile(
+            q_tile, k_tile, scale, mask, bias, first_query, 0, num_queries, num_keys,
+            stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
+        )  # fmt: skip
+        row_shift = finite_maximum(tl.max(logits, 1))
+        p = tl.exp(logits - row_shift[:, None])
+        row_factor = inverse_of_sum(tl.sum(p, 1))
+        p = p * row_factor[:, None]
+        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        row_delta = tl.sum(p * dp, 1)
+        ds = p * (dp - row_delta[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    else:
+        out += b * stride_ob + h * stride_oh
+        o_tile = load_tile(out, first_query, 0, num_queries, D, stride_on, 1, BLOCK_M, BLOCK_D, EXACT_D)
+        near_delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+        row_shift = finite_maximum(_load_rows(lse + head * num_queries, first_query, num_queries, BLOCK_M))
+        if MASK_KIND == 1:
+            first, end = visible_range(mask, num_keys, stride_mk, 1024)
+            first = first // BLOCK_N * BLOCK_N
+        else:
+            first, end = 0, num_keys
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        delta_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(first, end, BLOCK_N):
+            k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+            logits = logits_tile(
+                q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys,
+                stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
+            )  # fmt: skip
+            p = tl.exp(logits - row_shift[:, None])
+            row_sum += tl.sum(p, 1)
+            v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+            dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+            delta_sum += tl.sum(p * dp, 1)
+            ds = p * (dp - near_delta[:, None])
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        row_factor = inverse_of_sum(row_sum)
+        row_delta = delta_sum * row_factor
+        acc = acc * row_factor[:, None]
+
+    store_rows(dq, acc * scale, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
+    _store_rows(shift + head * num_queries, row_shift, first_query, num_queries, BLOCK_M)
+    _store_rows(factor + head * num_queries, row_factor, first_query, num_queries, BLOCK_M)
+    _store_rows(delta + head * num_queries, row_delta, first_query, num_queries, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def masked_attention_dkv_kernel(
+    grad,
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    dk,
+    dv,
+    shift,
+    factor,
+    delta,
+    scale,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_biasb,
+    stride_biash,
+    stride_biasq,
+    stride_biask,
+    H,
+    num_queries,
+    num_keys,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of one block of BLOCK_N keys of one head."""
+    scale = tl.cast(scale, tl.float32)
+
+    blocks = tl.cdiv(num_keys, BLOCK_N)
+    program = tl.program_id(0)
+    head = (program // blocks).to(tl.int64)
+    b = head // H
+    h = head % H
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    grad += b * stride_gb + h * stride_gh
+    dk += (b * num_keys * H + h) * D
+    dv += (b * num_keys * H + h) * D
+    if MASK_KIND != 0:
+        mask += b * stride_mb + h * stride_mh
+    if HAS_BIAS:
+        bias += b * stride_biasb + h * stride_biash
+
+    first_key = (program % blocks) * BLOCK_N
+    EXACT_D: tl.constexpr = BLOCK_D == D
+    k_tile = load_tile(k, first_key, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+    v_tile = load_tile(v, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+    end = num_queries
+    if MASK_KIND == 1:
+        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
+        end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, num_queries, 0)
+
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, end, BLOCK_M):
+        q_tile = load_tile(q, start, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D)
+        logits = logits_tile(
+            q_tile, k_tile, scale, mask, bias, start, first_key, num_queries, num_keys, stride_mq, stride_mk,
+            stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, TRANSPOSED=True,
+        )  # fmt: skip
+        row_shift = _load_rows(shift + head * num_queries, start, num_queries, BLOCK_M)
+        row_factor = _load_rows(factor + head * num_queries, start, num_queries, BLOCK_M)
+        p = tl.exp(logits - row_shift[None, :]) * row_factor[None, :]
+        g_tile = load_tile(grad, start, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D, EXACT_D)
+        dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+        row_delta = _load_rows(delta + head * num_queries, start, num_queries, BLOCK_M)
+        ds = p * (dp - row_delta[None, :])
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+
+    store_rows(dk, dk_acc * scale, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
+    store_rows(dv, dv_acc, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "steps", "steps_per_split", "splits"])
+def masked_attention_dbias_kernel(
+    grad,
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    dbias,
+    shift,
+    factor,
+    delta,
+    scale,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    stride_biasb,
+    stride_biash,
+    stride_biasq,
+    stride_biask,
+    H,
+    num_queries,
+    num_keys,
+    steps,
+    steps_per_split,
+    splits,
+    bias_batch,
+    bias_heads,
+    bias_queries,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One partial sum of one tile of dbias, which is (splits, *bias.shape)."""
+    scale = tl.cast(scale, tl.float32)
+
+    # Which tile of the bias, and how many tiles along each axis it was broadcast to.
+    query_blocks = tl.cdiv(num_queries, BLOCK_M)
+    key_blocks = tl.cdiv(num_keys, BLOCK_N)
+    own_query_blocks = tl.cdiv(bias_queries, BLOCK_M)
+    program = tl.program_id(0)
+    split = program % splits
+    program = program // splits
+    first_key = (program % key_blocks) * BLOCK_N
+    program = program // key_blocks
+    own_query = program % own_query_blocks
+    program = program // own_query_blocks
+    own_h = program % bias_heads
+    own_b = program // bias_heads
+    query_steps = query_blocks // own_query_blocks
+    head_steps = H // bias_heads
+
+    EXACT_D: tl.constexpr = BLOCK_D == D
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(split * steps_per_split, tl.minimum(steps, (split + 1) * steps_per_split)):
+        first_query = (own_query + step % query_steps) * BLOCK_M
+        rest = step // query_steps
+        h = (own_h + rest % head_steps).to(tl.int64)
+        b = (own_b + rest // head_steps).to(tl.int64)
+        head = b * H + h
+        q_tile = load_tile(
+            q + b * stride_qb + h * stride_qh, first_query, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D
+        )
+        k_tile = load_tile(
+            k + b * stride_kb + h * stride_kh, first_key, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D
+        )
+        here = mask
+        if MASK_KIND != 0:
+            here = mask + (b * stride_mb + h * stride_mh)
+        logits = logits_tile(
+            q_tile, k_tile, scale, here, bias + (b * stride_biasb + h * stride_biash), first_query, first_key,
+            num_queries, num_keys, stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND,
+            True, PRECISION,
+        )  # fmt: skip
+        row_shift = _load_rows(shift + head * num_queries, first_query, num_queries, BLOCK_M)
+        row_factor = _load_rows(factor + head * num_queries, first_query, num_queries, BLOCK_M)
+        p = tl.exp(logits - row_shift[:, None]) * row_factor[:, None]
+        g_tile = load_tile(
+            grad + b * stride_gb + h * stride_gh, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D,
+            EXACT_D,
+        )  # fmt: skip
+        v_tile = load_tile(
+            v + b * stride_vb + h * stride_vh, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D
+        )
+        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        row_delta = _load_rows(delta + head * num_queries, first_query, num_queries, BLOCK_M)
+        acc += p * (dp - row_delta[:, None])
+
+    if bias_queries == 1:
+        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
+    place = ((tl.cast(split, tl.int64) * bias_batch + own_b) * bias_heads + own_h) * bias_queries * num_keys
+    rows = own_query * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first_key + tl.arange(0, BLOCK_N)
+    inside = (rows < bias_queries)[:, None] & (columns < num_keys)[None, :]
+    rows = rows.to(tl.int64)
+    tl.store(dbias + place + rows[:, None] * num_keys + columns[None, :], acc, mask=inside)
+
+
+def _strides(letter: str, tensor: Tensor) -> dict[str, int]:
+    return {f"stride_{letter}{axis}": tensor.stride(place) for place, axis in enumerate("bhn")}
+
+
+def configurations(product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False) -> Configs:
+    """The candidates; for dq first the smallest one-pass tile that holds all keys, then the streaming ones."""
+    key = product, padded_head_dim(head_dim)
+    found = REGULAR_CONFIGS.get(key, CONFIGS[key]) if regular and not amd else CONFIGS[key]
+    fitting = [config for config in found.queries if config.one_pass and num_keys <= config.block_n]
+    return found._replace(queries=(*fitting[:1], *(config for config in found.queries if not config.one_pass)))
+
+
+def masked_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    bias_grad: bool = False,
+    *,
+    configs: Configs | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels.
+
+    Args:
+        grad: gradient of out, (B, H, Nq, D) in q's dtype, any strides.
+        q, k, v, mask, bias, scale: what the forward was given.
+        out, lse: what it returned, with need_lse.
+        bias_grad: whether the gradient of bias is wanted.
+        configs: in place of what is chosen by measuring; of ``queries`` and ``keys`` the first is taken.
+
+    Returns:
+        The gradients of q, k and v with the strides of a contiguous (B, N, H, D); that of bias in its shape and dtype,
+        or an empty (0,).
+    """
+    batch, heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    dq, dk, dv = empty_rows(q, num_queries), empty_rows(q, num_keys), empty_rows(q, num_keys)
+    wants_bias = bias_grad and bias is not None
+    if 0 in (*q.shape, num_keys):
+        dbias = torch.zeros_like(bias) if wants_bias else q.new_empty(0)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias
+    operands = Operands.of(q, k, v, mask, bias)
+    grad, out = token_rows(grad), token_rows(out)
+    product, padded = product_kind(q.dtype), padded_head_dim(head_dim)
+    rows = torch.empty((3, batch, heads, num_queries), dtype=torch.float32, device=q.device)
+    arguments = {
+        **operands._asdict(),
+        **operands.strides(),
+        **_strides("g", grad),
+        **dict(zip(("shift", "factor", "delta"), rows, strict=True)),
+        "grad": grad,
+        "scale": float(scale),  # an int would be made a constant, 1 among others
+        "H": heads,
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "D": head_dim,
+        "BLOCK_D": padded,
+        "MASK_KIND": operands.mask_kind,
+        "PRECISION": "tf32" if product == "tf32" else "ieee",
+    }
+
+    def launch_dq(config: Config, dq: Tensor) -> None:
+        masked_attention_dq_kernel[(triton.cdiv(num_queries, config.block_m) * batch * heads,)](
+            **arguments,
+            **_tile(config),
+            **_strides("o", out),
+            out=out,
+            lse=lse,
+            dq=dq,
+            ONE_PASS=config.one_pass,
+            HAS_BIAS=bias is not None,
+        )
+
+    def launch_dkv(config: Config, dk: Tensor, dv: Tensor) -> None:
+        masked_attention_dkv_kernel[(triton.cdiv(num_keys, config.block_n) * batch * heads,)](
+            **arguments, **_tile(config), dk=dk, dv=dv, HAS_BIAS=bias is not None
+        )
+
+    with torch.cuda.device_of(q):
+        if configs is None:
+            regular, amd = operands.regular, torch.version.hip is not None
+            configs = configurations(product, head_dim, num_keys, regular=regular, amd=amd)
+            key = (q.dtype, product, heads, head_dim, operands.mask_kind, bias is not None, regular)
+            query_config = _tuning.choose(
+                "masked_attention_dq",
+                (*key, _tuning.token_bucket(num_keys)),
+                configs.queries,
+                lambda config: launch_dq(config, torch.empty_like(dq)),
+            )
+            launch_dq(query_config, dq)
+            key_config = _tuning.choose(
+                "masked_attention_dkv",
+                (*key, _tuning.token_bucket(num_queries)),
+                configs.keys,
+                lambda config: launch_dkv(config, torch.empty_like(dk), torch.empty_like(dv)),
+            )
+        else:
+            query_config, key_config = configs.queries[0], configs.keys[0]
+            launch_dq(query_config, dq)
+        launch_dkv(key_config, dk, dv)
+        dbias = _bias_gradient(arguments, bias, configs.bias) if wants_bias else q.new_empty(0)
+    if num_keys == 1:  # the softmax over one key is constant; two roundings of one number may differ
+        dq.zero_()
+        dk.zero_()
+    return dq, dk, dv, dbias
+
+
+def _tile(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _bias_gradient(arguments: dict[str, Any], bias: Tensor, config: Config) -> Tensor:
+    """dbias in bias's shape and dtype, behind the launches that left shift, factor and delta."""
+    if bias.shape[3] == 1:  # a softmax does not change with what all its keys have in common
+        return torch.zeros_like(bias)
+    q, num_keys = arguments["q"], arguments["num_keys"]
+    blocks = (triton.cdiv(q.shape[2], config.block_m), triton.cdiv(num_keys, config.block_n))
+    whole = (*q.shape[:2], *blocks)
+    own = (*bias.shape[:2], triton.cdiv(bias.shape[2], config.block_m), blocks[1])
+    programs, steps = math.prod(own), math.prod(whole) // math.prod(own)
+    filling = triton.cdiv(2 * _tuning.multiprocessors(q.device), programs)
+    steps_per_split = min(LONGEST_SUM, triton.cdiv(steps, filling))
+    splits = triton.cdiv(steps, steps_per_split)
+    partial = torch.empty((splits, *bias.shape), dtype=torch.float32, device=q.device)
+    masked_attention_dbias_kernel[(programs * splits,)](
+        **arguments,
+        **_tile(config),
+        dbias=partial,
+        steps=steps,
+        steps_per_split=steps_per_split,
+        splits=splits,
+        **dict(zip(("bias_batch", "bias_heads", "bias_queries"), bias.shape, strict=False)),
+    )
+    return (partial[0] if splits == 1 else partial.sum(0)).to(bias.dtype)
