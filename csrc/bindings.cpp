@@ -47,8 +47,18 @@ py::dict build_info() {
   return info;
 }
 
+const char* cpu_vendor() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 py::dict cpu_info() {
   py::dict info;
+  info["vendor"] = cpu_vendor();
   info["supported"] = names_of(fastvit::supported_isas());
   info["in_use"] = std::string(name_of(fastvit::cpu_isa()));
   return info;
@@ -70,7 +80,7 @@ PYBIND11_MODULE(_C, module) {
   fastvit::register_operators();
   module.doc() = "Native part of fastvit: build and CPU information; operators are registered with torch.";
   module.def("build_info", &build_info, "How this binary was built.");
-  module.def("cpu_info", &cpu_info, "Instruction sets this CPU can run, and the one in use.");
+  module.def("cpu_info", &cpu_info, "Who made this CPU, the instruction sets it can run, and the one in use.");
   module.def("operators", &operators, "(operator, dispatch key) of every kernel in this binary.");
   module.def("_set_cpu_capability", &fastvit::set_cpu_isa, py::arg("name"),
              "Changes the instruction set in use (for tests); ValueError if this CPU cannot run it.");

@@ -11,6 +11,8 @@ from fastvit.ops.head_mixed_attention import IMPLEMENTATIONS as _HEAD_MIXED_ATTE
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
 from fastvit.ops.leff import IMPLEMENTATIONS as _LEFF
 from fastvit.ops.leff import leff
+from fastvit.ops.linear import IMPLEMENTATIONS as _LINEAR
+from fastvit.ops.linear import linear, mlp
 from fastvit.ops.masked_attention import IMPLEMENTATIONS as _MASKED_ATTENTION
 from fastvit.ops.masked_attention import masked_attention
 from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE_CONV
@@ -21,7 +23,9 @@ IMPLEMENTATIONS = {
     "depthwise_separable_conv": _DEPTHWISE_SEPARABLE_CONV,
     "head_mixed_attention": _HEAD_MIXED_ATTENTION,
     "leff": _LEFF,
+    "linear": _LINEAR,
     "masked_attention": _MASKED_ATTENTION,
+    "mlp": _LINEAR,
     "token_depthwise_conv": _TOKEN_DEPTHWISE_CONV,
 }
 
@@ -31,7 +35,9 @@ __all__ = [
     "depthwise_separable_conv",
     "head_mixed_attention",
     "leff",
+    "linear",
     "masked_attention",
+    "mlp",
     "re_attention",
     "talking_heads_attention",
     "token_depthwise_conv",

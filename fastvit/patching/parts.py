@@ -8,12 +8,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit import ops
+from fastvit.ops.linear import pays_off
 from fastvit.patching.fusion import is_plain, plain_class
+from fastvit.reference.cvt import QuickGELU
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.GELU: "gelu",
+    QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+}
 
 
 def dropout_p(dropout: nn.Dropout) -> float:
     """The probability a dropout layer drops with now."""
     return dropout.p if dropout.training else 0.0
+
+
+def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """linear(x), by our own product where it is the faster one and the layer is the plain class without hooks.
+
+    ``backend`` is the module's own: one that has no linear layers leaves them to the library.
+    """
+    if pays_off() and backend in ("auto", "cpp") and is_plain(linear, nn.Linear):
+        return ops.linear(x, linear.weight, linear.bias)
+    return linear(x)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The operators' name of an activation layer; None where they have none, or where it has hooks."""
+    if type(module) is nn.GELU and module.approximate != "none":
+        return None
+    return _ACTIVATIONS.get(type(module)) if is_plain(module, type(module)) else None
 
 
 def forward_is_wrapped(module: nn.Module) -> bool:
@@ -41,6 +68,14 @@ def check_attributes(module: nn.Module, *names: str) -> list[str]:
     """A reason naming the attributes that a module lacks."""
     missing = [name for name in names if not hasattr(module, name)]
     return [f"{', '.join(missing)} not there"] if missing else []
+
+
+def check_activation(name: str, activation: nn.Module) -> list[str]:
+    """A reason where the operators do not have this activation."""
+    if activation_name(activation) is not None:
+        return []
+    accepted = ", ".join(cls.__name__ for cls in _ACTIVATIONS)
+    return [f"{name} is {activation!r}, accepted without hooks are {accepted}"]
 
 
 def check_linear(module: nn.Module, name: str, width: int) -> list[str]:

@@ -54,8 +54,19 @@ def _leff(like: Tensor, backend: str) -> None:
     ops.leff(x, up, None, weight, None, down, None, grid=(2, 2), backend=backend)
 
 
+def _linear(like: Tensor, backend: str) -> None:
+    ops.linear(like.new_zeros(64, 16), like.new_zeros(16, 16), backend=backend)
+
+
+def _mlp(like: Tensor, backend: str) -> None:
+    weight = like.new_zeros(16, 16)
+    ops.mlp(like.new_zeros(64, 16), weight, None, weight, None, backend=backend)
+
+
 CALLS: dict[str, Callable[[Tensor, str], None]] = {
+    "linear": _linear,
     "masked_attention": _masked_attention,
+    "mlp": _mlp,
     "head_mixed_attention": _head_mixed_attention,
     "token_depthwise_conv": _token_depthwise_conv,
     "depthwise_separable_conv": _depthwise_separable_conv,

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row
+from fastvit.patching.fusion import Fused, Row, intact
+from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cvt import ConvProjection
 from fastvit.reference.functional import BatchNorm, Projection
 from fastvit.reference.layers import affine_map, dropout_p, obstacles
 
 
-class AttentionSeam(Fused):
+class ProjectingSeam(Fused):
+    """The linear layers around an attention."""
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return project(layer, x, self.fastvit_backend)
+
+
+class AttentionSeam(ProjectingSeam):
     """Attention without its N x N map."""
 
     fastvit_op = "masked_attention"
@@ -90,7 +100,7 @@ class LeFFSeam(Fused):
         )
 
 
-class ReAttentionSeam(Fused):
+class ReAttentionSeam(ProjectingSeam):
     """DeepViT's attention with mixed and normalised maps."""
 
     fastvit_op = "head_mixed_attention"
@@ -111,7 +121,7 @@ class ReAttentionSeam(Fused):
         )
 
 
-class TalkingHeadSeam(Fused):
+class TalkingHeadSeam(ProjectingSeam):
     """CaiT's talking heads without their N x N maps."""
 
     fastvit_op = "head_mixed_attention"
@@ -130,13 +140,27 @@ class TalkingHeadSeam(Fused):
         )
 
 
-class ClassAttentionSeam(Fused):
+class ClassAttentionSeam(ProjectingSeam):
     """CaiT's class attention, which has no dropout."""
 
     fastvit_op = "masked_attention"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return ops.masked_attention(q, k, v, mask, scale=self.scale, backend=self.fastvit_backend)
+
+
+class MlpSeam(Fused):
+    """The MLP with its activation inside the first product."""
+
+    fastvit_op = "mlp"
+    fastvit_reads: ClassVar = {"fc1": nn.Linear, "fc2": nn.Linear, "drop": nn.Dropout}
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation = activation_name(self.act)
+        if activation is None or dropout_p(self.drop) > 0.0 or not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
 
 
 class PEGSeam(Fused):
@@ -165,8 +189,13 @@ def _leaves_heads_alone(module: nn.Module) -> bool:
     return not module.transform
 
 
+def _check_mlp(module: nn.Module) -> list[str]:
+    return check_activation("act", module.act)
+
+
 ROWS = (
     Row("fastvit.reference.layers.Attention", AttentionSeam),
+    Row("fastvit.reference.layers.Mlp", MlpSeam, _check_mlp),
     Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),
     Row("fastvit.reference.deepvit.ReAttention", AttentionSeam, applies=_leaves_heads_alone),
     Row("fastvit.reference.cait.TalkingHeadAttention", TalkingHeadSeam),

@@ -157,6 +157,8 @@ def _kind(row: ReportRow) -> str:
     """What a row counts as at the foot."""
     if row.op is None:  # looks like the one or the other (recognise.looks_fusable)
         return "attention blocks" if "att" in row.cls.lower() else "convolutions"
+    if row.op == "mlp":
+        return "MLPs"
     return "attention blocks" if "attention" in row.op else "convolutions"
 
 

@@ -25,6 +25,7 @@ from fastvit.reference.layers import (
     DropPath,
     Mlp,
     PatchEmbed,
+    Projecting,
     affine_map,
     dropout_p,
     expand_mask,
@@ -88,7 +89,7 @@ class LayerScaleBlock(nn.Module):
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
 
-class ClassAttention(nn.Module):
+class ClassAttention(Projecting):
     """Attention with the first token as the only query, over all tokens (section 3)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
@@ -110,7 +111,8 @@ class ClassAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C) to what the first of them gathers, (B, 1, C)."""
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in (self.q(x[:, :1]), self.k(x), self.v(x)))
+        projected = self.q(x[:, :1]), self.linear(self.k, x), self.linear(self.v, x)
+        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in projected)
         return self.proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 

@@ -187,8 +187,8 @@ class LastQueryAttention(Attention):
     """Attention of the last token alone to all tokens: (B, N, C) to (B, 1, C), the last row of full attention."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, _, dim = x.shape
+        q, k, v = self.project(x)
         out = self.attend(q[:, :, -1:], k, v, mask).transpose(1, 2).reshape(batch, 1, dim)
         return self.proj_drop(self.proj(out))
 

@@ -24,6 +24,7 @@ from fastvit.reference.layers import (
     DropPath,
     Mlp,
     PatchEmbed,
+    Projecting,
     dropout_p,
     init_linear_and_norm,
     linear_drop_path,
@@ -119,7 +120,7 @@ class CPVT(IsotropicTransformer):
         return x[:, 0] if self.pool == "token" else x.mean(dim=1)
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(Projecting):
     """Attention to keys and values on a grid ``sr_ratio`` times coarser, made by a strided convolution and LayerNorm.
 
     Source: Wang et al. 2021 (PVT, arXiv 2102.12122), section 3.3. The inner norm has eps 1e-5, unlike the blocks'.
@@ -161,11 +162,11 @@ class SpatialReductionAttention(nn.Module):
         return functional.masked_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
 
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
-        q = self.q(x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        kv = self.kv(self.reduce(x, grid)).unflatten(2, (2, self.num_heads, self.head_dim))
+        q = self.linear(self.q, x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        kv = self.linear(self.kv, self.reduce(x, grid)).unflatten(2, (2, self.num_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         out = self.attend(q, k, v, mask).transpose(1, 2).reshape(x.shape)
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.linear(self.proj, out))
 
 
 class PyramidBlock(nn.Module):

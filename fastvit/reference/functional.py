@@ -31,7 +31,9 @@ __all__ = [
     "depthwise_separable_conv",
     "head_mixed_attention",
     "leff",
+    "linear",
     "masked_attention",
+    "mlp",
     "re_attention",
     "recomputing",
     "talking_heads_attention",
@@ -188,6 +190,41 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, accepted are {sorted(map(str, ACTIVATIONS))}")
     return ACTIVATIONS[activation](x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """activation(x weight^T + bias).
+
+    Args:
+        x: (..., K). weight: (N, K). bias: (N,).
+        activation: a name of :data:`ACTIVATIONS`.
+
+    Returns:
+        (..., N).
+    """
+    return activate(F.linear(x, weight, bias), activation)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """activation(x fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias.
+
+    Args:
+        x: (..., K). fc1_weight: (M, K). fc1_bias: (M,). fc2_weight: (N, M). fc2_bias: (N,).
+        activation: a name of :data:`ACTIVATIONS`.
+
+    Returns:
+        (..., N).
+
+    Source: Dosovitskiy et al. 2021 (ViT), section 3.1.
+    """
+    return F.linear(linear(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias)
 
 
 def _expand_mask(mask: Tensor | None) -> Tensor | None:

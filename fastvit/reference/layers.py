@@ -113,7 +113,15 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-class Attention(nn.Module):
+class Projecting(nn.Module):
+    """An attention whose linear layers are called in one place, which a fused block replaces."""
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x)."""
+        return layer(x)
+
+
+class Attention(Projecting):
     """Multi-head self-attention with one fused qkv projection, axis order (q|k|v, heads, head_dim)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0):
@@ -135,11 +143,12 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Tokens (B, N, C) to queries, keys and values (B, H, N, D), views of one packed tensor."""
         batch, tokens, _ = x.shape
-        return self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def merge(self, out: Tensor) -> Tensor:
         """What the heads gathered (B, H, N, D) to tokens (B, N, C)."""
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.linear(self.proj, out.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x)

@@ -1,0 +1,201 @@
+"""Linear layers and MLPs: parity, gradients, choice of implementation, bad input."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from helpers import assert_as_accurate, poisoned_empty
+from torch import Tensor
+
+from fastvit import backends, ops
+from fastvit.reference import functional
+
+module = importlib.import_module("fastvit.ops.linear")  # the name in the package is the function's
+needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
+DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+# rows, depth, columns: one of each, odd ones, more than a tile, a panel, a block of the depth, a group
+SHAPES = ((1, 1, 1), (3, 5, 7), (15, 33, 31), (29, 64, 48), (197, 130, 100), (40, 1100, 65), (300, 48, 800))
+
+
+def _layer(rows: int, depth: int, columns: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, depth, generator=generator)
+    weight = torch.randn(columns, depth, generator=generator) / depth**0.5
+    return x.to(dtype), weight.to(dtype), torch.randn(columns, generator=generator).to(dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_accurate_as_the_library(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, weight, bias = _layer(*shape, dtype)
+    for given in (bias, None):
+        with poisoned_empty():
+            got = ops.linear(x, weight, given, backend="cpp")
+        exact = functional.linear(x.double(), weight.double(), None if given is None else given.double())
+        assert_as_accurate(got, functional.linear(x, weight, given), exact)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(isa: str, activation: str | None, dtype: torch.dtype) -> None:
+    x, weight, bias = _layer(31, 48, 40, dtype)
+    got = ops.linear(3 * x, weight, bias, activation, backend="cpp")
+    exact = functional.linear(3 * x.double(), weight.double(), bias.double(), activation)
+    assert_as_accurate(got, functional.linear(3 * x, weight, bias, activation), exact)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums(isa: str, dtype: torch.dtype) -> None:
+    """Terms of one sign, where rounding errors of long sums grow fastest."""
+    x, weight, bias = _layer(20, 3072, 32, dtype)
+    x, weight = x.abs(), weight.abs()
+    exact = functional.linear(x.double(), weight.double(), bias.double())
+    assert_as_accurate(ops.linear(x, weight, bias, backend="cpp"), functional.linear(x, weight, bias), exact)
+
+
+@needs_cpp
+def test_leading_axes_and_strides() -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(3, 9, 24, generator=generator)
+    weight = torch.randn(17, 12, generator=generator)
+    for x in (whole[..., :12], whole[:, 0, :12], whole.transpose(0, 1)[..., 12:], whole[0, 0, :12], whole[:0, :, :12]):
+        got = ops.linear(x, weight, backend="cpp")
+        assert_as_accurate(got, functional.linear(x, weight), functional.linear(x.double(), weight.double()))
+
+
+@needs_cpp
+def test_infinities_and_nan_stay_in_their_rows() -> None:
+    x, weight, bias = _layer(30, 16, 40, torch.float32)
+    x[3, 2], x[17, 5] = float("nan"), float("inf")
+    got = ops.linear(x, weight, bias, backend="cpp")
+    assert torch.equal(got.isfinite().all(1), x.isfinite().all(1))
+    assert got[3].isnan().all()
+
+
+@needs_cpp
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    x, weight, bias = _layer(200, 300, 500, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(ops.linear(x, weight, bias, "gelu", backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_gradients(dtype: torch.dtype, activation: str | None) -> None:
+    values = (*_layer(34, 40, 36, dtype), *_layer(1, 36, 24, dtype, seed=1)[1:])
+    grad = torch.randn(34, 24, generator=torch.Generator().manual_seed(2))
+
+    def gradients(run, dtype: torch.dtype, **options: str) -> list[Tensor]:
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in values]
+        out = run(*leaves, activation, **options)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    fused = gradients(ops.mlp, dtype, backend="cpp")
+    plain, exact = gradients(functional.mlp, dtype), gradients(functional.mlp, torch.float64)
+    names = ("out", "x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    for name, got, reference, oracle in zip(names, fused, plain, exact, strict=True):
+        assert_as_accurate(got, reference, oracle, name=name)
+
+
+@needs_cpp
+def test_only_the_gradients_asked_for() -> None:
+    x, weight, bias = _layer(20, 8, 16, torch.float32)
+    weight.requires_grad_()
+    ops.linear(x, weight, bias, backend="cpp").sum().backward()
+    assert weight.grad is not None
+    assert_as_accurate(weight.grad, x.sum(0).expand(16, 8), x.double().sum(0).expand(16, 8))
+
+
+@needs_cpp
+def test_compiles_whole_with_dynamic_rows() -> None:
+    x, weight, bias = _layer(40, 24, 32, torch.float32)
+    weight.requires_grad_()
+    compiled = torch.compile(lambda x: ops.linear(x, weight, bias, "gelu", backend="cpp"), fullgraph=True, dynamic=True)
+    for rows in (40, 33):
+        part = x[:rows].clone().requires_grad_()
+        out = compiled(part)
+        assert_as_accurate(
+            out,
+            ops.linear(part, weight, bias, "gelu"),
+            functional.linear(part.double(), weight.double(), bias.double(), "gelu"),
+        )
+        out.sum().backward()
+        assert part.grad is not None
+
+
+@needs_cpp
+@pytest.mark.parametrize("activation", [0, 1])
+def test_opcheck(activation: int) -> None:
+    x, weight, bias = _layer(20, 8, 16, torch.float32)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fastvit.linear.default, (x, weight, bias, activation), test_utils=tests)
+
+
+def _chosen(monkeypatch: pytest.MonkeyPatch, pays_off: bool, *args: Tensor) -> str:
+    from fastvit.ops import _dispatch
+
+    monkeypatch.setattr(module, "pays_off", lambda: pays_off)
+    monkeypatch.setattr(module, "_has_bfloat16_products", lambda: True)
+    seen: list[str] = []
+    with _dispatch.recording(lambda selection: seen.append(selection.backend)):
+        ops.linear(*args)
+    return seen[0]
+
+
+@needs_cpp
+def test_the_library_does_what_does_not_pay_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = _layer(64, 24, 32, torch.float32)
+    assert _chosen(monkeypatch, True, x, weight, bias) == "cpp"
+    assert _chosen(monkeypatch, False, x, weight, bias) == "reference"
+    assert _chosen(monkeypatch, True, x[:4], weight, bias) == "reference"
+    assert _chosen(monkeypatch, True, x, weight[:3], bias[:3]) == "reference"
+    assert _chosen(monkeypatch, True, x.double(), weight.double(), bias.double()) == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _chosen(monkeypatch, True, x, weight, bias) == "reference"
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    x, weight, bias = _layer(20, 8, 16, torch.float32)
+    with pytest.raises(RuntimeError, match="float64"):
+        ops.linear(x.double(), weight.double(), bias.double(), backend="cpp")
+    with pytest.raises(ValueError, match="backend: .*'magic'"):
+        ops.linear(x, weight, bias, backend="magic")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x: got .*int64"),
+        ({"x": torch.zeros(3, 9)}, r"weight: got .*accepted is \(N, 9\)"),
+        ({"weight": torch.zeros(4, 8, 1)}, "weight: got"),
+        ({"weight": torch.zeros(4, 8).double()}, "weight: got .*float64.*x is torch.float32"),
+        ({"bias": torch.zeros(5)}, r"bias: got .*accepted is \(4,\)"),
+        ({"activation": "tanh"}, "activation: got 'tanh', accepted are"),
+        ({"weight": torch.zeros(4, 8, device="meta")}, "weight: got .*meta, x is on cpu"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(4, 8), "bias": torch.zeros(4), "activation": None}
+    with pytest.raises(ValueError, match=message):
+        ops.linear(**{**arguments, **change})
+
+
+def test_mlp_names_the_second_layer() -> None:
+    x, weight = torch.zeros(3, 8), torch.zeros(6, 8)
+    with pytest.raises(ValueError, match=r"fc2_weight: got .*accepted is \(N, 6\)"):
+        ops.mlp(x, weight, None, weight, None)
