@@ -12,9 +12,11 @@ from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention,
 from fastvit.ops.leff import IMPLEMENTATIONS as _LEFF
 from fastvit.ops.leff import leff
 from fastvit.ops.linear import IMPLEMENTATIONS as _LINEAR
-from fastvit.ops.linear import linear, mlp
+from fastvit.ops.linear import linear
 from fastvit.ops.masked_attention import IMPLEMENTATIONS as _MASKED_ATTENTION
 from fastvit.ops.masked_attention import masked_attention
+from fastvit.ops.mlp import IMPLEMENTATIONS as _MLP
+from fastvit.ops.mlp import mlp
 from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE_CONV
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
@@ -25,7 +27,7 @@ IMPLEMENTATIONS = {
     "leff": _LEFF,
     "linear": _LINEAR,
     "masked_attention": _MASKED_ATTENTION,
-    "mlp": _LINEAR,
+    "mlp": _MLP,
     "token_depthwise_conv": _TOKEN_DEPTHWISE_CONV,
 }
 

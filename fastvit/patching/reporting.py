@@ -140,7 +140,7 @@ class Report:
     def _foot(self) -> str:
         known = Counter(_kind(row) for row in self.rows)
         done = Counter(_kind(row) for row in self.rows if row.status == PATCHED)
-        blocks = ", ".join(f"{done[kind]} of {known[kind]} {kind}" for kind in sorted(known))
+        blocks = ", ".join(f"{done[kind]} of {known[kind]} {kind}" for kind in sorted(known, key=str.lower))
         parts = [f"{blocks} patched"] if blocks else ["no attention or depthwise convolution found"]
         if self._unrecognised():
             parts.append(f"{self._unrecognised()} unrecognised")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor
 
 from fastvit import backends, ops
+from fastvit.ops import _dispatch, _products
 from fastvit.reference import functional
 
-module = importlib.import_module("fastvit.ops.linear")  # the name in the package is the function's
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
@@ -147,10 +145,8 @@ def test_opcheck(activation: int) -> None:
 
 
 def _chosen(monkeypatch: pytest.MonkeyPatch, pays_off: bool, *args: Tensor) -> str:
-    from fastvit.ops import _dispatch
-
-    monkeypatch.setattr(module, "pays_off", lambda: pays_off)
-    monkeypatch.setattr(module, "_has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(_products, "pays_off", lambda: pays_off)
+    monkeypatch.setattr(_products, "_has_bfloat16_products", lambda: True)
     seen: list[str] = []
     with _dispatch.recording(lambda selection: seen.append(selection.backend)):
         ops.linear(*args)

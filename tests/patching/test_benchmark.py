@@ -19,6 +19,7 @@ from fastvit.patching.timing import Times, interleaved, readable
 from fastvit.reference import ceit
 
 SLOW = 0.01
+WITHOUT_MLPS = ("masked_attention", "leff")
 CPU = torch.device("cpu")
 
 
@@ -50,7 +51,7 @@ def test_losers_are_left_alone_and_the_report_says_by_how_much(slow_attention):
     model, x = build("ceit"), images("ceit")
     with torch.no_grad():
         expected = model(x)
-        assert patch(model, benchmark=x, verify=x) is model
+        assert patch(model, ops=WITHOUT_MLPS, benchmark=x, verify=x) is model
         torch.testing.assert_close(model(x), expected)
     assert fused_names(model) == ["blocks.0.leff", "blocks.1.leff"]
     shown = report(model)
@@ -69,7 +70,7 @@ def test_losers_are_left_alone_and_the_report_says_by_how_much(slow_attention):
 
 
 def test_strict_counts_what_could_be_fused(slow_attention):
-    assert fused_names(patch(build("ceit"), benchmark=images("ceit"), strict=True)) == [
+    assert fused_names(patch(build("ceit"), ops=WITHOUT_MLPS, benchmark=images("ceit"), strict=True)) == [
         "blocks.0.leff",
         "blocks.1.leff",
     ]
@@ -77,6 +78,7 @@ def test_strict_counts_what_could_be_fused(slow_attention):
 
 def test_nothing_wins_warns(monkeypatch):
     monkeypatch.setattr(table.AttentionSeam, "attend", _slowed(table.AttentionSeam.attend))
+    monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
     with pytest.warns(UserWarning, match=r"nothing to fuse in ViT:\s+blocks.0.attn: slower here"):
         assert not is_patched(patch(build("vit"), benchmark=images("vit")))
 
@@ -131,7 +133,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     for example, error in ((torch.zeros(1, 3, 7, 7), ValueError), (7, TypeError)):
         with pytest.raises(error):
             patch(model, benchmark=example)
-        assert fused_names(model) == ["blocks.1.attn"]
+        assert fused_names(model) == ["blocks.1.attn", "blocks.1.mlp"]
         assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -14,10 +14,18 @@ from tiny import build, images
 from torch import nn
 
 from fastvit import backends, ops
-from fastvit.patching import explain, patch, preference, report, reporting, unpatch
+from fastvit.ops import _products
+from fastvit.patching import explain, parts, patch, preference, report, reporting, unpatch
 
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 """The backend of attention on the CPU, inference in float32 or bfloat16."""
+
+
+@pytest.fixture(autouse=True)
+def _linears_are_the_librarys(monkeypatch):
+    """Whether they are depends on the machine."""
+    for module in (_products, parts):
+        monkeypatch.setattr(module, "pays_off", lambda: False)
 
 
 def test_rows_say_what_is_and_what_could_be():
@@ -30,7 +38,7 @@ def test_rows_say_what_is_and_what_could_be():
     assert rows["blocks.0.attn"].backend == ATTENTION
     assert rows["blocks.0.leff"].reasons == ("ops leaves leff out",)
     assert rows["blocks.0.leff"].backend is None
-    assert report(model).totals() == {"masked_attention": (3, 3), "leff": (0, 2)}
+    assert report(model).totals() == {"leff": (0, 2), "masked_attention": (3, 3), "mlp": (0, 1)}
     unpatch(model)
     assert rows["blocks.0.leff"].reasons != report(model).rows[1].reasons
 
@@ -60,9 +68,9 @@ def test_text_is_a_table_with_totals():
     assert "ClassAttention" in row
     assert "masked_attention" in row
     assert "patched" in row
-    assert lines[-1] == "4 of 4 attention blocks patched"
+    assert lines[-1] == "4 of 4 attention blocks, 4 of 4 MLPs patched"
     patch(model, ops="head_mixed_attention")
-    assert str(report(model)).endswith("2 of 4 attention blocks patched")
+    assert str(report(model)).endswith("2 of 4 attention blocks, 0 of 4 MLPs patched")
     assert "\x1b" not in str(report(model))
     assert str(report(nn.Linear(1, 1))).endswith("no attention or depthwise convolution found")
 
@@ -73,7 +81,7 @@ def test_json_and_html():
     data = json.loads(shown.to_json())
     assert data["model"] == "ViT"
     assert data["dry_run"] is False
-    assert data["totals"] == {"masked_attention": {"patched": 2, "known": 2}}
+    assert data["totals"] == {op: {"patched": 2, "known": 2} for op in ("masked_attention", "mlp")}
     assert data["error"] == shown.error
     assert data["rows"][0] == {
         "name": "blocks.0.attn",
@@ -89,7 +97,7 @@ def test_json_and_html():
         "plain_seconds": None,
     }
     html = shown._repr_html_()
-    assert html.count("<tr>") == 3
+    assert html.count("<tr>") == 5
     assert "blocks.0.attn" in html
 
 
@@ -220,12 +228,14 @@ def test_explain_tells_the_backend_of_each_block_and_why_not_the_others():
     told = explain(model, images("vit"))
     assert [(row.name, row.op, row.backend) for row in told.rows] == [
         ("blocks.0.attn", "masked_attention", ATTENTION),
+        ("blocks.0.mlp", "mlp", "reference"),
         ("blocks.1.attn", "masked_attention", ATTENTION),
+        ("blocks.1.mlp", "mlp", "reference"),
     ]
     assert told.rows[0].turned_down["triton"]
     assert "blocks.1.attn" in str(told)
-    assert "2 calls" in told._repr_html_()
-    assert json.loads(told.to_json())["rows"][1]["backend"] == ATTENTION
+    assert "4 calls" in told._repr_html_()
+    assert json.loads(told.to_json())["rows"][2]["backend"] == ATTENTION
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
