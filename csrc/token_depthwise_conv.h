@@ -40,4 +40,26 @@ struct TokenDepthwiseConv {
   bool residual;
 };
 
+// A forward pass in training. Statistics are those of a channel over the grid tokens of every image: the mean and the
+// biased variance. They are found, and then normalised with, where the pointer is not null.
+struct TokenDepthwiseConvTraining : TokenDepthwiseConv {
+  bool has_pre_norm, has_norm;
+  float *pre_mean, *pre_var;  // of x; to be filled in
+  float *mean, *var;          // of the convolution's result; to be filled in
+  void* conv;                 // that result, laid out as out; null where it is not kept
+};
+
+// Its backward pass. pre_norm and norm hold the statistics of the forward pass, be they given or the batch's.
+struct TokenDepthwiseConvBackward : TokenDepthwiseConv {  // out is unused
+  bool has_pre_norm, has_norm;
+  bool pre_batch_statistics,
+      batch_statistics;  // whether those statistics are the batch's, and so carry gradients to every token
+  const void* grad;      // of x's element type; channels are adjacent
+  int64_t grad_batch_stride, grad_token_stride;
+  const void* conv;  // as the forward pass left it, or null
+  void* dx;          // contiguous; null where it is not wanted
+  // Gradients of parameters in float32; null where they are not wanted or there is no such parameter.
+  float *dweight, *dbias, *dpre_norm_weight, *dpre_norm_bias, *dnorm_weight, *dnorm_bias;
+};
+
 }  // namespace fastvit

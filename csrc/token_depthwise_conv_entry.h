@@ -63,8 +63,51 @@ inline Activation activation_of(int64_t code, const char* name) {
   return static_cast<Activation>(code);
 }
 
-// The arguments of the operator's schema (fastvit/ops/token_depthwise_conv.py). `run` computes what is described, on
-// the device of x; it is called only where there is something to compute.
+// What the operator's schema says of one norm, and of the geometry.
+struct NormArguments {
+  const std::optional<Tensor>&weight, &bias, &mean, &var;
+  double eps;
+};
+struct GeometryArguments {
+  int64_t height, width, stride, padding, prefix_tokens;
+  bool residual;
+};
+
+// Reads and checks the arguments of a schema (fastvit/ops/_token_depthwise_conv_native.py); x and out are yet to be
+// set.
+inline TokenDepthwiseConv describe(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                   const NormArguments& pre_norm, int64_t pre_activation, const NormArguments& norm,
+                                   int64_t activation, const GeometryArguments& geometry) {
+  TokenDepthwiseConv op{};
+  op.element = element_of(x, "x");
+  op.height = geometry.height;
+  op.width = geometry.width;
+  op.stride = geometry.stride;
+  op.padding = geometry.padding;
+  op.prefix_tokens = geometry.prefix_tokens;
+  op.residual = geometry.residual;
+  set_geometry(op, x, weight);
+  check(pre_norm.mean.has_value() == pre_norm.var.has_value() && norm.mean.has_value() == norm.var.has_value(),
+        "token_depthwise_conv: a norm needs both its mean and its variance");
+  op.weight = parameter_of(weight, "weight", op.channels * op.kernel * op.kernel, x);
+  op.bias = parameter_of(bias, "bias", x);
+  op.pre_norm = {parameter_of(pre_norm.weight, "pre_norm_weight", x), parameter_of(pre_norm.bias, "pre_norm_bias", x),
+                 parameter_of(pre_norm.mean, "pre_norm_mean", x), parameter_of(pre_norm.var, "pre_norm_var", x),
+                 static_cast<float>(pre_norm.eps)};
+  op.norm = {parameter_of(norm.weight, "norm_weight", x), parameter_of(norm.bias, "norm_bias", x),
+             parameter_of(norm.mean, "norm_mean", x), parameter_of(norm.var, "norm_var", x),
+             static_cast<float>(norm.eps)};
+  op.pre_activation = activation_of(pre_activation, "pre_activation");
+  op.activation = activation_of(activation, "activation");
+  return op;
+}
+
+inline Tensor empty_result(const TokenDepthwiseConv& op, const Tensor& x) {
+  return empty({op.batch, op.prefix_tokens + op.out_height * op.out_width, op.channels}, x);
+}
+
+// The operator for inference. `run` computes what is described, on the device of x; it is called only where there is
+// something to compute.
 template <void (*run)(const TokenDepthwiseConv& op, const Tensor& x)>
 Tensor token_depthwise_conv_entry(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                   const std::optional<Tensor>& pre_norm_weight,
@@ -75,28 +118,11 @@ Tensor token_depthwise_conv_entry(const Tensor& x, const Tensor& weight, const s
                                   const std::optional<Tensor>& norm_var, double norm_eps, int64_t activation,
                                   int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t prefix_tokens,
                                   bool residual) {
-  TokenDepthwiseConv op{};
-  op.element = element_of(x, "x");
-  op.height = height;
-  op.width = width;
-  op.stride = stride;
-  op.padding = padding;
-  op.prefix_tokens = prefix_tokens;
-  op.residual = residual;
-  set_geometry(op, x, weight);
-  check(pre_norm_mean.has_value() == pre_norm_var.has_value() && norm_mean.has_value() == norm_var.has_value(),
-        "token_depthwise_conv: a norm needs both its mean and its variance");
-  op.weight = parameter_of(weight, "weight", op.channels * op.kernel * op.kernel, x);
-  op.bias = parameter_of(bias, "bias", x);
-  op.pre_norm = {parameter_of(pre_norm_weight, "pre_norm_weight", x), parameter_of(pre_norm_bias, "pre_norm_bias", x),
-                 parameter_of(pre_norm_mean, "pre_norm_mean", x), parameter_of(pre_norm_var, "pre_norm_var", x),
-                 static_cast<float>(pre_norm_eps)};
-  op.norm = {parameter_of(norm_weight, "norm_weight", x), parameter_of(norm_bias, "norm_bias", x),
-             parameter_of(norm_mean, "norm_mean", x), parameter_of(norm_var, "norm_var", x),
-             static_cast<float>(norm_eps)};
-  op.pre_activation = activation_of(pre_activation, "pre_activation");
-  op.activation = activation_of(activation, "activation");
-  Tensor out = empty({op.batch, op.prefix_tokens + op.out_height * op.out_width, op.channels}, x);
+  TokenDepthwiseConv op =
+      describe(x, weight, bias, {pre_norm_weight, pre_norm_bias, pre_norm_mean, pre_norm_var, pre_norm_eps},
+               pre_activation, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps}, activation,
+               {height, width, stride, padding, prefix_tokens, residual});
+  Tensor out = empty_result(op, x);
   if (out.numel() == 0) return out;
   op.x = x.data<void>();
   op.out = out.mutable_data<void>();

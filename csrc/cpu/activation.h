@@ -22,6 +22,29 @@ FASTVIT_INLINE Vec activate(Vec x) {
   }
 }
 
+// Of the activation, at its input x.
+template <Activation activation>
+FASTVIT_INLINE Vec derivative(Vec x) {
+  const Vec one = Vec::fill(1.0f);
+  if constexpr (activation == Activation::gelu) {
+    // Phi(x) + x phi(x). At 13 phi is about to leave the normal numbers.
+    const Vec tail = normal_tail(x).weight;
+    const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
+    const Vec near = max(Vec::fill(-13.0f), min(Vec::fill(13.0f), x));
+    return fma(near * Vec::fill(0.398942280f), exp(near * near * Vec::fill(-0.5f)), below);
+  } else if constexpr (activation == Activation::quick_gelu) {
+    const Vec scaled = x * Vec::fill(1.702f), s = sigmoid(scaled);
+    return s * fma(scaled, one - s, one);
+  } else if constexpr (activation == Activation::silu) {
+    const Vec s = sigmoid(x);
+    return s * fma(x, one - s, one);
+  } else if constexpr (activation == Activation::relu) {
+    return keep_positive(x, one);
+  } else {
+    return one;
+  }
+}
+
 // Calls f.template operator()<activation>() for the activation known at run time.
 template <class F>
 FASTVIT_INLINE void with_activation(Activation activation, const F& f) {

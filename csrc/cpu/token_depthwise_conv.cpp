@@ -4,24 +4,15 @@
 #include <algorithm>
 
 #include "../token_depthwise_conv_entry.h"
+#include "token_depthwise_conv_division.h"
 #include "workspace.h"
 
 namespace fastvit {
 namespace {
 
-constexpr int64_t kLanes = 16;             // channel blocks are whole vectors of the widest instruction set
 constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 14;  // below it, waking other threads costs more than it saves
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The channel block as wide as the cache allows, evened out over the channels.
-int64_t choose_channel_block(const TokenDepthwiseConvWork& work) {
-  const int64_t rows = (work.kernel + 1) * work.padded_width + work.out_width + work.kernel * work.kernel + 3;
-  const int64_t widest = std::max(kCacheFloats / rows / kLanes * kLanes, 2 * kLanes);
-  return divide_up(divide_up(work.channels, divide_up(work.channels, widest)), kLanes) * kLanes;
-}
 
 // Whole maps where there are enough of them; otherwise blocks of rows, not so small that the rows which two blocks both
 // read weigh much.
@@ -32,6 +23,10 @@ int64_t choose_row_block(const TokenDepthwiseConvWork& work, int64_t threads) {
   return std::max(wanted, 2 * work.kernel);
 }
 
+void run(const TokenDepthwiseConv& op, const Tensor&) { run_token_depthwise_conv(op); }
+
+FASTVIT_REGISTER(token_depthwise_conv, "CPU", token_depthwise_conv_entry<run>);
+
 }  // namespace
 
 TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
@@ -41,22 +36,18 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   TokenDepthwiseConvWork work{};
   static_cast<TokenDepthwiseConv&>(work) = op;
   work.padded_width = op.width + 2 * op.padding;
-  work.channel_block = choose_channel_block(work);
-  work.channel_blocks = divide_up(op.channels, work.channel_block);
+  work.ring_rows = op.kernel;
+  set_channel_block(work, kCacheFloats, (op.kernel + 1) * work.padded_width + op.out_width + op.kernel * op.kernel + 3);
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
   work.bytes = numel * (op.element == Element::float32 ? 4 : 2);
-  const int64_t parameters = work.channel_blocks * (op.kernel * op.kernel + 4);  // as the kernel lays them out
-  const int64_t rows = (op.kernel + 1) * work.padded_width + op.out_width;
-  work.scratch_floats = work.channel_block * (parameters + rows);
+  work.scratch_floats = block_floats(work);
   work.items = op.batch * work.channel_blocks * work.row_blocks;
   work.grain = divide_up(work.items, threads);
   return work;
 }
 
-namespace {
-
-void run(const TokenDepthwiseConv& op, const Tensor&) {
+void run_token_depthwise_conv(const TokenDepthwiseConv& op) {
   const TokenDepthwiseConvWork work = divide(op);
   const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
   parallel_for(0, work.items, work.grain, [&](int64_t begin, int64_t end) {
@@ -65,7 +56,4 @@ void run(const TokenDepthwiseConv& op, const Tensor&) {
   });
 }
 
-FASTVIT_REGISTER(token_depthwise_conv, "CPU", token_depthwise_conv_entry<run>);
-
-}  // namespace
 }  // namespace fastvit

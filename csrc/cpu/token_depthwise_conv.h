@@ -11,6 +11,7 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t channel_block, channel_blocks;  // the first is a multiple of 16
   int64_t row_block, row_blocks;
   int64_t padded_width;    // of an input row with its padding columns
+  int64_t ring_rows;       // input rows a thread holds at a time
   int64_t scratch_floats;  // working memory of one thread
   int64_t bytes;           // of the result, which tells about in which cache x and out can be
   int64_t items, grain;    // all there are, and as many as a thread should take at least

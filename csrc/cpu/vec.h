@@ -91,6 +91,10 @@ FASTVIT_INLINE Vec round_even(Vec a) {
 }
 // mantissa * 2^n for a whole n
 FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) { return {_mm512_scalef_ps(mantissa.v, n.v)}; }
+// value where a > 0 or a is NaN, otherwise 0
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ), value.v)};
+}
 FASTVIT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FASTVIT_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -159,6 +163,9 @@ FASTVIT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), 
 // value where a < limit, otherwise 0
 FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
   return {_mm256_and_ps(value.v, _mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_LT_OQ))};
+}
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {_mm256_and_ps(value.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
 }
 FASTVIT_INLINE float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -238,6 +245,9 @@ FASTVIT_INLINE Vec abs(Vec a) { return {Vec::floats_of(Vec::bits_of(a.v) & INT32
 FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
   return {Vec::floats_of(Vec::bits_of(value.v) & (a.v < Vec::fill(limit).v))};
 }
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {Vec::floats_of(Vec::bits_of(value.v) & ~(a.v <= Vec::fill(0.0f).v))};
+}
 FASTVIT_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FASTVIT_INLINE float largest(Vec a) {
   const float even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
@@ -296,11 +306,12 @@ alignas(64) constexpr float kNormalTail[6][16] = {
 };
 #endif
 
-// GELU, x (1 - Q(x)) with Q the weight of the normal distribution's upper tail, written as max(x, 0) - t Q(t) with
-// t = |x| so that small results keep their digits. Absolute error below 1e-7 max(1, |x|); exactly 0 or x far out, NaN
-// for NaN.
-FASTVIT_INLINE Vec gelu(Vec x) {
-  const Vec positive = max(Vec::fill(0.0f), x);
+// Q(t), the weight of the normal distribution's upper tail beyond t = |x|, with t kept below where Q is as good as 0.
+struct NormalTail {
+  Vec t, weight;
+};
+
+FASTVIT_INLINE NormalTail normal_tail(Vec x) {
 #if defined(__AVX512F__)
   const Vec t{_mm512_range_ps(x.v, _mm512_set1_ps(6.0f), 0b1010)};  // the smaller size of the two, sign cleared
   const Vec magic = Vec::fill(12582912.0f);  // adding 1.5 * 2^23 rounds to whole, which then is in the low bits
@@ -310,7 +321,7 @@ FASTVIT_INLINE Vec gelu(Vec x) {
   const auto coefficient = [n](int i) { return Vec{_mm512_permutexvar_ps(n, _mm512_load_ps(kNormalTail[i]))}; };
   Vec tail = coefficient(5);
   for (int i = 4; i >= 0; --i) tail = fma(tail, r, coefficient(i));
-  return fnma(t, tail, positive);
+  return {t, tail};
 #else
   // 1/2 - Q(t) = t P(t^2) / R(t^2) up to 5.45 (relative error 1.5e-8); beyond, Q is as good as 0.
   const Vec size = abs(x), t = min(size, Vec::fill(5.45f)), t2 = t * t;
@@ -326,9 +337,15 @@ FASTVIT_INLINE Vec gelu(Vec x) {
   q = fma(q, t2, Vec::fill(2.8270322553e-02f));
   q = fma(q, t2, Vec::fill(2.4987632807e-01f));
   q = fma(q, t2, Vec::fill(1.0f));
-  const Vec tail = keep_below(size, 5.45f, fnma(t, p / q, Vec::fill(0.5f)));
-  return fnma(t, tail, positive);
+  return {t, keep_below(size, 5.45f, fnma(t, p / q, Vec::fill(0.5f)))};
 #endif
+}
+
+// GELU, x (1 - Q(x)), written as max(x, 0) - t Q(t) so that small results keep their digits. Absolute error below
+// 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN.
+FASTVIT_INLINE Vec gelu(Vec x) {
+  const NormalTail tail = normal_tail(x);
+  return fnma(tail.t, tail.weight, max(Vec::fill(0.0f), x));
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -1,0 +1,32 @@
+// How the passes of token_depthwise_conv on the CPU divide their work.
+#pragma once
+
+#include <algorithm>
+
+#include "token_depthwise_conv.h"
+
+namespace fastvit {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The channel block as wide as a cache allows in which a channel takes up `per_channel` floats, evened out over the
+// channels; at least `narrowest` vectors.
+inline void set_channel_block(TokenDepthwiseConvWork& work, int64_t cache_floats, int64_t per_channel,
+                              int64_t narrowest = 2) {
+  constexpr int64_t lanes = 16;  // channel blocks are whole vectors of the widest instruction set
+  const int64_t widest = std::max(cache_floats / per_channel / lanes * lanes, narrowest * lanes);
+  const int64_t blocks = divide_up(work.channels, widest);
+  work.channel_block = divide_up(divide_up(work.channels, blocks), lanes) * lanes;
+  work.channel_blocks = divide_up(work.channels, work.channel_block);
+}
+
+// Of a kernel's Block: parameters, rows of zeros and of input, and a row of output.
+inline int64_t block_floats(const TokenDepthwiseConvWork& work) {
+  const int64_t parameters = work.channel_blocks * (work.kernel * work.kernel + 4);
+  return work.channel_block * (parameters + (work.ring_rows + 1) * work.padded_width + work.out_width);
+}
+
+// Forward, whatever calls for it.
+void run_token_depthwise_conv(const TokenDepthwiseConv& op);
+
+}  // namespace fastvit

@@ -1,0 +1,228 @@
+// fastvit::token_depthwise_conv_training and _backward on the CPU: the order of the passes, what happens per channel
+// between them, registration.
+#include "token_depthwise_conv_training.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../token_depthwise_conv_training_entry.h"
+#include "token_depthwise_conv_division.h"
+#include "workspace.h"
+
+namespace fastvit {
+namespace {
+
+constexpr int64_t kCacheFloats = 1 << 16;  // of the L2 cache, for the maps of a channel block
+
+using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
+
+TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
+  check(op.element != Element::float16, "token_depthwise_conv: the CPU kernels take float32 and bfloat16, got float16");
+  TokenDepthwiseConvPass pass{};
+  static_cast<TokenDepthwiseConv&>(pass) = op;
+  pass.padded_width = op.width + 2 * op.padding;
+  pass.ring_rows = op.kernel;
+  pass.row_block = op.out_height;
+  pass.row_blocks = 1;
+  pass.bytes = op.batch * op.height * op.width * op.channels * (op.element == Element::float32 ? 4 : 2);
+  return pass;
+}
+
+// per_channel: floats a kernel needs for each channel of a block beside its Block.
+void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
+  set_channel_block(pass, kCacheFloats, (pass.ring_rows + 1) * pass.padded_width + pass.out_width + per_channel, 1);
+  pass.scratch_floats = block_floats(pass) + pass.channel_block * per_channel;
+  pass.items = pass.batch * pass.channel_blocks;
+  if (pass.items == 0) return;
+  pass.grain = divide_up(pass.items, num_threads());
+  parallel_for(0, pass.items, pass.grain, [&](int64_t begin, int64_t end) {
+    Workspace& workspace = Workspace::of_thread();
+    kernel(pass, begin, end, workspace.take(pass.scratch_floats));
+    workspace.give_back();
+  });
+}
+
+// Sums of the images' sums, in double; kind k of channel c at [k * channels + c].
+std::vector<double> add_images(const float* sums, int64_t batch, int64_t kinds, int64_t channels) {
+  std::vector<double> total(static_cast<size_t>(kinds * channels));
+  for (int64_t image = 0; image < batch; ++image) {
+    for (size_t i = 0; i < total.size(); ++i) total[i] += *sums++;
+  }
+  return total;
+}
+
+// The mean and variance over all images of the same number of tokens.
+void combine_moments(const float* moments, int64_t batch, int64_t channels, int64_t tokens, float* mean, float* var) {
+  const double share = 1.0 / static_cast<double>(tokens), images = static_cast<double>(batch);
+  for (int64_t c = 0; c < channels; ++c) {
+    const auto moment = [&](int64_t image, int64_t kind) -> double {
+      return moments[(image * 3 + kind) * channels + c];
+    };
+    double center = 0.0;
+    for (int64_t image = 0; image < batch; ++image) center += moment(image, 0) + share * moment(image, 1);
+    center /= images;
+    double squares = 0.0;
+    for (int64_t image = 0; image < batch; ++image) {
+      const double apart = moment(image, 0) - center;
+      squares += share * (moment(image, 2) + 2.0 * apart * moment(image, 1)) + apart * apart;
+    }
+    mean[c] = static_cast<float>(center);
+    var[c] = static_cast<float>(squares / images);
+  }
+}
+
+void find_moments(const TokenDepthwiseConv& op, Kernel kernel, int64_t tokens, int64_t per_channel, float* mean,
+                  float* var) {
+  TokenDepthwiseConvPass pass = pass_of(op);
+  std::vector<float> moments(static_cast<size_t>(op.batch * 3 * op.channels));
+  pass.moments = moments.data();
+  run_pass(pass, kernel, per_channel);
+  combine_moments(pass.moments, op.batch, op.channels, tokens, mean, var);
+}
+
+void train(TokenDepthwiseConvTraining& op, const Tensor&) {
+  constexpr int64_t sums = 5;  // per channel: the two stages of two sums, and the mean
+  if (op.pre_mean != nullptr) {
+    find_moments(op, FASTVIT_PER_ISA(token_moments), op.height * op.width, sums, op.pre_mean, op.pre_var);
+    op.pre_norm.mean = {op.pre_mean, Element::float32};
+    op.pre_norm.var = {op.pre_var, Element::float32};
+  }
+  if (op.mean != nullptr) {
+    const int64_t tokens = op.out_height * op.out_width;
+    find_moments(op, FASTVIT_PER_ISA(conv_moments), tokens, tokens + sums, op.mean, op.var);
+    op.norm.mean = {op.mean, Element::float32};
+    op.norm.var = {op.var, Element::float32};
+  }
+  run_token_depthwise_conv(op);
+}
+
+float read(const ChannelParameter& parameter, int64_t channel, float absent) {
+  if (parameter.data == nullptr) return absent;
+  if (parameter.element == Element::float32) return static_cast<const float*>(parameter.data)[channel];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(parameter.data)[channel]) << 16;
+  return std::bit_cast<float>(bits);
+}
+
+// A norm's coefficients in backward, and its gradients, once the sums of dn and dn (c - mean) are known.
+class NormGradient {
+ public:
+  NormGradient(const ChannelNorm& norm, bool exists, int64_t channels)
+      : channels_(channels), exists_(exists), values_(static_cast<size_t>(exists ? 6 * channels : 0)) {
+    for (int64_t c = 0; exists && c < channels; ++c) {
+      const float deviation = std::sqrt(read(norm.var, c, 1.0f) + norm.eps);
+      row(kMean)[c] = read(norm.mean, c, 0.0f);
+      row(kInverse)[c] = 1.0f / deviation;
+      row(kScale)[c] = read(norm.weight, c, 1.0f) / deviation;
+      row(kBias)[c] = read(norm.bias, c, 0.0f);
+    }
+  }
+
+  NormCoefficients coefficients() {
+    if (!exists_) return {};
+    return {row(kMean), row(kScale), row(kBias), row(kSlope), row(kOffset)};
+  }
+
+  // Makes every value of the batch answer for its share in the statistics, which are over `count` of them.
+  void through_statistics(const std::vector<double>& sums, int64_t count) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double scale = row(kScale)[c], inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
+      row(kOffset)[c] = static_cast<float>(-scale * share * sums[static_cast<size_t>(c)]);
+      const double centred = sums[static_cast<size_t>(channels_ + c)];
+      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred);
+    }
+  }
+
+  void give_affine(const std::vector<double>& sums, float* weight, float* bias) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double centred = sums[static_cast<size_t>(channels_ + c)];
+      if (weight != nullptr) weight[c] = static_cast<float>(centred * row(kInverse)[c]);
+      if (bias != nullptr) bias[c] = static_cast<float>(sums[static_cast<size_t>(c)]);
+    }
+  }
+
+  // The sum over the gradient in front of the norm, to which statistics of the batch leave nothing.
+  void give_sum(const std::vector<double>& sums, bool batch_statistics, float* to) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double scale = batch_statistics ? 0.0 : exists_ ? row(kScale)[c] : 1.0;
+      to[c] = static_cast<float>(scale * sums[static_cast<size_t>(c)]);
+    }
+  }
+
+ private:
+  enum Row { kMean, kScale, kBias, kSlope, kOffset, kInverse };
+  float* row(Row index) { return values_.data() + index * channels_; }
+
+  int64_t channels_;
+  bool exists_;
+  std::vector<float> values_;
+};
+
+// From [image][tap][channel] to [channel][tap].
+void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels, float* weight) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < area; ++tap) {
+      *weight++ = static_cast<float>(sums[static_cast<size_t>(tap * channels + c)]);
+    }
+  }
+}
+
+void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
+  const int64_t area = op.kernel * op.kernel, kinds = 2 * op.channels;
+  NormGradient pre(op.pre_norm, op.has_pre_norm, op.channels), post(op.norm, op.has_norm, op.channels);
+  TokenDepthwiseConvPass pass = pass_of(op);
+  pass.norm = {};  // the passes start from the plain convolution's result
+  pass.grad = op.grad;
+  pass.grad_batch_stride = op.grad_batch_stride;
+  pass.grad_token_stride = op.grad_token_stride;
+  pass.dx = op.dx;
+  pass.dx_is_unnormed = op.pre_batch_statistics;
+  pass.pre = pre.coefficients();
+  pass.post = post.coefficients();
+
+  const bool parameters = op.dweight != nullptr;
+  const bool wants_pre_sums = op.has_pre_norm && (parameters || (op.pre_batch_statistics && op.dx != nullptr));
+  const bool wants_sums = parameters || op.batch_statistics;
+  Workspace& workspace = Workspace::of_call();
+  float* sums = workspace.take(op.batch * (2 * kinds + area * op.channels));
+  float* pre_sums = sums + op.batch * kinds;
+  float* weight_sums = pre_sums + op.batch * kinds;
+
+  std::vector<double> total;
+  if (op.batch_statistics) {
+    pass.sums = sums;
+    run_pass(pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
+    total = add_images(sums, op.batch, 2, op.channels);
+    post.through_statistics(total, op.batch * op.out_height * op.out_width);
+    pass.sums = nullptr;  // known
+  } else if (wants_sums) {
+    pass.sums = sums;
+  }
+  pass.pre_sums = wants_pre_sums ? pre_sums : nullptr;
+  pass.weight_sums = parameters ? weight_sums : nullptr;
+  pass.ring_rows = op.height;
+  // Beside the map of inputs there is that of gradients, as csrc's Turned lays it out, with a Block of its own.
+  const int64_t turned_padding = std::max<int64_t>(op.kernel - 1 - op.padding, 0);
+  const int64_t turned_height = op.height + op.kernel - 1 - 2 * turned_padding;
+  const int64_t turned_rows = (turned_height + 1) * (op.width + op.kernel - 1) + op.width + area + 4;
+  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned_rows + 4 + area);
+  if (pass.sums != nullptr) total = add_images(sums, op.batch, 2, op.channels);
+  std::vector<double> pre_total;
+  if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);
+  if (op.pre_batch_statistics && op.dx != nullptr) {
+    pre.through_statistics(pre_total, op.batch * op.height * op.width);
+    run_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 0);
+  }
+  if (parameters) {
+    give_weight(add_images(weight_sums, op.batch, area, op.channels), area, op.channels, op.dweight);
+    if (op.dbias != nullptr) post.give_sum(total, op.batch_statistics, op.dbias);
+    if (op.has_norm) post.give_affine(total, op.dnorm_weight, op.dnorm_bias);
+    if (op.has_pre_norm) pre.give_affine(pre_total, op.dpre_norm_weight, op.dpre_norm_bias);
+  }
+  workspace.give_back();
+}
+
+FASTVIT_REGISTER(token_depthwise_conv_training, "CPU", (token_depthwise_conv_training_entry<train, false>));
+FASTVIT_REGISTER(token_depthwise_conv_backward, "CPU", token_depthwise_conv_backward_entry<backward>);
+
+}  // namespace
+}  // namespace fastvit

@@ -1,0 +1,43 @@
+// Training of token_depthwise_conv on the CPU: the passes over the tokens, and what they leave behind.
+//
+// Nothing of the size of a map is kept between the passes, or between forward and backward: a pass that needs the
+// convolution's result computes it once more from x, which is sooner done than storing and fetching it. Each pass
+// leaves sums per image, [image][kind][channel], which are added up in the order of the images: the result does not
+// depend on the number of threads.
+#pragma once
+
+#include "token_depthwise_conv.h"
+
+namespace fastvit {
+
+// A norm and its gradient, each an array over the channels: n = (c - mean) scale + bias, and
+// dc = scale dn + slope (c - mean) + offset. Without a norm the pointers are null: n is c and dc is dn.
+struct NormCoefficients {
+  const float *mean, *scale, *bias, *slope, *offset;
+};
+
+// An item of work is a block of channels of one map.
+struct TokenDepthwiseConvPass : TokenDepthwiseConvWork {
+  NormCoefficients pre, post;
+  const void* grad;
+  int64_t grad_batch_stride, grad_token_stride;
+  void* dx;             // null where it is not wanted
+  bool dx_is_unnormed;  // dx is left as the gradient behind pre_norm, without the residual's
+  float* moments;       // kinds: about the mean, and the sums of what is off it and of its squares
+  float* sums;          // kinds: dn, dn (c - mean); null where not wanted
+  float* pre_sums;      // the same of pre_norm
+  float* weight_sums;   // kinds: taps; null where not wanted
+};
+
+// Moments of x, or of the convolution's result; the norm behind it must be absent from op.
+FASTVIT_DECLARE_PER_ISA(
+    void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // sums alone
+    void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // sums, pre_sums, weight_sums and dx, as far as they are wanted
+    void conv_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // dx through pre_norm
+    void pre_norm_gradient(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);)
+
+}  // namespace fastvit
