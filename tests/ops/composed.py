@@ -63,5 +63,8 @@ def check_training(op: Callable[..., Any], twin: Callable[..., Any], arguments: 
     plain = training_step(twin, converted(arguments, dtype))
     exact = training_step(twin, converted(arguments, torch.float64))
     assert got.keys() == plain.keys() == exact.keys()
+    largest = max(float(value.abs().max()) for value in exact.values() if value.numel())
     for name, value in got.items():
-        assert_as_accurate(value, plain[name], exact[name], name=name)
+        # A bias in front of batch statistics has a gradient of zero but for rounding: it has no digits to compare.
+        if not value.numel() or float(exact[name].abs().max()) > 1e-12 * largest:
+            assert_as_accurate(value, plain[name], exact[name], name=name)
