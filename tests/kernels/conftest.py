@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs in Triton's interpreter, in a process of its own")
     if INTERPRETING:
         _teach_products()
+        _patch_language_once()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,3 +95,22 @@ def _teach_products() -> None:
         return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def _patch_language_once() -> None:
+    """The interpreter patches ``triton.language`` at a launch, and again at every call from one kernel function to
+    another, which takes most of its time. The launch's patch holds for our modules; Triton's own need one more."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    plain, patched = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *arguments, **options):
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            patched.add(module)
+            return plain(self, *arguments, **options)
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call

@@ -1,0 +1,219 @@
+"""What every launch of head-mixed attention's kernels needs: operands as kernels see them, plans, row statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import triton
+from fastvit.kernels._head_configurations import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
+from fastvit.kernels._head_maps import (
+    FULL_MASK,
+    KEY_MASK,
+    NO_MASK,
+    Heads,
+    Mask,
+    Mixes,
+    Plan,
+    Rows,
+    row_statistics_kernel,
+)
+from fastvit.kernels._primitives import product_kind, with_small_strides
+from fastvit.kernels._tuning import choose, token_bucket
+from torch import Tensor
+
+MIN_SLOTS = 16
+"""Rows that a tensor core's product wants."""
+
+Result = TypeVar("Result")
+
+
+def _has_vector_rows(tensor: Tensor) -> bool:
+    """Whether Triton can see that rows are whole 16-byte vectors, and so reads them as such."""
+    *strides, last = tensor.stride()
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    return aligned and last == 1 and tensor.shape[3] % 16 == 0
+
+
+def as_operand(tensor: Tensor) -> Heads:
+    """A (B, H, N, D) tensor to read tiles from: in place where its rows are whole vectors, else a padded copy.
+
+    Every tile of q, k and v is read many times over: one copy costs less than reading odd rows element by element.
+    """
+    if not _has_vector_rows(tensor):
+        batch, heads, tokens, head_dim = tensor.shape
+        padded = tensor.new_zeros((batch, tokens, heads, padded_dim(head_dim))).transpose(1, 2)
+        padded[..., :head_dim] = tensor
+        tensor = padded
+    return as_heads(with_small_strides(tensor))
+
+
+def padded_dim(head_dim: int) -> int:
+    """Columns of an operand with so many columns that mean something."""
+    return -(-head_dim // 16) * 16
+
+
+def as_heads(tensor: Tensor) -> Heads:
+    """A (B, H, N, D) tensor with adjacent columns for a kernel."""
+    return Heads(tensor, *tensor.stride()[:3])
+
+
+def empty_heads(like: Tensor) -> Tensor:
+    """A new (B, H, N, D) in the memory order of (B, N, H, D)."""
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def _as_mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Mask | None, int]:
+    if mask is None:
+        return None, NO_MASK
+    mask = with_small_strides(mask.view(torch.uint8).expand(shape))
+    kind = KEY_MASK if mask.stride(1) == mask.stride(2) == 0 else FULL_MASK
+    return Mask(mask, *mask.stride()), kind
+
+
+class Problem:
+    """q, k, a mask and the mixes of one call; launches kernels on them.
+
+    Arguments as in :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        pre_weight: Tensor | None = None,
+        pre_bias: Tensor | None = None,
+        post_weight: Tensor | None = None,
+        post_bias: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        norm_eps: float = 0.0,
+        layer_norm: bool = False,
+        output_scale: float = 1.0,
+    ) -> None:
+        self.shape = (*q.shape[:3], k.shape[2])
+        self.batch, self.heads, self.num_queries, self.num_keys = self.shape
+        self.head_dim = q.shape[3]
+        self.empty = q.numel() == 0 or k.numel() == 0
+        self.device, self.dtype = q.device, q.dtype
+        self.q, self.k = as_operand(q), as_operand(k)
+        self.mask, self.mask_kind = _as_mask(mask, self.shape)
+        parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
+        contiguous = (None if tensor is None else tensor.contiguous() for tensor in parameters)
+        # float: an int would be made a constant of the kernel, 1 among others.
+        self.mixes = Mixes(*contiguous, float(norm_eps), float(output_scale), float(scale))
+        self.layer_norm = layer_norm
+        self.product = product_kind(q.dtype)
+
+    def plan(self, config: Config, *, spread_keys: bool = False, heads: int | None = None) -> Plan:
+        """What a kernel that works on ``heads`` heads at once, by default all, is compiled for."""
+        heads = self.heads if heads is None else heads
+        padded = triton.next_power_of_2(heads)
+        exact = self.product == "ieee" or torch.version.hip is not None  # whose matrix units take float32
+        return Plan(
+            heads=heads,
+            head_dim=self.head_dim,
+            padded_dim=padded_dim(self.head_dim),
+            padded_heads=padded,
+            slots=padded if heads == 1 else max(padded, MIN_SLOTS),
+            block_m=config.block_m,
+            block_n=config.block_n,
+            depth=config.depth,
+            resident=config.resident,
+            block_out=config.block_out,
+            spread_keys=spread_keys,
+            mask_kind=self.mask_kind,
+            pre_mix=self.mixes.pre_weight is not None,
+            post_mix=self.mixes.post_weight is not None,
+            layer_norm=self.layer_norm,
+            precision="tf32" if self.product == "tf32" else "ieee",
+            mix_precision="ieee" if exact else "tf32",
+        )
+
+    def run(self, kernel: str, launch: Callable[[Config], Result], *, one_head: bool = False) -> Result:
+        """What ``launch``, which allocates its results, gives with the best of the kernel's configurations."""
+        heads = 1 if one_head else self.heads
+        load = load_of(
+            pre_mix=self.mixes.pre_weight is not None,
+            layer_norm=self.layer_norm,
+            full_mask=self.mask_kind == FULL_MASK,
+        )
+        candidates = configurations(kernel, heads, self.head_dim, self.product, load, shared_limit(self.device))
+        with torch.cuda.device_of(self.q.place):
+            key = (
+                self.dtype,
+                self.product,
+                heads,
+                self.head_dim,
+                token_bucket(self.num_queries),
+                token_bucket(self.num_keys),
+                self.mask_kind,
+                *(tensor is not None for tensor in self.mixes[:4]),
+                self.layer_norm,
+            )
+            return launch(choose(kernel, key, candidates, launch))
+
+    def row_statistics(self) -> Rows:
+        """Maximum and reciprocal sum of each row of the maps, and room for its delta."""
+        one_head = self.mixes.pre_weight is None
+
+        def launch(config: Config) -> Rows:
+            plan = self.plan(config, heads=1 if one_head else self.heads)
+            rows = Rows(*torch.empty((3, *self.shape[:3]), dtype=torch.float32, device=self.device).unbind(0))
+            grid = (programs(self.batch, self.num_queries, plan.block_m, plan), self.heads // plan.heads)
+            row_statistics_kernel[grid](
+                self.q, self.k, self.mask, self.mixes, rows, self.heads, self.num_queries, self.num_keys,
+                PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+            return rows
+
+        return self.run("row_statistics", launch, one_head=one_head)
+
+    def new_heads(self, tokens: int) -> Tensor:
+        """A new (B, H, tokens, D) in the memory order of (B, tokens, H, D)."""
+        shape = (self.batch, tokens, self.heads, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).transpose(1, 2)
+
+    def new_parts(self, plan: Plan, count: int, axes: int) -> Tensor:
+        """Room for ``count`` programs' parts of a sum over all positions, a matrix or a vector over slots each."""
+        return torch.empty((count, *(plan.slots,) * axes), dtype=torch.float32, device=self.device)
+
+    def sum_of_parts(self, parts: Tensor | None, plan: Plan) -> Tensor:
+        """Add programs' parts and the groups of slots up, in a fixed order: (H, H) or (H) float32, (0) for None."""
+        if parts is None:
+            return torch.empty(0, dtype=torch.float32, device=self.device)
+        groups = (plan.slots // plan.padded_heads, plan.padded_heads)
+        total = parts.sum(0, dtype=torch.float64)
+        if total.dim() == 2:
+            total = total.view(*groups, *groups).diagonal(dim1=0, dim2=2).sum(-1)[: self.heads, : self.heads]
+        else:
+            total = total.view(groups).sum(0)[: self.heads]
+        return total.float()
+
+    def zeros(self, parameter: Tensor | None) -> Tensor:
+        """A zero gradient of a parameter, (0) where there is none."""
+        shape = (0,) if parameter is None else parameter.shape
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+
+def programs(batch: int, num_rows: int, block: int, plan: Plan) -> int:
+    """How many programs share the rows (queries or keys) of a batch, each with ``block`` rows per group of slots."""
+    return batch * triton.cdiv(num_rows, block * (plan.slots // plan.padded_heads))
+
+
+def column_blocks(plan: Plan) -> int:
+    """How many programs share the columns of a result."""
+    return triton.cdiv(plan.head_dim, plan.block_out)
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory a program may have on the device; the smallest limit where there is no GPU."""
+    if device.type != "cuda":
+        return SMALLEST_SHARED
+    if torch.version.hip is not None:
+        return AMD_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

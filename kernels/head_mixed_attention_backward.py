@@ -1,0 +1,372 @@
+"""Head-mixed attention, backward; the maps are recomputed tile by tile from q and k, none is written.
+
+With the forward's names, dO the gradient of the result, dM_h = output_scale * dO_h v_h^T where visible:
+
+    dX = dM, or through the LayerNorm: with Y the normalised X and r the reciprocal deviation,
+         dY_h = norm_weight[h] dM_h;  dX_h = r (dY_h - mean_heads(dY) - Y_h mean_heads(dY Y))
+    dnorm_weight[h] = sum dM_h Y_h;  dnorm_bias[h] = sum dM_h
+    dpost_weight[h, g] = sum dX_h P_g;  dpost_bias[h] = sum dX_h
+    dP_g = sum_h post_weight[h, g] dX_h;  delta_g = sum over the keys of a row of P_g dP_g
+    dS'_g = P_g (dP_g - delta_g);  dpre_weight[h, g] = sum dS'_h S_g;  dpre_bias = 0, for rows of dS' sum to zero
+    dS_g = sum_h pre_weight[h, g] dS'_h
+    dq_g = scale * dS_g k_g;  dk_g = scale * dS_g^T q_g;  dv_h = output_scale * M_h^T dO_h
+
+The gradient of :mod:`fastvit.kernels.head_map_moments` is the same with another dX: given dC, the gradient of
+C[g, g'] = sum (P_g - c)(P_g' - c), dP = (dC + dC^T)(P - c), which is a mix of X = P - c.
+
+Three kernels behind the row statistics, since delta is a row's sum over all keys and no gradient of q or k can be had
+before it:
+
+- rows: one program per block of queries, loops over the keys: delta, and the program's part of the sums over all
+  positions (written apart and added in a fixed order: no atomics);
+- queries: the same blocks: dq, and the parts of dpre_weight;
+- keys: one program per block of keys, loops over the queries: dk and dv.
+
+The last two make BLOCK_OUT columns per program, and compute the maps anew for each, where more would not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from fastvit.kernels._head_configurations import Config
+from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, programs
+from fastvit.kernels._head_maps import (
+    Heads,
+    Rows,
+    attention_tile,
+    batch_entry,
+    batch_entry_of_mask,
+    heads_of,
+    load_keys,
+    load_mix,
+    load_per_head,
+    load_queries,
+    load_rows,
+    mix,
+    products,
+    store_heads,
+    store_rows,
+    this_block,
+    zero_of,
+)
+from fastvit.kernels.head_mixed_attention import (
+    finished_maps,
+    mean_over_heads,
+    normalised_over_heads,
+    post_mixed,
+)
+from torch import Tensor
+
+
+class Parts(NamedTuple):
+    """Where the rows' kernel writes each program's part of a sum over all positions."""
+
+    post_weight: Any
+    post_bias: Any
+    norm_weight: Any
+    norm_bias: Any
+
+
+@triton.jit
+def add_outer_products(sums, a, b, PLAN: tl.constexpr):
+    """Add sum over the positions of a tile of a[h] b[g] to [PIECES, SLOTS, SLOTS]: an equal share to each piece.
+
+    One product with a whole tile's depth would have too little to share among the warps, and be a long sum.
+    """
+    PIECES: tl.constexpr = sums.shape[0]
+    SLOTS: tl.constexpr = PLAN.slots
+    DEPTH: tl.constexpr = PLAN.block_m * PLAN.block_n // PIECES
+    a = tl.permute(tl.reshape(a, [SLOTS, PIECES, DEPTH]), (1, 0, 2))
+    b = tl.permute(tl.reshape(b, [SLOTS, PIECES, DEPTH]), (1, 2, 0))
+    return tl.dot(a, b, sums, input_precision=PLAN.mix_precision)
+
+
+@triton.jit
+def no_outer_products(PLAN: tl.constexpr):
+    """What :func:`add_outer_products` starts from."""
+    SLOTS: tl.constexpr = PLAN.slots
+    PIECES: tl.constexpr = min(2048 // (SLOTS * SLOTS), PLAN.block_m * PLAN.block_n // 16)
+    return tl.zeros([PIECES, SLOTS, SLOTS], tl.float32)
+
+
+@triton.jit
+def store_matrix(parts, matrix, PLAN: tl.constexpr):
+    """Write the program's part of a sum of outer products."""
+    slots = tl.arange(0, PLAN.slots)
+    place = parts + tl.program_id(0).to(tl.int64) * (PLAN.slots * PLAN.slots)
+    tl.store(place + slots[:, None] * PLAN.slots + slots[None, :], tl.sum(matrix, 0))
+
+
+@triton.jit
+def store_vector(parts, vector, PLAN: tl.constexpr):
+    """Write the program's [SLOTS] part of a sum."""
+    tl.store(parts + tl.program_id(0).to(tl.int64) * PLAN.slots + tl.arange(0, PLAN.slots), vector)
+
+
+@triton.jit
+def gradient_tile(
+    p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys,
+    MOMENTS: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """dP, dX, dM and Y of a tile from its P; dM and Y are P, to be ignored, where there is no such thing."""
+    zero = zero_of(first_query, first_key, PLAN)
+    dm = p
+    y = p
+    if MOMENTS:
+        dx = p - 1.0 / num_keys
+    else:
+        dm = products(grad, v, first_query, num_queries, first_key, num_keys, PLAN)
+        dm = tl.where(visible, dm * tl.cast(mixes.output_scale, tl.float32), 0.0)
+        dx = dm
+        if PLAN.layer_norm:
+            y, inverse = normalised_over_heads(post_mixed(p, mixes, zero, PLAN), mixes.norm_eps, PLAN)
+            dy = dm * load_per_head(mixes.norm_weight, zero, 1.0, PLAN)[:, None, None]
+            dx = inverse * (dy - mean_over_heads(dy, PLAN) - y * mean_over_heads(dy * y, PLAN))
+            dx = tl.where((heads_of(PLAN) < PLAN.heads)[:, None, None], dx, 0.0)
+    dp = dx
+    if PLAN.post_mix:
+        dp = mix(load_mix(mixes.post_weight, zero, True, PLAN), dx, PLAN)
+    return dp, dx, dm, y
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def row_gradients_kernel(
+    q, k, v, grad, mask, mixes, rows, parts, num_queries, num_keys, MOMENTS: tl.constexpr, PLAN: tl.constexpr
+):
+    """delta, and the parts of the gradients of what stands behind the softmax, for one block of queries."""
+    SLOTS: tl.constexpr = PLAN.slots
+    BLOCK_M: tl.constexpr = PLAN.block_m
+    first_query, b = this_block(num_queries, BLOCK_M, PLAN)
+    q = batch_entry(q, b)
+    k = batch_entry(k, b)
+    if not MOMENTS:
+        v = batch_entry(v, b)
+        grad = batch_entry(grad, b)
+    mask = batch_entry_of_mask(mask, b, 0, PLAN)
+
+    delta = tl.zeros([SLOTS, BLOCK_M], tl.float32)
+    d_post_weight = no_outer_products(PLAN)
+    d_post_bias = tl.zeros([SLOTS, BLOCK_M], tl.float32)
+    d_norm_weight = tl.zeros([SLOTS, BLOCK_M], tl.float32)
+    d_norm_bias = tl.zeros([SLOTS, BLOCK_M], tl.float32)
+    for first_key in range(0, num_keys, PLAN.block_n):
+        _scores, p, visible = attention_tile(
+            q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
+        )
+        dp, dx, dm, y = gradient_tile(
+            p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
+        )
+        delta += tl.sum(p * dp, 2)
+        if not MOMENTS:
+            if PLAN.post_mix:
+                d_post_weight = add_outer_products(d_post_weight, dx, p, PLAN)
+                d_post_bias += tl.sum(dx, 2)
+            if PLAN.layer_norm:
+                d_norm_weight += tl.sum(dm * y, 2)
+                d_norm_bias += tl.sum(dm, 2)
+    store_rows(rows.delta, delta, b, first_query, num_queries, PLAN.heads, 0, PLAN)
+    if not MOMENTS:
+        if PLAN.post_mix:
+            store_matrix(parts.post_weight, d_post_weight, PLAN)
+            store_vector(parts.post_bias, tl.sum(d_post_bias, 1), PLAN)
+        if PLAN.layer_norm:
+            store_vector(parts.norm_weight, tl.sum(d_norm_weight, 1), PLAN)
+            store_vector(parts.norm_bias, tl.sum(d_norm_bias, 1), PLAN)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def query_gradients_kernel(
+    q, k, v, grad, mask, mixes, rows, dq, d_pre_weight_parts, num_queries, num_keys,
+    MOMENTS: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_OUT columns of dq, and the part of dpre_weight, for one block of queries."""
+    SLOTS: tl.constexpr = PLAN.slots
+    BLOCK_M: tl.constexpr = PLAN.block_m
+    BLOCK_OUT: tl.constexpr = PLAN.block_out
+    first_query, b = this_block(num_queries, BLOCK_M, PLAN)
+    first_column = tl.program_id(1) * BLOCK_OUT
+    q = batch_entry(q, b)
+    k = batch_entry(k, b)
+    if not MOMENTS:
+        v = batch_entry(v, b)
+        grad = batch_entry(grad, b)
+    mask = batch_entry_of_mask(mask, b, 0, PLAN)
+    delta = load_rows(rows.delta, b, first_query, num_queries, PLAN)
+
+    acc = tl.zeros([SLOTS, BLOCK_M, BLOCK_OUT], tl.float32)
+    d_pre_weight = no_outer_products(PLAN)
+    for first_key in range(0, num_keys, PLAN.block_n):
+        scores, p, visible = attention_tile(
+            q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
+        )
+        dp, _dx, _dm, _y = gradient_tile(
+            p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
+        )
+        ds = p * (dp - delta[:, :, None])
+        if PLAN.pre_mix:
+            d_pre_weight = add_outer_products(d_pre_weight, ds, scores, PLAN)
+            zero = zero_of(first_query, first_key, PLAN)
+            ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
+        keys = load_keys(k, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PLAN.precision)
+    acc *= tl.cast(mixes.scale, tl.float32)
+    store_heads(batch_entry(dq, b), acc, first_query, num_queries, first_column, BLOCK_M, PLAN)
+    if PLAN.pre_mix:  # noqa: SIM102 (decided when the kernel is compiled)
+        if tl.program_id(1) == 0:
+            store_matrix(d_pre_weight_parts, d_pre_weight, PLAN)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def key_gradients_kernel(
+    q, k, v, grad, mask, mixes, rows, dk, dv, num_queries, num_keys, MOMENTS: tl.constexpr, PLAN: tl.constexpr
+):
+    """BLOCK_OUT columns of dk and dv for one block of keys."""
+    SLOTS: tl.constexpr = PLAN.slots
+    BLOCK_N: tl.constexpr = PLAN.block_n
+    BLOCK_OUT: tl.constexpr = PLAN.block_out
+    first_key, b = this_block(num_keys, BLOCK_N, PLAN)
+    first_column = tl.program_id(1) * BLOCK_OUT
+    q = batch_entry(q, b)
+    k = batch_entry(k, b)
+    if not MOMENTS:
+        v = batch_entry(v, b)
+        grad = batch_entry(grad, b)
+    mask = batch_entry_of_mask(mask, b, 0, PLAN)
+
+    dk_acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
+    dv_acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
+    for first_query in range(0, num_queries, PLAN.block_m):
+        delta = load_rows(rows.delta, b, first_query, num_queries, PLAN)
+        _scores, p, visible = attention_tile(
+            q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
+        )
+        if not MOMENTS:
+            maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+            grads = load_queries(grad, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
+            maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
+            dv_acc = tl.dot(maps, grads, dv_acc, input_precision=PLAN.precision)
+        dp, _dx, _dm, _y = gradient_tile(
+            p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
+        )
+        ds = p * (dp - delta[:, :, None])
+        if PLAN.pre_mix:
+            zero = zero_of(first_query, first_key, PLAN)
+            ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
+        queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
+        ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
+        dk_acc = tl.dot(ds, queries, dk_acc, input_precision=PLAN.precision)
+    dk_acc *= tl.cast(mixes.scale, tl.float32)
+    store_heads(batch_entry(dk, b), dk_acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+    if not MOMENTS:
+        dv_acc *= tl.cast(mixes.output_scale, tl.float32)
+        store_heads(batch_entry(dv, b), dv_acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+
+
+def q_k_gradients(
+    problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """dq, dk, dv (None with ``moments``) and dpre_weight (empty if there is none); ``rows`` with delta."""
+
+    def launch_queries(config: Config) -> tuple[Tensor, Tensor]:
+        plan = problem.plan(config)
+        count = programs(problem.batch, problem.num_queries, plan.block_m, plan)
+        dq = problem.new_heads(problem.num_queries)
+        parts = problem.new_parts(plan, count, 2) if plan.pre_mix else None
+        query_gradients_kernel[count, column_blocks(plan)](
+            problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows, as_heads(dq), parts,
+            problem.num_queries, problem.num_keys,
+            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return dq, problem.sum_of_parts(parts, plan)
+
+    def launch_keys(config: Config) -> tuple[Tensor, Tensor | None]:
+        plan = problem.plan(config, spread_keys=True)
+        count = programs(problem.batch, problem.num_keys, plan.block_n, plan)
+        dk = problem.new_heads(problem.num_keys)
+        dv = None if moments else problem.new_heads(problem.num_keys)
+        key_gradients_kernel[count, column_blocks(plan)](
+            problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows,
+            as_heads(dk), None if dv is None else as_heads(dv), problem.num_queries, problem.num_keys,
+            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return dk, dv
+
+    dq, d_pre_weight = problem.run("query_gradients", launch_queries)
+    dk, dv = problem.run("key_gradients", launch_keys)
+    return dq, dk, dv, d_pre_weight
+
+
+def row_gradients(
+    problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fill in rows.delta; the gradients of what stands behind the softmax, empty where there is no such thing."""
+
+    def launch(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        plan = problem.plan(config)
+        count = programs(problem.batch, problem.num_queries, plan.block_m, plan)
+        mixes = plan.post_mix and not moments
+        wanted = (mixes, mixes, plan.layer_norm, plan.layer_norm)
+        parts = Parts(
+            *(
+                problem.new_parts(plan, count, axes) if want else None
+                for want, axes in zip(wanted, (2, 1, 1, 1), strict=True)
+            )
+        )
+        row_gradients_kernel[(count,)](
+            problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows, parts,
+            problem.num_queries, problem.num_keys,
+            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        return tuple(problem.sum_of_parts(part, plan) for part in parts)
+
+    return problem.run("row_gradients", launch)
+
+
+def head_mixed_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    layer_norm: bool,
+    output_scale: float,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Launch the kernels.
+
+    Args:
+        grad: of the result, (B, H, Nq, D) in q's dtype, any strides. The others as in
+            :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
+
+    Returns:
+        dq, dk, dv in q's dtype and the memory order of (B, N, H, D); dpre_weight, dpre_bias, dpost_weight, dpost_bias,
+        dnorm_weight, dnorm_bias in float32, of size 0 where the parameter is absent.
+    """
+    problem = Problem(
+        q, k, mask, scale, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
+        output_scale,
+    )  # fmt: skip
+    parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
+    if problem.empty:
+        gradients = tuple(empty_heads(tensor).zero_() for tensor in (q, k, v))
+        small = tuple(problem.zeros(parameter) for parameter in parameters)
+        return gradients + small
+    heads_of_grad, heads_of_v = as_operand(grad), as_operand(v)
+    rows = problem.row_statistics()
+    behind = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    dq, dk, dv, d_pre_weight = q_k_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    small = (
+        gradient if parameter is not None else gradient.new_empty(0)
+        for gradient, parameter in zip(behind, parameters[2:], strict=True)
+    )
+    return dq, dk, dv, d_pre_weight, problem.zeros(pre_bias), *small
