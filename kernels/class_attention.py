@@ -45,6 +45,8 @@ from torch import Tensor
 LARGEST_SPLIT = 64
 """Parts a query has at most: what one program of the second step takes in."""
 
+COMBINE_WARPS = 4
+
 
 class Config(NamedTuple):
     """Keys in a tile, and the warps that share it."""
@@ -407,7 +409,7 @@ class _Launches:
             **{name: self.arguments[name] for name in names},
             out=out,
             PARTS=triton.next_power_of_2(found["parts"]),
-            num_warps=1,
+            num_warps=COMBINE_WARPS,
         )
 
     def tokens(self, config: Config, dk: Tensor, dv: Tensor, dlogits: Tensor | None) -> Tensor:

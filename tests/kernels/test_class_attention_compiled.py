@@ -54,7 +54,8 @@ def build(case: Case) -> Build:
     pointers |= {"mask": "*u8", "scale": "fp32"}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
-    return Build(kernel, case.target, types, constants, 1 if case.kernel == "combine" else config.num_warps, 1)
+    warps = kernels.COMBINE_WARPS if case.kernel == "combine" else config.num_warps
+    return Build(kernel, case.target, types, constants, warps, 1)
 
 
 EVERY_CASE = [

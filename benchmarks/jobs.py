@@ -1,0 +1,161 @@
+"""The operators at the sizes of published models: what the tests and benchmarks on a GPU run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.reference.functional import BatchNorm
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of an operator.
+
+    ``make(batch, small)`` gives its tensors in float32 on the CPU, of the published size or a small one of the same
+    kind; ``call(namespace, tensors, **backend)`` runs it from ``fastvit.ops`` or from ``fastvit.reference.functional``.
+    Floating tensors get a gradient, but for those named in ``constant``.
+    """
+
+    name: str
+    op: str
+    make: Callable[[int, bool], Tensors]
+    call: Callable[..., Tensor]
+    constant: frozenset[str] = frozenset({"running_mean", "running_var"})
+
+    def tensors(self, batch: int, dtype: torch.dtype, device: torch.device | str, *, small: bool = False) -> Tensors:
+        """What it takes, in this dtype on this device; running statistics stay float32."""
+        made = {}
+        for name, tensor in self.make(batch, small).items():
+            kept = not tensor.is_floating_point() or name in self.constant
+            made[name] = tensor.to(device) if kept else tensor.to(device, dtype)
+        return made
+
+    def leaves(self, tensors: Tensors) -> Tensors:
+        """The tensors that get a gradient, as leaves of their own."""
+        return {
+            name: tensor.detach().requires_grad_()
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and name not in self.constant
+        }
+
+
+def widened(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The same numbers in float64."""
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def _attention(heads: int, queries: int, keys: int, dim: int, **others: Callable[[int, int, int], Tensor]) -> Any:
+    """q, k, v as views of packed projections, and what else there is, by (batch, queries, keys)."""
+
+    def make(batch: int, small: bool) -> Tensors:
+        n, m = (min(queries, 37), min(keys, 45)) if small else (queries, keys)
+        q = torch.randn(batch, n, heads, dim).transpose(1, 2)
+        k, v = torch.randn(batch, m, 2, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return {"q": q, "k": k, "v": v, **{name: other(batch, n, m) for name, other in others.items()}}
+
+    return make
+
+
+def _padding(batch: int, queries: int, keys: int) -> Tensor:
+    """Images of different sizes: from half of the keys to all of them; none for the last of several images."""
+    lengths = torch.linspace(1.0, 0.5, batch).mul(keys).long()
+    if batch > 1:
+        lengths[-1] = 0
+    return torch.arange(keys) < lengths[:, None]
+
+
+def _attend(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+    return namespace.masked_attention(t["q"], t["k"], t["v"], t.get("mask"), t.get("bias"), **backend)
+
+
+def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
+    shapes = {"weight": (heads, heads), "bias": (heads,)}
+
+    def tensor_of(name: str) -> Callable[[int, int, int], Tensor]:
+        shape = shapes["weight" if name.endswith("weight") and not name.startswith("norm") else "bias"]
+
+        def make(*_: int) -> Tensor:
+            if name == "running_var":
+                return torch.rand(shape) * 1e-4 + 1e-5
+            if name == "running_mean":
+                return torch.randn(shape) * 1e-3
+            return torch.eye(heads) + 0.2 * torch.randn(shape) if len(shape) == 2 else torch.randn(shape) * 0.5 + 1.0
+
+        return make
+
+    return _attention(heads, tokens, tokens, dim, **{name: tensor_of(name) for name in names})
+
+
+def _talking_heads(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+    mixes = (t["pre_weight"], t["pre_bias"], t["post_weight"], t["post_bias"])
+    return namespace.talking_heads_attention(t["q"], t["k"], t["v"], *mixes, **backend)
+
+
+def _re_attention(training: bool) -> Callable[..., Tensor]:
+    def call(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+        # A copy of the running statistics: the caller's are to be the same for every candidate.
+        statistics = (t["running_mean"].clone(), t["running_var"].clone())
+        norm = BatchNorm(*statistics, t["norm_weight"], t["norm_bias"], use_batch_stats=training)
+        return namespace.re_attention(t["q"], t["k"], t["v"], t["weight"], t["bias"], norm, **backend)
+
+    return call
+
+
+_RE_ATTENTION = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+
+
+def _convolution(channels: int, side: int, prefix: int) -> Callable[[int, bool], Tensors]:
+    def make(batch: int, small: bool) -> Tensors:
+        wide, high = (16, 5) if small else (channels, side)
+        x = torch.randn(batch, prefix + high * high, wide)
+        return {"x": x, "weight": torch.randn(wide, 1, 3, 3) / 3, "bias": torch.randn(wide)}
+
+    return make
+
+
+def _side(tokens: int) -> int:
+    return round(tokens**0.5)
+
+
+def _position_encoding(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+    side = _side(t["x"].shape[1])
+    options = {"grid": (side, side), "residual": True}
+    return namespace.token_depthwise_conv(t["x"], t["weight"], t["bias"], **options, **backend)
+
+
+def _strided(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+    side = _side(t["x"].shape[1])
+    return namespace.token_depthwise_conv(t["x"], t["weight"], t["bias"], grid=(side, side), stride=2, **backend)
+
+
+JOBS = (
+    Job("vit_b", "masked_attention", _attention(12, 197, 197, 64), _attend),
+    Job("vit_b_padding", "masked_attention", _attention(12, 197, 197, 64, mask=_padding), _attend),
+    Job("vit_b_512_padding", "masked_attention", _attention(12, 1025, 1025, 64, mask=_padding), _attend),
+    Job(
+        "vit_b_relative_bias",
+        "masked_attention",
+        _attention(12, 197, 197, 64, bias=lambda batch, n, m: torch.randn(1, 12, n, m)),
+        _attend,
+    ),
+    Job("deepvit_head_dim", "masked_attention", _attention(12, 197, 197, 33), _attend),
+    Job("cait_s_class", "masked_attention", _attention(8, 1, 197, 48), _attend),
+    Job(
+        "cait_s24",
+        "head_mixed_attention",
+        _mixing(8, 196, 48, "pre_weight", "pre_bias", "post_weight", "post_bias"),
+        _talking_heads,
+    ),
+    Job("deepvit_s", "head_mixed_attention", _mixing(12, 197, 32, *_RE_ATTENTION), _re_attention(False)),
+    Job("deepvit_s_training", "head_mixed_attention", _mixing(12, 197, 32, *_RE_ATTENTION), _re_attention(True)),
+    Job("cpvt_s_peg", "token_depthwise_conv", _convolution(384, 14, 0), _position_encoding),
+    Job("cvt13_stage1_kv", "token_depthwise_conv", _convolution(64, 56, 0), _strided),
+)

@@ -1,0 +1,243 @@
+"""Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, tuning.
+
+``python -m benchmarks.gpu`` runs this file and the benchmarks in one go.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.jobs import JOBS, Job, widened
+from fastvit import ops
+from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("triton", "cuda")
+BATCH = 3
+
+
+def backends_of(op: str) -> list[str]:
+    return [entry.name for entry in ops.IMPLEMENTATIONS[op] if entry.name in BACKENDS]
+
+
+PAIRS = [(job, backend) for job in JOBS for backend in backends_of(job.op)]
+each_pair = pytest.mark.parametrize(("job", "backend"), PAIRS, ids=lambda value: getattr(value, "name", value))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def true_float32():
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, value in zip(settings, before, strict=True):
+        setting.fp32_precision = value
+
+
+def run(job: Job, tensors, backend: str):
+    """The operator's output; the test is skipped, with every reason, where the backend does not take the call."""
+    try:
+        return job.call(ops, tensors, backend=backend)
+    except RuntimeError as error:
+        if "cannot run this call" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def differentiate(job: Job, tensors, call, grad):
+    """The output of ``call`` and the gradient of every leaf."""
+    leaves = job.leaves(tensors)
+    out = call({**tensors, **leaves})
+    return {"output": out.detach()} | {
+        f"gradient of {name}": gradient
+        for name, gradient in zip(
+            leaves, torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)), strict=True
+        )
+    }
+
+
+@each_pair
+@each_dtype
+@pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
+def test_forward_is_as_accurate_as_the_reference(job, backend, dtype, small):
+    tensors = job.tensors(BATCH, dtype, "cuda", small=small)
+    with torch.no_grad(), poisoned_empty():
+        out = run(job, tensors, backend)
+    with torch.no_grad():
+        plain = job.call(functional, tensors)
+        exact = job.call(functional, widened(tensors))
+    assert_as_accurate(out, plain, exact)
+
+
+@each_pair
+@each_dtype
+@pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
+def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small):
+    tensors = job.tensors(BATCH, dtype, "cuda", small=small)
+    with torch.no_grad():
+        grad = torch.randn_like(job.call(functional, tensors))
+    with poisoned_empty():
+        ours = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
+    plain = differentiate(job, tensors, lambda t: job.call(functional, t), grad)
+    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
+    for name in plain:
+        assert_as_accurate(ours[name], plain[name], exact[name], name=name)
+
+
+@each_pair
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_candidate_of_the_tuner_is_as_accurate(job, backend, place, monkeypatch):
+    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
+    monkeypatch.setattr(
+        tuning, "choose", lambda name, key, candidates, run: candidates[min(place, len(candidates) - 1)]
+    )
+    tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        grad = torch.randn_like(job.call(functional, tensors))
+    ours = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
+    plain = differentiate(job, tensors, lambda t: job.call(functional, t), grad)
+    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
+    for name in plain:
+        assert_as_accurate(ours[name], plain[name], exact[name], name=name)
+
+
+@each_pair
+def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backend):
+    first, second = (job.tensors(BATCH, torch.float16, "cuda") for _ in range(2))
+    held = {name: tensor.clone() for name, tensor in first.items()}
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run(job, held, backend)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(job, held, backend)
+        for tensors in (first, second):
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor)
+            graph.replay()
+            assert torch.equal(out, run(job, tensors, backend))
+
+
+@each_pair
+def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
+    """Nothing may be measured then, even where nothing is known yet."""
+    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
+    tensors = job.tensors(BATCH, torch.float16, "cuda", small=True)
+    with torch.no_grad():
+        eager = run(job, tensors, backend)  # compiles and loads, which a capture does not allow
+        monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(tuning, "_chosen", {})
+        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured while captured"))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            run(job, tensors, backend)  # the first configuration, which the capture will take
+        finally:
+            torch.use_deterministic_algorithms(False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(job, tensors, backend)
+        graph.replay()
+    assert_as_accurate(out, eager, job.call(functional, widened(tensors)))
+
+
+@each_pair
+@each_dtype
+def test_results_repeat_to_the_bit_in_deterministic_mode(job, backend, dtype):
+    tensors = job.tensors(BATCH, dtype, "cuda")
+    grad = torch.randn_like(job.call(functional, tensors))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [differentiate(job, tensors, lambda t: run(job, t, backend), grad) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in runs[1:]:
+        for name, tensor in runs[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@each_pair
+def test_compiled_in_one_graph_with_gradients(job, backend):
+    tensors = job.tensors(BATCH, torch.float32, "cuda", small=True)
+    run(job, tensors, backend)
+    grad = torch.randn_like(job.call(functional, tensors))
+    compiled = torch.compile(lambda t: job.call(ops, t, backend=backend), fullgraph=True)
+    eager = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
+    traced = differentiate(job, tensors, compiled, grad)
+    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
+    for name in eager:
+        assert_as_accurate(traced[name], eager[name], exact[name], name=name)
+
+
+@each_pair
+def test_another_stream_is_used_where_it_is_current(job, backend):
+    tensors = job.tensors(BATCH, torch.float16, "cuda")
+    with torch.no_grad():
+        eager = run(job, tensors, backend)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            busy = torch.randn(4096, 4096, device="cuda")
+            for _ in range(20):
+                busy = busy @ busy / 64  # so that work on the default stream would come too early
+            late = {name: tensor + (busy.sum() * 0).to(tensor.dtype) for name, tensor in tensors.items()}
+            out = run(job, late, backend)
+        torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(out, eager)
+
+
+def test_measured_configurations_are_found_again_by_another_process(tmp_path):
+    program = (
+        "import sys, torch; from fastvit import ops; from fastvit.kernels import _tuning as t\n"
+        "if sys.argv[1] == 'second': t._fastest = lambda *_: sys.exit('measured again')\n"
+        "q, k, v = torch.randn(3, 2, 8, 197, 64, device='cuda', dtype=torch.float16)\n"
+        "ops.masked_attention(q, k, v, backend='triton'); print(sorted(t._chosen.values()))"
+    )
+    environment = {**os.environ, "FASTVIT_CACHE_DIR": str(tmp_path), "FASTVIT_AUTOTUNE": "1"}
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", program, turn], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for turn in ("first", "second")
+    ]
+    assert texts[0] == texts[1] != "[]\n"
+    assert list(tmp_path.rglob("*.json"))
+
+
+@each_dtype
+def test_class_attention_kernels(dtype):
+    kernels = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
+    for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
+        q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
+        k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        mask, bias = (
+            torch.rand(batch, 1, 1, keys, device="cuda") > 0.3,
+            torch.randn(1, heads, 1, keys, device="cuda", dtype=dtype),
+        )
+        mask[0] = False
+        grad, scale = torch.randn_like(q), dim**-0.5
+        with poisoned_empty():
+            out = kernels.class_attention_forward(q, k, v, mask, bias, scale)
+            ours = (out, *kernels.class_attention_backward(grad, q, k, v, mask, bias, scale, True))
+        results = []
+        for wide in (dtype, torch.float64):
+            leaves = [t.to(wide).detach().requires_grad_() for t in (q, k, v, bias)]
+            plain = functional.masked_attention(*leaves[:3], mask, leaves[3], scale)
+            results.append((plain.detach(), *torch.autograd.grad(plain, leaves, grad.to(wide))))
+        for name, *three in zip(("output", "dq", "dk", "dv", "dbias"), ours, *results, strict=True):
+            assert_as_accurate(*three, name=name)
