@@ -1,10 +1,12 @@
 """Head-mixed attention on CPU beside its plain form and beside attention without any mixing (torch's SDPA).
 
-    python -m benchmarks.ops.head_mixed_attention [--dtype float32 bfloat16] [--batch 1 8] [--rounds 30] [--json PATH]
+    python -m benchmarks.ops.head_mixed_attention [--passes inference training] [--dtype float32 bfloat16]
+                                                  [--batch 8 1] [--rounds 30] [--threads 2] [--json PATH]
 
 One line a shape: median milliseconds of the fused operator, of the plain one and of SDPA on the same q, k and v, all
-timed in turn within one run; then how many times faster than the plain form, and the time relative to SDPA. A row whose
-result is not as accurate as the plain form's prints its errors and no speed.
+timed in turn within one run; then how many times faster than the plain form, and the time relative to SDPA. Training
+rows are a forward and a backward pass, re-attention by the batch's statistics. A row in which a result or a gradient is
+not as accurate as the plain form's names them and prints no speed.
 """
 
 from __future__ import annotations
@@ -21,89 +23,107 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops._timing import is_accurate
 from benchmarks.timing import interleaved
 from fastvit import backends, ops
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm
+
+PASSES = ("inference", "training")
 
 
 class Shape(NamedTuple):
-    """One model's attention: heads, tokens, head dimension, and whether the heads talk before the softmax, too."""
+    """One model's attention: heads, tokens, head dimension; the norm behind the mix, or None where heads talk twice."""
 
     model: str
     heads: int
     tokens: int
     dim: int
-    talking: bool
+    norm: str | None
 
 
 SHAPES = (
-    Shape("deepvit_16b", 12, 197, 32, False),
-    Shape("deepvit_s", 12, 197, 33, False),
-    Shape("deepvit_l", 12, 197, 35, False),
-    Shape("cait_xxs24_224", 4, 196, 48, True),
-    Shape("cait_s24_224", 8, 196, 48, True),
+    Shape("deepvit_16b", 12, 197, 32, "batch"),
+    Shape("deepvit_s", 12, 197, 33, "batch"),
+    Shape("deepvit_l", 12, 197, 35, "batch"),
+    Shape("vit_pytorch", 12, 197, 32, "layer"),
+    Shape("cait_xxs24_224", 4, 196, 48, None),
+    Shape("cait_s24_224", 8, 196, 48, None),
 )
 
 
-def make_parts(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments behind q, k and v."""
+def make_parameters(shape: Shape) -> dict[str, Tensor]:
+    """The mixes, and the tensors of the norm."""
     heads = shape.heads
-    mixes = [torch.eye(heads) + 0.1 * torch.randn(heads, heads), 0.1 * torch.randn(heads)] * 2
-    mixes = [mix.to(dtype) for mix in mixes]
-    if shape.talking:
-        return tuple(mixes)
-    mean, var = torch.full((heads,), 1.0 / shape.tokens), torch.full((heads,), 1e-4)
-    norm = BatchNorm(mean.to(dtype), var.to(dtype), torch.ones(heads, dtype=dtype), torch.zeros(heads, dtype=dtype))
-    return mixes[0], mixes[1], norm
+    names = ("pre", "post") if shape.norm is None else ("post",)
+    made = {f"{name}_weight": torch.eye(heads) + 0.1 * torch.randn(heads, heads) for name in names}
+    if shape.norm != "layer":
+        made |= {f"{name}_bias": 0.1 * torch.randn(heads) for name in names}
+    if shape.norm is not None:
+        made |= {"norm_weight": torch.ones(heads), "norm_bias": torch.zeros(heads)}
+    if shape.norm == "batch":
+        made |= {"running_mean": torch.full((heads,), 1.0 / shape.tokens), "running_var": torch.full((heads,), 1e-4)}
+    return made
 
 
-def to_double(value: Any) -> Any:
-    if isinstance(value, BatchNorm):
-        return BatchNorm(*(to_double(field) for field in value))
-    return value.double() if isinstance(value, Tensor) else value
+class Step:
+    """What is timed: an operator on q, k and v, beside parameters in one dtype; in training with its backward pass."""
+
+    def __init__(self, shape: Shape, parameters: dict[str, Tensor], weights: Tensor | None, dtype: torch.dtype):
+        training = weights is not None
+        self.weights = None if weights is None else weights.to(dtype)
+        # Copies: the running statistics move.
+        own = {name: tensor.to(dtype, copy=True) for name, tensor in parameters.items()}
+        running = [own.pop(name, None) for name in ("running_mean", "running_var")]
+        self.leaves = {name: tensor.requires_grad_(training) for name, tensor in own.items()}
+        affine = [own.pop(name, None) for name in ("norm_weight", "norm_bias")]
+        norms = {"batch": BatchNorm(*running, *affine, use_batch_stats=training), "layer": LayerNorm(*affine)}
+        self.arguments: dict[str, Any] = {**own, "norm": None if shape.norm is None else norms[shape.norm]}
+
+    def __call__(self, op: Callable[..., Tensor], qkv: Sequence[Tensor], mixed: bool = True) -> list[Tensor]:
+        """The result, and the gradients of q, k, v and (of an operator that mixes) the parameters."""
+        if self.weights is None:
+            return [op(*qkv, **(self.arguments if mixed else {}))]
+        qkv = [tensor.detach().requires_grad_() for tensor in qkv]
+        out = op(*qkv, **(self.arguments if mixed else {}))
+        return [out.detach(), *torch.autograd.grad(out, [*qkv, *(self.leaves.values() if mixed else ())], self.weights)]
 
 
-def largest_errors(fused: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float]:
-    return float((fused - exact).abs().max()), float((plain - exact).abs().max())
-
-
-def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds: int) -> dict[str, Any]:
     """Times one row; its errors are against float64."""
-    parts = make_parts(shape, dtype)
-    inputs = [
-        torch.randn(batch, shape.tokens, 3, shape.heads, shape.dim).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
-        for _ in range(3)
+    packed = [torch.randn(batch, shape.tokens, 3, shape.heads, shape.dim).to(dtype) for _ in range(3)]
+    inputs = [tensor.permute(2, 0, 3, 1, 4).unbind(0) for tensor in packed]
+    weights = torch.randn(batch, shape.heads, shape.tokens, shape.dim).to(dtype) if training else None
+    parameters = {name: tensor.to(dtype) for name, tensor in make_parameters(shape).items()}
+    step, exact = (Step(shape, parameters, weights, numbers) for numbers in (dtype, torch.float64))
+    calls: list[Callable[[Any], list[Tensor]]] = [
+        lambda qkv: step(ops.head_mixed_attention, qkv),
+        lambda qkv: step(functional.head_mixed_attention, qkv),
+        lambda qkv: step(F.scaled_dot_product_attention, qkv, mixed=False),
     ]
-    fused_op = ops.talking_heads_attention if shape.talking else ops.re_attention
-    plain_op = functional.talking_heads_attention if shape.talking else functional.re_attention
-    calls: list[Callable[[Any], Tensor]] = [
-        lambda qkv: fused_op(*qkv, *parts),
-        lambda qkv: plain_op(*qkv, *parts),
-        lambda qkv: F.scaled_dot_product_attention(*qkv),
-    ]
-    exact = plain_op(*(t.double() for t in inputs[0]), *(to_double(part) for part in parts))
-    error, plain_error = largest_errors(calls[0](inputs[0]), calls[1](inputs[0]), exact)
-    seconds = interleaved(calls, inputs, rounds=rounds)
+    with torch.set_grad_enabled(training):
+        results = calls[0](inputs[0]), calls[1](inputs[0])
+        oracle = exact(functional.head_mixed_attention, [tensor.double() for tensor in inputs[0]])
+        names = ["out", *"qkv", *step.leaves]
+        wrong = [name for name, *tensors in zip(names, *results, oracle, strict=False) if not is_accurate(*tensors)]
+        seconds = interleaved(calls, inputs, rounds=rounds)
     fused, plain, sdpa = (1e3 * statistics.median(times) for times in seconds)
-    allowed = 2 * plain_error + 4 * torch.finfo(dtype).eps * float(exact.square().mean().sqrt())
     return {
         "model": shape.model,
+        "pass": PASSES[training],
         "shape": [batch, shape.heads, shape.tokens, shape.dim],
         "dtype": str(dtype).removeprefix("torch."),
         "fused_ms": fused,
         "plain_ms": plain,
         "sdpa_ms": sdpa,
-        "error": error,
-        "plain_error": plain_error,
-        "accurate": error <= allowed,
+        "inaccurate": wrong,
     }
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    name = f"{row['model']:<15} {tuple(row['shape'])!s:<17} {row['dtype']:<9}"
-    if not row["accurate"]:
-        return f"{name} WRONG: error {row['error']:.2e}, of the plain form {row['plain_error']:.2e}"
+    name = f"{row['model']:<15} {row['pass']:<9} {tuple(row['shape'])!s:<17} {row['dtype']:<9}"
+    if row["inaccurate"]:
+        return f"{name} WRONG: {', '.join(row['inaccurate'])} less accurate than the plain form's"
     fused, plain, sdpa = row["fused_ms"], row["plain_ms"], row["sdpa_ms"]
     return f"{name} {fused:8.3f} {plain:8.3f} {sdpa:8.3f} {plain / fused:8.2f}x {fused / sdpa:8.2f}"
 
@@ -119,6 +139,7 @@ def machine() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[8, 1])
     parser.add_argument("--rounds", type=int, default=30)
@@ -129,15 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("the C++ kernels cannot run: " + "; ".join(reasons))
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(
-        f"{'model':<15} {'(B, H, N, D)':<17} {'dtype':<9} {'fused ms':>8} {'plain':>8} {'sdpa':>8} faster by  of sdpa"
-    )
+    head = f"{'model':<15} {'pass':<9} {'(B, H, N, D)':<17} {'dtype':<9}"
+    print(f"{head} {'fused ms':>8} {'plain':>8} {'sdpa':>8} faster by  of sdpa")
     rows = []
-    with torch.inference_mode():
+    for passed in options.passes:
         for dtype in options.dtype:
             for batch in options.batch:
                 for shape in SHAPES:
-                    rows.append(measure(shape, batch, getattr(torch, dtype), options.rounds))
+                    training = passed == "training"
+                    rows.append(measure(shape, batch, getattr(torch, dtype), training, options.rounds))
                     print(describe_row(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")

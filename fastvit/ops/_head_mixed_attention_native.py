@@ -32,7 +32,7 @@ ENGINE = Engine(
 
 def infer(call: Call, dtype: torch.dtype) -> Tensor:
     """The call without gradients, a BatchNorm by running statistics folded in C++."""
-    q, k, v = (as_rows(tensor.to(dtype)) for tensor in (call.q, call.k, call.v))
+    q, k, v = as_rows(call.q, dtype), as_rows(call.k, dtype), as_rows(call.v, dtype)
     norm = call.norm
     normed: tuple[Any, ...] = None, None, None, None, 0.0, False  # weight, bias, mean, variance, eps, over heads
     if isinstance(norm, LayerNorm):

@@ -88,7 +88,7 @@ class _Mix(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *tensors = ctx.saved_tensors
-        gradients = ctx.engine.backward(as_rows(grad), *tensors, *ctx.settings, mask, ctx.scale)
+        gradients = ctx.engine.backward(as_rows(grad, grad.dtype), *tensors, *ctx.settings, mask, ctx.scale)
         return (None,) * 6 + _present(gradients, tuple(tensors))
 
 
@@ -113,9 +113,11 @@ class _Moments(torch.autograd.Function):
         return (None,) * 3 + _present(gradients, tuple(tensors))
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """With the channels of a token side by side, as the engines read them."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype, with the channels of a token side by side, as the engines read them."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    # Not contiguous(), which leaves the strides of an empty tensor as they are.
+    return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def attend(engine: Engine, call: Call, dtype: torch.dtype) -> Tensor:
@@ -124,7 +126,7 @@ def attend(engine: Engine, call: Call, dtype: torch.dtype) -> Tensor:
     Updates the running statistics of a BatchNorm that uses the batch's.
     """
     small = torch.promote_types(dtype, torch.float32)
-    q, k, v = (as_rows(tensor.to(dtype)) for tensor in (call.q, call.k, call.v))
+    q, k, v = as_rows(call.q, dtype), as_rows(call.k, dtype), as_rows(call.v, dtype)
     pre = _in(small, call.pre_weight), _in(small, call.pre_bias)
     weight, bias, norm = call.post_weight, call.post_bias, call.norm
     affine: tuple[Tensor | None, Tensor | None] = None, None

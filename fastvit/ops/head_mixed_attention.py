@@ -26,23 +26,25 @@ MAX_HEADS = 32
 MAX_HEAD_DIM = 128
 
 
-def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+def _check_parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
+    if tensor is None:
+        return
     if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
         raise ValueError(
-            f"{name}: got {describe(tensor)}, accepted is a floating tensor {shape}, q has {q.shape[1]} heads"
+            f"{name}: got {describe(tensor)}, accepted is a floating tensor {shape}, q has {shape[0]} heads"
         )
     if tensor.device != q.device:
         raise ValueError(f"{name}: got {describe(tensor)}, q is on {q.device}")
 
 
 def _check_mix(names: tuple[str, str], weight: Tensor | None, bias: Tensor | None, q: Tensor) -> None:
-    heads = q.shape[1]
-    if weight is not None:
-        _check_parameter(names[0], weight, (heads, heads), q)
-    if bias is not None:
-        if weight is None:
+    if weight is None:
+        if bias is not None:
             raise ValueError(f"{names[1]}: got {describe(bias)} without {names[0]}, accepted is None then")
-        _check_parameter(names[1], bias, (heads,), q)
+        return
+    heads = q.shape[1]
+    _check_parameter(names[0], weight, (heads, heads), q)
+    _check_parameter(names[1], bias, (heads,), q)
 
 
 def _check_given(name: str, weight: Tensor) -> None:
@@ -51,20 +53,19 @@ def _check_given(name: str, weight: Tensor) -> None:
 
 
 def _check_norm(norm: BatchNorm | LayerNorm, q: Tensor) -> None:
-    if not isinstance(norm, (BatchNorm, LayerNorm)):
-        accepted = "BatchNorm.of(module), LayerNorm.of(module) or None"
-        raise ValueError(f"norm: got {type(norm).__name__}, accepted is {accepted}")
-    fields = ["weight", "bias"]
+    shape = (q.shape[1],)
     if isinstance(norm, BatchNorm):
         if (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError("norm: running_mean and running_var must both be given or both be None")
         if norm.running_mean is None and not norm.use_batch_stats:
             raise ValueError("norm: got no running statistics and use_batch_stats=False, accepted is one of the two")
-        fields = ["running_mean", "running_var", *fields]
-    for field in fields:
-        tensor = getattr(norm, field)
-        if tensor is not None:
-            _check_parameter(f"norm.{field}", tensor, (q.shape[1],), q)
+        _check_parameter("norm.running_mean", norm.running_mean, shape, q)
+        _check_parameter("norm.running_var", norm.running_var, shape, q)
+    elif not isinstance(norm, LayerNorm):
+        accepted = "BatchNorm.of(module), LayerNorm.of(module) or None"
+        raise ValueError(f"norm: got {type(norm).__name__}, accepted is {accepted}")
+    _check_parameter("norm.weight", norm.weight, shape, q)
+    _check_parameter("norm.bias", norm.bias, shape, q)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

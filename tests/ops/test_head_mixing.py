@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import head_mixed_plain_engine as plain_engine
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvit.ops._head_mixing import Call, attend
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm, LayerNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm, recomputing
 
 HEADS = 4
 MIXES = {
@@ -120,3 +121,39 @@ def test_results_gradients_and_statistics(kind: str, mix: str, mask: str) -> Non
 )
 def test_settings_of_the_norm(kind: str) -> None:
     assert_same(step(True, "post", "keys", kind, times=3), step(False, "post", "keys", kind, times=3))
+
+
+@pytest.mark.parametrize("kind", ["batch", "batch_eval", "layer"])
+def test_gradcheck(kind: str) -> None:
+    """Of the plain twin, and of the algebra by an engine: both in float64, affine parameters included."""
+    inputs, allowed = make_inputs("both", "rows")
+    norm = make_norm(kind)
+    assert norm is not None
+    names, leaves = [*inputs, "weight", "bias"], [*inputs.values(), norm.weight, norm.bias]
+
+    for fused in (False, True):
+
+        def call(*tensors: Tensor, fused: bool = fused) -> Tensor:
+            given = dict(zip(names, tensors, strict=True))
+            affine = {name: given.pop(name) for name in ("weight", "bias")}
+            return run(fused, given, allowed, read(copy.deepcopy(norm))._replace(**affine), 0.3)
+
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def test_a_checkpointed_block_counts_a_batch_once() -> None:
+    inputs, allowed = make_inputs("post", "none")
+    norms = [make_norm("batch")]
+    norms.append(copy.deepcopy(norms[0]))
+    run(True, inputs, allowed, read(norms[0]), 1.0)
+    run(True, inputs, allowed, read(norms[1]), 1.0)
+    with recomputing():
+        run(True, inputs, allowed, read(norms[1]), 1.0)
+    assert all(map(torch.equal, norms[0].buffers(), norms[1].buffers()))
+    assert norms[0].num_batches_tracked == 1
+
+
+def test_a_layer_norm_of_something_else_is_refused() -> None:
+    for module in (nn.LayerNorm((4, 2)), nn.BatchNorm2d(4)):
+        with pytest.raises(ValueError, match="module: got .*accepted is a nn.LayerNorm over one axis"):
+            LayerNorm.of(module)
