@@ -1,9 +1,10 @@
 """Attention mixed across heads (talking heads, re-attention): the checks, and who computes it.
 
 - ``cpp``: ``csrc/cpu/head_mixed_attention*``: all heads of a few queries at a time, their maps never leave the caches.
+- ``triton``: ``kernels/head_mixed_attention*.py``, the same on a GPU.
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
-The first two are engines of :mod:`fastvit.ops._head_mixing`, which has the algebra of the norms around them.
+The others are engines of :mod:`fastvit.ops._head_mixing`, which has the algebra of the norms around them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops import _head_mixed_attention_native as native
+from fastvit.ops import _head_mixed_attention_triton as triton
 from fastvit.ops._checks import check_mask, check_tokens, describe
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
-from fastvit.ops._head_mixing import Call
+from fastvit.ops._head_mixing import Call, attend
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
 __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
 
@@ -124,6 +127,19 @@ def _run_cpp(call: Call) -> Tensor:
     return native.infer(call, _compute_dtype(call.q))
 
 
+def _triton_reasons(call: Call) -> list[str]:
+    if reasons := backends.triton_reasons(call.q.device):
+        return reasons
+    reasons = _reasons(call, TRITON_DTYPES)
+    if call.q.device.type == "cpu" and _compute_dtype(call.q) == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies bfloat16 as integers")
+    return reasons
+
+
+def _run_triton(call: Call) -> Tensor:
+    return attend(triton.ENGINE, call, _compute_dtype(call.q))
+
+
 def _no_reasons(call: Call) -> list[str]:
     return []
 
@@ -151,6 +167,7 @@ def _run_reference(call: Call) -> Tensor:
 
 IMPLEMENTATIONS = (
     Implementation("cpp", _cpp_reasons, _run_cpp),
+    Implementation("triton", _triton_reasons, _run_triton),
     Implementation("reference", _no_reasons, _run_reference),
 )
 """In order of preference."""
@@ -223,7 +240,7 @@ def head_mixed_attention(
             the finished map is zero at masked positions too. A row with no key left gives zeros.
         scale: D ** -0.5 by default.
         dropout_p: on the softmaxed maps, or on the finished map with ``dropout_after_mix``; pass 0 outside training.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "triton" or "reference".
 
     Returns:
         (B, H, Nq, D) in q's dtype, or autocast's.
