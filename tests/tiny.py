@@ -10,10 +10,20 @@ from fastvit import reference
 from fastvit.patching import unpatch
 
 CLASSES = 7
-SIZES = {"cvt": 48, "ceit": 64, "twins_pcpvt": 64, "timm_twins": 64}
+SIZES = {"cvt": 48, "ceit": 64, "twins_pcpvt": 64, "timm_twins": 64, "timm_twins_svt": 64}
 ISOTROPIC = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": CLASSES}
 FAMILIES = ("vit", "deit", "deepvit", "cait", "cpvt", "cvt", "ceit", "twins_pcpvt")
-TIMM = ("timm_vit", "timm_vit_qk_norm", "timm_deit_distilled", "timm_cait", "timm_twins")
+TIMM = (
+    "timm_vit",
+    "timm_vit_qk_norm",
+    "timm_deit_distilled",
+    "timm_deit3",
+    "timm_beit",
+    "timm_beit_shared",
+    "timm_cait",
+    "timm_twins",
+    "timm_twins_svt",
+)
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -50,7 +60,7 @@ def _reference(name: str) -> nn.Module:
 
 def _timm(name: str) -> nn.Module:
     pytest.importorskip("timm")
-    from timm.models import cait, deit, twins, vision_transformer
+    from timm.models import beit, cait, deit, twins, vision_transformer
 
     if name == "timm_vit":
         return vision_transformer.VisionTransformer(**ISOTROPIC)
@@ -59,11 +69,17 @@ def _timm(name: str) -> nn.Module:
         return vision_transformer.VisionTransformer(**ISOTROPIC, **options)
     if name == "timm_deit_distilled":
         return deit.VisionTransformerDistilled(**ISOTROPIC)
+    if name == "timm_deit3":
+        return vision_transformer.VisionTransformer(**ISOTROPIC, no_embed_class=True, init_values=1e-6)
+    if name.startswith("timm_beit"):
+        shared = name.endswith("shared")
+        return beit.Beit(**ISOTROPIC, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared)
     if name == "timm_cait":
         return cait.Cait(**ISOTROPIC)
-    return twins.Twins(
-        img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4), num_classes=CLASSES
-    )
+    pyramid = {"img_size": 64, "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), "num_classes": CLASSES}
+    if name == "timm_twins_svt":  # the map is no multiple of the windows
+        return twins.Twins(**pyramid, depths=(2, 1, 1, 1), wss=(3, 3, 3, 3))
+    return twins.Twins(**pyramid, depths=(1, 1, 1, 1))
 
 
 def build(name: str) -> nn.Module:

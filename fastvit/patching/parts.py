@@ -26,12 +26,17 @@ def dropout_p(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+def backend_of_linears(backend: str) -> str:
+    """The backend of the linear layers in a block that has this one: none that was asked for has them but "cpp"."""
+    return "auto" if backend in ("auto", "cpp") else "reference"
+
+
 def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
     """linear(x), by our own product where it is the faster one and the layer is the plain class without hooks.
 
-    ``backend`` is the module's own: one that has no linear layers leaves them to the library.
+    ``backend`` is that of the block.
     """
-    if pays_off() and backend in ("auto", "cpp") and is_plain(linear, nn.Linear):
+    if pays_off() and backend_of_linears(backend) == "auto" and is_plain(linear, nn.Linear):
         return ops.linear(x, linear.weight, linear.bias)
     return linear(x)
 

@@ -1,4 +1,4 @@
-"""timm's blocks: ViT/DeiT attention, CaiT's talking heads and class attention, Twins' PEG.
+"""timm's blocks: ViT/DeiT and BEiT attention, CaiT's talking heads and class attention, Twins' blocks, MLPs.
 
 timm itself is never imported here: its classes are known by where they are defined. The fused forwards call the
 sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their places keep working.
@@ -9,11 +9,23 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, intact
-from fastvit.patching.parts import check_attributes, check_depthwise, check_linear, check_scale, dropout_p, is_plain
+from fastvit.patching.parts import (
+    activation_name,
+    backend_of_linears,
+    check_activation,
+    check_attributes,
+    check_depthwise,
+    check_linear,
+    check_scale,
+    dropout_p,
+    is_plain,
+    project,
+)
 
 
 def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -34,7 +46,11 @@ class AttentionSeam(Fused):
         if is_causal or not intact(self):
             return self.fastvit_plain.forward(self, x, *_given(attn_mask, is_causal))
         batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = (
+            project(self.qkv, x, self.fastvit_backend)
+            .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv.unbind(0)
         mask, bias = _as_mask_and_bias(attn_mask)
         out = ops.masked_attention(
@@ -51,7 +67,7 @@ class AttentionSeam(Fused):
         out = self.norm(out) if hasattr(self, "norm") else out
         gate = getattr(self, "gate", None)
         out = out if gate is None else out * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
 
 
 def _given(attn_mask: Tensor | None, is_causal: bool) -> tuple:
@@ -69,7 +85,11 @@ class TalkingHeadSeam(Fused):
         if not intact(self):
             return self.fastvit_plain.forward(self, x)
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            project(self.qkv, x, self.fastvit_backend)
+            .reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv.unbind(0)
         out = ops.talking_heads_attention(
             q,
@@ -83,7 +103,8 @@ class TalkingHeadSeam(Fused):
             dropout_p=dropout_p(self.attn_drop),
             backend=self.fastvit_backend,
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        out = out.transpose(1, 2).reshape(batch, tokens, dim)
+        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
 
 
 class ClassAttentionSeam(Fused):
@@ -98,12 +119,111 @@ class ClassAttentionSeam(Fused):
         batch, tokens, dim = x.shape
         heads = self.num_heads
         q = self.q(x[:, 0]).reshape(batch, heads, 1, dim // heads)
-        k = self.k(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
-        v = self.v(x).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
+        k, v = (
+            project(layer, x, self.fastvit_backend).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
+            for layer in (self.k, self.v)
+        )
         out = ops.masked_attention(
             q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))
+
+
+class BeitAttentionSeam(Fused):
+    """timm's BEiT ``Attention``: a bias over query and key positions, of its own or shared between the blocks."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "qkv": nn.Linear}
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x, shared_rel_pos_bias)
+        batch, tokens, _ = x.shape
+        qkv_bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = ops.linear(x, self.qkv.weight, qkv_bias, backend=backend_of_linears(self.fastvit_backend))
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        if shared_rel_pos_bias is not None:
+            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+        out = ops.masked_attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            scale=self.scale,
+            dropout_p=dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), self.fastvit_backend))
+
+
+class GlobalAttentionSeam(Fused):
+    """timm's Twins ``GlobalSubSampleAttn``: keys and values from a coarser map."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x, size)
+        batch, tokens, dim = x.shape
+        heads = (self.num_heads, dim // self.num_heads)
+        q = project(self.q, x, self.fastvit_backend).unflatten(2, heads).transpose(1, 2)
+        if self.sr is not None:
+            coarse = self.sr(x.transpose(1, 2).reshape(batch, dim, *size))
+            x = self.norm(coarse.flatten(2).transpose(1, 2))
+        kv = project(self.kv, x, self.fastvit_backend).unflatten(2, (2, *heads))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = ops.masked_attention(
+            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
+        )
+        out = out.transpose(1, 2).reshape(batch, tokens, dim)
+        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+
+
+class LocalAttentionSeam(Fused):
+    """timm's Twins ``LocallyGroupedAttn``: attention within windows, the map padded with zeros to whole ones."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if not intact(self):
+            return self.fastvit_plain.forward(self, x, size)
+        (batch, tokens, dim), (height, width), window = x.shape, size, self.ws
+        image = F.pad(x.view(batch, height, width, dim), (0, 0, 0, -width % window, 0, -height % window))
+        rows, columns = image.shape[1] // window, image.shape[2] // window
+        image = image.reshape(batch, rows, window, columns, window, dim).transpose(2, 3)
+        qkv = project(self.qkv, image.reshape(-1, window * window, dim), self.fastvit_backend)
+        qkv = qkv.unflatten(2, (3, self.num_heads, dim // self.num_heads)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        out = ops.masked_attention(
+            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
+        )
+        out = out.transpose(1, 2).reshape(batch, rows, columns, window, window, dim).transpose(2, 3)
+        out = out.reshape(batch, rows * window, columns * window, dim)[:, :height, :width].reshape(batch, tokens, dim)
+        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+
+
+class MlpSeam(Fused):
+    """timm's ``Mlp`` with its activation inside the first product."""
+
+    fastvit_op = "mlp"
+    fastvit_reads: ClassVar = {
+        "fc1": nn.Linear,
+        "fc2": nn.Linear,
+        "drop1": nn.Dropout,
+        "drop2": nn.Dropout,
+        "norm": nn.Identity,
+    }
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation = activation_name(self.act)
+        dropping = dropout_p(self.drop1) > 0.0 or dropout_p(self.drop2) > 0.0
+        if activation is None or dropping or not intact(self):
+            return self.fastvit_plain.forward(self, x)
+        layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
 
 
 class PosConvSeam(Fused):
@@ -156,6 +276,39 @@ def _check_class_attention(module: nn.Module) -> list[str]:
     return [reason for name in ("q", "k", "v") for reason in check_linear(module, name, width)]
 
 
+def _check_beit(module: nn.Module) -> list[str]:
+    missing = check_attributes(
+        module, "num_heads", "scale", "q_bias", "k_bias", "v_bias", "relative_position_bias_table", "proj", "proj_drop"
+    )
+    return missing or ([] if module.qkv.bias is None else ["qkv has a bias of its own"])
+
+
+def _check_global_attention(module: nn.Module) -> list[str]:
+    missing = check_attributes(module, "num_heads", "scale", "q", "kv", "sr", "norm", "proj", "proj_drop")
+    if missing or type(module.q) is not nn.Linear:
+        return missing
+    width = module.q.in_features
+    head_dim = width // module.num_heads
+    return check_scale("scale", module.scale, head_dim) + check_linear(module, "kv", 2 * width)
+
+
+def _check_local_attention(module: nn.Module) -> list[str]:
+    missing = check_attributes(module, "num_heads", "scale", "qkv", "ws", "proj", "proj_drop")
+    if missing or type(module.qkv) is not nn.Linear:
+        return missing
+    width = module.qkv.in_features
+    return check_scale("scale", module.scale, width // module.num_heads) + check_linear(module, "qkv", 3 * width)
+
+
+def _check_mlp(module: nn.Module) -> list[str]:
+    return check_attributes(module, "act") or check_activation("act", module.act)
+
+
+def _is_of_linears(module: nn.Module) -> bool:
+    """Not of 1x1 convolutions, which no operator stands for."""
+    return not isinstance(getattr(module, "fc1", None), nn.Conv2d)
+
+
 def _check_pos_conv(module: nn.Module) -> list[str]:
     if len(module.proj) != 1:
         return [f"proj has {len(module.proj)} parts, expected is a single convolution"]
@@ -202,6 +355,20 @@ _ATTENTION_NAMES = _COMMON_NAMES | {
     "maybe_add_mask",
 }
 _CAIT_NAMES = _COMMON_NAMES | {"qkv", "q", "k", "v", "unsqueeze", "proj_l", "proj_w"}
+_BEIT_NAMES = _COMMON_NAMES | {
+    "q_bias",
+    "k_bias",
+    "v_bias",
+    "cat",
+    "qkv",
+    "qkv_bias_separate",
+    "linear",
+    "weight",
+    "relative_position_bias_table",
+    "_get_rel_pos_bias",
+}
+_TWINS_NAMES = _COMMON_NAMES | {"qkv", "q", "kv", "sr", "norm", "view", "pad", "ws", "contiguous"}
+_MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
 
 ROWS = (
@@ -209,5 +376,9 @@ ROWS = (
     Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),
     Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_class_attention, _CAIT_NAMES),
+    Row("timm.models.beit.Attention", BeitAttentionSeam, _check_beit, _BEIT_NAMES),
+    Row("timm.models.twins.GlobalSubSampleAttn", GlobalAttentionSeam, _check_global_attention, _TWINS_NAMES),
+    Row("timm.models.twins.LocallyGroupedAttn", LocalAttentionSeam, _check_local_attention, _TWINS_NAMES),
+    Row("timm.layers.mlp.Mlp", MlpSeam, _check_mlp, _MLP_NAMES, applies=_is_of_linears),
     Row("timm.models.twins.PosConv", PosConvSeam, _check_pos_conv, _POS_CONV_NAMES),
 )

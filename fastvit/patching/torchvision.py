@@ -7,13 +7,23 @@ k and v are views. torchvision itself is never imported.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row
-from fastvit.patching.parts import check_attributes, check_parameters, is_plain
+from fastvit.patching.parts import (
+    activation_name,
+    backend_of_linears,
+    check_activation,
+    check_attributes,
+    check_parameters,
+    dropout_p,
+    is_plain,
+)
+from fastvit.reference.layers import obstacles
 
 
 def _attends_plainly(attention: nn.Module) -> bool:
@@ -38,16 +48,41 @@ class EncoderBlockSeam(Fused):
         attention = self.self_attention
         if input.dim() != 3 or not _attends_plainly(attention):
             return self.fastvit_plain.forward(self, input)
-        batch, tokens, dim = input.shape
-        packed = F.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias)
+        batch, tokens, _ = input.shape
+        linears = backend_of_linears(self.fastvit_backend)
+        packed = ops.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias, backend=linears)
         q, k, v = (
             packed.view(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
         out = ops.masked_attention(
             q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=self.fastvit_backend
         )
-        x = self.dropout(attention.out_proj(out.transpose(1, 2).reshape(batch, tokens, dim))) + input
+        out = ops.linear(
+            out.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias, backend=linears
+        )
+        x = self.dropout(out) + input
         return x + self.mlp(self.ln_2(x))
+
+
+class MlpSeam(Fused):
+    """torchvision's ``MLPBlock`` (linear, activation, dropout, linear, dropout), activation inside the product."""
+
+    fastvit_op = "mlp"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
+        if _mlp_obstacles(self) or any(dropout_p(self.get_submodule(name)) > 0.0 for name in ("2", "4")):
+            return self.fastvit_plain.forward(self, input)
+        fc1, activation, _, fc2, _ = self.children()
+        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return ops.mlp(input, *layers, activation_name(activation), backend=self.fastvit_backend)
+
+
+def _mlp_obstacles(module: Any) -> list[str]:
+    expected = {0: nn.Linear, 2: nn.Dropout, 3: nn.Linear, 4: nn.Dropout}
+    if len(module) != 5:
+        return [f"has {len(module)} layers, expected are linear, activation, dropout, linear, dropout"]
+    found = [f"{i} {obstacle}" for i, cls in expected.items() for obstacle in obstacles(module[i], cls)]
+    return found or check_activation("1", module[1])
 
 
 def _check_block(module: nn.Module) -> list[str]:
@@ -61,4 +96,7 @@ def _check_block(module: nn.Module) -> list[str]:
 # Every global and attribute name that the forwards of the versions read (up to torchvision 0.22) use.
 _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_attention", "dropout", "ln_2", "mlp"})
 
-ROWS = (Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockSeam, _check_block, _BLOCK_NAMES),)
+ROWS = (
+    Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockSeam, _check_block, _BLOCK_NAMES),
+    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _mlp_obstacles),
+)

@@ -11,25 +11,40 @@ from helpers import assert_as_accurate
 from tiny import FAMILIES, TIMM, build, images
 from torch import Tensor, nn
 
-from fastvit.patching import explain, patch, report, unpatch
+from fastvit import backends
+from fastvit.ops import _products
+from fastvit.patching import explain, parts, patch, report, unpatch
 
 EVERY = (*FAMILIES, *TIMM)
 FUSED = {
-    "vit": {"masked_attention": 2},
-    "deit": {"masked_attention": 2},
-    "deepvit": {"head_mixed_attention": 2},
-    "cait": {"head_mixed_attention": 2, "masked_attention": 2},
-    "cpvt": {"masked_attention": 2, "token_depthwise_conv": 1},
-    "cvt": {"masked_attention": 3, "token_depthwise_conv": 9},
-    "ceit": {"masked_attention": 3, "leff": 2},
-    "twins_pcpvt": {"masked_attention": 4, "token_depthwise_conv": 4},
-    "timm_vit": {"masked_attention": 2},
-    "timm_vit_qk_norm": {"masked_attention": 2},
-    "timm_deit_distilled": {"masked_attention": 2},
-    "timm_cait": {"head_mixed_attention": 2, "masked_attention": 2},
-    "timm_twins": {"token_depthwise_conv": 4},
+    "vit": {"masked_attention": 2, "mlp": 2},
+    "deit": {"masked_attention": 2, "mlp": 2},
+    "deepvit": {"head_mixed_attention": 2, "mlp": 2},
+    "cait": {"head_mixed_attention": 2, "masked_attention": 2, "mlp": 4},
+    "cpvt": {"masked_attention": 2, "token_depthwise_conv": 1, "mlp": 2},
+    "cvt": {"masked_attention": 3, "token_depthwise_conv": 9, "mlp": 3},
+    "ceit": {"masked_attention": 3, "leff": 2, "mlp": 1},
+    "twins_pcpvt": {"masked_attention": 4, "token_depthwise_conv": 4, "mlp": 4},
+    "timm_vit": {"masked_attention": 2, "mlp": 2},
+    "timm_vit_qk_norm": {"masked_attention": 2, "mlp": 2},
+    "timm_deit_distilled": {"masked_attention": 2, "mlp": 2},
+    "timm_cait": {"head_mixed_attention": 2, "masked_attention": 2, "mlp": 4},
+    "timm_deit3": {"masked_attention": 2, "mlp": 2},
+    "timm_beit": {"masked_attention": 2, "mlp": 2},
+    "timm_beit_shared": {"masked_attention": 2, "mlp": 2},
+    "timm_twins": {"masked_attention": 4, "mlp": 4, "token_depthwise_conv": 4},
+    "timm_twins_svt": {"masked_attention": 5, "mlp": 5, "token_depthwise_conv": 4},
 }
 """Blocks each tiny model has."""
+
+
+@pytest.fixture(autouse=True)
+def _own_products(monkeypatch):
+    """Linear layers by our own kernel on every machine that has it, few rows or not."""
+    if not backends.cpp_reasons():
+        for module in (_products, parts):
+            monkeypatch.setattr(module, "pays_off", lambda: True)
+        monkeypatch.setattr(_products, "CPP_MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -37,8 +52,9 @@ def test_every_block_is_fused_and_called(name):
     model = patch(build(name))
     totals = report(model).totals()
     assert totals == {op: (count, count) for op, count in FUSED[name].items()}
-    called = [row.name for row in explain(model, images(name)).rows if row.op != "conv_projection"]
-    joined = [row.name for row in explain(model, images(name)).rows if row.op == "conv_projection"]
+    choices = [row for row in explain(model, images(name)).rows if row.op != "linear"]  # the projections beside
+    called = [row.name for row in choices if row.op != "conv_projection"]
+    joined = [row.name for row in choices if row.op == "conv_projection"]
     called += [f"{attention}.conv_proj_{part}" for attention in joined for part in "qkv"]
     assert sorted(called) == sorted(row.name for row in report(model).rows if row.status == "patched")
 
