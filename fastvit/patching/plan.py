@@ -15,6 +15,9 @@ from fastvit.patching.recognise import Match, looks_fusable, operators, recognis
 
 FilterFn = Callable[[nn.Module, str], bool]
 
+NOT_INSISTED_ON = frozenset({"mlp"})
+"""Operators of blocks that are neither attention nor convolution: ``strict`` lets them be plain."""
+
 PATCHED, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "skipped", "unsupported", "unrecognised"
 
 
@@ -163,5 +166,5 @@ def explain_failure(findings: Iterable[Finding]) -> list[str]:
     return [
         f"{finding.name or '(the model itself)'} ({plain_class(finding.module).__name__}): {', '.join(finding.reasons)}"
         for finding in findings
-        if finding.status != PATCHED and not finding.wanted
+        if finding.status != PATCHED and not finding.wanted and finding.op not in NOT_INSISTED_ON
     ]

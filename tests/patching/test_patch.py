@@ -12,7 +12,7 @@ from torch import nn
 from fastvit import backends
 from fastvit.patching import is_patched, patch, patched, report, swap, unpatch
 from fastvit.patching.fusion import Fused, plain_class
-from fastvit.reference.layers import Attention
+from fastvit.reference.layers import Attention, Mlp
 
 
 def classes(model: nn.Module) -> list[type]:
@@ -68,7 +68,7 @@ def test_a_module_that_is_itself_a_block():
 def test_filter_fn_sees_module_and_qualified_name(model):
     seen = {}
     patch(model, filter_fn=lambda module, name: seen.setdefault(name, plain_class(module)) and name.endswith("0.attn"))
-    assert seen == {"blocks.0.attn": Attention, "blocks.1.attn": Attention}
+    assert seen == {f"blocks.{i}.{name}": cls for i in (0, 1) for name, cls in (("attn", Attention), ("mlp", Mlp))}
     assert fused_names(model) == ["blocks.0.attn"]
     assert report(model).rows[1].reasons == ("filter_fn leaves it out",)
 
@@ -79,7 +79,8 @@ def test_ops_chooses_operators():
     convolutions = fused_names(patch(model, ops="leff"))
     attentions = fused_names(patch(model, ops=["masked_attention"]))
     assert convolutions == ["blocks.0.leff", "blocks.1.leff"]
-    assert sorted(convolutions + attentions) == sorted(everything)
+    others = fused_names(patch(model, ops="mlp"))
+    assert sorted(convolutions + attentions + others) == sorted(everything)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_nothing_to_fuse_warns_and_names_what_it_saw():
 
 
 def test_everything_turned_down_warns_with_the_reasons(model):
-    with pytest.warns(UserWarning, match="blocks.1.attn: filter_fn leaves it out$"):  # and nothing of nearest classes
+    with pytest.warns(UserWarning, match="blocks.1.mlp: filter_fn leaves it out$"):  # and nothing of nearest classes
         patch(model, filter_fn=lambda module, name: False)
 
 
@@ -186,7 +187,7 @@ def test_a_subclass_with_its_own_forward_around_the_seam_is_fused():
 def test_a_forward_replaced_on_the_instance_is_left_alone(model):
     model.blocks[0].attn.forward = lambda x, mask=None: x
     patch(model)
-    assert fused_names(model) == ["blocks.1.attn"]
+    assert fused_names(model) == ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
     assert report(model).rows[0].reasons == ("forward was replaced on the instance",)
 
 
@@ -197,7 +198,7 @@ def test_dry_run_changes_nothing_and_fills_the_report(model):
     assert classes(model) == before
     planned = report(model)
     assert planned.dry_run
-    assert [row.status for row in planned.rows] == ["patched", "patched"]
+    assert [row.status for row in planned.rows] == ["patched"] * 4
     assert planned.error is not None
     assert "dry run" in str(planned)
     patch(model)
@@ -231,7 +232,7 @@ def test_an_error_in_filter_fn_leaves_the_model_as_it_was(model):
 def test_patched_restores_the_state_before(model):
     with patched(model) as same:
         assert same is model
-        assert len(fused_names(model)) == 2
+        assert len(fused_names(model)) == 4
     assert not is_patched(model)
     patch(model, backend="sdpa", filter_fn=lambda module, name: "0" in name)
     before = report(model).rows
