@@ -10,6 +10,10 @@ Environment:
     FASTVIT_CUDA_ARCH_LIST  CUDA architectures, e.g. "8.0;9.0+PTX" (or TORCH_CUDA_ARCH_LIST). Default: those of
                             DEFAULT_ARCHS that nvcc knows, and PTX of the newest.
     CUDA_HOME, CUDACXX      where nvcc is; otherwise PATH. Without nvcc there is no CUDA part. No GPU need be visible.
+    FASTVIT_ISA_LIST        instruction sets of the CPU kernels, e.g. "portable,avx2". Default: all that can be built.
+    FASTVIT_SANITIZE        sanitizers, e.g. "address,undefined": a slow build, with objects of its own, for finding
+                            errors, each of which ends the process. Python must then have been started with LD_PRELOAD
+                            of libasan, libubsan and libstdc++.
     CXX, CXXFLAGS, LDFLAGS  as usual.
     MAX_JOBS                compilers run at once; default: from cores and free memory.
 """
@@ -42,7 +46,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 EXTENSION = "fastvit._C"
 # Where objects are kept between builds (an editable install gives a fresh temporary directory each time).
-OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}"
+SANITIZE = os.environ.get("FASTVIT_SANITIZE", "")
+_KIND = f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""
+OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}{_KIND}"
 MEMORY_PER_JOB = 1.5  # GiB
 
 # -ffast-math never: masks and padding rely on infinities and NaN.
@@ -50,6 +56,10 @@ CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-DNDEBUG", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
 ]
+# vptr would need the run-time types of the libraries loaded.
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS: dict[str, list[str]] = {
@@ -154,11 +164,15 @@ def compiles(cxx: list[str], flags: list[str], code: str) -> bool:
 
 
 def find_isas(cxx: list[str]) -> list[str]:
-    """The instruction sets of this architecture that the compiler can build."""
+    """The instruction sets of this architecture that the compiler can build, as far as they are asked for."""
+    asked = re.split(r"[;,\s]+", os.environ.get("FASTVIT_ISA_LIST", "").strip())
+    if unknown := [isa for isa in asked if isa and isa not in ISA_FLAGS]:
+        raise BuildError(f"FASTVIT_ISA_LIST: got {unknown}, accepted are {list(ISA_FLAGS)}")
+    wanted = {"portable", *(isa for isa in asked if isa)} if any(asked) else set(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["portable"]
     probe = "#include <immintrin.h>\nint main() {}\n"
-    return [isa for isa, flags in ISA_FLAGS.items() if not flags or compiles(cxx, flags, probe)]
+    return [isa for isa, flags in ISA_FLAGS.items() if isa in wanted and (not flags or compiles(cxx, flags, probe))]
 
 
 def find_nvcc() -> str | None:
@@ -288,7 +302,7 @@ def make_torch_stub(toolchain: Toolchain) -> Path:
 
 def link_flags(toolchain: Toolchain, has_cuda: bool) -> list[str]:
     """The linker's flags; they follow the objects."""
-    extra = shlex.split(os.environ.get("LDFLAGS", ""))
+    extra = [*SANITIZE_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
     if platform.system() == "Darwin":
         return ["-bundle", "-undefined", "dynamic_lookup", *extra]
     flags = ["-shared", "-Wl,--no-as-needed", str(make_torch_stub(toolchain)), "-Wl,--as-needed"]

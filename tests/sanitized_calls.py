@@ -1,0 +1,145 @@
+"""Calls every operator the extension has for the CPU, in small odd shapes, on each instruction set it was built for.
+
+Run by ``test_sanitizers.py`` in a process whose extension is built with sanitizers: what they find ends it. The last
+line tells the operators that ran.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvit import _C, ops
+from fastvit.reference.functional import BatchNorm, Projection
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers fastvit's operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastvit":
+            self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def norm(channels: int, batch_stats: bool) -> BatchNorm:
+    mean, var, weight, bias = (torch.rand(channels) + 0.5 for _ in range(4))
+    return BatchNorm(mean, var, weight, bias, use_batch_stats=batch_stats)
+
+
+def convolutions() -> Iterable[Call]:
+    geometries = (
+        ((1, 1), 3, 1, None),
+        ((7, 5), 3, 2, None),
+        ((6, 7), 5, 1, None),
+        ((5, 6), 4, 3, 5),
+        ((2, 9), 7, 1, None),
+    )
+    for (grid, kernel, stride, padding), channels, batch_stats in itertools.product(geometries, (5, 33), (False, True)):
+        tokens = 2 + grid[0] * grid[1]
+        x = torch.randn(3, tokens + 1, channels + 3)[:, 1:, 1 : channels + 1]  # rows of a larger tensor
+        keeps_grid = stride == 1 and kernel % 2 == 1
+        yield (
+            ops.token_depthwise_conv,
+            {
+                "x": x,
+                "weight": torch.randn(channels, 1, kernel, kernel),
+                "bias": torch.randn(channels),
+                "grid": grid,
+                "stride": stride,
+                "padding": padding,
+                "prefix_tokens": 2,
+                "residual": keeps_grid,
+                "pre_norm": norm(channels, batch_stats),
+                "pre_activation": "gelu",
+                "norm": norm(channels, batch_stats),
+                "activation": "gelu",
+            },
+        )
+    for channels in (16, 48):  # the way without a ring of rows
+        weight = torch.randn(channels, 1, 3, 3)
+        yield ops.token_depthwise_conv, {"x": torch.randn(2, 35, channels), "weight": weight, "grid": (7, 5)}
+    weight, square = torch.randn(24, 1, 3, 3), torch.randn(24, 24)
+    q, k, v = (Projection(weight, norm(24, False), square, torch.randn(24), stride) for stride in (1, 2, 2))
+    yield ops.conv_projection, {"x": torch.randn(2, 36, 24), "q": q, "k": k, "v": v, "grid": (5, 7), "prefix_tokens": 1}
+
+
+def attentions() -> Iterable[Call]:
+    for heads, queries, keys, width in ((1, 1, 1, 8), (3, 5, 17, 16), (4, 65, 70, 33)):
+        q = torch.randn(2, queries, heads, width).transpose(1, 2)
+        k, v = torch.randn(2, 2, heads, keys, width)
+        mask = torch.rand(2, keys) < 0.7
+        yield ops.masked_attention, {"q": q, "k": k, "v": v}
+        yield ops.masked_attention, {"q": q, "k": k, "v": v, "mask": mask, "bias": torch.randn(heads, queries, keys)}
+        square, bias = torch.randn(2, heads, heads), torch.randn(heads)
+        yield ops.head_mixed_attention, {"q": q, "k": k, "v": v, "pre_weight": square[0], "pre_bias": bias}
+        for batch_stats in (False, True):
+            mixed = {"post_weight": square[1], "post_bias": bias, "norm": norm(heads, batch_stats), "mask": mask}
+            yield ops.head_mixed_attention, {"q": q, "k": k, "v": v, **mixed}
+
+
+def products() -> Iterable[Call]:
+    for rows, inner, columns in ((17, 16, 16), (33, 40, 19), (70, 24, 100)):
+        x, weight = torch.randn(1, rows, inner), torch.randn(columns, inner)
+        yield ops.linear, {"x": x, "weight": weight, "bias": torch.randn(columns), "activation": "gelu"}
+
+
+def lower(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.bfloat16() if value.is_floating_point() else value
+    if isinstance(value, (BatchNorm, Projection)):
+        return type(value)(*map(lower, value))
+    return tuple(map(lower, value)) if isinstance(value, tuple) else value
+
+
+def try_cpp(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The results of the kernels; nothing where they do not take the call."""
+    try:
+        out = function(**arguments, backend="cpp")
+    except RuntimeError as error:
+        if "cannot run this call" not in str(error):
+            raise
+        return ()
+    return out if isinstance(out, tuple) else (out,)
+
+
+def run(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Without gradients, then with."""
+    with torch.no_grad():
+        try_cpp(function, arguments)
+    trained = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if outs := try_cpp(function, arguments | trained):
+        torch.autograd.grad([out.float().sum() for out in outs], list(trained.values()), allow_unused=True)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    with Recorder() as recorder:
+        for isa in _C.cpu_info()["supported"]:
+            _C._set_cpu_capability(isa)
+            for dtype in ("float32", "bfloat16"):
+                for function, arguments in (*convolutions(), *attentions(), *products()):
+                    changed = {name: lower(value) for name, value in arguments.items()}
+                    run(function, arguments if dtype == "float32" else changed)
+    print(json.dumps(sorted(recorder.names)))
+
+
+if __name__ == "__main__":
+    main()
