@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops._dispatch import REFERENCE
+from fastvit.ops import _products
+from fastvit.ops._dispatch import REFERENCE, automatic
 from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS
 from fastvit.reference.functional import BatchNorm
 
@@ -24,8 +24,10 @@ def as_dtype_of(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with parameters of any floating dtype."""
-    return F.linear(x, *as_dtype_of(x, weight, bias))
+    """A linear layer with parameters of any floating dtype, by whichever product is the faster."""
+    weight, bias = as_dtype_of(x, weight, bias)
+    call = _products.Call(x, (_products.Layer(weight, bias),), None)
+    return automatic(_products.IMPLEMENTATIONS, (call,), {}).run(call)
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:

@@ -24,7 +24,25 @@ from torch.autograd import forward_ad
 
 from fastvit import backends
 
-__all__ = ["Implementation", "Selection", "gradients_needed", "left_out", "recording", "select", "turned_down"]
+__all__ = [
+    "Implementation",
+    "Selection",
+    "automatic",
+    "gradients_needed",
+    "left_out",
+    "recording",
+    "select",
+    "turned_down",
+]
+    "Implementation",
+    "Selection",
+    "automatic",
+    "gradients_needed",
+    "left_out",
+    "recording",
+    "select",
+    "turned_down",
+]
 
 AUTO = "auto"
 REFERENCE = "reference"
@@ -79,7 +97,8 @@ def left_out(name: str) -> bool:
     return requested is not None and name != REFERENCE and name not in requested
 
 
-def _automatic(implementations: Sequence[Implementation], args: tuple, kwargs: dict) -> Implementation:
+def automatic(implementations: Sequence[Implementation], args: tuple, kwargs: dict) -> Implementation:
+    """The first that can take the arguments. Nobody is told: for an operator within another."""
     for implementation in implementations:
         if not left_out(implementation.name) and not implementation.reasons(*args, **kwargs):
             return implementation
@@ -120,7 +139,7 @@ def select(
     if _must_be_plain():
         return implementations[-1]
     if backend == AUTO:
-        chosen = _automatic(implementations, args, kwargs)
+        chosen = automatic(implementations, args, kwargs)
     else:
         chosen = _named(op, implementations, backend, args, kwargs)
     if not torch.compiler.is_compiling() and (_recorder.get() is not None or log.isEnabledFor(logging.DEBUG)):

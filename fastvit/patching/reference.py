@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, intact
 from fastvit.patching.parts import activation_name, check_activation, project
+from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.cvt import ConvProjection
 from fastvit.reference.functional import BatchNorm, Projection
 from fastvit.reference.layers import affine_map, dropout_p, obstacles
@@ -49,7 +50,7 @@ class ConvProjectionSeam(Fused):
         )
 
 
-class ConvAttentionSeam(Fused):
+class ConvAttentionSeam(ProjectingSeam):
     """CvT's attention; its three projections read their tokens once where their convolutions are fused as well."""
 
     fastvit_op = "masked_attention"
@@ -83,7 +84,8 @@ class LeFFSeam(Fused):
     fastvit_op = "leff"
 
     def transform(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return ops.leff(x, **self.parameters_and_form(), grid=grid, backend=self.fastvit_backend)
+        settings = {"prefix_tokens": self.prefix_tokens, "form": self.form, "backend": self.fastvit_backend}
+        return ops.leff(x, **leff_arguments(self), grid=grid, **settings)
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
         return ops.token_depthwise_conv(

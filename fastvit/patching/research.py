@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
@@ -24,6 +23,7 @@ from fastvit.patching.later import Later
 from fastvit.patching.parts import check_depthwise, check_parameters, dropout_p, is_plain
 from fastvit.patching.trial import tried
 from fastvit.reference import functional
+from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.functional import BatchNorm
 
 
@@ -214,35 +214,20 @@ def _check_generator(module: nn.Module) -> list[str]:
 
 
 class LeFFSeam(Fused):
-    """CeiT's feed-forward: everything on the patch tokens as they lie, the class token in front passing."""
+    """CeiT's feed-forward whole: on the patch tokens as they lie, the class token in front passing."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "leff"
     fastvit_reads: ClassVar = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d}
 
     def forward(self, x: Tensor) -> Tensor:
         side = int((x.shape[1] - 1) ** 0.5)
         if not intact(self) or _check_leff(self) or side * side != x.shape[1] - 1:
             return self.fastvit_plain.forward(self, x)
-        hidden = ops.token_depthwise_conv(
-            F.linear(x[:, 1:], self.conv1.weight.flatten(1), self.conv1.bias),
-            self.conv2.weight,
-            self.conv2.bias,
-            grid=(side, side),
-            padding=self.conv2.padding[0],
-            pre_norm=BatchNorm.of(self.bn1) if self.with_bn else None,
-            pre_activation="gelu",
-            norm=BatchNorm.of(self.bn2) if self.with_bn else None,
-            activation="gelu",
-            backend=self.fastvit_backend,
-        )
-        out = F.linear(hidden, self.conv3.weight.flatten(1), self.conv3.bias)
-        if self.with_bn:
-            out = self.bn3(out.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
-        return torch.cat((x[:, :1], out), dim=1)
+        return ops.leff(x, **leff_arguments(self), grid=(side, side), backend=self.fastvit_backend)
 
 
 def _check_leff(module: nn.Module) -> list[str]:
-    norms = ("bn1", "bn2") if module.with_bn else ()
+    norms = ("bn1", "bn2", "bn3") if module.with_bn else ()
     found = [
         f"{name} is not a plain nn.BatchNorm2d without hooks"
         for name in norms
@@ -251,7 +236,10 @@ def _check_leff(module: nn.Module) -> list[str]:
     gelus = [part for part in module.children() if is_plain(part, nn.GELU) and part.approximate == "none"]
     if len(gelus) != 1:
         found.append("it does not hold one plain nn.GELU() without hooks")
-    return found + check_depthwise("conv2", module.conv2)
+    found += check_depthwise("conv2", module.conv2)
+    conv: Any = module.conv2
+    keeps = (conv.kernel_size[0] % 2, conv.padding[0], conv.stride[0]) == (1, conv.kernel_size[0] // 2, 1)
+    return found if found or keeps else ["conv2 does not keep the size of the map"]
 
 
 class Pattern(NamedTuple):

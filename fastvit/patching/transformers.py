@@ -25,7 +25,7 @@ from fastvit.patching.parts import (
     forward_is_wrapped,
     is_plain,
 )
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, Projection
 
 INTERFACES = ("eager", "sdpa")
 """The attention interfaces whose numbers the fused path gives."""
@@ -147,22 +147,45 @@ class CvtAttentionSeam(Fused):
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         if not intact(self):
             return self.fastvit_plain.forward(self, hidden_state, height, width)
-        prefix, tokens = None, hidden_state
-        if self.with_cls_token:
-            prefix, tokens = hidden_state.split([1, height * width], 1)
-        grid = tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], height, width)
-        key, query, value = (
-            self.rearrange_for_multi_head_attention(project(_behind(prefix, convolve(grid))))
-            for convolve, project in (
-                (self.convolution_projection_key, self.projection_key),
-                (self.convolution_projection_query, self.projection_query),
-                (self.convolution_projection_value, self.projection_value),
-            )
-        )
+        projected = _cvt_projections(self, hidden_state, height, width)
+        query, key, value = map(self.rearrange_for_multi_head_attention, projected)
         out = ops.masked_attention(
             query, key, value, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
         )
         return out.transpose(1, 2).flatten(2)
+
+
+def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, N, C), from one reading of the tokens where no part in between is to be called."""
+    parts = {
+        name: (getattr(module, f"convolution_projection_{name}"), getattr(module, f"projection_{name}"))
+        for name in ("key", "query", "value")
+    }
+    if not any(_must_be_called(module, *part) for part in parts.values()):
+        key, query, value = (_as_projection(*part) for part in parts.values())
+        prefix_tokens = int(module.with_cls_token)
+        settings = {"grid": (height, width), "prefix_tokens": prefix_tokens, "backend": module.fastvit_backend}
+        return ops.conv_projection(hidden_state, query, key, value, **settings)
+    prefix, tokens = None, hidden_state
+    if module.with_cls_token:
+        prefix, tokens = hidden_state.split([1, height * width], 1)
+    grid = tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], height, width)
+    key, query, value = (project(_behind(prefix, convolve(grid))) for convolve, project in parts.values())
+    return query, key, value
+
+
+def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
+    """Whether a projection's parts do more than their tensors tell, or are not to be fused as the attention is."""
+    known = isinstance(convolution, CvtProjectionSeam) and convolution.fastvit_backend == attention.fastvit_backend
+    if not known or not _projects_plainly(convolution):
+        return True
+    return not is_plain(convolution, type(convolution)) or not is_plain(linear, nn.Linear)
+
+
+def _as_projection(convolution: Any, linear: Any) -> Projection:
+    conv, norm = convolution.convolution_projection.convolution, convolution.convolution_projection.normalization
+    weights = (conv.weight, BatchNorm.of(norm), linear.weight, linear.bias)
+    return Projection(*weights, conv.stride[0], conv.padding[0], conv.bias)
 
 
 def _behind(prefix: Tensor | None, tokens: Tensor) -> Tensor:

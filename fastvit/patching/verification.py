@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
 from fastvit.patching.fusion import give
 from fastvit.patching.plan import Finding, apply
+from fastvit.reference.layers import WATCHES
 
 FACTOR = 2.0
 ULPS = 4.0
@@ -59,18 +59,13 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
 def watching(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
     """Calls hook(module, args, kwargs, output) behind each forward of these modules, before hooks of their own.
 
-    Nothing is put on the modules: blocks call parts that have hooks where they else need not.
+    The hooks are marked: blocks that call a part which has hooks, where they else need not, are not to mind these.
     """
-
-    def behind(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if module in hooks:
-            hooks[module](module, args, kwargs, output)
-
-    handle = register_module_forward_hook(behind, with_kwargs=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks.items():
+            setattr(hook, WATCHES, True)
+            stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def insist(errors: dict[str | None, Error]) -> None:

@@ -79,6 +79,21 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
+def leff_arguments(module: Any) -> dict[str, Any]:
+    """The tensors and norms that :func:`functional.leff` takes, of a module with the official code's attributes.
+
+    In training this counts a batch in the norms, so call it once per forward.
+    """
+    arguments: dict[str, Any] = {}
+    for name, conv in (("up", module.conv1), ("dw", module.conv2), ("down", module.conv3)):
+        arguments[f"{name}_weight"] = conv.weight if name == "dw" else conv.weight.flatten(1)
+        arguments[f"{name}_bias"] = conv.bias
+    if module.with_bn:
+        norms = {"up": module.bn1, "dw": module.bn2, "down": module.bn3}
+        arguments |= {f"{name}_norm": BatchNorm.of(norm) for name, norm in norms.items()}
+    return arguments
+
+
 class LeFF(nn.Module):
     """Locally-enhanced feed-forward: linear, BN, GELU, depthwise 3x3, BN, GELU, linear, BN on the patch tokens.
 
@@ -110,19 +125,8 @@ class LeFF(nn.Module):
 
     def transform(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, P + h*w, D) tokens to what the residual adds; the part a fused block replaces."""
-        return functional.leff(x, **self.parameters_and_form(), grid=grid)
-
-    def parameters_and_form(self) -> dict[str, Any]:
-        """What :func:`functional.leff` takes beside x and grid. Counts a batch in training, so once per forward."""
-        convolutions = {"up": self.conv1, "dw": self.conv2, "down": self.conv3}
-        arguments: dict[str, Any] = {"prefix_tokens": self.prefix_tokens, "form": self.form}
-        for name, conv in convolutions.items():
-            arguments[f"{name}_weight"] = conv.weight if name == "dw" else conv.weight.flatten(1)
-            arguments[f"{name}_bias"] = conv.bias
-        if self.with_bn:
-            norms = {"up": self.bn1, "dw": self.bn2, "down": self.bn3}
-            arguments |= {f"{name}_norm": BatchNorm.of(norm) for name, norm in norms.items()}
-        return arguments
+        arguments = leff_arguments(self)
+        return functional.leff(x, **arguments, grid=grid, prefix_tokens=self.prefix_tokens, form=self.form)
 
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
         """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; replaced where linears are called."""

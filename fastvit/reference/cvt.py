@@ -23,6 +23,7 @@ from fastvit.reference.functional import BatchNorm
 from fastvit.reference.layers import (
     DropPath,
     Mlp,
+    Projecting,
     dropout_p,
     init_linear_and_norm,
     linear_drop_path,
@@ -82,7 +83,7 @@ class ConvProjection(nn.Module):
         return self.convolve(x, grid, prefix_tokens)
 
 
-class ConvAttention(nn.Module):
+class ConvAttention(Projecting):
     """Multi-head attention between convolutionally projected tokens; keys and values lie on a grid half as fine."""
 
     def __init__(
@@ -114,9 +115,9 @@ class ConvAttention(nn.Module):
 
     def project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C) to queries (B, N, C), keys and values (B, Nk, C), heads still side by side."""
-        q = self.proj_q(self.conv_proj_q(x, grid, self.prefix_tokens))
-        k = self.proj_k(self.conv_proj_k(x, grid, self.prefix_tokens))
-        v = self.proj_v(self.conv_proj_v(x, grid, self.prefix_tokens))
+        q = self.linear(self.proj_q, self.conv_proj_q(x, grid, self.prefix_tokens))
+        k = self.linear(self.proj_k, self.conv_proj_k(x, grid, self.prefix_tokens))
+        v = self.linear(self.proj_v, self.conv_proj_v(x, grid, self.prefix_tokens))
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,7 +127,7 @@ class ConvAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         q, k, v = (t.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for t in self.project(x, grid))
         out = self.attend(q, k, v, mask).transpose(1, 2).reshape(x.shape)
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.linear(self.proj, out))
 
 
 class Block(nn.Module):

@@ -63,6 +63,10 @@ def affine_map(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
     return (linear(torch.eye(width, dtype=like.dtype, device=like.device)) - bias).mT, bias[0]
 
 
+WATCHES = "fastvit_watches"
+"""The attribute of a hook that only watches, and need not see a module that runs within another's fused path."""
+
+
 def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
     """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
 
@@ -71,7 +75,9 @@ def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
     if type(part) is not expected:
         return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
     found = []
-    if part._forward_hooks or part._forward_pre_hooks:
+    if any(
+        not getattr(hook, WATCHES, False) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    ):
         found.append("has forward hooks, which the fused path would not call")
     if part._backward_hooks or part._backward_pre_hooks:
         found.append("has backward hooks, which the fused path would not call")

@@ -242,8 +242,8 @@ CASES: dict[str, Case] = {
     "pos_conv": (Locator, lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "pos_conv_stride": (lambda: Locator(2), lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "peg": (Encoder, lambda: (tokens(31), 5, 6), {"token_depthwise_conv": 1}),
-    "leff": (Local, lambda: (tokens(17),), {"token_depthwise_conv": 1}),
-    "leff_without_bn": (lambda: Local(False), lambda: (tokens(17),), {"token_depthwise_conv": 1}),
+    "leff": (Local, lambda: (tokens(17),), {"leff": 1}),
+    "leff_without_bn": (lambda: Local(False), lambda: (tokens(17),), {"leff": 1}),
 }
 
 
