@@ -34,15 +34,6 @@ __all__ = [
     "select",
     "turned_down",
 ]
-    "Implementation",
-    "Selection",
-    "automatic",
-    "gradients_needed",
-    "left_out",
-    "recording",
-    "select",
-    "turned_down",
-]
 
 AUTO = "auto"
 REFERENCE = "reference"

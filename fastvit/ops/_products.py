@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import NamedTuple
 
@@ -132,7 +131,12 @@ def _no_reasons(call: Call) -> list[str]:
     return []
 
 
-@functools.cache
+# Found out at import, since a graph that is being traced cannot ask.
+_CPU = {} if backends.cpp_reasons() else importlib.import_module("fastvit._C").cpu_info()
+_MKL_ON_AMD = torch.backends.mkl.is_available() and _CPU.get("vendor") == "amd"
+_HAS_BFLOAT16_PRODUCTS = _CPU.get("in_use") == "avx512_bf16"
+
+
 def pays_off() -> bool:
     """Whether products of the C++ kernel are faster than the library's on this machine, where they are not small.
 
@@ -140,15 +144,11 @@ def pays_off() -> bool:
     kernel takes 0.5 to 0.65 times its time, and 0.75 to 0.95 times oneDNN's in bfloat16
     (``benchmarks/ops/linear.py``). Elsewhere neither has been measured, and the library is left to it.
     """
-    if backends.cpp_reasons() or not torch.backends.mkl.is_available():
-        return False
-    cpu = importlib.import_module("fastvit._C").cpu_info()
-    return bool(cpu["vendor"] == "amd" and cpu["in_use"] in ("avx512", "avx512_bf16"))
+    return _MKL_ON_AMD and _CPU["in_use"] in ("avx512", "avx512_bf16")
 
 
-@functools.cache
 def _has_bfloat16_products() -> bool:
-    return bool(importlib.import_module("fastvit._C").cpu_info()["in_use"] == "avx512_bf16")
+    return _HAS_BFLOAT16_PRODUCTS
 
 
 def _reasons_not_to_choose_cpp(call: Call) -> list[str]:
