@@ -1,6 +1,7 @@
 """Token depthwise convolution against the library's convolutions and a plain copy, on the shapes of CPVT, CeiT and CvT.
 
-    python -m benchmarks.ops.token_depthwise_conv [--isa avx2] [--threads 2] [--batch 1 8] [--only ceit] [--json FILE]
+    python -m benchmarks.ops.token_depthwise_conv [--isa avx2] [--threads 2] [--batch 1 8] [--only ceit] [--training]
+                                                  [--json FILE]
 
 Columns, all timed in turn in one run:
     fastvit         the operator, on tokens as they lie
@@ -8,6 +9,7 @@ Columns, all timed in turn in one run:
     nchw            the library's convolution on NCHW, the norm folded into its weight, with both transposes
     channels-last   the same on a view of the tokens as a channels-last image, without transposes
     copy            a copy of x into a tensor already there
+With --training: a forward and a backward pass, batch statistics in the norms; fastvit and eager alone.
 
 No ratio is printed where the result fails the accuracy rule.
 """
@@ -55,7 +57,6 @@ SHAPES = (
     ),
 )
 CANDIDATES = ("fastvit", "eager", "nchw", "channels-last", "copy")
-PEERS = CANDIDATES[1:]
 
 
 def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -127,6 +128,46 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> tuple[
         return compare(calls, rounds=rounds, repeats=repeats), right
 
 
+def training_step(run: Call, arguments: dict[str, Any], grad: Tensor) -> Tensor:
+    """The gradient of x, with those of every parameter found on the way."""
+    norms = [norm[2:4] for norm in (arguments["pre_norm"], arguments["norm"]) if norm is not None]
+    trained = [arguments["x"], arguments["weight"], arguments["bias"], *(tensor for norm in norms for tensor in norm)]
+    trained = [tensor for tensor in trained if tensor is not None]
+    return torch.autograd.grad(run(**arguments), trained, grad)[0]
+
+
+def measure_training(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, Measured], bool]:
+    """As :func:`measure`, of forward and backward together."""
+
+    def prepared(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.requires_grad_()
+        if isinstance(value, BatchNorm):
+            running = (tensor.clone() for tensor in value[:2])  # a view of what is trained would be moved in place
+            return BatchNorm(*running, *map(prepared, value[2:4]), use_batch_stats=True)
+        return value
+
+    arguments = {name: prepared(value) for name, value in make_arguments(shape, batch, dtype).items()}
+    twin = functional.token_depthwise_conv
+    grad = torch.randn_like(twin(**arguments))
+    calls: dict[str, Call] = {
+        "fastvit": lambda: training_step(token_depthwise_conv, arguments, grad),
+        "eager": lambda: training_step(twin, arguments, grad),
+    }
+    doubled = {name: prepared(to_double(value)) for name, value in detached(arguments).items()}
+    right = is_accurate(calls["fastvit"](), calls["eager"](), training_step(twin, doubled, grad.double()))
+    return compare(calls, rounds=rounds, repeats=max(1, 50_000 // arguments["x"].numel())), right
+
+
+def detached(arguments: dict[str, Any]) -> dict[str, Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return BatchNorm(*map(one, value)) if isinstance(value, BatchNorm) else value
+
+    return {name: one(value) for name, value in arguments.items()}
+
+
 def to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double()
@@ -134,8 +175,9 @@ def to_double(value: Any) -> Any:
 
 
 def show(name: str, times: dict[str, Measured], right: bool) -> None:
-    columns = [f"{times[candidate].median:9.3f}" for candidate in CANDIDATES]
-    ratios = [f"{times[peer].median / times['fastvit'].median:8.2f}x" if right else "   wrong" for peer in PEERS]
+    columns = [f"{times[candidate].median:9.3f}" for candidate in times]
+    peers = list(times)[1:]
+    ratios = [f"{times[peer].median / times['fastvit'].median:8.2f}x" if right else "   wrong" for peer in peers]
     print(f"{name:<38}" + "".join(columns) + " |" + "".join(ratios), flush=True)
 
 
@@ -147,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="shapes whose name holds this text")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     options = parser.parse_args(argv)
     if reasons := backends.cpp_reasons():
@@ -162,14 +205,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine |= {"isa": _C.cpu_info()["in_use"], "cpu": backends.describe()["devices"][0]["name"]}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print("median milliseconds | the peer's time over fastvit's")
-    print(f"{'':<38}" + "".join(f"{name[:8]:>9}" for name in CANDIDATES) + " |" + "".join(f"{n[:8]:>9}" for n in PEERS))
+    names = CANDIDATES[:2] if options.training else CANDIDATES
+    print(f"{'':<38}" + "".join(f"{n[:8]:>9}" for n in names) + " |" + "".join(f"{n[:8]:>9}" for n in names[1:]))
     for dtype in options.dtype:
         for batch in options.batch:
             for shape in SHAPES:
                 if options.only not in shape.name:
                     continue
                 torch.manual_seed(0)
-                times, right = measure(shape, batch, getattr(torch, dtype), options.rounds)
+                times, right = (measure_training if options.training else measure)(
+                    shape, batch, getattr(torch, dtype), options.rounds
+                )
                 show(f"{shape.name}, batch {batch}, {dtype}", times, right)
                 rows.append({"shape": shape._asdict(), "batch": batch, "dtype": dtype, "accurate": right})
                 rows[-1]["ms"] = {name: measured._asdict() for name, measured in times.items()}
