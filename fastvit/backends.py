@@ -30,7 +30,7 @@ import torch
 
 from fastvit._version import __version__
 
-BACKENDS = ("reference", "sdpa", "cpp", "cuda", "triton")
+BACKENDS = ("reference", "sdpa", "channels_last", "cpp", "cuda", "triton")
 MIN_TORCH = (2, 10)
 MIN_TRITON = (3, 6)
 

@@ -3,6 +3,8 @@
 ``IMPLEMENTATIONS`` holds, by operator, who can compute it in order of preference.
 """
 
+from fastvit.ops.conv_batch_norm import IMPLEMENTATIONS as _CONV_BATCH_NORM
+from fastvit.ops.conv_batch_norm import conv_batch_norm
 from fastvit.ops.conv_projection import IMPLEMENTATIONS as _CONV_PROJECTION
 from fastvit.ops.conv_projection import conv_projection
 from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as _DEPTHWISE_SEPARABLE_CONV
@@ -21,6 +23,7 @@ from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
 IMPLEMENTATIONS = {
+    "conv_batch_norm": _CONV_BATCH_NORM,
     "conv_projection": _CONV_PROJECTION,
     "depthwise_separable_conv": _DEPTHWISE_SEPARABLE_CONV,
     "head_mixed_attention": _HEAD_MIXED_ATTENTION,
@@ -33,6 +36,7 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",
     "head_mixed_attention",

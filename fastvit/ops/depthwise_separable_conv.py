@@ -21,6 +21,7 @@ from fastvit.ops._convolution_checks import (
 )
 from fastvit.ops._dispatch import Implementation, select
 from fastvit.ops._token_depthwise_conv_native import Call as Convolution
+from fastvit.ops.token_depthwise_conv import order_for
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -134,4 +135,5 @@ def depthwise_separable_conv(
     """
     check_x(x)
     call = checked(x, dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias, grid, prefix_tokens)
-    return select(_NAME, IMPLEMENTATIONS, backend, (call,), {}).run(call)
+    order = order_for(IMPLEMENTATIONS, backend, call.convolution)
+    return select(_NAME, order, backend, (call,), {}).run(call)

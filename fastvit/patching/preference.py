@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.ops import _dispatch
-from fastvit.reference.functional import Projection
+from fastvit.reference.functional import BatchNorm, Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a report tells the backends of."""
@@ -44,6 +44,12 @@ def _depthwise_separable_conv(like: Tensor, backend: str) -> None:
     ops.depthwise_separable_conv(x, weight, None, like.new_zeros(16, 16), grid=(2, 2), backend=backend)
 
 
+def _conv_batch_norm(like: Tensor, backend: str) -> None:
+    vector = like.new_zeros(2)
+    norm = BatchNorm(vector, vector, vector, vector)
+    ops.conv_batch_norm(like.new_zeros(1, 3, 8, 8), like.new_zeros(2, 3, 3, 3), None, norm, backend=backend)
+
+
 def _conv_projection(like: Tensor, backend: str) -> None:
     part = Projection(like.new_zeros(16, 1, 3, 3), None, like.new_zeros(16, 16))
     ops.conv_projection(like.new_zeros(1, 4, 16), part, part, part, grid=(2, 2), backend=backend)
@@ -70,6 +76,7 @@ CALLS: dict[str, Callable[[Tensor, str], None]] = {
     "head_mixed_attention": _head_mixed_attention,
     "token_depthwise_conv": _token_depthwise_conv,
     "depthwise_separable_conv": _depthwise_separable_conv,
+    "conv_batch_norm": _conv_batch_norm,
     "conv_projection": _conv_projection,
     "leff": _leff,
 }

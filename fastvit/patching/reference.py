@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -165,6 +165,26 @@ class MlpSeam(Fused):
         return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
 
 
+class StemSeam(Fused):
+    """A stem's convolutions in channels-last layout, the norms folded into them, at inference."""
+
+    fastvit_op = "conv_batch_norm"
+
+    def convolve(self, x: Tensor, conv: Any, norm: Any, activation: str | None = None) -> Tensor:
+        if norm.training or obstacles(conv, nn.Conv2d) or obstacles(norm, nn.BatchNorm2d):
+            return self.fastvit_plain.convolve(self, x, conv, norm, activation)
+        return ops.conv_batch_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            BatchNorm.of(norm),
+            stride=conv.stride,
+            padding=conv.padding,
+            activation=activation,
+            backend=self.fastvit_backend,
+        )
+
+
 class PEGSeam(Fused):
     """CPVT's position encoding generator on tokens as they lie."""
 
@@ -206,5 +226,6 @@ ROWS = (
     Row("fastvit.reference.cpvt.PEG", PEGSeam),
     Row("fastvit.reference.cvt.ConvAttention", ConvAttentionSeam),
     Row("fastvit.reference.cvt.ConvProjection", ConvProjectionSeam),
+    Row("fastvit.reference.ceit.Stem", StemSeam),
     Row("fastvit.reference.ceit.LeFF", LeFFSeam),
 )

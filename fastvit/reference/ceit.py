@@ -27,6 +27,7 @@ from fastvit.reference.isotropic import Grid, IsotropicTransformer
 from fastvit.reference.layers import (
     RESIZE_KINDS,
     Attention,
+    ConvolutionalStem,
     DropPath,
     Mlp,
     init_linear_and_norm,
@@ -38,7 +39,7 @@ from fastvit.reference.layers import (
 )
 
 
-class Stem(nn.Module):
+class Stem(ConvolutionalStem):
     """Convolution 7x7 stride 2, BatchNorm, max pooling 3x3 stride 2: a map at a quarter of the image's resolution."""
 
     def __init__(self, in_chans: int = 3, out_chans: int = 64):
@@ -48,7 +49,7 @@ class Stem(nn.Module):
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.maxpool(self.bn(self.conv(x)))
+        return self.maxpool(self.convolve(x, self.conv, self.bn))
 
 
 class ImageToTokens(nn.Module):

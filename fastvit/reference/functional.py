@@ -27,6 +27,7 @@ __all__ = [
     "Projection",
     "activate",
     "attention_probabilities",
+    "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",
     "head_mixed_attention",
@@ -190,6 +191,31 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, accepted are {sorted(map(str, ACTIVATIONS))}")
     return ACTIVATIONS[activation](x)
+
+
+def conv_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: BatchNorm,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    activation: str | None = None,
+) -> Tensor:
+    """activation(norm(conv(x) + bias)) of an image: a layer of a convolutional stem.
+
+    Args:
+        x: (B, C, H, W). weight: (O, C, k, l), cross-correlation as in ``nn.Conv2d``. bias: (O,).
+        norm: BatchNorm over channels. activation: a name of :data:`ACTIVATIONS`.
+        stride, padding: of the convolution.
+
+    Returns:
+        (B, O, H', W').
+
+    Source: Yuan et al. 2021 (CeiT), section 3.1.
+    """
+    return activate(norm(F.conv2d(x, weight, bias, stride, padding)), activation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

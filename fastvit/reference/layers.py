@@ -119,6 +119,14 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+class ConvolutionalStem(nn.Module):
+    """A stem whose convolutions with BatchNorm are called in one place, which a fused block replaces."""
+
+    def convolve(self, x: Tensor, conv: nn.Module, norm: nn.Module, activation: str | None = None) -> Tensor:
+        """activation(norm(conv(x)))."""
+        return functional.activate(norm(conv(x)), activation)
+
+
 class Projecting(nn.Module):
     """An attention whose linear layers are called in one place, which a fused block replaces."""
 

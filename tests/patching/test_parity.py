@@ -23,7 +23,7 @@ FUSED = {
     "cait": {"head_mixed_attention": 2, "masked_attention": 2, "mlp": 4},
     "cpvt": {"masked_attention": 2, "token_depthwise_conv": 1, "mlp": 2},
     "cvt": {"masked_attention": 3, "token_depthwise_conv": 9, "mlp": 3},
-    "ceit": {"masked_attention": 3, "leff": 2, "mlp": 1},
+    "ceit": {"conv_batch_norm": 1, "masked_attention": 3, "leff": 2, "mlp": 1},
     "twins_pcpvt": {"masked_attention": 4, "token_depthwise_conv": 4, "mlp": 4},
     "timm_vit": {"masked_attention": 2, "mlp": 2},
     "timm_vit_qk_norm": {"masked_attention": 2, "mlp": 2},

@@ -79,7 +79,7 @@ def test_ops_chooses_operators():
     convolutions = fused_names(patch(model, ops="leff"))
     attentions = fused_names(patch(model, ops=["masked_attention"]))
     assert convolutions == ["blocks.0.leff", "blocks.1.leff"]
-    others = fused_names(patch(model, ops="mlp"))
+    others = fused_names(patch(model, ops=["mlp", "conv_batch_norm"]))
     assert sorted(convolutions + attentions + others) == sorted(everything)
 
 

@@ -38,7 +38,12 @@ def test_rows_say_what_is_and_what_could_be():
     assert rows["blocks.0.attn"].backend == ATTENTION
     assert rows["blocks.0.leff"].reasons == ("ops leaves leff out",)
     assert rows["blocks.0.leff"].backend is None
-    assert report(model).totals() == {"leff": (0, 2), "masked_attention": (3, 3), "mlp": (0, 1)}
+    assert report(model).totals() == {
+        "conv_batch_norm": (0, 1),
+        "leff": (0, 2),
+        "masked_attention": (3, 3),
+        "mlp": (0, 1),
+    }
     unpatch(model)
     assert rows["blocks.0.leff"].reasons != report(model).rows[1].reasons
 
