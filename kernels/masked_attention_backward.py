@@ -70,7 +70,7 @@ CONFIGS: dict[tuple[str, int], Configs] = {
     ("tf32", 64): Configs((_one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
     ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
     ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 8)),
-    ("ieee", 64): Configs((Config(16, 16, 8),), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("ieee", 64): Configs((Config(16, 32, 8, 2),), (Config(16, 32, 8),), Config(16, 32, 8)),
     ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
 }
 """By product and padded head dimension, for any input on any chip; ``keys`` and ``bias`` count BLOCK_M in queries and
