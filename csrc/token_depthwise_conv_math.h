@@ -1,106 +1,19 @@
-// What one thread of the CUDA kernel does, in functions that also compile as plain C++: a test on the host runs them,
-// thread by thread, over whole tensors, and so proves the indexing without a GPU.
+// The forward kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
-// A block computes a tile of tile_height x tile_width outputs of `block_channels` channels of one image, in three steps
-// with a barrier behind each: the parameters of its channels to shared memory, with the norms folded in
-// (load_parameters); the input tile with its halo, normalised and activated, in float32 (load_tile); the outputs
-// (make_outputs). Each thread handles a vector of V neighbouring channels, 16 bytes where alignment allows.
+// A block computes a tile of tile_height x tile_width outputs of a few channels of one image: the parameters of its
+// channels to shared memory (start); the input tile with its halo, normalised and activated, in the tensor's own
+// element type (load); the outputs (compute). A thread computes `run` outputs of a row at a time, so that a value read
+// from shared memory serves several of them, and a tap all of them.
 #pragma once
 
-#include <math.h>
-
-#include <cstdint>
-
+#include "block_kernel.h"
 #include "token_depthwise_conv.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define FASTVIT_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTVIT_DEVICE inline
-#endif
-#ifdef __CUDA_ARCH__
-#define FASTVIT_UNROLL _Pragma("unroll")
-#else
-#define FASTVIT_UNROLL
-#endif
 
 namespace fastvit::tokens {
 
-constexpr int kThreads = 256;
-constexpr int kSharedBytes = 48 << 10;  // what every GPU gives without asking
+using namespace blocks;
 
-#ifdef __CUDACC__
-using Half = __half;
-using BFloat16 = __nv_bfloat16;
-FASTVIT_DEVICE float widen(Half x) { return __half2float(x); }
-FASTVIT_DEVICE float widen(BFloat16 x) { return __bfloat162float(x); }
-FASTVIT_DEVICE void narrow(float x, Half& to) { to = __float2half_rn(x); }
-FASTVIT_DEVICE void narrow(float x, BFloat16& to) { to = __float2bfloat16_rn(x); }
-#else
-using Half = _Float16;
-struct BFloat16 {
-  uint16_t bits;
-};
-FASTVIT_DEVICE float widen(Half x) { return static_cast<float>(x); }
-FASTVIT_DEVICE float widen(BFloat16 x) {
-  union {
-    uint32_t bits;
-    float value;
-  } u{static_cast<uint32_t>(x.bits) << 16};
-  return u.value;
-}
-FASTVIT_DEVICE void narrow(float x, Half& to) { to = static_cast<Half>(x); }
-FASTVIT_DEVICE void narrow(float x, BFloat16& to) {
-  union {
-    float value;
-    uint32_t bits;
-  } u{x};
-  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
-}
-#endif
-FASTVIT_DEVICE float widen(float x) { return x; }
-FASTVIT_DEVICE void narrow(float x, float& to) { to = x; }
-
-template <class T, int V>
-struct alignas(V * sizeof(T)) Pack {
-  T v[V];
-};
-
-// V floats from or to shared memory, in vectors of up to 16 bytes.
-template <int V>
-FASTVIT_DEVICE void load_floats(const float* from, float (&values)[V]) {
-  constexpr int step = V < 4 ? V : 4;
-  FASTVIT_UNROLL
-  for (int i = 0; i < V; i += step) {
-    const auto pack = *reinterpret_cast<const Pack<float, step>*>(from + i);
-    FASTVIT_UNROLL
-    for (int j = 0; j < step; ++j) values[i + j] = pack.v[j];
-  }
-}
-
-template <int V>
-FASTVIT_DEVICE void store_floats(const float (&values)[V], float* to) {
-  constexpr int step = V < 4 ? V : 4;
-  FASTVIT_UNROLL
-  for (int i = 0; i < V; i += step) {
-    Pack<float, step> pack;
-    FASTVIT_UNROLL
-    for (int j = 0; j < step; ++j) pack.v[j] = values[i + j];
-    *reinterpret_cast<Pack<float, step>*>(to + i) = pack;
-  }
-}
-
-FASTVIT_DEVICE float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    case Activation::quick_gelu: return x / (1.0f + expf(-1.702f * x));
-    case Activation::silu: return x / (1.0f + expf(-x));
-    case Activation::relu: return x < 0.0f ? 0.0f : x;  // keeps NaN
-    default: return x;
-  }
-}
+// --- Parameters -----------------------------------------------------------------------------------------------------
 
 FASTVIT_DEVICE float read(const ChannelParameter& parameter, int64_t i, float absent) {
   if (parameter.data == nullptr) return absent;
@@ -111,187 +24,305 @@ FASTVIT_DEVICE float read(const ChannelParameter& parameter, int64_t i, float ab
   }
 }
 
+// A norm as scale * x + shift.
 struct Affine {
   float scale, shift;
 };
 
+FASTVIT_DEVICE float deviation_of(const ChannelNorm& norm, int64_t channel) {
+  return sqrtf(read(norm.var, channel, 1.0f) + norm.eps);
+}
+
 FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
   if (norm.mean.data == nullptr) return {1.0f, 0.0f};
-  const float scale = read(norm.weight, channel, 1.0f) / sqrtf(read(norm.var, channel, 1.0f) + norm.eps);
+  const float scale = read(norm.weight, channel, 1.0f) / deviation_of(norm, channel);
   return {scale, read(norm.bias, channel, 0.0f) - read(norm.mean, channel, 0.0f) * scale};
 }
 
-// The division of the work.
-struct Plan {
-  int lanes;           // threads side by side along the channels
-  int block_channels;  // lanes * V
-  int tile_height, tile_width, halo_height, halo_width;
-  int64_t channel_blocks, tile_rows, tile_columns;
+// The taps of a block's channels from (C, taps) to shared memory as (taps, channels); zeros behind the last channel.
+FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channel, int channels, int thread,
+                              float* taps) {
+  const int area = static_cast<int>(op.kernel * op.kernel);
+  for (int i = thread; i < area * channels; i += kThreads) {
+    const int c = i / area, tap = i % area;  // neighbouring threads read neighbouring elements
+    const bool exists = first_channel + c < op.channels;
+    taps[tap * channels + c] = exists ? read(op.weight, (first_channel + c) * area + tap, 0.0f) : 0.0f;
+  }
+}
 
-  FASTVIT_DEVICE int64_t blocks(int64_t batch) const { return batch * tile_rows * tile_columns * channel_blocks; }
-  FASTVIT_DEVICE int taps(int64_t kernel) const { return static_cast<int>(kernel * kernel); }
-  // Shared memory: taps, then shift, pre-scale and pre-shift, then the tile, all in rows of block_channels.
-  FASTVIT_DEVICE int64_t shared_floats(int64_t kernel) const {
-    return static_cast<int64_t>(block_channels) * (taps(kernel) + 3 + halo_height * halo_width);
+// --- Tokens ---------------------------------------------------------------------------------------------------------
+
+// V channels of tokens, the first `prefix` of an image being no grid tokens.
+template <class T>
+struct TokenView {
+  T* data;
+  int64_t batch_stride, token_stride, prefix;  // in elements
+
+  FASTVIT_DEVICE T* at(int64_t image, int64_t token, int64_t channel) const {
+    return data + image * batch_stride + token * token_stride + channel;
+  }
+  FASTVIT_DEVICE T* grid(int64_t image, int64_t token, int64_t channel) const {
+    return at(image, prefix + token, channel);
   }
 };
 
-FASTVIT_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class T>
+FASTVIT_DEVICE TokenView<const T> input_of(const TokenDepthwiseConv& op) {
+  return {static_cast<const T*>(op.x), op.x_batch_stride, op.x_token_stride, op.prefix_tokens};
+}
 
-// Tiles of up to 8 x 16 outputs, evened out over the map, as many as fit into shared memory. Gives tile_height 0 where
-// not even one output fits (a kernel of 14 or more).
-inline Plan make_plan(const TokenDepthwiseConv& op, int lanes, int vector) {
-  Plan plan{};
-  plan.lanes = lanes;
-  plan.block_channels = lanes * vector;
-  plan.channel_blocks = divide_up(op.channels, plan.block_channels);
-  const auto set_tile = [&](int64_t height, int64_t width) {
-    plan.tile_rows = divide_up(op.out_height, height);
-    plan.tile_columns = divide_up(op.out_width, width);
-    plan.tile_height = static_cast<int>(divide_up(op.out_height, plan.tile_rows));
-    plan.tile_width = static_cast<int>(divide_up(op.out_width, plan.tile_columns));
-    plan.halo_height = static_cast<int>((plan.tile_height - 1) * op.stride + op.kernel);
-    plan.halo_width = static_cast<int>((plan.tile_width - 1) * op.stride + op.kernel);
-    return plan.shared_floats(op.kernel) * static_cast<int64_t>(sizeof(float)) <= kSharedBytes;
+// A contiguous tensor of `tokens` grid tokens.
+template <class T, class Pointer>
+FASTVIT_DEVICE TokenView<T> contiguous_view(const TokenDepthwiseConv& op, Pointer data, int64_t tokens) {
+  return {static_cast<T*>(data), (op.prefix_tokens + tokens) * op.channels, op.channels, op.prefix_tokens};
+}
+
+// --- Tiles ----------------------------------------------------------------------------------------------------------
+
+// How many outputs of a row a thread computes at a time, by kernel and stride.
+template <int K, int S>
+constexpr int run_of = K == 0             ? 1
+                       : K == 3 && S == 1 ? 7
+                                          : 4;
+
+// A map cut into tiles whose width is a multiple of a run.
+struct Tiles {
+  int height, width;  // of a tile
+  int64_t rows, columns;
+
+  FASTVIT_DEVICE int64_t per_image() const { return rows * columns; }
+};
+
+// Tiles of about the given size, evened out over the map; their sides are multiples of `step`, their widths of `run`.
+inline Tiles cut(int64_t map_height, int64_t map_width, int64_t height, int64_t width, int64_t step, int64_t run) {
+  const auto even = [](int64_t size, int64_t wanted, int64_t unit) {
+    const int64_t pieces = divide_up(size, divide_up(wanted, unit) * unit);
+    return static_cast<int>(divide_up(divide_up(size, pieces), unit) * unit);
   };
-  int64_t height = 8, width = 16;
-  while (!set_tile(height, width)) {
-    if (height == 1 && width == 1) {
-      plan.tile_height = 0;
-      break;
-    }
+  Tiles tiles{even(map_height, height, step), even(map_width, width, run), 0, 0};
+  tiles.rows = divide_up(map_height, tiles.height);
+  tiles.columns = divide_up(map_width, tiles.width);
+  return tiles;
+}
+
+// The largest tiles whose shared memory is what other blocks leave room for; `bytes` tells it. The smallest ones may
+// take more.
+template <class Cut, class Bytes>
+inline void choose_tiles(int64_t height, int64_t width, const Cut& cut_into, const Bytes& bytes) {
+  while (cut_into(height, width), bytes() > kSharedBytes && (height > 1 || width > 1)) {
     (width > height ? width : height) /= 2;
   }
-  return plan;
 }
 
-// A block's place in the work, and its shared memory.
-struct Block {
-  int64_t image, first_channel, first_row, first_column;  // of the outputs
-  float *taps, *shift, *pre_scale, *pre_shift, *tile;
+// --- The kernel -----------------------------------------------------------------------------------------------------
 
-  FASTVIT_DEVICE Block(const TokenDepthwiseConv& op, const Plan& plan, int64_t index, float* shared) {
-    first_channel = index % plan.channel_blocks * plan.block_channels;
-    index /= plan.channel_blocks;
-    first_column = index % plan.tile_columns * plan.tile_width;
-    index /= plan.tile_columns;
-    first_row = index % plan.tile_rows * plan.tile_height;
-    image = index / plan.tile_rows;
-    taps = shared;
-    shift = taps + plan.taps(op.kernel) * plan.block_channels;
-    pre_scale = shift + plan.block_channels;
-    pre_shift = pre_scale + plan.block_channels;
-    tile = pre_shift + plan.block_channels;
-  }
-};
-
-// Step 1. Lanes behind the last channel get zeros.
-FASTVIT_DEVICE void load_parameters(const TokenDepthwiseConv& op, const Plan& plan, const Block& block, int thread) {
-  const int area = plan.taps(op.kernel);
-  for (int i = thread; i < plan.block_channels; i += kThreads) {
-    const int64_t channel = block.first_channel + i;
-    const bool exists = channel < op.channels;
-    const Affine pre = exists ? fold(op.pre_norm, channel) : Affine{0.0f, 0.0f};
-    const Affine post = exists ? fold(op.norm, channel) : Affine{0.0f, 0.0f};
-    block.pre_scale[i] = pre.scale;
-    block.pre_shift[i] = pre.shift;
-    block.shift[i] = exists ? fmaf(read(op.bias, channel, 0.0f), post.scale, post.shift) : 0.0f;
-    for (int tap = 0; tap < area; ++tap) {
-      block.taps[tap * plan.block_channels + i] =
-          exists ? read(op.weight, channel * area + tap, 0.0f) * post.scale : 0.0f;
-    }
-  }
-}
-
-// Where a grid token of x begins, in elements.
-FASTVIT_DEVICE int64_t x_offset(const TokenDepthwiseConv& op, int64_t image, int64_t row, int64_t column) {
-  return image * op.x_batch_stride + (op.prefix_tokens + row * op.width + column) * op.x_token_stride;
-}
-
-// Step 2: x on the tile and its halo, zeros outside of the map.
-template <class T, int V>
-FASTVIT_DEVICE void load_tile(const TokenDepthwiseConv& op, const Plan& plan, const Block& block, int thread) {
-  const int lane = thread % plan.lanes, walkers = kThreads / plan.lanes;
-  const int c = lane * V;
-  const int64_t channel = block.first_channel + c;
-  const int64_t top = block.first_row * op.stride - op.padding, left = block.first_column * op.stride - op.padding;
-  const bool exists = channel < op.channels;  // V divides the channels
-  const T* x = static_cast<const T*>(op.x) + channel;
-  const bool normalise = op.pre_norm.mean.data != nullptr;
-  for (int position = thread / plan.lanes; position < plan.halo_height * plan.halo_width; position += walkers) {
-    const int64_t row = top + position / plan.halo_width, column = left + position % plan.halo_width;
-    float values[V];
-    FASTVIT_UNROLL
-    for (int i = 0; i < V; ++i) values[i] = 0.0f;
-    if (exists && row >= 0 && row < op.height && column >= 0 && column < op.width) {
-      const auto pack = *reinterpret_cast<const Pack<T, V>*>(x + x_offset(op, block.image, row, column));
-      FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) {
-        float value = widen(pack.v[i]);
-        if (normalise) value = fmaf(value, block.pre_scale[c + i], block.pre_shift[c + i]);
-        values[i] = activate(op.pre_activation, value);
+// sums[r][i] += taps over the windows of R neighbouring outputs. K and S are kernel and stride; K is 0, and R is 1,
+// where the kernel is known at run time only. window: of the first output, a tile of `channels` per token.
+template <class T, int V, int K, int S, int R>
+FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int channels, const float* taps,
+                             float (&sums)[R][V]) {
+  if constexpr (K == 0) {
+    for (int dy = 0; dy < kernel; ++dy) {
+      for (int dx = 0; dx < kernel; ++dx) {
+        float tap[V], value[V];
+        load_floats<V>(taps + (dy * kernel + dx) * channels, tap);
+        load_wide<T, V>(window + (dy * token_width + dx) * channels, value);
+        FASTVIT_UNROLL
+        for (int i = 0; i < V; ++i) sums[0][i] = fmaf(value[i], tap[i], sums[0][i]);
       }
     }
-    store_floats<V>(values, block.tile + position * plan.block_channels + c);
-  }
-}
-
-// Sums taps over one output's window. K is the kernel, 0 where it is known at run time only.
-template <int K, int V>
-FASTVIT_DEVICE void convolve(const Plan& plan, int64_t kernel, const float* window, const float* taps,
-                             float (&sum)[V]) {
-  const int size = K > 0 ? K : static_cast<int>(kernel);
-  FASTVIT_UNROLL
-  for (int dy = 0; dy < size; ++dy) {
-    FASTVIT_UNROLL
-    for (int dx = 0; dx < size; ++dx) {
-      float tap[V], value[V];
-      load_floats<V>(taps + (dy * size + dx) * plan.block_channels, tap);
-      load_floats<V>(window + (dy * plan.halo_width + dx) * plan.block_channels, value);
+  } else {
+    FASTVIT_NO_UNROLL
+    for (int dy = 0; dy < K; ++dy) {
+      float tap[K][V];
       FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) sum[i] = fmaf(value[i], tap[i], sum[i]);
+      for (int dx = 0; dx < K; ++dx) load_floats<V>(taps + (dy * K + dx) * channels, tap[dx]);
+      FASTVIT_UNROLL
+      for (int j = 0; j < (R - 1) * S + K; ++j) {
+        float value[V];
+        load_wide<T, V>(window + (dy * token_width + j) * channels, value);
+        FASTVIT_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const int dx = j - r * S;
+          if (dx < 0 || dx >= K) continue;
+          FASTVIT_UNROLL
+          for (int i = 0; i < V; ++i) sums[r][i] = fmaf(value[i], tap[dx][i], sums[r][i]);
+        }
+      }
     }
   }
 }
 
-// Step 3. The blocks of the first tile also copy the prefix tokens of their channels.
-template <class T, int V, int K>
-FASTVIT_DEVICE void make_outputs(const TokenDepthwiseConv& op, const Plan& plan, const Block& block, int thread) {
-  const int lane = thread % plan.lanes, walker = thread / plan.lanes, walkers = kThreads / plan.lanes;
-  const int c = lane * V;
-  const int64_t channel = block.first_channel + c;
-  if (channel >= op.channels) return;
-  const T* x = static_cast<const T*>(op.x) + channel;
-  T* out =
-      static_cast<T*>(op.out) + channel + block.image * (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
-  if (block.first_row == 0 && block.first_column == 0) {
-    for (int64_t token = walker; token < op.prefix_tokens; token += walkers) {
-      *reinterpret_cast<Pack<T, V>*>(out + token * op.channels) =
-          *reinterpret_cast<const Pack<T, V>*>(x + block.image * op.x_batch_stride + token * op.x_token_stride);
+// K and S are 0 where kernel and stride are known at run time only.
+template <class T, int V, int K, int S>
+struct Forward : BlockKernel, Lanes<T, V> {
+  using Lanes<T, V>::lanes;
+  using Lanes<T, V>::walkers;
+  using Lanes<T, V>::channels;
+  static constexpr int run = run_of<K, S>;
+
+  TokenDepthwiseConv op;
+  void* conv;  // the convolution's result, laid out as out; null where nobody asks for it
+  Tiles tiles;
+  int halo_height, halo_width;
+  int64_t channel_blocks;
+
+  // op.out may be null where only conv is asked for.
+  Forward(const TokenDepthwiseConv& operation, void* result) : op(operation), conv(result) {
+    channel_blocks = divide_up(op.channels, channels);
+    const auto cut_into = [&](int64_t height, int64_t width) {
+      tiles = cut(op.out_height, op.out_width, height, width, 1, run);
+      halo_height = static_cast<int>((tiles.height - 1) * op.stride + op.kernel);
+      halo_width = static_cast<int>((tiles.width - 1) * op.stride + op.kernel);
+    };
+    const int64_t width = smaller(divide_up(op.out_width, run), 28 / run) * run;
+    choose_tiles(larger(walkers / (width / run), K == 0 ? 8 : 1), width, cut_into, [&] { return shared_bytes(); });
+  }
+
+  int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks; }
+  // Shared memory: the taps; vectors, one of channels each; the tile.
+  FASTVIT_DEVICE int64_t shared_bytes() const {
+    return channels * ((taps() + vectors) * static_cast<int64_t>(sizeof(float)) +
+                       static_cast<int64_t>(halo_height) * halo_width * static_cast<int64_t>(sizeof(T)));
+  }
+
+  enum Vector { bias, scale, shift, pre_scale, pre_shift, vectors };
+  FASTVIT_DEVICE int taps() const { return K > 0 ? K * K : static_cast<int>(op.kernel * op.kernel); }
+  FASTVIT_DEVICE static float* floats(const Place& place) { return reinterpret_cast<float*>(place.shared); }
+  FASTVIT_DEVICE float* vector_of(const Place& place, int index) const {
+    return floats(place) + (taps() + index) * channels;
+  }
+  FASTVIT_DEVICE T* tile_of(const Place& place) const { return reinterpret_cast<T*>(vector_of(place, vectors)); }
+
+  struct State {
+    int64_t image, first_channel, first_row, first_column;  // of the outputs
+    int lane, walker;
+  };
+
+  FASTVIT_DEVICE void start(State& state, const Place& place) const {
+    int64_t index = place.block;
+    state.first_channel = index % channel_blocks * channels;
+    index /= channel_blocks;
+    state.first_column = index % tiles.columns * tiles.width;
+    index /= tiles.columns;
+    state.first_row = index % tiles.rows * tiles.height;
+    state.image = index / tiles.rows;
+    state.lane = place.thread % lanes;
+    state.walker = place.thread / lanes;
+    load_taps(op, state.first_channel, channels, place.thread, floats(place));
+    for (int i = place.thread; i < channels; i += kThreads) {
+      const int64_t channel = state.first_channel + i;
+      if (channel >= op.channels) continue;
+      const Affine pre = fold(op.pre_norm, channel), post = fold(op.norm, channel);
+      vector_of(place, bias)[i] = read(op.bias, channel, 0.0f);
+      vector_of(place, scale)[i] = post.scale;
+      vector_of(place, shift)[i] = post.shift;
+      vector_of(place, pre_scale)[i] = pre.scale;
+      vector_of(place, pre_shift)[i] = pre.shift;
     }
   }
-  const int stride = static_cast<int>(op.stride);
-  for (int position = walker; position < plan.tile_height * plan.tile_width; position += walkers) {
-    const int tile_row = position / plan.tile_width, tile_column = position % plan.tile_width;
-    const int64_t row = block.first_row + tile_row, column = block.first_column + tile_column;
-    if (row >= op.out_height || column >= op.out_width) continue;
-    float sum[V];
-    load_floats<V>(block.shift + c, sum);
-    const int corner = tile_row * stride * plan.halo_width + tile_column * stride;
-    convolve<K, V>(plan, op.kernel, block.tile + corner * plan.block_channels + c, block.taps + c, sum);
-    Pack<T, V> pack;
+
+  FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
+    const int c = state.lane * V;
+    const int64_t channel = state.first_channel + c;
+    if (channel >= op.channels) return;  // V divides the channels; the lane will not be read
+    if (op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none) {
+      // Short code, left to be unrolled: several loads are on their way at a time.
+      for (int position = state.walker; position < halo_height * halo_width; position += walkers) {
+        const T* from = source(state, position, channel);
+        const Pack<T, V> zeros{};
+        store_pack<T, V>(from != nullptr ? load_pack<T, V>(from) : zeros, tile_of(place) + position * channels + c);
+      }
+      return;
+    }
+    FASTVIT_NO_UNROLL
+    for (int position = state.walker; position < halo_height * halo_width; position += walkers) {
+      float values[V] = {};
+      if (const T* from = source(state, position, channel)) {
+        load_wide<T, V>(from, values);
+        FASTVIT_UNROLL
+        for (int i = 0; i < V; ++i) {
+          // Without a norm these are 1 and 0.
+          const float n = fmaf(values[i], vector_of(place, pre_scale)[c + i], vector_of(place, pre_shift)[c + i]);
+          values[i] = activate(op.pre_activation, n);
+        }
+      }
+      store_narrow<T, V>(values, tile_of(place) + position * channels + c);
+    }
+  }
+
+  // Where a position of the tile lies in x; null outside of the map.
+  FASTVIT_DEVICE const T* source(const State& state, int position, int64_t channel) const {
+    const int64_t row = state.first_row * op.stride - op.padding + position / halo_width;
+    const int64_t column = state.first_column * op.stride - op.padding + position % halo_width;
+    if (row < 0 || row >= op.height || column < 0 || column >= op.width) return nullptr;
+    return input_of<T>(op).grid(state.image, row * op.width + column, channel);
+  }
+
+  // The blocks of the first tile also hand the prefix tokens through.
+  FASTVIT_DEVICE void compute(State& state, const Place& place, int64_t) const {
+    const int c = state.lane * V;
+    const int64_t channel = state.first_channel + c;
+    if (channel >= op.channels) return;
+    const auto x = input_of<T>(op);
+    const auto out = contiguous_view<T>(op, op.out, op.out_height * op.out_width);
+    if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) {
+      for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
+        store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
+      }
+    }
+    const int runs = tiles.width / run, stride = S > 0 ? S : static_cast<int>(op.stride);
+    for (int index = state.walker; index < tiles.height * runs; index += walkers) {
+      const int tile_row = index / runs, tile_column = index % runs * run;
+      if (state.first_row + tile_row >= op.out_height) break;
+      float sums[run][V];
+      FASTVIT_UNROLL
+      for (int r = 0; r < run; ++r) load_floats<V>(vector_of(place, bias) + c, sums[r]);
+      const T* window = tile_of(place) + (tile_row * stride * halo_width + tile_column * stride) * channels + c;
+      convolve<T, V, K, S, run>(static_cast<int>(op.kernel), window, halo_width, channels, floats(place) + c, sums);
+      const int64_t token = (state.first_row + tile_row) * op.out_width + state.first_column + tile_column;
+      const int count = static_cast<int>(smaller(run, op.out_width - state.first_column - tile_column));
+      if (op.activation == Activation::none) {
+        FASTVIT_UNROLL
+        for (int r = 0; r < run; ++r) {
+          if (r < count) give<false>(state, place, token + r, channel, c, sums[r]);
+        }
+      } else {
+        // An activation is long code: there is to be one copy of it, so the sums move up to where it takes them.
+        FASTVIT_NO_UNROLL
+        for (int r = 0; r < count; ++r) {
+          give<true>(state, place, token + r, channel, c, sums[0]);
+          FASTVIT_UNROLL
+          for (int next = 1; next < run; ++next) {
+            FASTVIT_UNROLL
+            for (int i = 0; i < V; ++i) sums[next - 1][i] = sums[next][i];
+          }
+        }
+      }
+    }
+  }
+
+  // One finished sum to where it is asked for.
+  template <bool activated>
+  FASTVIT_DEVICE void give(const State& state, const Place& place, int64_t token, int64_t channel, int c,
+                           float (&sum)[V]) const {
+    const int64_t tokens = op.out_height * op.out_width;
+    if (conv != nullptr)
+      store_narrow<T, V>(sum, contiguous_view<T>(op, conv, tokens).grid(state.image, token, channel));
+    if (op.out == nullptr) return;
+    FASTVIT_UNROLL
+    for (int i = 0; i < V; ++i) {
+      sum[i] = fmaf(sum[i], vector_of(place, scale)[c + i], vector_of(place, shift)[c + i]);
+      if constexpr (activated) sum[i] = activate(op.activation, sum[i]);
+    }
     if (op.residual) {
-      pack = *reinterpret_cast<const Pack<T, V>*>(x + x_offset(op, block.image, row, column));
+      float values[V];
+      load_wide<T, V>(input_of<T>(op).grid(state.image, token, channel), values);
       FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) sum[i] = activate(op.activation, sum[i]) + widen(pack.v[i]);
-    } else {
-      FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) sum[i] = activate(op.activation, sum[i]);
+      for (int i = 0; i < V; ++i) sum[i] += values[i];
     }
-    FASTVIT_UNROLL
-    for (int i = 0; i < V; ++i) narrow(sum[i], pack.v[i]);
-    *reinterpret_cast<Pack<T, V>*>(out + (op.prefix_tokens + row * op.out_width + column) * op.channels) = pack;
+    store_narrow<T, V>(sum, contiguous_view<T>(op, op.out, tokens).grid(state.image, token, channel));
   }
-}
+};
 
 }  // namespace fastvit::tokens

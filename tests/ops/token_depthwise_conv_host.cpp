@@ -1,73 +1,157 @@
-// Runs the CUDA kernel's per-thread functions on the host: for every block, each step for every thread in turn.
+// Runs the CUDA kernels' per-thread functions on the host: for every block, each step for every thread in turn. So the
+// indexing, the division of the work and the order of the passes are those of the GPU.
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
-#include "token_depthwise_conv_math.h"
+#include "token_depthwise_conv_passes.h"
 
 using namespace fastvit;
 
 namespace {
 
-template <class T, int V, int K>
-int run(const TokenDepthwiseConv& op, int lanes) {
-  const tokens::Plan plan = tokens::make_plan(op, lanes, V);
-  if (plan.tile_height == 0) return 1;
-  const auto floats = static_cast<size_t>(plan.shared_floats(op.kernel));
-  if (floats * sizeof(float) > tokens::kSharedBytes) return 2;
-  auto* shared = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-  for (int64_t index = 0; index < plan.blocks(op.batch); ++index) {
-    // What the block does not write itself must not be read.
-    for (size_t i = 0; i < floats; ++i) shared[i] = std::numeric_limits<float>::quiet_NaN();
-    const tokens::Block block(op, plan, index, shared);
-    for (int thread = 0; thread < tokens::kThreads; ++thread) tokens::load_parameters(op, plan, block, thread);
-    for (int thread = 0; thread < tokens::kThreads; ++thread) tokens::load_tile<T, V>(op, plan, block, thread);
-    for (int thread = 0; thread < tokens::kThreads; ++thread) tokens::make_outputs<T, V, K>(op, plan, block, thread);
-  }
-  std::free(shared);
-  return 0;
+struct FreeMemory {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<unsigned char, FreeMemory>;
+
+// All bits set: NaN in every floating type, so that what nobody wrote shows when it is read.
+Memory poisoned(int64_t bytes) {
+  const auto size = static_cast<size_t>((bytes + 64) / 64 * 64);
+  Memory memory(static_cast<unsigned char*>(std::aligned_alloc(64, size)));
+  std::memset(memory.get(), 0xff, size);
+  return memory;
 }
 
-template <class T>
-int run_for(const TokenDepthwiseConv& op, bool vectors) {
-  constexpr int V = 16 / sizeof(T);
-  if (!vectors) return run<T, 1, 0>(op, 32);
-  switch (op.kernel) {
-    case 3: return run<T, V, 3>(op, 8);
-    case 5: return run<T, V, 5>(op, 8);
-    case 7: return run<T, V, 7>(op, 8);
-    default: return 3;
+struct HostDevice {
+  int64_t most_shared = 0;
+  std::vector<Memory> memory;
+
+  template <class Kernel>
+  void run(const Kernel& kernel) {
+    const int64_t bytes = kernel.shared_bytes();
+    most_shared = blocks::larger(most_shared, bytes);
+    std::vector<typename Kernel::State> states(blocks::kThreads);
+    const auto every_thread = [&](int64_t block, unsigned char* shared, const auto& step) {
+      for (int thread = 0; thread < blocks::kThreads; ++thread) {
+        step(states[static_cast<size_t>(thread)], blocks::Place{block, thread, shared});
+      }
+    };
+    for (int64_t block = 0; block < kernel.grid(); ++block) {
+      // Exactly as long as asked for: AddressSanitizer sees a step beyond it.
+      const Memory shared = poisoned(bytes);
+      std::memset(static_cast<void*>(states.data()), 0xff, states.size() * sizeof(states[0]));
+      using State = typename Kernel::State;
+      const int64_t rounds = kernel.rounds(blocks::Place{block, 0, shared.get()});
+      every_thread(block, shared.get(), [&](State& s, const blocks::Place& at) { kernel.start(s, at); });
+      for (int64_t round = 0; round < rounds; ++round) {
+        every_thread(block, shared.get(), [&](State& s, const blocks::Place& at) { kernel.load(s, at, round); });
+        every_thread(block, shared.get(), [&](State& s, const blocks::Place& at) { kernel.compute(s, at, round); });
+      }
+      every_thread(block, shared.get(), [&](State& s, const blocks::Place& at) { kernel.flush(s, at); });
+      every_thread(block, shared.get(), [&](State& s, const blocks::Place& at) { kernel.finish(s, at); });
+    }
   }
+
+  template <class E>
+  E* allocate(int64_t count) {
+    memory.push_back(poisoned(count * static_cast<int64_t>(sizeof(E))));
+    return reinterpret_cast<E*>(memory.back().get());
+  }
+
+  template <class T>
+  void convolve(const TokenDepthwiseConv& op, void* conv) {
+    tokens::convolve_tokens<T>(op, conv, *this);
+  }
+};
+
+// What the test passes: an operator's numbers and its parameters, or null.
+struct Arguments {
+  const void *x, *parameters[10];  // weight, bias, then weight, bias, mean, var of pre_norm and of norm
+  int64_t element, parameter_element, statistics_element;  // the last: of mean and var
+  int64_t batch, channels, prefix, height, width, out_height, out_width, kernel, stride, padding;
+  int64_t x_batch_stride, x_token_stride, pre_activation, activation, residual;
+  float pre_eps, eps;
+};
+
+TokenDepthwiseConv describe(const Arguments& from) {
+  TokenDepthwiseConv op{};
+  const auto parameter = [&](int i) {
+    return ChannelParameter{from.parameters[i], static_cast<Element>(from.parameter_element)};
+  };
+  const auto statistic = [&](int i) {
+    return ChannelParameter{from.parameters[i], static_cast<Element>(from.statistics_element)};
+  };
+  op.x = from.x;
+  op.element = static_cast<Element>(from.element);
+  op.x_batch_stride = from.x_batch_stride;
+  op.x_token_stride = from.x_token_stride;
+  op.batch = from.batch;
+  op.channels = from.channels;
+  op.prefix_tokens = from.prefix;
+  op.height = from.height;
+  op.width = from.width;
+  op.out_height = from.out_height;
+  op.out_width = from.out_width;
+  op.kernel = from.kernel;
+  op.stride = from.stride;
+  op.padding = from.padding;
+  op.weight = parameter(0);
+  op.bias = parameter(1);
+  op.pre_norm = {parameter(2), parameter(3), statistic(4), statistic(5), from.pre_eps};
+  op.norm = {parameter(6), parameter(7), statistic(8), statistic(9), from.eps};
+  op.pre_activation = static_cast<Activation>(from.pre_activation);
+  op.activation = static_cast<Activation>(from.activation);
+  op.residual = from.residual != 0;
+  return op;
 }
 
 }  // namespace
 
-// numbers: batch, channels, prefix, height, width, out_height, out_width, kernel, stride, padding, x_batch_stride,
-// x_token_stride, pre_activation, activation, residual. parameters: weight, bias, then weight, bias, mean, var of
-// pre_norm and of norm, all in x's dtype or null. Gives 0, or why it did not run.
-extern "C" int token_depthwise_conv_host(const void* x, void* out, int element, const int64_t* numbers,
-                                         const void* const* parameters, float eps, int vectors) {
-  TokenDepthwiseConv op{};
-  op.x = x;
+// Each gives the bytes of shared memory of its greediest kernel.
+
+extern "C" int64_t forward_host(const Arguments* arguments, void* out) {
+  TokenDepthwiseConv op = describe(*arguments);
   op.out = out;
-  op.element = static_cast<Element>(element);
-  int64_t* const fields[] = {&op.batch,  &op.channels,   &op.prefix_tokens,  &op.height,
-                             &op.width,  &op.out_height, &op.out_width,      &op.kernel,
-                             &op.stride, &op.padding,    &op.x_batch_stride, &op.x_token_stride};
-  for (int64_t* field : fields) *field = *numbers++;
-  op.pre_activation = static_cast<Activation>(*numbers++);
-  op.activation = static_cast<Activation>(*numbers++);
-  op.residual = *numbers++ != 0;
-  ChannelParameter* const tensors[] = {&op.weight,        &op.bias,         &op.pre_norm.weight, &op.pre_norm.bias,
-                                       &op.pre_norm.mean, &op.pre_norm.var, &op.norm.weight,     &op.norm.bias,
-                                       &op.norm.mean,     &op.norm.var};
-  for (ChannelParameter* tensor : tensors) *tensor = {*parameters++, op.element};
-  op.pre_norm.eps = op.norm.eps = eps;
-  switch (op.element) {
-    case Element::float32: return run_for<float>(op, vectors != 0);
-    case Element::bfloat16: return run_for<tokens::BFloat16>(op, vectors != 0);
-    case Element::float16: return run_for<tokens::Half>(op, vectors != 0);
-  }
-  return 4;
+  HostDevice device;
+  tokens::with_element(op.element, [&]<class T>() { tokens::convolve_tokens<T>(op, nullptr, device); });
+  return device.most_shared;
+}
+
+// statistics: pre_mean, pre_var, mean, var; null where they are not to be found.
+extern "C" int64_t training_host(const Arguments* arguments, void* out, void* conv, float* const* statistics) {
+  TokenDepthwiseConvTraining op{};
+  static_cast<TokenDepthwiseConv&>(op) = describe(*arguments);
+  op.out = out;
+  op.conv = conv;
+  op.pre_mean = statistics[0];
+  op.pre_var = statistics[1];
+  op.mean = statistics[2];
+  op.var = statistics[3];
+  HostDevice device;
+  tokens::with_element(op.element, [&]<class T>() { tokens::train<T>(op, device); });
+  return device.most_shared;
+}
+
+// gradients: of weight, bias, pre_norm's weight and bias, norm's weight and bias; null where they are not wanted.
+extern "C" int64_t backward_host(const Arguments* arguments, const void* grad, int64_t grad_batch_stride,
+                                 int64_t grad_token_stride, const void* conv, int pre_batch, int batch, void* dx,
+                                 float* const* gradients) {
+  TokenDepthwiseConvBackward op{};
+  static_cast<TokenDepthwiseConv&>(op) = describe(*arguments);
+  op.grad = grad;
+  op.grad_batch_stride = grad_batch_stride;
+  op.grad_token_stride = grad_token_stride;
+  op.conv = conv;
+  op.pre_batch_statistics = pre_batch != 0;
+  op.batch_statistics = batch != 0;
+  op.dx = dx;
+  float** const places[] = {&op.dweight,        &op.dbias,        &op.dpre_norm_weight,
+                            &op.dpre_norm_bias, &op.dnorm_weight, &op.dnorm_bias};
+  for (float** place : places) *place = *gradients++;
+  HostDevice device;
+  tokens::with_element(op.element, [&]<class T>() { tokens::backward<T>(op, device); });
+  return device.most_shared;
 }
