@@ -42,7 +42,10 @@ constexpr int kThreads = 256;
 constexpr int64_t kFreeSharedBytes = 48 << 10;  // what every GPU gives without asking
 constexpr int64_t kSharedBytes = 56 << 10;      // leaves room for a second block from compute capability 8.0 on
 constexpr int64_t kMaxSharedBytes = 96 << 10;   // what every GPU gives from there on when asked
-constexpr int64_t kBlocks = 1024;               // enough for any GPU; results must not depend on which it is
+#ifndef FASTVIT_BLOCKS  // A test wants few, so that small tensors are enough for several tiles a block.
+#define FASTVIT_BLOCKS 1024
+#endif
+constexpr int64_t kBlocks = FASTVIT_BLOCKS;  // enough for any GPU; results must not depend on which it is
 
 // Where a thread is.
 struct Place {

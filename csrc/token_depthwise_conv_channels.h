@@ -121,8 +121,10 @@ struct Statistics : RowKernel<T, V> {
       return static_cast<double>(larger((rows - walker + walkers - 1) / walkers, 0));
     };
     double sum = 0.0, about = 0.0;
+    FASTVIT_NO_UNROLL
     for (int w = 0; w < walkers; ++w) sum += count(w) * means[w * channels];
     const double mean = sum / static_cast<double>(rows);
+    FASTVIT_NO_UNROLL
     for (int w = 0; w < walkers; ++w) {
       const double away = means[w * channels] - mean;
       about += count(w) * away * away + squares[w * channels];
@@ -153,6 +155,7 @@ struct MergeStatistics : BlockKernel {
   // Over the walkers of a channel.
   FASTVIT_DEVICE static double total(const double* shared, int lane) {
     double sum = 0.0;
+    FASTVIT_NO_UNROLL
     for (int w = 0; w < walkers; ++w) sum += shared[w * lanes + lane];
     return sum;
   }
@@ -275,6 +278,7 @@ struct NormSums : RowKernel<T, V> {
       if (channel >= this->op.channels) continue;
       const auto* terms = reinterpret_cast<const float*>(place.shared) + which * walkers * channels + c;
       double sum = 0.0;
+      FASTVIT_NO_UNROLL
       for (int w = 0; w < walkers; ++w) sum += terms[w * channels];
       if (which == 1) sum /= exact_deviation(step.norm, channel);
       partials[(split * 2 + which) * this->op.channels + channel] = sum;
@@ -309,6 +313,7 @@ struct SumPartials : BlockKernel {
     const int64_t k = place.block * lanes + place.thread;
     if (place.thread >= lanes || k >= rows * channels) return;
     double sum = 0.0;
+    FASTVIT_NO_UNROLL
     for (int w = 0; w < walkers; ++w) sum += reinterpret_cast<const double*>(place.shared)[w * lanes + place.thread];
     const int64_t row = k / channels, channel = k % channels;
     if (whole != nullptr) whole[k] = sum;

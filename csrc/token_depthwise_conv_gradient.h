@@ -376,6 +376,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
       if (first_channel(place) + c >= op.channels) continue;
       float sum = 0.0f;
       if (row == area) {
+        FASTVIT_NO_UNROLL
         for (int w = 0; w < walkers; ++w) sum += bias_sums(place)[w * channels + c];
       } else if constexpr (K > 0) {
         for (int group = 0; group < groups; ++group) sum += shares[(group * area + row) * channels + c];

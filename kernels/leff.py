@@ -30,10 +30,9 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._primitives import product_kind
+from fastvit.kernels._tokens import gelu, load_vector, place_rows, with_near_rows
 from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 
 class Config(NamedTuple):
@@ -98,46 +97,12 @@ def choose_contract(product: str, width: int, *, regular: bool, chip: int) -> tu
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
-
-
-@triton.jit
 def _weight_tile(weight, first_row, first_column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The transposed tile [COLUMNS, ROWS] of a contiguous (num_rows, num_columns) matrix, zeros outside."""
     rows = first_row + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
     return tl.load(weight + rows[None, :] * num_columns + columns[:, None], mask=inside, other=0)
-
-
-@triton.jit
-def _vector(vector, first, size, BLOCK: tl.constexpr):
-    """BLOCK elements from first on, in float32; zeros behind the last one, or where there is no vector at all."""
-    if vector is None:
-        return tl.zeros([BLOCK], tl.float32)
-    places = first + tl.arange(0, BLOCK)
-    return tl.load(vector + places, mask=places < size, other=0).to(tl.float32)
-
-
-@triton.jit
-def _place_rows(a, b, c, first_row, num_rows, tokens, stride_a, stride_b, stride_c, BLOCK_M: tl.constexpr):
-    """Where the BLOCK_M rows from first_row on lie, of images of `tokens` rows each.
-
-    Three tensors, moved on to the first row's image by their strides; then per row its image, counted from there, its
-    token, and whether it exists. So offsets are 32-bit, the place of the image is 64-bit.
-    """
-    image = tl.cast(first_row // tokens, tl.int64)
-    rows = tl.arange(0, BLOCK_M)
-    places = first_row % tokens + rows
-    return (
-        a + image * stride_a,
-        b + image * stride_b,
-        c + image * stride_c,
-        places // tokens,
-        places % tokens,
-        first_row + rows < num_rows,
-    )
 
 
 @triton.jit(do_not_specialize=["prefix_tokens", "grid_tokens", "num_rows"])
@@ -162,9 +127,9 @@ def leff_expand_kernel(
     blocks = tl.cdiv(E, BLOCK_N)
     program = tl.program_id(0)
     first_column = (program % blocks) * BLOCK_N
-    x, out, _, image, token, exists = _place_rows(
-        x, out, out, (program // blocks) * BLOCK_M, num_rows, grid_tokens, stride_xb, grid_tokens * E, 0, BLOCK_M
-    )
+    first_image, image, token, exists = place_rows((program // blocks) * BLOCK_M, num_rows, grid_tokens, BLOCK_M)
+    x += first_image * stride_xb
+    out += first_image * (grid_tokens * E)
     source = image * stride_xb + (prefix_tokens + token) * stride_xn
     target = (image * grid_tokens + token) * E
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -174,7 +139,7 @@ def leff_expand_kernel(
         left = tl.load(x + (source[:, None] + channels[None, :]), mask=inside, other=0)
         right = _weight_tile(weight, first_column, k, E, C, BLOCK_N, BLOCK_K)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
-    acc = _gelu(acc + _vector(bias, first_column, E, BLOCK_N)[None, :])
+    acc = gelu(acc + load_vector(bias, first_column, E, BLOCK_N)[None, :])
     columns = first_column + tl.arange(0, BLOCK_N)
     inside = exists[:, None] & (columns < E)[None, :]
     tl.store(out + (target[:, None] + columns[None, :]), acc.to(out.dtype.element_ty), mask=inside)
@@ -203,16 +168,16 @@ def _convolved(
     """
     channels = first_channel + tl.arange(0, BLOCK_K)
     within = channels < E
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32) + _vector(shift, first_channel, E, BLOCK_K)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32) + load_vector(shift, first_channel, E, BLOCK_K)[None, :]
     for dy in tl.static_range(KERNEL):
         for dx in tl.static_range(KERNEL):
-            tap = _vector(taps + (dy * KERNEL + dx) * E, first_channel, E, BLOCK_K)
+            tap = load_vector(taps + (dy * KERNEL + dx) * E, first_channel, E, BLOCK_K)
             y, z = row + (dy - PADDING), column + (dx - PADDING)
             inside = (row >= 0) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             place = corner + ((dy - PADDING) * width + (dx - PADDING)) * E
             tile = tl.load(h + (place[:, None] + channels[None, :]), mask=inside[:, None] & within[None, :], other=0)
             acc += tile.to(tl.float32) * tap[None, :]
-    return _gelu(acc)
+    return gelu(acc)
 
 
 @triton.jit
@@ -233,9 +198,9 @@ def _finish(
     """Bias, and what the form asks for behind it and for prefix tokens; writes [BLOCK_M tokens, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     within = (columns < num_out)[None, :]
-    acc += _vector(bias, first_column, num_out, BLOCK_N)[None, :]
+    acc += load_vector(bias, first_column, num_out, BLOCK_N)[None, :]
     if PAPER:
-        result = tl.where(from_x[:, None], 0.0, _gelu(acc)).to(out.dtype.element_ty)
+        result = tl.where(from_x[:, None], 0.0, gelu(acc)).to(out.dtype.element_ty)
     else:
         prefix = tl.load(x + (source[:, None] + columns[None, :]), mask=from_x[:, None] & within, other=0)
         result = tl.where(from_x[:, None], prefix, acc.to(out.dtype.element_ty))
@@ -272,18 +237,10 @@ def leff_contract_kernel(
     program = tl.program_id(0)
     first_column = (program % blocks) * (BLOCK_N + BLOCK_N2)
     tokens = prefix_tokens + height * width
-    x, out, h, image, token, exists = _place_rows(
-        x,
-        out,
-        h,
-        (program // blocks) * BLOCK_M,
-        num_rows,
-        tokens,
-        stride_xb,
-        tokens * num_out,
-        height * width * E,
-        BLOCK_M,
-    )
+    first_image, image, token, exists = place_rows((program // blocks) * BLOCK_M, num_rows, tokens, BLOCK_M)
+    x += first_image * stride_xb
+    out += first_image * (tokens * num_out)
+    h += first_image * (height * width * E)
     place = token - prefix_tokens
     row = tl.where(exists & (place >= 0), place // width, -1)
     column = place % width
@@ -433,7 +390,7 @@ def leff_forward(
     out = torch.empty((batch, tokens, w2.shape[0]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = with_near_rows(x)
     w1, w2 = w1.contiguous(), w2.contiguous()
     b1, db, b2 = (None if bias is None else bias.contiguous() for bias in (b1, db, b2))
     taps = dw.reshape(expansion, kernel * kernel).t().contiguous()

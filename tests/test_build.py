@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -262,6 +263,34 @@ def test_cuda_part_is_compiled_without_a_gpu_and_with_a_torch_without_cuda(wheel
     assert {"sm_80", "sm_90"} <= set(archs)
     assert [arch for arch in archs if arch.startswith("compute_")], "PTX for GPUs to come"
     assert device_code(installed.packages / "fastvit" / f"_C{SUFFIX}") == set(archs)
+
+
+def find_cuobjdump() -> str | None:
+    """The tool that reads device code: of the CUDA toolkit, or in the triton wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    packaged = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(packaged) if packaged.is_file() else None
+
+
+@needs_nvcc
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump, neither on PATH nor in a triton wheel")
+def test_no_cuda_kernel_spills_or_has_local_memory(installed: Python) -> None:
+    """What ptxas -v would tell, read from the binary: values that find no register lie on the stack."""
+    cuobjdump = find_cuobjdump()
+    assert cuobjdump is not None
+    report = run(cuobjdump, "-res-usage", installed.packages / "fastvit" / f"_C{SUFFIX}", cwd=ROOT)
+    chips = re.findall(r"^arch = (sm_\d+)$", report, re.MULTILINE)
+    assert {"sm_80", "sm_90"} <= set(chips)
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    # Forward: 3 dtypes x (3 kernel sizes x 2 strides + any other); so are gradients, beside what both need.
+    assert sum("Forward" in name for name, *_ in functions) == 21 * len(set(chips))
+    assert sum("Gradient" in name for name, *_ in functions) == 21 * len(set(chips))
+    spilling = [name for name, _, stack, local in functions if (stack, local) != ("0", "0")]
+    assert not spilling
 
 
 @needs_compiler

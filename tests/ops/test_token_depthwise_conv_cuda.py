@@ -1,13 +1,11 @@
-"""The CUDA kernels of token depthwise convolution: run on the host thread by thread, compiled, and on a GPU if any."""
+"""The CUDA kernels of token depthwise convolution: run on the host thread by thread, and on a GPU if there is one."""
 
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from tests.ops.test_token_depthwise_conv import ACTIVATIONS, CASES, LEFF, Case, 
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = shutil.which("c++") or shutil.which("g++")
-NVCC = shutil.which("nvcc")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_SHARED = 96 << 10
@@ -135,6 +132,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     path = tmp_path_factory.mktemp("host") / "host.so"
     source = Path(__file__).with_name("token_depthwise_conv_host.cpp")
     command = [CXX, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    command += ["-DFASTVIT_BLOCKS=12"]  # several tiles a block, several partial results
     subprocess.run([*command, str(source), "-o", str(path)], check=True)
     computed = Host(ctypes.CDLL(str(path)))
     operators = native.Operators(computed.forward, computed.training, computed.backward)
@@ -167,7 +165,7 @@ def named(case: Case, run: Callable[[], None]) -> None:
 # Vectors or scalars, and every how manyth case; the host's float16 is slow.
 FORMS = pytest.mark.parametrize(
     ("dtype", "vectors", "every"),
-    [(torch.float32, True, 1), (torch.float32, False, 1), (torch.bfloat16, True, 1), (torch.float16, True, 3)],
+    [(torch.float32, True, 1), (torch.float32, False, 2), (torch.bfloat16, True, 2), (torch.float16, True, 5)],
     ids=str,
 )
 
@@ -273,11 +271,6 @@ def test_training_with_running_statistics_on_the_host(host: Callable[..., Tensor
         named(case, lambda arguments=arguments: check_step(host, with_statistics(arguments, False)))
 
 
-def test_many_tiles_and_rows_a_block_on_the_host(host: Callable[..., Tensor]) -> None:
-    """More work than blocks: several tiles share registers, several partial results are added."""
-    check_step(host, with_statistics(make_arguments(Case((9, 33), 264, 12, prefix=1, **LEFF), torch.float32), True))
-
-
 def test_strided_tensors_on_the_host(host: Callable[..., Tensor]) -> None:
     arguments = make_arguments(Case((9, 20), 24, prefix=1, residual=True), torch.float32)
     arguments["x"] = torch.randn(3, 200, 64)[:2, 7:188, 8:32]
@@ -316,36 +309,6 @@ def test_empty_batch_on_the_host(host: Callable[..., Tensor]) -> None:
         gradients = torch.autograd.grad(host(**arguments).sum(), trained)
     assert gradients[0].shape == (0, 16, 16)
     assert all(gradient.eq(0).all() for gradient in gradients[1:])
-
-
-# --- Compiled -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
-def test_kernels_compile_without_spills(tmp_path: Path) -> None:
-    assert NVCC is not None
-    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ("80", "90", "100") if f"sm_{arch}\n" in f"{known}\n"]
-    assert {"80", "90"} <= set(archs)
-    # Kernels a chip: 3 dtypes x (3 kernel sizes x 2 strides + any); with vectors or without.
-    expected = {"token_depthwise_conv": 21, "token_depthwise_conv_training": 13, "token_depthwise_conv_backward": 34}
-    assert {path.stem for path in CSRC.glob("cuda/*.cu")} == set(expected)
-
-    def report(name: str, arch: str) -> str:
-        command = [NVCC, "-std=c++20", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-        command += ["-Xptxas", "-v", "-c", str(CSRC / "cuda" / f"{name}.cu"), "-o", str(tmp_path / f"{name}.{arch}.o")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        return result.stdout + result.stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        builds = [(name, arch) for name in expected for arch in archs]
-        reports = list(pool.map(lambda build: report(*build), builds))
-    for (name, arch), text in zip(builds, reports, strict=True):
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-        assert len(frames) == expected[name], text
-        assert set(frames) == {("0", "0", "0")}, f"{name}, sm_{arch}: {text}"
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
