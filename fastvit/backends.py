@@ -242,6 +242,7 @@ def describe() -> dict[str, Any]:
     reasons = {
         "reference": [],
         "sdpa": [],
+        "channels_last": [],
         "cpp": cpp_reasons(),
         "cuda": cuda_reasons(gpu) or ([] if gpu else ["torch sees no CUDA device"]),
         "triton": triton_reasons(gpu or torch.device("cpu")),

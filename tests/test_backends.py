@@ -167,7 +167,7 @@ class TestRequested:
     @pytest.mark.parametrize("value", ["cudnn", "cpp,Triton", "auto,cpp"])
     def test_unknown_names_are_refused(self, value: str) -> None:
         with pytest.raises(
-            ValueError, match="accepted are 'auto' or some of reference, sdpa, cpp, cuda, triton"
+            ValueError, match="accepted are 'auto' or some of reference, sdpa, channels_last, cpp, cuda, triton"
         ) as error:
             backends._requested(value)
         assert value in str(error.value)

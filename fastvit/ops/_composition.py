@@ -18,7 +18,7 @@ KERNELS = tuple(implementation for implementation in IMPLEMENTATIONS if implemen
 
 def as_dtype_of(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters in x's dtype, as a plain convolution or linear layer wants them; autocast sees to that by itself."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return list(parameters)
     return [tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in parameters]
 
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer gives for x."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else x.dtype
 
 
 def has_batch_statistics(*norms: BatchNorm | None) -> bool:

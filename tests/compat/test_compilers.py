@@ -64,7 +64,7 @@ def test_compile_whole_with_dynamic_batch(name):
     assert len(graphs) == 1
     assert not torch._dynamo.utils.counters["graph_break"]
     called = graphs.operators()
-    for op in set(fused):
+    for op in {"head_mixed_attention", "masked_attention"} & set(fused):  # the others consist of several operators
         assert called.count(op) == fused.count(op)
 
 

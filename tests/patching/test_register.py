@@ -56,7 +56,7 @@ def test_a_registered_class_is_fused_reported_and_undone():
         assert_as_accurate(model(x), expected, oracle)
         (row,) = report(model).rows
         assert (row.name, row.cls, row.op, row.status) == ("0", "Mine", "masked_attention", "patched")
-        assert [call.backend for call in explain(model, x).rows] == ["sdpa"]
+        assert [call.backend for call in explain(model, x).rows] in (["cpp"], ["sdpa"])
         clone = pickle.loads(pickle.dumps(model))
         assert isinstance(clone[0], Mine) and is_patched(clone)
         assert torch.equal(unpatch(model)(x), expected)
@@ -114,7 +114,7 @@ def test_unregister():
 def test_bad_use():
     with pytest.raises(TypeError, match="cls: got 'Mine', accepted is a subclass"):
         register("Mine", op="masked_attention")
-    with pytest.raises(ValueError, match=r"op: unknown 'attention', accepted are \['head_mixed_attention', 'masked"):
+    with pytest.raises(ValueError, match=r"op: unknown 'attention', accepted are \[.*'head_mixed_attention', .*'masked"):
         register(Mine, op="attention")
     with pytest.raises(TypeError, match=r"derived from fastvit.Fused, got <function"):
         register(Mine, op="masked_attention")(lambda x: x)

@@ -271,7 +271,7 @@ def test_every_block_is_fused_and_called(name):
     model, x = build(name)
     patch(model, strict=True, verify=x)
     assert report(model).totals() == {op: (count, count) for op, count in CASES[name][2].items()}
-    called = [row.name for row in explain(model, x).rows]
+    called = [row.name for row in explain(model, x).rows if row.op != "linear"]  # the projections beside
     assert sorted(called) == sorted(row.name for row in report(model).rows)
 
 
