@@ -71,19 +71,19 @@ REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("tf32", 128): (_one_pass(32, 64, 4), Config(32, 32, 4, 2)),
     ("ieee", 32): (Config(64, 32, 4),),
     ("ieee", 64): (Config(32, 32, 8),),
-    ("ieee", 128): (Config(16, 32, 8),),
+    ("ieee", 128): (Config(16, 16, 8),),
 }
 """Rows of 16 aligned elements, and at most a key padding mask."""
 
 IRREGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("half", 32): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 16, 4)),
-    ("half", 64): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), _one_pass(32, 256, 8), Config(32, 32, 8)),
+    ("half", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), _one_pass(32, 256, 8), Config(32, 32, 8)),
     ("half", 128): (_one_pass(64, 64, 8), _one_pass(32, 128, 8), Config(32, 16, 4)),
     ("tf32", 32): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), Config(32, 32, 4)),
     ("tf32", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 8), Config(32, 32, 8)),
     ("tf32", 128): (_one_pass(32, 64, 8), Config(32, 16, 4)),
     ("ieee", 32): (Config(32, 32, 4),),
-    ("ieee", 64): (Config(16, 32, 8),),
+    ("ieee", 64): (Config(16, 32, 8, 2),),
     ("ieee", 128): (Config(16, 32, 8),),
 }
 """Everything else: rows read element by element, a mask of (queries, keys), a bias. One address per element takes
