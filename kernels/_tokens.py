@@ -52,10 +52,13 @@ def place_rows(first_row, num_rows, tokens, BLOCK: tl.constexpr):
 @triton.jit
 def load_vector(vector, first, size, BLOCK: tl.constexpr, absent: tl.constexpr = 0.0):
     """BLOCK elements from first on, in float32; zeros behind the last one, `absent` where there is no vector at all."""
+    # A return within the first branch would leave the compiler to look at what follows it.
     if vector is None:
-        return tl.full([BLOCK], absent, tl.float32)
-    places = first + tl.arange(0, BLOCK)
-    return tl.load(vector + places, mask=places < size, other=0).to(tl.float32)
+        values = tl.full([BLOCK], absent, tl.float32)
+    else:
+        places = first + tl.arange(0, BLOCK)
+        values = tl.load(vector + places, mask=places < size, other=0).to(tl.float32)
+    return values
 
 
 @triton.jit

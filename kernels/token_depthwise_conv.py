@@ -41,13 +41,15 @@ class Config(NamedTuple):
     programs: int = 1024
 
 
-HALF, FLOAT = Config(32, 64, 4), Config(32, 32, 4)
-"""float16 and bfloat16, float32: 16 and 8 elements a thread. Every kernel fits every chip without spills so."""
+HALF, LARGE_HALF, FLOAT = Config(32, 64, 4), Config(16, 64, 4), Config(32, 32, 4)
+"""float16 and bfloat16, the same with many taps, float32. Every kernel fits every chip without spills so."""
 
 
-def choose_config(dtype: torch.dtype) -> Config:
-    """The configuration for tensors of a dtype."""
-    return FLOAT if dtype == torch.float32 else HALF
+def choose_config(dtype: torch.dtype, kernel: int) -> Config:
+    """The configuration for tensors of a dtype and a kernel size."""
+    if dtype == torch.float32:
+        return FLOAT
+    return LARGE_HALF if kernel > 5 else HALF
 
 
 # --- Element by element ---------------------------------------------------------------------------------------------
@@ -630,7 +632,8 @@ def _forward(
     batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result; the convolution's, where `keeps`; and its statistics, which norm takes, where `batch`."""
-    config, prefix, kernel = choose_config(x.dtype), geometry.prefix_tokens, weight.shape[-1]
+    prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
+    config = choose_config(x.dtype, kernel)
     grids = (geometry.height, geometry.width), geometry.out_size(kernel)
     tokens = grids[1][0] * grids[1][1]
     out = torch.empty((x.shape[0], prefix + tokens, x.shape[2]), dtype=x.dtype, device=x.device)
@@ -663,8 +666,9 @@ def token_depthwise_conv_training(
     norm, batch, geometry = Norm(*rest[7:12], rest[13]), rest[12], Geometry(*rest[14:])
     pre_mean = pre_var = torch.empty(0, dtype=torch.float32, device=x.device)
     if pre_batch:
+        config = choose_config(x.dtype, weight.shape[-1])
         with torch.cuda.device_of(x):
-            pre_mean, pre_var = _statistics(with_near_rows(x)[:, geometry.prefix_tokens :], choose_config(x.dtype))
+            pre_mean, pre_var = _statistics(with_near_rows(x)[:, geometry.prefix_tokens :], config)
         pre_norm = pre_norm._replace(mean=pre_mean, var=pre_var)
     keeps = norm.exists() or batch
     out, conv, mean, var = _forward(x, weight, bias, pre_norm, norm, geometry, keeps=keeps, batch=batch)
@@ -702,7 +706,8 @@ def token_depthwise_conv_backward(
     pre_norm, pre_batch = Norm(*rest[:5], rest[6]), rest[5]
     norm, batch, geometry = Norm(*rest[7:12], rest[13]), rest[12], Geometry(*rest[14:20])
     x_grad, parameter_grads = rest[20:]
-    config, prefix, kernel = choose_config(x.dtype), geometry.prefix_tokens, weight.shape[-1]
+    prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
+    config = choose_config(x.dtype, kernel)
     grids = (geometry.height, geometry.width), geometry.out_size(kernel)
     dx = torch.empty(x.shape if x_grad else (0,), dtype=x.dtype, device=x.device)
     dweight = dbias = None
