@@ -13,7 +13,7 @@ namespace fastvit {
 namespace {
 
 constexpr char kOp[] = "linear";
-constexpr int64_t kPackedFloats = 128 << 10;   // of a group, so that it stays in the L2 cache
+constexpr int64_t kPackedFloats = 128 << 10;  // of a group, so that it stays in the L2 cache
 constexpr int64_t kSerialProducts = 1 << 19;  // below, waking another thread costs more than it saves
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

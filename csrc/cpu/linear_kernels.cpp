@@ -21,7 +21,7 @@ constexpr int64_t kLanes = Vec::lanes;
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as registers hold beside the operands
-constexpr int64_t kDepthBlock = 512;  // words of x that a row of the copy holds
+constexpr int64_t kDepthBlock = 512;              // words of x that a row of the copy holds
 constexpr int64_t kRowStride = kDepthBlock + 16;
 // Terms of a partial sum. Results of bfloat16 are rounded so much more that theirs may be long.
 template <bool kPairs>

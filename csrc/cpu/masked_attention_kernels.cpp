@@ -32,7 +32,8 @@ struct Blocks : Split {
 };
 
 template <class T, bool kPairs>
-void pack(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys, int64_t part, int64_t parts, float* packed) {
+void pack(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys, int64_t part, int64_t parts,
+          float* packed) {
   const int64_t b = problem / p.heads, h = problem % p.heads;
   const Rows<T> k(p.k, b, h), v(p.v, b, h);
   const Blocks<T, kPairs> blocks(p.dim, keys.count);
@@ -59,7 +60,9 @@ struct Scratch {
   float* queries;   // [word of channels][lane]
   float* channels;  // [channel][lane]: the output
 
-  static int64_t map_floats(const MaskedAttentionParams& p) { return (p.keys < kBlockKeys ? p.keys : kBlockKeys) * kWidth; }
+  static int64_t map_floats(const MaskedAttentionParams& p) {
+    return (p.keys < kBlockKeys ? p.keys : kBlockKeys) * kWidth;
+  }
   static int64_t channel_floats(const MaskedAttentionParams& p) { return round_up(p.dim, 4) * kWidth; }
   static int64_t floats(const MaskedAttentionParams& p) {
     return (1 + (p.mask != nullptr) + (p.bias != nullptr)) * map_floats(p) + 2 * channel_floats(p);

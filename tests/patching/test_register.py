@@ -114,7 +114,9 @@ def test_unregister():
 def test_bad_use():
     with pytest.raises(TypeError, match="cls: got 'Mine', accepted is a subclass"):
         register("Mine", op="masked_attention")
-    with pytest.raises(ValueError, match=r"op: unknown 'attention', accepted are \[.*'head_mixed_attention', .*'masked"):
+    with pytest.raises(
+        ValueError, match=r"op: unknown 'attention', accepted are \[.*'head_mixed_attention', .*'masked"
+    ):
         register(Mine, op="attention")
     with pytest.raises(TypeError, match=r"derived from fastvit.Fused, got <function"):
         register(Mine, op="masked_attention")(lambda x: x)
