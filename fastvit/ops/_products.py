@@ -158,7 +158,8 @@ def _reasons_not_to_choose_cpp(call: Call) -> list[str]:
     reasons = _cpp_reasons(call)
     if x.dtype == torch.bfloat16 and not _has_bfloat16_products():
         reasons.append("the library's bfloat16 products are faster on a CPU without AVX-512 BF16")
-    if x.numel() < CPP_MIN_ROWS * x.shape[-1]:
+    # Not asked of a graph that is traced: it would be a guard on the batch size.
+    if not torch.compiler.is_compiling() and x.numel() < CPP_MIN_ROWS * x.shape[-1]:
         reasons.append(f"fewer than {CPP_MIN_ROWS} rows do not repay the packing of the weight")
     if any(layer.weight.shape[0] < CPP_MIN_COLUMNS for layer in call.layers):
         reasons.append(f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty")

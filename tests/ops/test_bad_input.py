@@ -303,7 +303,8 @@ def test_residual_wants_the_grid_kept():
 
 
 def test_every_operator_and_every_tensor_argument_is_here():
-    public = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    elsewhere = {"conv_batch_norm", "linear", "mlp"}  # in the files of their own tests
+    public = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - elsewhere
     assert set(BAD) == set(GOOD) == public
     for op in public:
         parameters = inspect.signature(getattr(ops, op)).parameters.values()
