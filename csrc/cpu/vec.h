@@ -311,6 +311,12 @@ struct NormalTail {
   Vec t, weight;
 };
 
+#if defined(__AVX512F__)
+FASTVIT_INLINE Vec normal_tail_coefficient(__m512i interval, int power) {
+  return Vec{_mm512_permutexvar_ps(interval, _mm512_load_ps(kNormalTail[power]))};
+}
+#endif
+
 FASTVIT_INLINE NormalTail normal_tail(Vec x) {
 #if defined(__AVX512F__)
   const Vec t{_mm512_range_ps(x.v, _mm512_set1_ps(6.0f), 0b1010)};  // the smaller size of the two, sign cleared
@@ -318,9 +324,8 @@ FASTVIT_INLINE NormalTail normal_tail(Vec x) {
   const Vec shifted = fma(t, Vec::fill(2.5f), magic);
   const Vec r = fma(t, Vec::fill(2.5f), magic - shifted);
   const __m512i n = _mm512_castps_si512(shifted.v);
-  const auto coefficient = [n](int i) { return Vec{_mm512_permutexvar_ps(n, _mm512_load_ps(kNormalTail[i]))}; };
-  Vec tail = coefficient(5);
-  for (int i = 4; i >= 0; --i) tail = fma(tail, r, coefficient(i));
+  Vec tail = normal_tail_coefficient(n, 5);
+  for (int i = 4; i >= 0; --i) tail = fma(tail, r, normal_tail_coefficient(n, i));
   return {t, tail};
 #else
   // 1/2 - Q(t) = t P(t^2) / R(t^2) up to 5.45 (relative error 1.5e-8); beyond, Q is as good as 0.
