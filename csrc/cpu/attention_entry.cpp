@@ -6,13 +6,17 @@
 namespace fastvit {
 namespace {
 
-AttentionOperand operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype) {
+Tensor tokens_by_heads(const AttentionParams& p, int64_t tokens, const Tensor& like) {
+  return empty_strided({p.batch, p.heads, tokens, p.dim}, {tokens * p.heads * p.dim, p.dim, p.heads * p.dim, 1}, like);
+}
+
+}  // namespace
+
+AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype) {
   check(tensor.dtype() == dtype, op, ": ", name, " is ", tensor.dtype(), ", q is ", dtype);
   check(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", name, " must have a contiguous last axis");
   return {tensor.data<void>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
-
-}  // namespace
 
 void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
   check(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
@@ -37,7 +41,9 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   check_cpu_shape(op, v, "v", {p.batch, p.heads, p.keys, p.dim});
   check(p.dim <= kAttentionMaxDim, op, ": head dimensions up to ", kAttentionMaxDim, " are accepted, got ", p.dim);
   check(p.keys <= std::numeric_limits<int32_t>::max(), op, ": too many keys: ", p.keys);
-  p.q = operand(op, q, "q", dtype), p.k = operand(op, k, "k", dtype), p.v = operand(op, v, "v", dtype);
+  p.q = attention_operand(op, q, "q", dtype);
+  p.k = attention_operand(op, k, "k", dtype);
+  p.v = attention_operand(op, v, "v", dtype);
   p.bfloat16 = dtype == Dtype::bfloat16;
   p.scale = static_cast<float>(scale);
   return p;
@@ -60,10 +66,9 @@ bool take_mask(const char* op, const Tensor& mask, AttentionParams& p) {
   return false;
 }
 
-Tensor attention_output(const AttentionParams& p, const Tensor& like) {
-  return empty_strided({p.batch, p.heads, p.queries, p.dim}, {p.queries * p.heads * p.dim, p.dim, p.heads * p.dim, 1},
-                       like);
-}
+Tensor attention_output(const AttentionParams& p, const Tensor& like) { return tokens_by_heads(p, p.queries, like); }
+
+Tensor attention_key_gradient(const AttentionParams& p, const Tensor& like) { return tokens_by_heads(p, p.keys, like); }
 
 KeyLists::KeyLists(int64_t batch, int64_t keys, const Tensor* mask) {
   const int64_t lists = mask == nullptr || mask->size(0) == 1 ? 1 : batch;

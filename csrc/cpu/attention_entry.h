@@ -16,6 +16,9 @@ namespace fastvit {
 // Throws unless the tensor is on the CPU and of that shape.
 void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected);
 
+// The tensor (B, H, N, D) as the kernels read it; throws unless it is of that dtype and its last axis contiguous.
+AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype);
+
 // The parameters of attention over these tensors, output and mask left out; throws naming what is not accepted.
 AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale);
 
@@ -25,6 +28,8 @@ bool take_mask(const char* op, const Tensor& mask, AttentionParams& p);
 
 // An uninitialised (B, H, Nq, D) that lies as a contiguous (B, Nq, H, D).
 Tensor attention_output(const AttentionParams& p, const Tensor& like);
+// The same for the gradient of k or v: (B, H, Nk, D).
+Tensor attention_key_gradient(const AttentionParams& p, const Tensor& like);
 
 // The keys each batch element attends to: all, or those a mask over keys alone leaves.
 class KeyLists {

@@ -22,7 +22,7 @@ constexpr int kRows = Vec::lanes == 16 ? 12 : 6;
 #if defined(__FMA__) || !defined(__SSE__)
 constexpr int64_t kPartialSum = 64;
 #else
-constexpr int64_t kPartialSum = 16;  // every product is rounded, too
+constexpr int64_t kPartialSum = 8;  // every product is rounded, too
 #endif
 
 #if defined(__AVX512BF16__)

@@ -45,7 +45,7 @@ def make_mix(kind: str, heads: int) -> Mix:
         "post": Mix(post_weight=weights[1], post_bias=biases[1], output_scale=-1.5),
         "talking": Mix(weights[0], biases[0], weights[1], biases[1]),
         "pre": Mix(weights[0], output_scale=0.5),
-        "layer norm": Mix(post_weight=weights[1], layer_norm=True, output_scale=0.5, **norm),
+        "layer norm": Mix(post_weight=weights[1], post_bias=biases[1], layer_norm=True, output_scale=0.5, **norm),
         "bare layer norm": Mix(norm_eps=1e-3, layer_norm=True),
     }[kind]
 
@@ -109,3 +109,242 @@ def test_a_layer_norm_takes_no_statistics() -> None:
     mix = make_mix("layer norm", 4)
     with pytest.raises(RuntimeError, match="a layer norm takes no norm_mean"):
         torch.ops.fastvit.head_mixed_attention(q, k, v, *mix[:6], zeros, zeros, *mix[6:], None, 1.0)
+
+
+def named(tensors: tuple[Tensor, Tensor, Tensor], mix: Mix) -> dict[str, Tensor]:
+    """What gradients are for."""
+    parameters = {name: value for name, value in mix._asdict().items() if isinstance(value, Tensor)}
+    return dict(zip(("q", "k", "v"), tensors, strict=True)) | parameters
+
+
+def plain_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Mix, mask: Tensor | None, scale: float
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in named((q, k, v), mix).items()}
+    leaf_mix = mix._replace(**{name: leaf for name, leaf in leaves.items() if name not in ("q", "k", "v")})
+    out = plain(leaves["q"], leaves["k"], leaves["v"], leaf_mix, mask, scale)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Mix, mask: Tensor | None, scale: float
+) -> dict[str, Tensor]:
+    """By the operator; checks that what was not asked for is of size 0."""
+    with poisoned_empty():
+        results = torch.ops.fastvit.head_mixed_attention_backward(grad, q, k, v, *mix, mask, scale)
+    tensors = (q, k, v, *mix[:6])
+    assert all(result.numel() == 0 for result, of in zip(results, tensors, strict=True) if of is None)
+    return {name: results[("q", "k", "v", *Mix._fields).index(name)] for name in named((q, k, v), mix)}
+
+
+def check_gradients(
+    kind: str,
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
+    *,
+    size: float = 1.0,
+    scale: float = 0.3,
+    draws: int = 6,
+) -> dict[str, Tensor]:
+    """All gradients of several random calls taken together: in a few numbers the plain form may be exact by chance."""
+    got, reference, exact = [], [], []
+    for _ in range(draws):
+        q, k, v = make_qkv(*shape, dtype, size)
+        grad, mix = torch.randn(q.shape).to(dtype), make_mix(kind, shape[1])
+        wide = [t.double() for t in (grad, q, k, v)]
+        got.append(gradients(grad, q, k, v, mix, mask, scale))
+        reference.append(plain_gradients(grad, q, k, v, mix, mask, scale))
+        exact.append(plain_gradients(*wide, mix.to(torch.float64), mask, scale))
+    stacked = {name: [torch.stack([g[name] for g in each]) for each in (got, reference, exact)] for name in got[0]}
+    for name, three in stacked.items():
+        assert_as_accurate(*three, name=name)
+    return {name: three[0] for name, three in stacked.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_kind(isa: str, kind: str, dtype: torch.dtype) -> None:
+    for heads, queries, keys, dim in ((4, 37, 53, 32), (12, 20, 21, 33), (1, 5, 3, 7), (32, 3, 6, 5), (6, 18, 8, 48)):
+        check_gradients(kind, (2, heads, queries, keys, dim), dtype, draws=16 if heads == 1 else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 31, 64, 96, 127, 128])
+def test_gradients_of_head_dimensions(isa: str, dim: int, dtype: torch.dtype) -> None:
+    check_gradients("talking", (1, 3, 20, 14, dim), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 50), (50, 1), (2, 3), (15, 16), (16, 17), (33, 12), (65, 129)], ids=str)
+def test_gradients_of_token_counts(isa: str, tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    for kind in ("talking", "layer norm"):
+        check_gradients(kind, (2, 4, *tokens, 24), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(12, 197, 197, 32), (8, 196, 196, 48)], ids=str)
+def test_gradients_at_sizes_of_the_models(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    for kind in ("post", "talking", "layer norm"):
+        check_gradients(kind, (1, *shape), dtype, draws=1)
+
+
+MASKS = [(2, 1, 1, 30), (1, 1, 1, 30), (2, 1, 1, 1), (2, 1, 20, 30), (1, 4, 20, 1), (2, 4, 1, 30), (2, 4, 20, 30)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_gradients_under_masks(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for kind in ("talking", "layer norm"):
+        check_gradients(kind, (2, 4, 20, 30, 16), dtype, torch.rand(shape) < 0.6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["talking", "layer norm"])
+def test_rows_without_a_key_have_no_gradient(isa: str, kind: str, dtype: torch.dtype) -> None:
+    shape = (3, 4, 20, 30, 16)
+    padding = torch.ones(3, 1, 1, 30, dtype=torch.bool)
+    padding[1] = False
+    padding[2, :, :, 5:] = False
+    got = check_gradients(kind, shape, dtype, padding)
+    assert not any(got[name][:, 1].any() for name in ("q", "k", "v"))
+    assert not got["k"][:, 2, :, 5:].any() and not got["v"][:, 2, :, 5:].any()
+    rows = torch.rand(3, 1, 20, 30) < 0.5
+    rows[:, :, 5] = False
+    assert not check_gradients(kind, shape, dtype, rows)["q"][:, :, :, 5].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [4.0, 30.0])
+def test_gradients_of_large_logits(isa: str, size: float, dtype: torch.dtype) -> None:
+    """Peaked rows, and with the larger size rows of one one."""
+    for kind in ("post", "talking", "layer norm"):
+        check_gradients(kind, (1, 4, 30, 40, 16), dtype, size=size, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_of_gradients(dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(2, 4, 21, 21, 18, dtype)
+    mix, grad = make_mix("talking", 4), torch.randn(2, 4, 42, 18).to(dtype)[:, :, ::2]
+    got = gradients(grad, q, k, v, mix, None, 0.3)
+    assert all(got[name].transpose(1, 2).is_contiguous() for name in ("q", "k", "v"))
+    again = gradients(grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), mix, None, 0.3)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in got.items())
+    one, expanded = k[:1].contiguous(), k[:1].expand_as(k)
+    got = gradients(grad, q, expanded, v, mix, None, 0.3)
+    again = gradients(grad, q, one.repeat(2, 1, 1, 1), v, mix, None, 0.3)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in got.items())
+
+
+def test_gradients_of_nothing() -> None:
+    mix = make_mix("talking", 4)
+    for batch, queries, keys in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
+        q, k, v = make_qkv(batch, 4, queries, keys, 8, torch.float32)
+        got = gradients(torch.randn(q.shape), q, k, v, mix, None, 0.3)
+        assert all(not gradient.any() for gradient in got.values())
+        sums, moments = torch.ops.fastvit.head_map_moments(q, k, None, None, None, 0.3)
+        assert not moments.any() and (keys == 0 or not sums.any())
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing_but_rounding(threads: int) -> None:
+    """A single batch element is split between threads, and the same number of them gives the same bits."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_gradients("talking", (1, 4, 70, 50, 16), torch.float32)
+        q, k, v = make_qkv(1, 4, 70, 50, 16, torch.float32)
+        call = (torch.randn(q.shape), q, k, v, make_mix("talking", 4), None, 0.3)
+        first = gradients(*call)
+        for _ in range(3):
+            assert all(torch.equal(gradient, first[name]) for name, gradient in gradients(*call).items())
+    finally:
+        torch.set_num_threads(before)
+
+
+def plain_moments(q: Tensor, k: Tensor, mix: Mix, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    mix = mix.to(q.dtype)
+    centred = (plain_maps(q, k, mix, mask, scale) - 1 / k.shape[2]).transpose(0, 1).flatten(1)
+    return centred.sum(1), centred @ centred.T
+
+
+def moment_gradients(
+    dmoments: Tensor, q: Tensor, k: Tensor, mix: Mix, mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, mix.pre_weight, mix.pre_bias) if t is not None]
+    pre = [*leaves[2:], None, None][:2]
+    sums, moments = plain_moments(leaves[0], leaves[1], Mix(*pre), mask, scale)
+    return torch.autograd.grad((sums, moments), leaves, (torch.ones_like(sums), dmoments.to(q.dtype)))
+
+
+MOMENT_CASES: list[tuple[tuple[int, int, int, int, int], tuple[int, ...] | None]] = [
+    ((2, 4, 37, 53, 32), None),
+    ((2, 12, 20, 21, 33), None),
+    ((2, 1, 5, 3, 7), None),
+    ((2, 32, 3, 6, 5), None),
+    ((2, 4, 20, 30, 16), (2, 1, 1, 30)),
+    ((2, 4, 20, 30, 16), (2, 4, 20, 30)),
+    ((2, 4, 20, 30, 16), (2, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["post", "talking"])
+def test_moments_and_their_gradients(isa: str, kind: str, dtype: torch.dtype) -> None:
+    operators = torch.ops.fastvit
+    for shape, mask_shape in MOMENT_CASES:
+        heads = shape[1]
+        mask = None if mask_shape is None else torch.rand(mask_shape) < 0.5
+        got, reference, exact = [], [], []
+        for _ in range(16 if heads == 1 else 3):
+            q, k, _ = make_qkv(*shape, dtype, 2.0)
+            mix, dmoments = make_mix(kind, heads), torch.randn(heads, heads)
+            wide = q.double(), k.double(), mix.to(torch.float64), mask, 0.3
+            with poisoned_empty():
+                moments = operators.head_map_moments(q, k, *mix[:2], mask, 0.3)
+                grads = operators.head_map_moments_backward(torch.ones(heads), dmoments, q, k, *mix[:2], mask, 0.3)
+            got.append([*moments, *(t for t in grads if t.numel())])
+            reference.append([*plain_moments(q, k, mix, mask, 0.3), *moment_gradients(dmoments, q, k, mix, mask, 0.3)])
+            exact.append([*plain_moments(*wide), *moment_gradients(dmoments, *wide)])
+        for ours, plain_ones, true in zip(*(zip(*each, strict=True) for each in (got, reference, exact)), strict=True):
+            assert_as_accurate(torch.stack(ours), torch.stack(plain_ones).to(ours[0].dtype), torch.stack(true))
+
+
+def test_bad_arguments_are_named() -> None:
+    q, k, v = make_qkv(1, 4, 9, 9, 8, torch.float32)
+    mix = make_mix("post", 4)
+    ops = torch.ops.fastvit
+    for match, call in {
+        "grad has shape": lambda: ops.head_mixed_attention_backward(q[:, :3], q, k, v, *mix, None, 1.0),
+        "grad is bfloat16": lambda: ops.head_mixed_attention_backward(q.bfloat16(), q, k, v, *mix, None, 1.0),
+        "grad must have a contiguous last axis": lambda: ops.head_mixed_attention_backward(
+            q[..., :1].expand_as(q), q, k, v, *mix, None, 1.0
+        ),
+        "are a layer norm's": lambda: ops.head_mixed_attention_backward(
+            q, q, k, v, *mix._replace(norm_bias=torch.ones(4)), None, 1.0
+        ),
+        "post_weight has shape": lambda: ops.head_mixed_attention_backward(
+            q, q, k, v, *mix._replace(post_weight=torch.eye(3)), None, 1.0
+        ),
+        "dsums has shape": lambda: ops.head_map_moments_backward(
+            torch.ones(3), torch.eye(4), q, k, None, None, None, 1.0
+        ),
+        "dmoments has shape": lambda: ops.head_map_moments_backward(
+            torch.ones(4), torch.eye(3), q, k, None, None, None, 1.0
+        ),
+        "at most 32 heads": lambda: ops.head_map_moments(*make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["talking", "layer norm"])
+def test_opcheck_of_gradients_and_moments(kind: str) -> None:
+    q, k, v = make_qkv(2, 4, 9, 10, 8, torch.float32)
+    mix = make_mix(kind, 4)
+    mask = torch.rand(2, 1, 9, 10) < 0.5
+    ops = torch.ops.fastvit
+    torch.library.opcheck(ops.head_mixed_attention_backward.default, (torch.randn(q.shape), q, k, v, *mix, mask, 0.3))
+    torch.library.opcheck(ops.head_map_moments.default, (q, k, *mix[:2], mask, 0.3))
+    small = (torch.ones(4), torch.randn(4, 4))
+    torch.library.opcheck(ops.head_map_moments_backward.default, (*small, q, k, *mix[:2], mask, 0.3))
