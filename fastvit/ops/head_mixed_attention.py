@@ -79,12 +79,16 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return q.dtype
 
 
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def _reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """What neither engine can do."""
+    """What no engine can do, and the dtypes that one cannot."""
     reasons = []
     dtype = _compute_dtype(call.q)
     if dtype not in dtypes:
-        reasons.append(f"dtype {dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+        reasons.append(f"dtype {dtype} is not one of {_names(dtypes)}")
     if call.q.shape[1] > MAX_HEADS:
         reasons.append(f"{call.q.shape[1]} heads are more than {MAX_HEADS}")
     if call.q.shape[3] > MAX_HEAD_DIM:
@@ -93,8 +97,7 @@ def _reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
         reasons.append("attention dropout is not implemented")
     for tensor in call.parameters():
         if tensor is not None and tensor.dtype not in dtypes:
-            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            reasons.append(f"a parameter of dtype {tensor.dtype} is not one of {names}")
+            reasons.append(f"a parameter of dtype {tensor.dtype} is not one of {_names(dtypes)}")
             break
     if isinstance(call.norm, BatchNorm):
         reasons += _batch_norm_reasons(call.norm, call)
@@ -103,7 +106,7 @@ def _reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
 
 def _batch_norm_reasons(norm: BatchNorm, call: Call) -> list[str]:
     if norm.layer is not None and norm.process_group is None:
-        return [f"the norm is a {type(norm.layer).__name__}, which has to be called"]
+        return [f"the norm is {type(norm.layer).__name__}, which has to be called"]
     if norm.process_group is not None:
         return ["a synchronised norm is not traced"] if torch.compiler.is_compiling() else []
     values = call.q.shape[0] * call.q.shape[2] * call.k.shape[2]
@@ -115,16 +118,15 @@ def _batch_norm_reasons(norm: BatchNorm, call: Call) -> list[str]:
 def _cpp_reasons(call: Call) -> list[str]:
     if call.q.device.type != "cpu":
         return [*backends.cpp_reasons(), f"it takes tensors on the CPU, q is on {call.q.device}"]
-    reasons = backends.cpp_reasons() + _reasons(call, CPP_DTYPES)
-    if isinstance(call.norm, BatchNorm) and call.norm.use_batch_stats:
-        reasons.append("the norm uses batch statistics, which is not implemented")
-    if gradients_needed(call.q, call.k, call.v, *call.parameters()):
-        reasons.append("gradients are needed and it has no backward")
-    return reasons
+    return backends.cpp_reasons() + _reasons(call, CPP_DTYPES)
 
 
 def _run_cpp(call: Call) -> Tensor:
-    return native.infer(call, _compute_dtype(call.q))
+    dtype = _compute_dtype(call.q)
+    by_batch = isinstance(call.norm, BatchNorm) and call.norm.use_batch_stats
+    if by_batch or gradients_needed(call.q, call.k, call.v, *call.parameters()):
+        return attend(native.ENGINE, call, dtype)
+    return native.infer(call, dtype)
 
 
 def _triton_reasons(call: Call) -> list[str]:
