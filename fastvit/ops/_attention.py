@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvit import backends
 from fastvit.ops._checks import check_mask, check_tokens, describe, to_four_axes
@@ -204,6 +203,19 @@ def _with_adjacent_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by the reference, which can be differentiated themselves."""
+    q, k, v, mask, bias, *_ = ctx.saved_tensors
+    inputs = [None, q, k, v, None, bias, None]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    out = functional.masked_attention(q, k, v, mask, bias, ctx.scale)
+    found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)
+
+
 class _Attention(torch.autograd.Function):
     """Attention with its gradient, by the engine named. The map is computed anew in the backward."""
 
@@ -224,9 +236,10 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, bias, *kept = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_backward(ctx, grad)
         bias_grad = ctx.needs_input_grad[5]
         dq, dk, dv, dbias = ENGINES[ctx.engine].backward(
             _with_adjacent_channels(grad), q, k, v, *kept, mask, bias, ctx.scale, bias_grad
@@ -259,8 +272,6 @@ def cpp_reasons(call: Call) -> list[str]:
         reasons.append(f"head dimension {q.shape[3]} is larger than {CPP_MAX_HEAD_DIM}")
     if call.dropout_p > 0.0:
         reasons.append("attention dropout is not implemented")
-    if call.needs_gradients:
-        reasons.append("gradients are needed and it has no backward")
     return reasons
 
 

@@ -1,19 +1,21 @@
-"""``fastvit.ops.masked_attention`` on the CPU: every implementation against the reference in float64."""
+"""``fastvit.ops.masked_attention`` on the CPU against the reference; its C++ kernels have a file of their own."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import attention_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate, poisoned_empty
+from attention_checks import outputs_and_gradients, packed
+from helpers import assert_as_accurate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import backends
-from fastvit.ops import _attention, _dispatch, masked_attention
-from fastvit.ops._attention import CPP_DTYPES
+from fastvit.ops import masked_attention
 from fastvit.ops.masked_attention import IMPLEMENTATIONS
 from fastvit.reference import functional
 
@@ -22,61 +24,19 @@ needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(ba
 CPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
-def packed(batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v as the views of a packed projection (B, N, 3, H, D)."""
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
-    return list(qkv.permute(2, 0, 3, 1, 4).unbind(0))
-
-
-def outputs_and_gradients(function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The output and the gradient of every tensor under ``grad``."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-
 def check(tensors: list[Tensor], mask: Tensor | None = None, scale: float | None = None, backend: str = "auto") -> None:
-    """Forward and every gradient, and the C++ forward; ``tensors`` is q, k, v and perhaps a bias."""
-    if tensors[0].dtype in CPP_DTYPES and not backends.cpp_reasons():
-        check_cpp(tensors, mask, scale)
-
-    def fused(q, k, v, bias=None):
-        return masked_attention(q, k, v, mask, bias, scale, backend=backend)
-
-    def plain(q, k, v, bias=None):
-        return functional.masked_attention(q, k, v, mask, bias, scale)
-
-    grad = torch.randn(tensors[0].shape)
-    got = outputs_and_gradients(fused, tensors, grad)
-    same = outputs_and_gradients(plain, tensors, grad)
-    exact = outputs_and_gradients(plain, [tensor.double() for tensor in tensors], grad.to(tensors[0].dtype))
-    # In float64 the oracle is no better than what it judges, so the errors of both count.
-    ulps = 16.0 if tensors[0].dtype == torch.float64 else 4.0
-    for name, *three in zip(("out", "dq", "dk", "dv", "dbias"), got, same, exact, strict=False):
-        assert_as_accurate(*three, ulps=ulps, name=name)
-
-
-def check_cpp(tensors: list[Tensor], mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """The C++ kernel's forward; returns its result."""
-    with torch.no_grad(), poisoned_empty():
-        got = masked_attention(*tensors[:3], mask, *tensors[3:], scale=scale, backend="cpp")
-    plain = functional.masked_attention(*tensors[:3], mask, *tensors[3:], scale=scale)
-    wide = [tensor.double() for tensor in tensors]
-    exact = functional.masked_attention(*wide[:3], mask, *wide[3:], scale=scale)
-    assert_as_accurate(got, plain, exact)
-    return got
+    """Forward and every gradient; ``tensors`` is q, k, v and perhaps a bias."""
+    attention_checks.check(functools.partial(masked_attention, backend=backend), tensors, mask, scale)
 
 
 def check_where_gradients_cancel(tensors: list[Tensor], mask: Tensor | None = None) -> None:
     """For rows with one weight of 1: there dS = P * (dP - sum(P * dP)) is the difference of equal numbers, exactly 0 in
-    the reference and rounding in every tiled backward. So dq and dk are held to the size of what cancels."""
+    the reference and rounding in SDPA's backward. So its dq and dk are held to the size of what cancels."""
     q, k, v = tensors
-    if not backends.cpp_reasons():
-        check_cpp(tensors, mask)
     grad = torch.randn(q.shape)
 
     def fused(q, k, v):
-        return masked_attention(q, k, v, mask)
+        return masked_attention(q, k, v, mask, backend="sdpa")
 
     def plain(q, k, v):
         return functional.masked_attention(q, k, v, mask)
@@ -351,233 +311,3 @@ def test_bad_input_is_named(wrong, message):
     good = {"q": torch.randn(2, 3, 5, 16), "k": torch.randn(2, 3, 7, 16), "v": torch.randn(2, 3, 7, 16)}
     with pytest.raises(ValueError, match=message):
         masked_attention(**{**good, **wrong})
-
-
-# --- The C++ kernel -------------------------------------------------------------------------------------------------
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 2, 7, 16, 31, 33, 48, 64, 127, 128])
-def test_cpp_head_dimensions(isa, head_dim, dtype):
-    check_cpp(packed(1, 3, 37, head_dim, dtype))
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "tokens", [(1, 1), (1, 50), (4, 197), (50, 1), (15, 16), (33, 12), (65, 129), (20, 512), (34, 513), (5, 1600)]
-)
-def test_cpp_token_counts(isa, tokens, dtype):
-    """512 keys are one block of the kernel's, 513 and 1600 are several."""
-    queries, keys = tokens
-    q, k, v = packed(2, 3, max(tokens), 24, dtype)
-    tensors = [q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]]
-    check_cpp(tensors)
-    for shape in ((2, keys), (2, 1, queries, keys), (1, 3, queries, keys), (2, 3, 1, keys), (3, queries, 1)):
-        check_cpp(tensors, torch.rand(shape) > 0.3)
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 12, 197, 64), (1, 3, 577, 64), (1, 2, 1025, 48)], ids=str)
-def test_cpp_sizes_of_the_models(shape, dtype):
-    batch, heads, tokens, head_dim = shape
-    for seed in range(3):
-        torch.manual_seed(seed)
-        check_cpp(packed(batch, heads, tokens, head_dim, dtype))
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize("keys", [30, 1100])
-def test_cpp_rows_without_keys_are_exactly_zero(isa, keys, dtype):
-    q, k, v = packed(3, 4, keys, 16, dtype)
-    tensors = [q[:, :, :20], k, v]
-    padding = torch.ones(3, keys, dtype=torch.bool)
-    padding[1] = False
-    got = check_cpp(tensors, padding)
-    assert got[1].eq(0).all() and got[0].ne(0).any() and got[2].ne(0).any()
-    mask = torch.rand(3, 4, 20, keys) > 0.5
-    mask[:, :, 5] = False
-    mask[:, :, 7, : keys - 1] = False  # a key in the last block only, in the row's own mask
-    mask[:, :, 7, keys - 1] = True
-    mask[:, :, 8, 1:] = False  # and one in the first only
-    mask[:, :, 8, 0] = True
-    mask[0, 1] = False
-    got = check_cpp(tensors, mask)
-    assert got[:, :, 5].eq(0).all() and got[0, 1].eq(0).all()
-    torch.testing.assert_close(got[2, :, 7], v[2, :, keys - 1])
-    torch.testing.assert_close(got[2, :, 8], v[2, :, 0])
-
-
-@needs_cpp
-def test_cpp_masked_keys_do_not_reach_the_result(isa):
-    q, k, v = (tensor.clone() for tensor in packed(2, 4, 30, 16, torch.float32))
-    mask = torch.rand(2, 30) > 0.5
-    before = check_cpp([q, k, v], mask)
-    hidden = ~mask[:, None, :, None].expand_as(k)
-    k[hidden], v[hidden] = torch.nan, torch.inf
-    with torch.no_grad():
-        assert torch.equal(masked_attention(q, k, v, mask, backend="cpp"), before)
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [40, 1100])
-def test_cpp_large_logits(isa, tokens, dtype):
-    q, k, v = packed(1, 2, tokens, 32, dtype)
-    q = q[:, :, :40]
-    far_up, far_down = q.clone(), q.clone()
-    far_up[..., 0], far_down[..., 0], k[..., 0] = 30.0, -30.0, 30.0  # logits of about 160 and -160
-    rising = k * torch.linspace(0.1, 10, tokens)[:, None].to(dtype)  # the largest logit comes late
-    for left, right in ((10.0 * q, k), (far_up, k), (far_down, k), (q, rising), (q, rising.flip(2))):
-        check_cpp([left, right, v])
-
-
-@needs_cpp
-def test_cpp_nan_and_infinity_stay_where_the_reference_has_them(isa):
-    q, k, v = (tensor.clone() for tensor in packed(2, 4, 20, 16, torch.float32))
-    q[0, 1, 3, 5] = torch.nan
-    q[1, 2, 4, 0] = torch.inf
-    check_cpp([q, k, v])
-
-
-@needs_cpp
-def test_cpp_scratch_of_an_earlier_call_does_not_leak(isa):
-    for dtype in CPP_DTYPES:
-        q, k, v = packed(2, 4, 29, 18, dtype)
-        poison = [torch.full_like(tensor, torch.nan) for tensor in (q, k, v)]
-        with torch.no_grad():
-            assert masked_attention(*poison, backend="cpp").isnan().all()
-        check_cpp([q, k, v])
-        check_cpp([q, k, v], torch.rand(2, 1, 29, 29) > 0.5)
-
-
-@needs_cpp
-@pytest.mark.parametrize("batch", [1, 3])
-def test_cpp_thread_counts_agree(isa, batch):
-    """Up to eight threads on one head: more than two share what one of them packed."""
-    tensors = packed(batch, 1, 600, 32, torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 8):
-            torch.set_num_threads(count)
-            results.append(masked_attention(*tensors, backend="cpp"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
-@needs_cpp
-@pytest.mark.parametrize("shape", [(0, 4, 5, 6, 8), (2, 4, 0, 6, 8), (2, 4, 5, 0, 8), (2, 0, 5, 6, 8), (2, 4, 5, 6, 0)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_cpp_empty_sizes(shape, masked):
-    batch, heads, queries, keys, head_dim = shape
-    q, k, v = torch.randn(batch, heads, queries, head_dim), *torch.randn(2, batch, heads, keys, head_dim)
-    mask = torch.ones(batch, 1, queries, keys, dtype=torch.bool) if masked else None
-    with poisoned_empty():
-        got = masked_attention(q, k, v, mask, scale=1.0, backend="cpp")
-    assert got.shape == q.shape and got.eq(0).all()
-
-
-@needs_cpp
-def test_cpp_strides():
-    tensors = packed(2, 4, 21, 18, torch.float32)
-    assert check_cpp(tensors).transpose(1, 2).is_contiguous()
-    for change in (
-        Tensor.contiguous,
-        lambda tensor: tensor.mT.contiguous().mT,
-        lambda tensor: tensor[:1].expand_as(tensor),
-        lambda tensor: tensor.repeat_interleave(2, 2)[:, :, ::2],
-    ):
-        check_cpp([change(tensor) for tensor in tensors])
-    mask = (torch.rand(2, 21, 42) > 0.5)[:, None, :, ::2]
-    check_cpp(tensors, mask)
-    check_cpp(tensors, mask.mT)
-    check_cpp(tensors, mask[:, 0, 0].t().contiguous().t())
-
-
-@needs_cpp
-def test_cpp_autocast():
-    q, k, v = packed(2, 3, 9, 16, torch.float32)
-    mask = torch.rand(2, 9) > 0.3
-    with torch.autocast("cpu", torch.bfloat16):
-        out = masked_attention(q, k.bfloat16(), v, mask, backend="cpp")
-    low = [tensor.bfloat16() for tensor in (q, k, v)]
-    exact = functional.masked_attention(*(tensor.double() for tensor in low), mask)
-    assert_as_accurate(out, functional.masked_attention(*low, mask), exact)
-
-
-@needs_cpp
-@pytest.mark.parametrize("masked", [False, True])
-def test_cpp_opcheck(masked):
-    q, k, v = packed(2, 4, 9, 8, torch.float32)
-    mask = torch.rand(2, 1, 9, 9) > 0.5 if masked else None
-    torch.library.opcheck(torch.ops.fastvit.masked_attention_cpp.default, (q, k, v, mask, None, 0.25))
-
-
-@needs_cpp
-def test_cpp_compiles_in_one_graph_for_any_batch_and_length():
-    torch._dynamo.reset()
-    compiled = torch.compile(masked_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, tokens in ((2, 9), (3, 20)):
-        tensors, mask = packed(batch, 4, tokens, 8, torch.float32), torch.rand(batch, tokens) > 0.3
-        with torch.no_grad():
-            assert torch.equal(compiled(*tensors, mask), masked_attention(*tensors, mask, backend="cpp"))
-    torch._dynamo.reset()
-
-
-@needs_cpp
-def test_cpp_tells_its_reasons():
-    q, k, v = packed(1, 4, 9, 8, torch.float32)
-
-    def refused(match, *tensors, **options):
-        with pytest.raises(RuntimeError, match=match):
-            masked_attention(*tensors, **options, backend="cpp")
-        assert masked_attention(*tensors, **options).shape == tensors[0].shape  # SDPA takes it
-
-    refused("dropout", q, k, v, dropout_p=0.5)
-    refused("float64", q.double(), k.double(), v.double())
-    refused("head dimension 129", *packed(1, 2, 2, 129, torch.float32))
-    refused("gradients are needed", q.detach().requires_grad_(), k, v)
-    refused("on meta", *(tensor.to("meta") for tensor in (q, k, v)))
-
-
-@needs_cpp
-def test_sdpa_goes_first_where_it_is_faster(monkeypatch):
-    def chosen(queries, dtype):
-        seen = []
-        q, k, v = packed(1, 2, 40, 16, dtype)
-        with _dispatch.recording(seen.append):
-            masked_attention(q[:, :, :queries], k, v)
-        return seen[0].backend
-
-    monkeypatch.setattr(_attention, "VECTORISED", True)
-    assert [chosen(queries, torch.float32) for queries in (1, 8, 9, 40)] == ["cpp"] * 4
-    monkeypatch.setattr(_attention, "VECTORISED", False)
-    assert chosen(40, torch.float32) == chosen(40, torch.bfloat16) == "sdpa"
-
-
-LOW_LEVEL_BAD = {
-    "q must be float32 or bfloat16": {"q": lambda tensor: tensor.double()},
-    r"q and k must be \(B, H, N, D\)": {"q": lambda tensor: tensor[0]},
-    "k has shape": {"k": lambda tensor: tensor[:, :3]},
-    "v is bfloat16, q is float32": {"v": lambda tensor: tensor.bfloat16()},
-    "k must have a contiguous last axis": {"k": lambda tensor: tensor.mT.contiguous().mT},
-    "head dimensions up to 128": {name: lambda _: torch.ones(1, 1, 2, 129) for name in "qkv"},
-    "mask must be bool": {"mask": lambda _: torch.ones(1, 1, 1, 9)},
-    "mask has shape": {"mask": lambda _: torch.ones(1, 1, 8, 9, dtype=torch.bool)},
-}
-
-
-@needs_cpp
-@pytest.mark.parametrize("message", LOW_LEVEL_BAD)
-def test_cpp_operator_checks_for_itself(message):
-    q, k, v = packed(1, 4, 9, 8, torch.float32)
-    arguments = {"q": q, "k": k, "v": v, "mask": None, "bias": None, "scale": 1.0}
-    for name, change in LOW_LEVEL_BAD[message].items():
-        arguments[name] = change(arguments[name])
-    with pytest.raises(RuntimeError, match=f"masked_attention_cpp: {message}"):
-        torch.ops.fastvit.masked_attention_cpp(**arguments)
