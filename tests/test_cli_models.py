@@ -84,7 +84,7 @@ class TestModels:
         [
             ("fastvit/ceit_tiny", None, {"masked_attention", "leff"}),
             ("deit_tiny_patch16_224", None, {"masked_attention"}),
-            ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "masked_attention"}),
+            ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "class_attention"}),
             ("torchvision/vit_b_32", "torchvision", {"masked_attention"}),
             ("transformers/CvtConfig", "transformers", {"masked_attention", "token_depthwise_conv"}),
             ("vit_pytorch/SimpleViT", "vit_pytorch", {"masked_attention"}),

@@ -1,21 +1,25 @@
-"""Masked attention on CPU beside torch's SDPA and the plain form, on the packed qkv that a projection gives.
+"""Masked and class attention on CPU beside torch's SDPA and the plain form, on the packed qkv that a projection gives.
 
-    python -m benchmarks.ops.masked_attention [--dtype float32 bfloat16] [--batch 8 1] [--mask none padding]
-        [--backend auto] [--rounds 15] [--json PATH]
+    python -m benchmarks.ops.masked_attention [--task inference training] [--dtype float32 bfloat16] [--batch 8 1]
+        [--mask none padding] [--backend auto] [--rounds 15] [--json PATH]
 
 One line a shape: median milliseconds of the operator, of SDPA on the same views and of the plain form, all timed in
 turn within one run; the time relative to SDPA (its spread: 20th and 80th percentile of the operator over SDPA's median)
 and how many times faster than the plain form. "padding" is a mask over keys, (B, Nk), that leaves four fifths; "full"
-is one of its own for every query, (B, 1, Nq, Nk). A row whose result is not as accurate as the plain form's says so
+is one of its own for every query, (B, 1, Nq, Nk); "bias" is an additive one, (1, H, Nq, Nk), whose gradient is asked
+for in training. "training" is the forward and the gradients of everything. Shapes named "class" have one query or a few
+and run ``class_attention``. A row whose result is not as accurate as the plain form's says so
 and prints no speed. ``--backend cpp`` shows the C++ kernel where the automatic choice is SDPA, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +53,12 @@ SHAPES = (
     Shape("cvt_stage3", 6, 197, 50, 64),
     Shape("cpvt_s", 6, 196, 196, 64),
     Shape("cait_s_class", 8, 1, 197, 48),
+    Shape("cait_xxs_class", 4, 1, 197, 48),
+    Shape("cait_m_class_448", 16, 1, 785, 48),
+    Shape("two_class_tokens", 12, 2, 198, 64),
     Shape("ceit_s_class", 6, 1, 12, 64),
 )
+CLASS_QUERIES = 4
 PRODUCTS_PER_ROUND = 1 << 27
 
 
@@ -67,32 +75,56 @@ def make_mask(kind: str, shape: Shape, batch: int) -> Tensor | None:
     return torch.rand(sizes[kind]) < 0.8 if kind in sizes else None
 
 
-def measure(shape: Shape, batch: int, dtype: torch.dtype, mask_kind: str, backend: str, rounds: int) -> dict[str, Any]:
+Attention = Callable[..., Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask if bias is None else bias)
+
+
+def results(attention: Attention, leaves: list[Tensor], mask: Tensor | None, grad: Tensor | None) -> list[Tensor]:
+    """The output, and in training the gradient of every leaf: q, k, v and perhaps a bias."""
+    q, k, v, *bias = leaves
+    out = attention(q, k, v, mask, bias[0] if bias else None)
+    return [out] if grad is None else [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+def measure(
+    shape: Shape, batch: int, dtype: torch.dtype, mask_kind: str, backend: str, rounds: int, training: bool
+) -> dict[str, Any]:
     """Times one row; its errors are against float64."""
-    q, k, v = make_inputs(shape, batch, dtype)
+    leaves = list(make_inputs(shape, batch, dtype))
+    if mask_kind == "bias":
+        leaves.append(torch.randn(1, shape.heads, shape.queries, shape.keys).to(dtype))
+    leaves = [leaf.detach().requires_grad_(training) for leaf in leaves]
     mask = make_mask(mask_kind, shape, batch)
-    calls = {
-        "fused": lambda: ops.masked_attention(q, k, v, mask, backend=backend),
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask),
-        "plain": lambda: functional.masked_attention(q, k, v, mask),
+    grad = torch.randn(batch, shape.queries, shape.heads, shape.dim).to(dtype).transpose(1, 2) if training else None
+    operator = ops.class_attention if shape.queries <= CLASS_QUERIES else ops.masked_attention
+    forms: dict[str, Attention] = {
+        "fused": functools.partial(operator, backend=backend),
+        "sdpa": sdpa,
+        "plain": functional.masked_attention,
     }
-    exact = functional.masked_attention(q.double(), k.double(), v.double(), mask)
-    products = 2 * batch * shape.heads * shape.queries * shape.keys * shape.dim
+    calls = {name: functools.partial(results, form, leaves, mask, grad) for name, form in forms.items()}
+    wide = [leaf.detach().double().requires_grad_(training) for leaf in leaves]
+    exact = results(functional.masked_attention, wide, mask, None if grad is None else grad.double())
+    products = (7 if training else 2) * batch * shape.heads * shape.queries * shape.keys * shape.dim
     # At most 50 calls a round, so that what a call costs beside the products counts, too.
     repeats = max(1, min(50, PRODUCTS_PER_ROUND // products))
     times = compare(calls, rounds=rounds, repeats=repeats)
     return {
         "model": shape.model,
         "shape": [batch, *shape[1:]],
+        "task": "training" if training else "inference",
         "dtype": str(dtype).removeprefix("torch."),
         "mask": mask_kind,
-        "accurate": is_accurate(calls["fused"](), calls["plain"](), exact),
+        "accurate": all(map(is_accurate, calls["fused"](), calls["plain"](), exact)),
         **{name: measured._asdict() for name, measured in times.items()},
     }
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    name = f"{row['model']:<13} {tuple(row['shape'])!s:<24} {row['dtype']:<9} {row['mask']:<8}"
+    name = f"{row['model']:<16} {tuple(row['shape'])!s:<24} {row['task']:<9} {row['dtype']:<8} {row['mask']:<7}"
     if not row["accurate"]:
         return f"{name} WRONG: less accurate than the plain form"
     fused, sdpa, plain = (Measured(**row[key]) for key in ("fused", "sdpa", "plain"))
@@ -114,9 +146,10 @@ def machine() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[8, 1])
-    parser.add_argument("--mask", nargs="+", choices=("none", "padding", "full"), default=["none", "padding"])
+    parser.add_argument("--mask", nargs="+", choices=("none", "padding", "full", "bias"), default=["none", "padding"])
     parser.add_argument("--model", nargs="+", choices=[shape.model for shape in SHAPES])
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
@@ -128,18 +161,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(
-        f"{'model':<13} {'(B, H, Nq, Nk, D)':<24} {'dtype':<9} {'mask':<8} {'fused ms':>8} {'sdpa':>8} {'plain':>8} "
-        f"{'of sdpa':>8} {'':<14} faster than plain"
+        f"{'model':<16} {'(B, H, Nq, Nk, D)':<24} {'task':<9} {'dtype':<8} {'mask':<7} {'fused ms':>8} {'sdpa':>8} "
+        f"{'plain':>8} {'of sdpa':>8} {'':<14} faster than plain"
     )
+    shapes = [shape for shape in SHAPES if not options.model or shape.model in options.model]
     rows = []
-    with torch.inference_mode():
-        for dtype in options.dtype:
-            for batch in options.batch:
-                for shape in SHAPES:
-                    for kind in options.mask if not options.model or shape.model in options.model else ():
-                        row = measure(shape, batch, getattr(torch, dtype), kind, options.backend, options.rounds)
-                        rows.append(row)
-                        print(describe_row(row), flush=True)
+    for task, dtype, batch, shape, kind in itertools.product(
+        options.task, options.dtype, options.batch, shapes, options.mask
+    ):
+        training = task == "training"
+        with torch.inference_mode(not training):
+            row = measure(shape, batch, getattr(torch, dtype), kind, options.backend, options.rounds, training)
+        rows.append(row)
+        print(describe_row(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

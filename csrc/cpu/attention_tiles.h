@@ -83,12 +83,12 @@ FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, con
 }
 
 // out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out;
-// added to what is there, if asked for.
-template <bool kPairs, int kR, int kC>
+// added to what is there, if asked for. kPartial terms are summed in one go.
+template <bool kPairs, int kR, int kC, int64_t kPartial = kPartialSum>
 FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Vec factor, float* out,
                                bool add = false) {
-  for (int64_t first = 0; first < depth || first == 0; first += kPartialSum) {
-    const int64_t terms = depth - first < kPartialSum ? depth - first : kPartialSum;
+  for (int64_t first = 0; first < depth || first == 0; first += kPartial) {
+    const int64_t terms = depth - first < kPartial ? depth - first : kPartial;
     const float* rows = b + first * kC * kLanes;
     Vec sums[kR][kC];
 #pragma GCC unroll 16

@@ -20,6 +20,9 @@ namespace {
 constexpr int64_t kWideTileKeys = 1536;
 constexpr int64_t kTileWidth = kTileVectors * kLanes;
 constexpr int64_t kBlockKeys = 256;  // of mask and bias that are expanded at a time
+// Terms of a product, and of a row's sums, that are summed in one go: what is lost in dS, where gradients cancel, shows
+// in full in dq.
+constexpr int64_t kTerms = 16, kFewTerms = 8;
 // Blocks of the products over lanes: keys times vectors of channels.
 constexpr int kSumRows = 6;
 constexpr int kSumColumns = kLanes == 16 ? 4 : 2;
@@ -160,8 +163,8 @@ struct Tile {
     for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
       float* to = out + layout.key_panels.begin(panel) * kWidth;
       with_constant<kRows>(layout.key_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(layout.words(p.dim), from + layout.key_panel(panel), lanes,
-                                           Vec::fill(factor), to);
+        product_to<kPairs, rows.value, kV, kTerms>(layout.words(p.dim), from + layout.key_panel(panel), lanes,
+                                                   Vec::fill(factor), to);
       });
     }
   }
@@ -195,11 +198,16 @@ struct Tile {
     in_parts([&](int64_t begin, int64_t end) {
       for (int v = 0; v < kV; ++v) {
         Vec part = Vec::fill(0.0f), dot_part = part;
-        for (int64_t j = begin; j < end; ++j) {
-          const Vec e = exp(Vec::load(at(s.map, j, v)) - largest[v]);
-          e.store(at(s.map, j, v));
-          part += e;
-          dot_part = fma(e, Vec::load(at(s.gradient, j, v)), dot_part);
+        for (int64_t j = begin; j < end;) {
+          Vec few = Vec::fill(0.0f), dot_few = few;
+          for (const int64_t last = end - j < kFewTerms ? end : j + kFewTerms; j < last; ++j) {
+            const Vec e = exp(Vec::load(at(s.map, j, v)) - largest[v]);
+            e.store(at(s.map, j, v));
+            few += e;
+            dot_few = fma(e, Vec::load(at(s.gradient, j, v)), dot_few);
+          }
+          part += few;
+          dot_part += dot_few;
         }
         sum[v] += part;
         dot[v] += dot_part;
@@ -275,8 +283,8 @@ struct Tile {
     for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
       float* to = s.channels + layout.value_panels.begin(panel) * kWidth;
       with_constant<kRows>(layout.value_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(layout.words(keys.count), packed + layout.value_panel(panel), s.gradient,
-                                           Vec::fill(p.scale), to);
+        product_to<kPairs, rows.value, kV, kTerms>(layout.words(keys.count), packed + layout.value_panel(panel),
+                                                   s.gradient, Vec::fill(p.scale), to);
       });
     }
     const int64_t stride = p.heads * p.dim;

@@ -3,6 +3,8 @@
 ``IMPLEMENTATIONS`` holds, by operator, who can compute it in order of preference.
 """
 
+from fastvit.ops.class_attention import IMPLEMENTATIONS as _CLASS_ATTENTION
+from fastvit.ops.class_attention import class_attention
 from fastvit.ops.conv_batch_norm import IMPLEMENTATIONS as _CONV_BATCH_NORM
 from fastvit.ops.conv_batch_norm import conv_batch_norm
 from fastvit.ops.conv_projection import IMPLEMENTATIONS as _CONV_PROJECTION
@@ -23,6 +25,7 @@ from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
 IMPLEMENTATIONS = {
+    "class_attention": _CLASS_ATTENTION,
     "conv_batch_norm": _CONV_BATCH_NORM,
     "conv_projection": _CONV_PROJECTION,
     "depthwise_separable_conv": _DEPTHWISE_SEPARABLE_CONV,
@@ -36,6 +39,7 @@ IMPLEMENTATIONS = {
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "class_attention",
     "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",

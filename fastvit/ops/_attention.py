@@ -2,7 +2,7 @@
 
 An engine is a pair of registered operators, one for each direction; :func:`attend` puts autograd around them. What the
 backward needs beside the inputs is the engine's own affair: the C++ one computes the map of a few queries anew and
-needs nothing, the Triton ones keep the output and the logarithm of each row's sum of exponentials.
+needs nothing, Triton's keeps the output and the logarithm of each row's sum of exponentials.
 """
 
 from __future__ import annotations
@@ -20,16 +20,34 @@ from fastvit.ops._checks import check_mask, check_tokens, describe, to_four_axes
 from fastvit.ops._dispatch import gradients_needed
 from fastvit.reference import functional
 
-__all__ = ["Call", "attend", "checked", "cpp_reasons", "run_cpp", "run_reference", "run_sdpa", "triton_reasons"]
+__all__ = [
+    "ENGINES",
+    "Call",
+    "Engine",
+    "attend",
+    "checked",
+    "cpp_reasons",
+    "define_attention",
+    "no_reasons",
+    "run_cpp",
+    "run_reference",
+    "run_sdpa",
+    "triton_reasons",
+]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 CPP_MAX_HEAD_DIM = 128
+DEVICES = ("cpu", "cuda")
+"""What the kernels run on."""
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_HEAD_DIM = 128
 
 
 class Call(NamedTuple):
-    """The arguments of one call, checked: mask and bias have four axes, the scale is a number."""
+    """The arguments of one call, checked: mask and bias have four axes, the scale is a number.
+
+    It is made for each call, and a call of one image may take ten microseconds: hence nothing here is done twice.
+    """
 
     q: Tensor
     k: Tensor
@@ -38,14 +56,8 @@ class Call(NamedTuple):
     bias: Tensor | None
     scale: float
     dropout_p: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it is computed in: autocast's dtype where that is on and q is not float64."""
-        device = self.q.device.type
-        if torch.is_autocast_enabled(device) and self.q.dtype in TRITON_DTYPES:
-            return torch.get_autocast_dtype(device)
-        return self.q.dtype
+    dtype: torch.dtype
+    """What it is computed in: autocast's dtype where that is on and q is not float64."""
 
     @property
     def needs_gradients(self) -> bool:
@@ -71,7 +83,10 @@ def checked(
         bias = to_four_axes("bias", bias, q, k)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
-    return Call(q, k, v, mask, bias, q.shape[3] ** -0.5 if scale is None else scale, dropout_p)
+    dtype, device = q.dtype, q.device.type
+    if device in DEVICES and torch.is_autocast_enabled(device) and dtype in TRITON_DTYPES:
+        dtype = torch.get_autocast_dtype(device)
+    return Call(q, k, v, mask, bias, q.shape[3] ** -0.5 if scale is None else scale, dropout_p, dtype)
 
 
 # --- Operators ------------------------------------------------------------------------------------------------------
@@ -85,8 +100,6 @@ def _define(name: str, schema: str) -> None:
     torch.library.define(f"fastvit::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-_define("masked_attention_cpp", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
-_define("masked_attention_cpp_backward", f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool bias_grad) -> {_GRADIENTS}")
 _define("masked_attention_triton", f"({_INPUTS}, {_OPTIONS}, bool need_lse) -> (Tensor, Tensor)")
 _define(
     "masked_attention_triton_backward",
@@ -100,28 +113,35 @@ def _heads_last(like: Tensor) -> Tensor:
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
-@torch.library.register_fake("fastvit::masked_attention_cpp")
-def _fake_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    return _heads_last(q)
-
-
 def _fake_gradients(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, ...]:
     of_bias = bias.new_empty(bias.shape) if bias_grad and bias is not None else q.new_empty(0)
     return _heads_last(q), _heads_last(k), _heads_last(v), of_bias
 
 
-@torch.library.register_fake("fastvit::masked_attention_cpp_backward")
-def _fake_cpp_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, ...]:
-    return _fake_gradients(q, k, v, bias, bias_grad)
+def define_attention(name: str) -> None:
+    """Declare ``fastvit::name`` and ``fastvit::name_backward``, which needs nothing of the forward but its inputs."""
+    _define(name, f"({_INPUTS}, {_OPTIONS}) -> Tensor")
+    _define(f"{name}_backward", f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool bias_grad) -> {_GRADIENTS}")
+
+    @torch.library.register_fake(f"fastvit::{name}")
+    def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+        return _heads_last(q)
+
+    @torch.library.register_fake(f"fastvit::{name}_backward")
+    def fake_backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        bias_grad: bool,
+    ) -> tuple[Tensor, ...]:
+        return _fake_gradients(q, k, v, bias, bias_grad)
+
+
+define_attention("masked_attention_cpp")
 
 
 @torch.library.register_fake("fastvit::masked_attention_triton")
@@ -175,9 +195,16 @@ class Engine(NamedTuple):
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., tuple[Tensor, ...]]
 
+    @classmethod
+    def keeping_nothing(cls, name: str) -> Engine:
+        """The operators of :func:`define_attention`."""
+        infer: Callable[..., Tensor] = getattr(torch.ops.fastvit, name).default
+        backward = getattr(torch.ops.fastvit, f"{name}_backward").default
 
-def _cpp_forward(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return torch.ops.fastvit.masked_attention_cpp.default(*arguments), ()
+        def forward(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+            return infer(*arguments), ()
+
+        return cls(infer, forward, backward)
 
 
 def _triton_infer(*arguments: Any) -> Tensor:
@@ -189,17 +216,14 @@ def _triton_forward(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     return out, (out, lse)
 
 
-ENGINES = {
-    "cpp": Engine(
-        torch.ops.fastvit.masked_attention_cpp.default,
-        _cpp_forward,
-        torch.ops.fastvit.masked_attention_cpp_backward.default,
-    ),
+ENGINES: dict[str, Engine] = {
+    "cpp": Engine.keeping_nothing("masked_attention_cpp"),
     "triton": Engine(_triton_infer, _triton_forward, torch.ops.fastvit.masked_attention_triton_backward.default),
 }
 
 
-def _with_adjacent_channels(tensor: Tensor) -> Tensor:
+def _with_adjacent_channels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
@@ -242,7 +266,7 @@ class _Attention(torch.autograd.Function):
             return _differentiable_backward(ctx, grad)
         bias_grad = ctx.needs_input_grad[5]
         dq, dk, dv, dbias = ENGINES[ctx.engine].backward(
-            _with_adjacent_channels(grad), q, k, v, *kept, mask, bias, ctx.scale, bias_grad
+            _with_adjacent_channels(grad, q.dtype), q, k, v, *kept, mask, bias, ctx.scale, bias_grad
         )
         return None, dq, dk, dv, None, dbias if bias_grad else None, None
 
@@ -250,7 +274,7 @@ class _Attention(torch.autograd.Function):
 def attend(engine: str, call: Call) -> Tensor:
     """The call computed by the engine of this name, with its gradient where one is needed."""
     dtype = call.dtype
-    q, k, v = (_with_adjacent_channels(tensor.to(dtype)) for tensor in (call.q, call.k, call.v))
+    q, k, v = [_with_adjacent_channels(tensor, dtype) for tensor in call[:3]]
     bias = None if call.bias is None else call.bias.to(dtype)
     if call.needs_gradients:
         return _Attention.apply(engine, q, k, v, call.mask, bias, call.scale)
@@ -296,7 +320,7 @@ def triton_reasons(call: Call) -> list[str]:
 
 def run_sdpa(call: Call) -> Tensor:
     """torch's own; a row without keys gives zeros on every device."""
-    q, k, v, mask, bias, scale, dropout_p = call
+    q, k, v, mask, bias, scale, dropout_p, _ = call
     if bias is None:
         allowed = mask
     else:
@@ -314,7 +338,7 @@ def run_sdpa(call: Call) -> Tensor:
 def run_reference(call: Call) -> Tensor:
     """The plain form; a bias of another dtype is taken in q's."""
     bias = None if call.bias is None else call.bias.to(call.q.dtype)
-    return functional.masked_attention(*call._replace(bias=bias))
+    return functional.masked_attention(*call[:4], bias, call.scale, call.dropout_p)
 
 
 def no_reasons(call: Call) -> list[str]:

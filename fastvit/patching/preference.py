@@ -29,6 +29,11 @@ def _masked_attention(like: Tensor, backend: str) -> None:
     ops.masked_attention(q, q, q, backend=backend)
 
 
+def _class_attention(like: Tensor, backend: str) -> None:
+    k = _heads(like)
+    ops.class_attention(k[:, :, :1], k, k, backend=backend)
+
+
 def _head_mixed_attention(like: Tensor, backend: str) -> None:
     q = _heads(like)
     ops.head_mixed_attention(q, q, q, post_weight=like.new_zeros(2, 2), backend=backend)
@@ -73,6 +78,7 @@ CALLS: dict[str, Callable[[Tensor, str], None]] = {
     "linear": _linear,
     "masked_attention": _masked_attention,
     "mlp": _mlp,
+    "class_attention": _class_attention,
     "head_mixed_attention": _head_mixed_attention,
     "token_depthwise_conv": _token_depthwise_conv,
     "depthwise_separable_conv": _depthwise_separable_conv,

@@ -145,10 +145,21 @@ class TalkingHeadSeam(ProjectingSeam):
 class ClassAttentionSeam(ProjectingSeam):
     """CaiT's class attention, which has no dropout."""
 
-    fastvit_op = "masked_attention"
+    fastvit_op = "class_attention"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return ops.masked_attention(q, k, v, mask, scale=self.scale, backend=self.fastvit_backend)
+        return ops.class_attention(q, k, v, mask, scale=self.scale, backend=self.fastvit_backend)
+
+
+class LastQueryAttentionSeam(Fused):
+    """CeiT's attention of the last class token to those of all layers."""
+
+    fastvit_op = "class_attention"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.class_attention(
+            q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
+        )
 
 
 class MlpSeam(Fused):
@@ -226,6 +237,7 @@ ROWS = (
     Row("fastvit.reference.cpvt.PEG", PEGSeam),
     Row("fastvit.reference.cvt.ConvAttention", ConvAttentionSeam),
     Row("fastvit.reference.cvt.ConvProjection", ConvProjectionSeam),
+    Row("fastvit.reference.ceit.LastQueryAttention", LastQueryAttentionSeam),
     Row("fastvit.reference.ceit.Stem", StemSeam),
     Row("fastvit.reference.ceit.LeFF", LeFFSeam),
 )

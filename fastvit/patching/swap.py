@@ -46,8 +46,8 @@ def patch(
 
     Args:
         model: any ``nn.Module`` that holds blocks of the families fastvit knows.
-        ops: names of the operators to fuse ("masked_attention", "head_mixed_attention", "token_depthwise_conv"); all
-            by default.
+        ops: names of the operators to fuse ("masked_attention", "class_attention", "head_mixed_attention",
+            "token_depthwise_conv", ...); all by default.
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.

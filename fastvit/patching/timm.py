@@ -110,7 +110,7 @@ class TalkingHeadSeam(Fused):
 class ClassAttentionSeam(Fused):
     """timm's CaiT ``ClassAttn``: the class token attends to all tokens."""
 
-    fastvit_op = "masked_attention"
+    fastvit_op = "class_attention"
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class ClassAttentionSeam(Fused):
             project(layer, x, self.fastvit_backend).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
             for layer in (self.k, self.v)
         )
-        out = ops.masked_attention(
+        out = ops.class_attention(
             q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))

@@ -106,7 +106,7 @@ class ClassAttention(Projecting):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, 1, D) query, (B, H, N, D) keys and values to (B, H, 1, D); the part a fused block replaces."""
-        return functional.masked_attention(q, k, v, mask, scale=self.scale)
+        return functional.class_attention(q, k, v, mask, scale=self.scale)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C) to what the first of them gathers, (B, 1, C)."""

@@ -30,6 +30,7 @@ from fastvit.reference.layers import (
     ConvolutionalStem,
     DropPath,
     Mlp,
+    dropout_p,
     init_linear_and_norm,
     linear_drop_path,
     obstacles,
@@ -190,6 +191,10 @@ class Block(nn.Module):
 
 class LastQueryAttention(Attention):
     """Attention of the last token alone to all tokens: (B, N, C) to (B, 1, C), the last row of full attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, 1, D) query, (B, H, N, D) keys and values to (B, H, 1, D); the part a fused block replaces."""
+        return functional.class_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, _, dim = x.shape

@@ -38,6 +38,7 @@ def _square() -> Tensor:
 
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "masked_attention": _attention,
+    "class_attention": _attention,
     "head_mixed_attention": lambda: {**_attention(), "pre_weight": _square(), "post_weight": _square()},
     "re_attention": lambda: {**_attention(), "weight": _square(), "bias": None, "norm": _batch_norm(HEADS)},
     "talking_heads_attention": lambda: {
@@ -132,6 +133,14 @@ _QKV = [
 ]
 
 
+_BIAS = [
+    ("bias", _bool(5, 7), "bias: got (5, 7) torch.bool on cpu, accepted is floating; pass bool masks as mask"),
+    ("bias", torch.zeros(3, 5, 7), "bias: got (1, 3, 5, 7) torch.float32 on cpu, accepted is broadcastable"),
+    ("bias", torch.zeros(5, 7, **META), "bias: got (1, 1, 5, 7) torch.float32 on meta, q is on cpu"),
+    ("bias", 1.0, "bias: got 1.0 (float), accepted is floating"),
+]
+
+
 def _norm_cases(name: str, features: int, accepted: str = "BatchNorm.of(module) or None") -> list[tuple[str, Any, str]]:
     wrong, moved = torch.ones(features + 1), torch.ones(features, **META)
     return [
@@ -164,13 +173,8 @@ EITHER_NORM = "BatchNorm.of(module), LayerNorm.of(module) or None"
 _LAYER_NORM = ("norm", LayerNorm(torch.ones(3), None), "norm.weight: got (3,) torch.float32 on cpu, accepted is")
 
 BAD: dict[str, list[tuple[str, Any, str]]] = {
-    "masked_attention": [
-        *_QKV,
-        ("bias", _bool(5, 7), "bias: got (5, 7) torch.bool on cpu, accepted is floating; pass bool masks as mask"),
-        ("bias", torch.zeros(3, 5, 7), "bias: got (1, 3, 5, 7) torch.float32 on cpu, accepted is broadcastable"),
-        ("bias", torch.zeros(5, 7, **META), "bias: got (1, 1, 5, 7) torch.float32 on meta, q is on cpu"),
-        ("bias", 1.0, "bias: got 1.0 (float), accepted is floating"),
-    ],
+    "masked_attention": [*_QKV, *_BIAS],
+    "class_attention": [*_QKV, *_BIAS],
     "head_mixed_attention": [
         *_QKV,
         *_matrix_cases("pre_weight"),

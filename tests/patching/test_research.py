@@ -234,7 +234,7 @@ def tokens(count: int) -> Tensor:
 CASES: dict[str, Case] = {
     "attention": (Mixer, lambda: (tokens(10),), {"masked_attention": 1}),
     "talking_heads": (Talker, lambda: (tokens(10),), {"head_mixed_attention": 1}),
-    "class_attention": (ClassLook, lambda: (tokens(10),), {"masked_attention": 1}),
+    "class_attention": (ClassLook, lambda: (tokens(10),), {"class_attention": 1}),
     "re_attention": (Deeper, lambda: (tokens(10),), {"head_mixed_attention": 1}),
     "untransformed": (lambda: Deeper(False), lambda: (tokens(10),), {"masked_attention": 1}),
     "layer_normed": (Regenerator, lambda: (tokens(10),), {"head_mixed_attention": 1}),
