@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fastvit.kernels import class_attention as kernels
 from helpers import assert_as_accurate, poisoned_empty
 
+from fastvit import ops
 from fastvit.reference import functional
 
 pytestmark = pytest.mark.interpreter
@@ -111,3 +112,18 @@ def test_every_shipped_configuration_is_right():
         for config in configs:
             check(*tokens(1, 1, 1, 70, block_d - 3), config=config)
     check(*tokens(1, 1, 1, 70, 16), config=None)
+
+
+def test_public_function_and_operators():
+    q, k, v = tokens(2, 2, 2, 33, 16)
+    mask, bias, grad = torch.rand(2, 33) > 0.3, torch.randn(2, 2, 33), torch.randn(2, 2, 2, 16)
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v, bias)]
+    out = ops.class_attention(*leaves[:3], mask, leaves[3], backend="triton")
+    ours = (out, *torch.autograd.grad(out, leaves, grad))
+    plain = results(q, k, v, mask[:, None, None], bias, 0.25, grad, torch.float32)
+    exact = results(q, k, v, mask[:, None, None], bias, 0.25, grad, torch.float64)
+    for name, *three in zip(("out", "dq", "dk", "dv", "dbias"), ours, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+    arguments = (q, k, v, mask[:, None, None], bias[None], 0.25)
+    torch.library.opcheck(torch.ops.fastvit.class_attention_triton.default, arguments)
+    torch.library.opcheck(torch.ops.fastvit.class_attention_triton_backward.default, (grad, *arguments, True))
