@@ -638,7 +638,7 @@ def _forward(
     tokens = grids[1][0] * grids[1][1]
     out = torch.empty((x.shape[0], prefix + tokens, x.shape[2]), dtype=x.dtype, device=x.device)
     conv = torch.empty_like(out) if keeps else x.new_empty(0)
-    mean = var = torch.empty(0, dtype=torch.float32, device=x.device)
+    mean, var = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
     if out.numel() == 0:
         return out, conv, mean, var
     with torch.cuda.device_of(x):
@@ -664,7 +664,7 @@ def token_depthwise_conv_training(
     """The operator ``token_depthwise_conv_training``; keeps the convolution's result where something follows it."""
     pre_norm, pre_batch = Norm(*rest[:5], rest[6]), rest[5]
     norm, batch, geometry = Norm(*rest[7:12], rest[13]), rest[12], Geometry(*rest[14:])
-    pre_mean = pre_var = torch.empty(0, dtype=torch.float32, device=x.device)
+    pre_mean, pre_var = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
     if pre_batch:
         config = choose_config(x.dtype, weight.shape[-1])
         with torch.cuda.device_of(x):

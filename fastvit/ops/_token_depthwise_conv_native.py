@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["ACTIVATION_CODES", "NATIVE", "Call", "Operators", "define_operators", "out_size", "run"]
+__all__ = ["ACTIVATION_CODES", "NATIVE", "TRITON", "Call", "Operators", "define_operators", "out_size", "run"]
 
 ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}  # csrc's enum Activation
 
@@ -159,6 +159,25 @@ def define_operators(suffix: str = "", keeps_conv: Callable[[str, bool], bool] =
 
 NATIVE = define_operators()
 """The operators of ``fastvit._C``, for the CPU and for CUDA."""
+
+TRITON = define_operators("_triton", keeps_conv=lambda device_type, finished: finished)
+"""Those of ``kernels/token_depthwise_conv.py``; of their own, since Triton's interpreter runs them on the CPU, too."""
+
+
+def _launch(function: str) -> Callable[..., Any]:
+    """The function of that name, imported when it is first called."""
+
+    def run(*arguments: Any) -> Any:
+        from fastvit.kernels import token_depthwise_conv as kernels
+
+        return getattr(kernels, function)(*arguments)
+
+    return run
+
+
+for _operator, _function in (("", "_forward"), ("_training", "_training"), ("_backward", "_backward")):
+    _run = _launch(f"token_depthwise_conv{_function}")
+    torch.library.impl(f"fastvit::token_depthwise_conv_triton{_operator}", ("cpu", "cuda"))(_run)
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 - ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``.
 - ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``; float32 and bfloat16.
+- ``triton``: ``kernels/token_depthwise_conv.py``, for ROCm and for installations without the extension.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
 
 The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv_native.py``.
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastvit import backends
 from fastvit.ops._convolution_checks import check_bias, check_depthwise, check_geometry, check_norm, check_x
 from fastvit.ops._dispatch import AUTO, Implementation, gradients_needed, select
-from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, Call, out_size, run
+from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, TRITON, Call, Operators, out_size, run
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -26,6 +27,7 @@ __all__ = ["token_depthwise_conv"]
 _NAME = "token_depthwise_conv"
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_MAX_KERNEL = 7
 _CUDA_MAX_KERNEL = 13  # one output's window must fit into shared memory
 
 
@@ -76,8 +78,8 @@ def _norm_reasons(norm: BatchNorm, values: int) -> list[str]:
     return []
 
 
-def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """What keeps any of the kernels from a call."""
+def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...], trainable: bool) -> list[str]:
+    """What keeps any of the kernels from a call; trainable: they have gradients and batch statistics."""
     x, parameters = call.x, _parameters(call)
     reasons = []
     if x.dtype not in dtypes:
@@ -91,7 +93,7 @@ def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
         if norm is not None:
             reasons += _norm_reasons(norm, values)
             trains = trains or norm.use_batch_stats
-    if trains and not _TRAINABLE.get(x.device.type, False):
+    if trains and not trainable:
         reasons.append("gradients or batch statistics are needed and it has none")
     return reasons
 
@@ -100,7 +102,7 @@ def _cpp_reasons(call: Call) -> list[str]:
     reasons = list(_CPP_REASONS)
     if call.x.device.type != "cpu":
         reasons.append(f"the C++ kernels take tensors on the CPU, not on {call.x.device.type}")
-    return reasons + _kernel_reasons(call, _CPU_DTYPES)
+    return reasons + _kernel_reasons(call, _CPU_DTYPES, _TRAINABLE["cpu"])
 
 
 def _cuda_reasons(call: Call) -> list[str]:
@@ -109,7 +111,7 @@ def _cuda_reasons(call: Call) -> list[str]:
     reasons = list(_CUDA_REASONS) or backends.cuda_reasons(call.x.device)
     if call.weight.shape[-1] > _CUDA_MAX_KERNEL:
         reasons.append(f"kernel size {call.weight.shape[-1]} is larger than {_CUDA_MAX_KERNEL}")
-    return reasons + _kernel_reasons(call, _CUDA_DTYPES)
+    return reasons + _kernel_reasons(call, _CUDA_DTYPES, _TRAINABLE["cuda"])
 
 
 def _autocast_dtype(call: Call) -> torch.dtype:
@@ -121,10 +123,25 @@ def _autocast_dtype(call: Call) -> torch.dtype:
     return torch.promote_types(dtype, lowered) if call.prefix_tokens or call.residual else lowered
 
 
-def _run_native(call: Call) -> Tensor:
-    out = run(call, NATIVE, gradients_needed(call.x, *_parameters(call)))
+def _triton_reasons(call: Call) -> list[str]:
+    reasons = list(backends.triton_reasons(call.x.device))
+    if call.weight.shape[-1] > _TRITON_MAX_KERNEL:
+        reasons.append(f"kernel size {call.weight.shape[-1]} is larger than {_TRITON_MAX_KERNEL}")
+    return reasons + _kernel_reasons(call, _CUDA_DTYPES, trainable=True)
+
+
+def _run_by(operators: Operators, call: Call) -> Tensor:
+    out = run(call, operators, gradients_needed(call.x, *_parameters(call)))
     dtype = _autocast_dtype(call)
     return out if dtype == out.dtype else out.to(dtype)
+
+
+def _run_native(call: Call) -> Tensor:
+    return _run_by(NATIVE, call)
+
+
+def _run_triton(call: Call) -> Tensor:
+    return _run_by(TRITON, call)
 
 
 def _reference_reasons(_: Call) -> list[str]:
@@ -169,6 +186,7 @@ def order_for(
 IMPLEMENTATIONS = (
     Implementation("cuda", _cuda_reasons, _run_native),
     Implementation("cpp", _cpp_reasons, _run_native),
+    Implementation("triton", _triton_reasons, _run_triton),
     Implementation("reference", _reference_reasons, _run_reference),
 )
 """In order of preference."""
@@ -202,7 +220,7 @@ def token_depthwise_conv(
         norm, pre_norm: BatchNorm over channels. activation, pre_activation: None, "gelu" (erf), "quick_gelu", "silu"
             or "relu".
         residual: adds the grid tokens of x; needs a convolution that keeps the grid size.
-        backend: "auto", "cuda", "cpp" or "reference".
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
         (B, P + h'*w', C), contiguous where a kernel ran, with h' = (h + 2 * padding - k) // stride + 1, likewise w'.

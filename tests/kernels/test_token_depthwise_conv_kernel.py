@@ -12,28 +12,17 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fastvit.kernels import token_depthwise_conv as kernels
 from fastvit.kernels._tokens import with_near_rows
 
-from fastvit.ops import _token_depthwise_conv_native as native
+from fastvit.ops import token_depthwise_conv
+from fastvit.ops._token_depthwise_conv_native import TRITON
 from fastvit.reference import functional
 from tests.ops.test_token_depthwise_conv import LEFF, Case, check, make_arguments
 from tests.ops.test_token_depthwise_conv_cuda import NORMS, check_step, with_statistics
 
 pytestmark = pytest.mark.interpreter
 
-OPERATORS = native.Operators(
-    kernels.token_depthwise_conv_forward,
-    kernels.token_depthwise_conv_training,
-    kernels.token_depthwise_conv_backward,
-)
 
-
-def run(x, weight, bias=None, **options: Any):
-    """The public function by these kernels."""
-    if options["padding"] is None:
-        options["padding"] = weight.shape[-1] // 2
-    call = native.Call(x, weight, bias, **options)
-    norms = [tensor for norm in (call.pre_norm, call.norm) if norm is not None for tensor in norm[2:4]]
-    tensors = [tensor for tensor in (x, weight, bias, *norms) if tensor is not None]
-    return native.run(call, OPERATORS, torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def run(**arguments: Any):
+    return token_depthwise_conv(**arguments, backend="triton")
 
 
 FORWARD = [
@@ -89,6 +78,25 @@ def test_training_with_running_statistics():
 def test_reductions_of_several_tiles_and_programs(monkeypatch):
     monkeypatch.setattr(kernels, "FLOAT", kernels.Config(16, 16, 1, programs=12))
     check_step(run, with_statistics(make_arguments(Case((7, 5), 20, 3, **LEFF), torch.float32), True))
+
+
+def test_opcheck():
+    """Schema, fakes and outputs that share no memory."""
+    x, weight, vector = torch.randn(2, 13, 8), torch.randn(8, 1, 3, 3), torch.rand(8) + 0.5
+    norm, geometry = (vector, vector, vector, vector, 1e-5), (4, 3, 1, 1, 1, True)
+    batch = (vector, vector, None, None, 1e-5)
+    forward = (x, weight, vector, *norm, 1, *norm, 2, *geometry)
+    training = (x, weight, vector, *norm, False, 1, *batch, True, 2, *geometry)
+    backward = (x, x, x, weight, vector, *norm, True, 1, *norm, True, 2, *geometry, True, True)
+    bare = (None, None, None, None, 0.0, False, 0)
+    for operator, arguments in (
+        (TRITON.forward, forward),
+        (TRITON.training, training),
+        (TRITON.training, (x, weight, None, *bare, *bare, *geometry)),
+        (TRITON.backward, backward),
+        (TRITON.backward, (x, x, x[:0], weight, None, *bare, *bare, *geometry, True, False)),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_float32_parameters_beside_bfloat16_tokens():

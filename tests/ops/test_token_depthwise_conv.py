@@ -346,7 +346,7 @@ BAD = {
     "norm.running_var: got (9,)": {"norm": make_norm(8, torch.float32, True)._replace(running_var=torch.ones(9))},
     "pre_norm.bias: got (8, 1)": {"pre_norm": make_norm(8, torch.float32, True)._replace(bias=torch.ones(8, 1))},
     "pre_norm: running_mean and running_var are both needed": {"pre_norm": BatchNorm(None, None, None, None)},
-    "backend: token_depthwise_conv has none named 'triton'": {"backend": "triton"},
+    "backend: token_depthwise_conv has none named 'sdpa'": {"backend": "sdpa"},
 }
 
 
