@@ -1,22 +1,27 @@
 """How the kernels of head-mixed attention are cut, by what they have to hold at once.
 
-Every entry compiles without spills within the shared memory it is listed for, for every mask and mix its load allows,
-for 16 or 32 slots: ``tests/kernels/test_head_mixed_attention_compiled.py`` holds it to that. What was found on the way:
-a program that holds all heads has few registers to give, so tiles are small; what a loop could keep (q, the mixing
-matrices) is read anew where it would spill; a tile of 8 queries (or keys) leaves half a tensor core's product unused,
-and is for what fits no other way.
+A program that holds all heads has few registers to give, so tiles are small. In the order of what is given up as the
+load grows: columns of the result (each block of them computes the maps anew); what a loop could keep, q and the mixing
+matrices, is read anew in each step; half of a tensor core's product, for a tile of 8 queries or keys; at last the
+tensor cores themselves, for true float32 takes tiles of any size.
+
+``tests/kernels/test_head_mixed_attention_compiled.py`` compiles every entry for what it is listed for.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
 AMD_SHARED = 64 * 1024
 SMALLEST_SHARED = 99 * 1024
 """sm_86 and sm_89, the smallest of the NVIDIA chips meant; sm_80 has 163 kB, sm_90 227."""
-
 LIGHT, NORMED, HEAVY = 0, 1, 2
-"""What a kernel carries: mixes and at most a key padding mask; a LayerNorm too, no mix before it; anything."""
+"""What a call asks for: mixes and at most a key padding mask; a LayerNorm too but no mix before it; anything."""
+
+ONE_HEAD, FEW_HEADS, MANY_HEADS = 1, 16, 32
+"""Slots of a program."""
 
 
 class Config(NamedTuple):
@@ -24,11 +29,81 @@ class Config(NamedTuple):
 
     block_m: int
     block_n: int
-    depth: int
     block_out: int
-    num_warps: int
+    num_warps: int = 8
     num_stages: int = 1
     resident: bool = True
+    exact: bool = False
+
+
+def _wide(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8, num_stages: int = 1) -> Config:
+    return Config(block_m, block_n, block_out, num_warps, num_stages)
+
+
+def _frugal(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8) -> Config:
+    return Config(block_m, block_n, block_out, num_warps, resident=False)
+
+
+def _exact(block_m: int, block_n: int) -> Config:
+    return Config(block_m, block_n, 16, resident=False, exact=True)
+
+
+Loads = tuple[Config, Config, Config]
+"""A configuration for LIGHT, NORMED and HEAVY each."""
+
+# Half precision, head dimensions up to 64, 16 slots: what the models have.
+USUAL: dict[str, Loads] = {
+    "head_mixed_attention": (_wide(16, 16, 64), _wide(16, 16, 64), _wide(16, 16, 32)),
+    "row_gradients": (_wide(16, 16, 64), _wide(16, 16, 64), _wide(16, 8)),
+    "query_gradients": (_wide(16, 16, 32), _wide(16, 16, 32), _frugal(4, 16)),
+    "key_gradients": (_wide(16, 16, 32), _wide(16, 16, 32), _frugal(16, 8, 32)),
+    "value_gradients": (_wide(16, 16, 64), _wide(16, 16, 64), _wide(16, 16, 32)),
+    "head_map_moments": (_wide(16, 32), _wide(16, 32), _wide(16, 32)),
+    "row_statistics": (_wide(16, 32), _wide(16, 32), _wide(16, 32)),
+}
+
+# Everything else, by product and slots; for head dimensions up to 128.
+OTHER: dict[tuple[str, int], dict[str, Loads]] = {
+    ("half", FEW_HEADS): {
+        "head_mixed_attention": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(8, 16, 32)),
+        "row_gradients": (_frugal(8, 16), _frugal(4, 16, 16, 16), _exact(4, 16)),
+        "query_gradients": (_frugal(8, 16), _frugal(8, 16), _exact(4, 16)),
+        "key_gradients": (_frugal(16, 8, 32), _frugal(16, 8), _frugal(16, 4)),
+        "value_gradients": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(16, 8, 32)),
+        "head_map_moments": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+        "row_statistics": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+    },
+    ("ieee", FEW_HEADS): {
+        "head_mixed_attention": (_frugal(8, 16, 32), _frugal(16, 16, 32), _frugal(8, 16, 32)),
+        "row_gradients": (_frugal(16, 16), _frugal(8, 16), _frugal(4, 16)),
+        "query_gradients": (_frugal(4, 16), _frugal(8, 16, 32), _frugal(4, 16)),
+        "key_gradients": (_frugal(16, 8, 32), _frugal(16, 8, 32), _frugal(16, 8, 32)),
+        "value_gradients": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(16, 8, 32)),
+        "head_map_moments": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+        "row_statistics": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+    },
+    ("half", MANY_HEADS): {
+        "head_mixed_attention": (_frugal(8, 16, 32), _frugal(8, 16), _frugal(8, 16)),
+        "row_gradients": (_frugal(4, 16), _exact(2, 16), _exact(2, 16)),
+        "query_gradients": (_frugal(1, 16), _exact(2, 16), _exact(2, 16)),
+        "key_gradients": (_frugal(16, 4), _frugal(16, 2), _exact(16, 2)),
+        "value_gradients": (_frugal(16, 8, 32), _frugal(16, 8, 32), _frugal(16, 8, 32)),
+        "head_map_moments": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
+        "row_statistics": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
+    },
+    ("ieee", MANY_HEADS): {
+        "head_mixed_attention": (_frugal(4, 16), _frugal(8, 16), _frugal(2, 16)),
+        "row_gradients": (_frugal(1, 16), _frugal(2, 16), _frugal(2, 16)),
+        "query_gradients": (_frugal(1, 16), _frugal(2, 16), _frugal(2, 16)),
+        "key_gradients": (_frugal(16, 1), _frugal(16, 4), _frugal(16, 2)),
+        "value_gradients": (_frugal(16, 4), _frugal(16, 8), _frugal(16, 2)),
+        "head_map_moments": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
+        "row_statistics": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
+    },
+}
+
+# The row statistics where no mix joins the heads.
+ALONE = {"half": _wide(64, 64, 16, 4), "tf32": _frugal(32, 32, 16, 4), "ieee": _frugal(32, 32, 16, 4)}
 
 
 def load_of(*, pre_mix: bool, layer_norm: bool, full_mask: bool) -> int:
@@ -41,8 +116,20 @@ def load_of(*, pre_mix: bool, layer_norm: bool, full_mask: bool) -> int:
 def configurations(
     kernel: str, heads: int, head_dim: int, product: str, load: int, shared_limit: int
 ) -> tuple[Config, ...]:
-    if kernel == "row_statistics" and heads == 1:
-        return (Config(32, 32, 16, 16, 4),)
-    if kernel == "key_gradients":
-        return (Config(16, 8, 16, 16, 8, resident=False),)
-    return (Config(8, 16, 16, 16, 8, resident=False),)
+    """The candidates for a launch, the one that is right everywhere first.
+
+    Args:
+        kernel: "head_mixed_attention", "row_gradients", "query_gradients", "key_gradients", "value_gradients",
+            "head_map_moments" or "row_statistics".
+        heads: those a program works on at once, 1 for the statistics of rows whose heads no mix joins.
+        product: "half", "tf32" or "ieee", as :func:`fastvit.kernels._primitives.product_kind` has them.
+        load: LIGHT, NORMED or HEAVY. shared_limit: bytes of shared memory a program may have.
+    """
+    if heads == ONE_HEAD and kernel == "row_statistics":
+        return (ALONE[product],)
+    slots = FEW_HEADS if triton.next_power_of_2(heads) <= FEW_HEADS else MANY_HEADS
+    if product == "half" and slots == FEW_HEADS and head_dim <= 64 and shared_limit >= SMALLEST_SHARED:
+        return (USUAL[kernel][load],)
+    if product == "tf32":
+        return (OTHER["ieee", slots][kernel][load]._replace(exact=True),)
+    return (OTHER[product, slots][kernel][load],)

@@ -112,26 +112,28 @@ class Problem:
     def plan(self, config: Config, *, spread_keys: bool = False, heads: int | None = None) -> Plan:
         """What a kernel that works on ``heads`` heads at once, by default all, is compiled for."""
         heads = self.heads if heads is None else heads
-        padded = triton.next_power_of_2(heads)
-        exact = self.product == "ieee" or torch.version.hip is not None  # whose matrix units take float32
+        padded, columns = triton.next_power_of_2(heads), padded_dim(self.head_dim)
+        exact = config.exact or self.product == "ieee"
+        amd = torch.version.hip is not None  # whose matrix units take float32
         return Plan(
             heads=heads,
             head_dim=self.head_dim,
-            padded_dim=padded_dim(self.head_dim),
+            padded_dim=columns,
             padded_heads=padded,
             slots=padded if heads == 1 else max(padded, MIN_SLOTS),
             block_m=config.block_m,
             block_n=config.block_n,
-            depth=config.depth,
+            depth=32 if config.resident and columns % 32 == 0 else 16,
             resident=config.resident,
-            block_out=config.block_out,
+            block_out=min(config.block_out, triton.next_power_of_2(columns)),
             spread_keys=spread_keys,
             mask_kind=self.mask_kind,
             pre_mix=self.mixes.pre_weight is not None,
             post_mix=self.mixes.post_weight is not None,
             layer_norm=self.layer_norm,
-            precision="tf32" if self.product == "tf32" else "ieee",
-            mix_precision="ieee" if exact else "tf32",
+            exact=exact,
+            precision="tf32" if self.product == "tf32" and not exact else "ieee",
+            mix_precision="ieee" if exact or amd else "tf32",
         )
 
     def run(self, kernel: str, launch: Callable[[Config], Result], *, one_head: bool = False) -> Result:
@@ -167,7 +169,7 @@ class Problem:
             grid = (programs(self.batch, self.num_queries, plan.block_m, plan), self.heads // plan.heads)
             row_statistics_kernel[grid](
                 self.q, self.k, self.mask, self.mixes, rows, self.heads, self.num_queries, self.num_keys,
-                PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+                PLAN=plan, **options(config),
             )  # fmt: skip
             return rows
 
@@ -198,6 +200,12 @@ class Problem:
         """A zero gradient of a parameter, (0) where there is none."""
         shape = (0,) if parameter is None else parameter.shape
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+
+def options(config: Config) -> dict[str, int]:
+    """What the compiler is told. All registers a thread can have: left alone it may spill to have fewer."""
+    registers = {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * config.num_warps))}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **registers}
 
 
 def programs(batch: int, num_rows: int, block: int, plan: Plan) -> int:

@@ -98,6 +98,8 @@ class Plan(NamedTuple):
     pre_mix: bool
     post_mix: bool
     layer_norm: bool
+    exact: bool
+    """All products are of float32, whatever the operands: they need no whole tiles of tensor cores."""
     precision: str
     mix_precision: str
 
@@ -170,7 +172,8 @@ def load_heads(
     """
     places = _row_places(tensor, first, ROWS, SPREAD, PLAN)[:, :, None]
     inside = _inside(first, num_rows, first_column, PLAN.padded_dim, ROWS, COLUMNS, SPREAD, PLAN)
-    return tl.load(places + (first_column + tl.arange(0, COLUMNS))[None, None, :], mask=inside, other=0)
+    tile = tl.load(places + (first_column + tl.arange(0, COLUMNS))[None, None, :], mask=inside, other=0)
+    return tile.to(tl.float32) if PLAN.exact else tile
 
 
 @triton.jit

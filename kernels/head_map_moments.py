@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, empty_heads, programs
+from fastvit.kernels._head_launch import Problem, empty_heads, options, programs
 from fastvit.kernels._head_maps import (
     attention_tile,
     batch_entry,
@@ -30,8 +30,9 @@ from fastvit.kernels._head_maps import (
 )
 from fastvit.kernels.head_mixed_attention_backward import (
     add_outer_products,
+    key_gradients,
     no_outer_products,
-    q_k_gradients,
+    query_gradients,
     row_gradients,
     store_matrix,
 )
@@ -77,7 +78,7 @@ def head_map_moments(
         parts = problem.new_parts(plan, count, 2)
         head_map_moments_kernel[(count,)](
             problem.q, problem.k, problem.mask, problem.mixes, rows, parts, problem.num_queries, problem.num_keys,
-            PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            PLAN=plan, **options(config),
         )  # fmt: skip
         return problem.sum_of_parts(parts, plan)
 
@@ -111,5 +112,6 @@ def head_map_moments_backward(
         return empty_heads(q).zero_(), empty_heads(k).zero_(), *small
     rows = problem.row_statistics()
     row_gradients(problem, rows, None, None, moments=True)
-    dq, dk, _, d_pre_weight = q_k_gradients(problem, rows, None, None, moments=True)
+    dq, d_pre_weight = query_gradients(problem, rows, None, None, moments=True)
+    dk = key_gradients(problem, rows, None, None, moments=True)
     return dq, dk, d_pre_weight, problem.zeros(pre_bias)

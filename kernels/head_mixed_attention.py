@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, programs
+from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
 from fastvit.kernels._head_maps import (
     attention_tile,
     batch_entry,
@@ -150,7 +150,7 @@ def head_mixed_attention_forward(
         head_mixed_attention_kernel[grid](
             problem.q, problem.k, values, problem.mask, problem.mixes, rows, as_heads(out),
             problem.num_queries, problem.num_keys,
-            PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            PLAN=plan, **options(config),
         )  # fmt: skip
         return out
 

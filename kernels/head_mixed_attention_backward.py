@@ -14,15 +14,16 @@ With the forward's names, dO the gradient of the result, dM_h = output_scale * d
 The gradient of :mod:`fastvit.kernels.head_map_moments` is the same with another dX: given dC, the gradient of
 C[g, g'] = sum (P_g - c)(P_g' - c), dP = (dC + dC^T)(P - c), which is a mix of X = P - c.
 
-Three kernels behind the row statistics, since delta is a row's sum over all keys and no gradient of q or k can be had
+Four kernels behind the row statistics, since delta is a row's sum over all keys and no gradient of q or k can be had
 before it:
 
 - rows: one program per block of queries, loops over the keys: delta, and the program's part of the sums over all
   positions (written apart and added in a fixed order: no atomics);
 - queries: the same blocks: dq, and the parts of dpre_weight;
-- keys: one program per block of keys, loops over the queries: dk and dv.
+- keys and values: one program per block of keys, loops over the queries: dk, and dv. In one kernel they would share the
+  maps, but two accumulators leave no registers for more than half as many columns of each.
 
-The last two make BLOCK_OUT columns per program, and compute the maps anew for each, where more would not fit.
+The last three make BLOCK_OUT columns per program, and compute the maps anew for each, where more would not fit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, programs
+from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
 from fastvit.kernels._head_maps import (
     Heads,
     Rows,
@@ -221,9 +222,9 @@ def query_gradients_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def key_gradients_kernel(
-    q, k, v, grad, mask, mixes, rows, dk, dv, num_queries, num_keys, MOMENTS: tl.constexpr, PLAN: tl.constexpr
+    q, k, v, grad, mask, mixes, rows, dk, num_queries, num_keys, MOMENTS: tl.constexpr, PLAN: tl.constexpr
 ):
-    """BLOCK_OUT columns of dk and dv for one block of keys."""
+    """BLOCK_OUT columns of dk for one block of keys."""
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_N: tl.constexpr = PLAN.block_n
     BLOCK_OUT: tl.constexpr = PLAN.block_out
@@ -236,67 +237,100 @@ def key_gradients_kernel(
         grad = batch_entry(grad, b)
     mask = batch_entry_of_mask(mask, b, 0, PLAN)
 
-    dk_acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
-    dv_acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
+    acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
     for first_query in range(0, num_queries, PLAN.block_m):
-        delta = load_rows(rows.delta, b, first_query, num_queries, PLAN)
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
         )
-        if not MOMENTS:
-            maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
-            grads = load_queries(grad, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
-            maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
-            dv_acc = tl.dot(maps, grads, dv_acc, input_precision=PLAN.precision)
         dp, _dx, _dm, _y = gradient_tile(
             p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
         )
-        ds = p * (dp - delta[:, :, None])
+        ds = p * (dp - load_rows(rows.delta, b, first_query, num_queries, PLAN)[:, :, None])
         if PLAN.pre_mix:
             zero = zero_of(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
-        dk_acc = tl.dot(ds, queries, dk_acc, input_precision=PLAN.precision)
-    dk_acc *= tl.cast(mixes.scale, tl.float32)
-    store_heads(batch_entry(dk, b), dk_acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
-    if not MOMENTS:
-        dv_acc *= tl.cast(mixes.output_scale, tl.float32)
-        store_heads(batch_entry(dv, b), dv_acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+        acc = tl.dot(ds, queries, acc, input_precision=PLAN.precision)
+    acc *= tl.cast(mixes.scale, tl.float32)
+    store_heads(batch_entry(dk, b), acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
 
 
-def q_k_gradients(
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def value_gradients_kernel(q, k, grad, mask, mixes, rows, dv, num_queries, num_keys, PLAN: tl.constexpr):
+    """BLOCK_OUT columns of dv for one block of keys."""
+    SLOTS: tl.constexpr = PLAN.slots
+    BLOCK_N: tl.constexpr = PLAN.block_n
+    BLOCK_OUT: tl.constexpr = PLAN.block_out
+    first_key, b = this_block(num_keys, BLOCK_N, PLAN)
+    first_column = tl.program_id(1) * BLOCK_OUT
+    q = batch_entry(q, b)
+    k = batch_entry(k, b)
+    grad = batch_entry(grad, b)
+    mask = batch_entry_of_mask(mask, b, 0, PLAN)
+
+    acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
+    for first_query in range(0, num_queries, PLAN.block_m):
+        _scores, p, visible = attention_tile(
+            q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
+        )
+        maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        grads = load_queries(grad, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
+        maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
+        acc = tl.dot(maps, grads, acc, input_precision=PLAN.precision)
+    acc *= tl.cast(mixes.output_scale, tl.float32)
+    store_heads(batch_entry(dv, b), acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+
+
+def query_gradients(
     problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """dq, dk, dv (None with ``moments``) and dpre_weight (empty if there is none); ``rows`` with delta."""
+) -> tuple[Tensor, Tensor]:
+    """dq and dpre_weight, empty if there is none; ``rows`` with delta."""
 
-    def launch_queries(config: Config) -> tuple[Tensor, Tensor]:
+    def launch(config: Config) -> tuple[Tensor, Tensor]:
         plan = problem.plan(config)
         count = programs(problem.batch, problem.num_queries, plan.block_m, plan)
         dq = problem.new_heads(problem.num_queries)
         parts = problem.new_parts(plan, count, 2) if plan.pre_mix else None
         query_gradients_kernel[count, column_blocks(plan)](
             problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows, as_heads(dq), parts,
-            problem.num_queries, problem.num_keys,
-            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            problem.num_queries, problem.num_keys, MOMENTS=moments, PLAN=plan, **options(config),
         )  # fmt: skip
         return dq, problem.sum_of_parts(parts, plan)
 
-    def launch_keys(config: Config) -> tuple[Tensor, Tensor | None]:
+    return problem.run("query_gradients", launch)
+
+
+def key_gradients(problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool) -> Tensor:
+    """dk; ``rows`` with delta."""
+
+    def launch(config: Config) -> Tensor:
         plan = problem.plan(config, spread_keys=True)
         count = programs(problem.batch, problem.num_keys, plan.block_n, plan)
         dk = problem.new_heads(problem.num_keys)
-        dv = None if moments else problem.new_heads(problem.num_keys)
         key_gradients_kernel[count, column_blocks(plan)](
-            problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows,
-            as_heads(dk), None if dv is None else as_heads(dv), problem.num_queries, problem.num_keys,
-            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows, as_heads(dk),
+            problem.num_queries, problem.num_keys, MOMENTS=moments, PLAN=plan, **options(config),
         )  # fmt: skip
-        return dk, dv
+        return dk
 
-    dq, d_pre_weight = problem.run("query_gradients", launch_queries)
-    dk, dv = problem.run("key_gradients", launch_keys)
-    return dq, dk, dv, d_pre_weight
+    return problem.run("key_gradients", launch)
+
+
+def value_gradients(problem: Problem, rows: Rows, grad: Heads) -> Tensor:
+    """dv."""
+
+    def launch(config: Config) -> Tensor:
+        plan = problem.plan(config, spread_keys=True)
+        count = programs(problem.batch, problem.num_keys, plan.block_n, plan)
+        dv = problem.new_heads(problem.num_keys)
+        value_gradients_kernel[count, column_blocks(plan)](
+            problem.q, problem.k, grad, problem.mask, problem.mixes, rows, as_heads(dv),
+            problem.num_queries, problem.num_keys, PLAN=plan, **options(config),
+        )  # fmt: skip
+        return dv
+
+    return problem.run("value_gradients", launch)
 
 
 def row_gradients(
@@ -318,7 +352,7 @@ def row_gradients(
         row_gradients_kernel[(count,)](
             problem.q, problem.k, v, grad, problem.mask, problem.mixes, rows, parts,
             problem.num_queries, problem.num_keys,
-            MOMENTS=moments, PLAN=plan, num_warps=config.num_warps, num_stages=config.num_stages,
+            MOMENTS=moments, PLAN=plan, **options(config),
         )  # fmt: skip
         return tuple(problem.sum_of_parts(part, plan) for part in parts)
 
@@ -364,7 +398,9 @@ def head_mixed_attention_backward(
     heads_of_grad, heads_of_v = as_operand(grad), as_operand(v)
     rows = problem.row_statistics()
     behind = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
-    dq, dk, dv, d_pre_weight = q_k_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    dq, d_pre_weight = query_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    dk = key_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    dv = value_gradients(problem, rows, heads_of_grad)
     small = (
         gradient if parameter is not None else gradient.new_empty(0)
         for gradient, parameter in zip(behind, parameters[2:], strict=True)

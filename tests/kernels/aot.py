@@ -36,16 +36,18 @@ Case = TypeVar("Case")
 class Build(NamedTuple):
     """One kernel to compile.
 
-    ``types`` gives a Triton type per run-time argument ("*bf16", "i32", ...; with ":16" behind it, a multiple of 16);
-    ``constants`` a value per constexpr argument, and per run-time argument that a launch makes one (None, a stride 1).
+    ``types`` gives a Triton type per run-time argument ("*bf16", "i32", ...; with ":16" behind it, a multiple of 16),
+    or for an argument that is a NamedTuple one of types, None where a field is None; ``constants`` a value per constexpr
+    argument, and per run-time argument that a launch makes one (None, a stride 1).
     """
 
     kernel: Any
     target: str
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 class Report(NamedTuple):
@@ -63,16 +65,23 @@ def compile_kernel(build: Build) -> Report:
     names = build.kernel.arg_names
     missing = set(names) ^ {*build.types, *build.constants}
     assert not missing, f"arguments neither typed nor constant, or unknown: {sorted(missing)}"
-    signature = {name: "constexpr" if name in build.constants else build.types[name].split(":")[0] for name in names}
-    constants = {(names.index(name),): value for name, value in build.constants.items()}
-    multiples = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name not in build.constants and build.types[name].endswith(":16")
-    }
+    signature, constants, multiples = {}, {}, {}
+    for index, name in enumerate(names):
+        if name in build.constants:
+            signature[name], constants[index,] = "constexpr", build.constants[name]
+        elif isinstance(types := build.types[name], tuple):
+            signature[name] = type(types)(*("constexpr" if kind is None else kind.split(":")[0] for kind in types))
+            constants |= {(index, field): None for field, kind in enumerate(types) if kind is None}
+            fields = [field for field, kind in enumerate(types) if kind is not None and kind.endswith(":16")]
+            multiples |= {(index, field): [["tt.divisibility", 16]] for field in fields}
+        else:
+            signature[name] = types.split(":")[0]
+            multiples |= {(index,): [["tt.divisibility", 16]]} if types.endswith(":16") else {}
     source = triton.compiler.ASTSource(build.kernel, signature, constants, multiples)
     target = TARGETS[build.target]
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    if build.maxnreg is not None:
+        options["maxnreg"] = build.maxnreg
     compiled = triton.compile(source, target=target, options=options)
     read = _read_cuda if target.backend == "cuda" else _read_hip
     return read(compiled)
@@ -87,9 +96,9 @@ def assert_fits(report: Report | str, target: str, *, tensor_cores: bool) -> Non
     assert report.tensor_cores > 0 or not tensor_cores
 
 
-def sample(cases: Sequence[Case]) -> list[Case]:
+def sample(cases: Sequence[Case], one_in: int = SAMPLED) -> list[Case]:
     """A few of the cases, spread evenly; all of them with FASTVIT_TEST_AOT=all, which takes minutes."""
-    return list(cases) if os.environ.get("FASTVIT_TEST_AOT") == "all" else list(cases[::SAMPLED])
+    return list(cases) if os.environ.get("FASTVIT_TEST_AOT") == "all" else list(cases[::one_in])
 
 
 def _number(pattern: str, text: str) -> int:

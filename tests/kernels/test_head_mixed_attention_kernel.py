@@ -112,9 +112,10 @@ def check(q, k, v, parts, mask=None, scale=None, grad=None):
 
 
 # The interpreter takes its time per program and tile, not per element.
-WHOLE = Config(block_m=32, block_n=64, depth=16, block_out=64, num_warps=1)
-RESIDENT = Config(block_m=16, block_n=16, depth=16, block_out=32, num_warps=1)
+WHOLE = Config(block_m=32, block_n=64, block_out=64, num_warps=1)
+RESIDENT = Config(block_m=16, block_n=16, block_out=32, num_warps=1)
 FRUGAL = RESIDENT._replace(resident=False)
+EXACT = FRUGAL._replace(block_m=2, exact=True)
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,11 @@ def test_every_kind(kind, heads):
 def test_several_tiles_and_column_blocks(kind, config, tiles):
     tiles(config)
     check(*make_qkv(1, 6, 35, 19, 33), make_parts(kind, 6))
+
+
+def test_exact_products_of_half_precision_operands(tiles):
+    tiles(EXACT)
+    check(*make_qkv(1, 17, 9, 9, 16, torch.float16), make_parts("talking", 17, torch.float16))
 
 
 @pytest.mark.parametrize("kind", ["talking", "norm"])
@@ -237,9 +243,10 @@ def moments_with_gradients(inputs: list[Tensor | None], mask: Tensor | None, gra
     return [*(result.detach() for result in results), *gradients]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize(("heads", "pre_mix"), [(5, False), (6, True)])
+@pytest.mark.parametrize(
+    ("heads", "pre_mix", "dtype"), [(5, False, torch.float32), (6, True, torch.float32), (6, True, torch.float16)]
+)
 def test_moments(heads, pre_mix, masked, dtype, tiles):
     tiles(FRUGAL if pre_mix else RESIDENT)
     q, k, _ = make_qkv(2, heads, 19, 23, 16, dtype)
