@@ -9,12 +9,12 @@ as one tensor [SLOTS, BLOCK_M, BLOCK_N]: one batched product over the slots give
 
 Slots: a tensor core's product wants 16 rows, which few heads do not fill. So a slot is a head (of heads padded to a
 power of two) of one of several groups, and groups hold different queries of the same batch entry (different keys in
-the kernel that owns keys). Four heads fill 16 slots with four blocks of queries; the mix is then block diagonal. Above
+the kernels that own keys). Four heads fill 16 slots with four blocks of queries; the mix is then block diagonal. Above
 16 heads there is one group. What lies outside, a padded head, a query or key behind the last one, reads as zero.
 
-The softmax is split: :func:`row_statistics` finds each row's maximum and the reciprocal of its sum in a pass that
-computes S alone; every other kernel then has normalised P tile by tile, in any order. A row without visible keys has
-the reciprocal 0, which makes its P zero.
+The softmax is split: :func:`row_statistics_kernel` finds each row's maximum and the reciprocal of its sum in a pass
+that computes S alone; every other kernel then has normalised P tile by tile, in any order. A row without visible keys
+has the reciprocal 0, which makes its P zero.
 
 Inputs are multiplied in their own dtype (float32 as true float32, or as TF32 where PyTorch allows it); maps are
 float32, mixed in TF32 unless float32 is to be exact.
@@ -323,9 +323,7 @@ def visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN: tl.c
 
 
 @triton.jit
-def attention_tile(
-    q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr
-):  # fmt: skip
+def attention_tile(q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr):
     """S, P and what is visible of one tile."""
     scores = products(q, k, first_query, num_queries, first_key, num_keys, PLAN) * tl.cast(mixes.scale, tl.float32)
     logits = mixed_logits(scores, mixes, zero_of(first_query, first_key, PLAN), PLAN)

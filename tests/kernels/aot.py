@@ -37,8 +37,8 @@ class Build(NamedTuple):
     """One kernel to compile.
 
     ``types`` gives a Triton type per run-time argument ("*bf16", "i32", ...; with ":16" behind it, a multiple of 16),
-    or for an argument that is a NamedTuple one of types, None where a field is None; ``constants`` a value per constexpr
-    argument, and per run-time argument that a launch makes one (None, a stride 1).
+    or for an argument that is a NamedTuple one of types, None where a field is None; ``constants`` a value per
+    constexpr argument, and per run-time argument that a launch makes one (None, a stride 1).
     """
 
     kernel: Any
