@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastvit.ops import _token_depthwise_conv_native as native
 from fastvit.ops import token_depthwise_conv
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
-from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.helpers import assert_as_accurate, on_most_draws, poisoned_empty
 from tests.ops.test_token_depthwise_conv import ACTIVATIONS, CASES, LEFF, Case, check, make_arguments, to
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -262,20 +263,23 @@ def check_step(run: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
         assert_as_accurate(got[name], plain[name], exact[name], name=name)
 
 
+def check_training(run: Callable[..., Tensor], case: Case, dtype: torch.dtype, batch: bool) -> None:
+    """A training step of the case, with batch statistics or running ones."""
+    on_most_draws(lambda: check_step(run, with_statistics(make_arguments(case, dtype), batch)))
+
+
 @FORMS
 def test_training_on_the_host(host: Callable[..., Tensor], dtype: torch.dtype, vectors: bool, every: int) -> None:
     for case in TRAINING_CASES[::every]:
         if not differentiable(case, dtype):
             continue
-        arguments = make_arguments(on_lanes(case, dtype, vectors), dtype)
-        named(case, lambda arguments=arguments: check_step(host, with_statistics(arguments, True)))
+        named(case, partial(check_training, host, on_lanes(case, dtype, vectors), dtype, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_training_with_running_statistics_on_the_host(host: Callable[..., Tensor], dtype: torch.dtype) -> None:
     for case in (case for case in TRAINING_CASES[::2] if case.norm or case.pre_norm):
-        arguments = make_arguments(on_lanes(case, dtype, True), dtype)
-        named(case, lambda arguments=arguments: check_step(host, with_statistics(arguments, False)))
+        named(case, partial(check_training, host, on_lanes(case, dtype, True), dtype, False))
 
 
 def test_strided_tensors_on_the_host(host: Callable[..., Tensor]) -> None:
