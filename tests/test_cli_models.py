@@ -82,7 +82,7 @@ class TestModels:
     @pytest.mark.parametrize(
         ("name", "library", "ops"),
         [
-            ("fastvit/ceit_tiny", None, {"masked_attention", "leff"}),
+            ("fastvit/ceit_tiny", None, {"masked_attention", "class_attention", "leff"}),
             ("deit_tiny_patch16_224", None, {"masked_attention"}),
             ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "class_attention"}),
             ("torchvision/vit_b_32", "torchvision", {"masked_attention"}),

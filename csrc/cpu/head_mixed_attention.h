@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "inline.h"
 
 namespace fastvit {
 
@@ -44,12 +45,12 @@ struct HeadMapGradientParams : HeadMixParams {
 // moments: indices into an array of doubles.
 struct HeadMapTotals {
   int64_t heads;
-  int64_t map_products() const { return 0; }               // (H, H): of the gradient of M_h (of P_h) and P_g
-  int64_t pre_products() const { return heads * heads; }   // (H, H): of the gradient of S'_h and S_g
-  int64_t mixed() const { return 2 * heads * heads; }      // (H,): of the gradient of M_h
-  int64_t norm_factor() const { return mixed() + heads; }  // (H,)
-  int64_t norm_shift() const { return mixed() + 2 * heads; }
-  int64_t count() const { return mixed() + 3 * heads; }
+  FASTVIT_INLINE int64_t map_products() const { return 0; }  // (H, H): of the gradient of M_h (of P_h) and P_g
+  FASTVIT_INLINE int64_t pre_products() const { return heads * heads; }   // (H, H): of the gradient of S'_h and S_g
+  FASTVIT_INLINE int64_t mixed() const { return 2 * heads * heads; }      // (H,): of the gradient of M_h
+  FASTVIT_INLINE int64_t norm_factor() const { return mixed() + heads; }  // (H,)
+  FASTVIT_INLINE int64_t norm_shift() const { return mixed() + 2 * heads; }
+  FASTVIT_INLINE int64_t count() const { return mixed() + 3 * heads; }
 };
 
 // Kernels over tiles of queries whose results are sums over all queries. A batch element's queries may be split into

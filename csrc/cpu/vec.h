@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "inline.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 // GCC 12's own header initialises its "undefined" registers with themselves, and warns of that.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -25,8 +27,6 @@
 #ifndef FASTVIT_ISA
 #error "vec.h is for files compiled per instruction set: define FASTVIT_ISA"
 #endif
-
-#define FASTVIT_INLINE inline __attribute__((always_inline))
 
 namespace fastvit::FASTVIT_ISA {
 

@@ -77,7 +77,7 @@ def test_ops_chooses_operators():
     model = build("ceit")
     everything = fused_names(patch(model))
     convolutions = fused_names(patch(model, ops="leff"))
-    attentions = fused_names(patch(model, ops=["masked_attention"]))
+    attentions = fused_names(patch(model, ops=["masked_attention", "class_attention"]))
     assert convolutions == ["blocks.0.leff", "blocks.1.leff"]
     others = fused_names(patch(model, ops=["mlp", "conv_batch_norm"]))
     assert sorted(convolutions + attentions + others) == sorted(everything)

@@ -39,9 +39,10 @@ def test_rows_say_what_is_and_what_could_be():
     assert rows["blocks.0.leff"].reasons == ("ops leaves leff out",)
     assert rows["blocks.0.leff"].backend is None
     assert report(model).totals() == {
+        "class_attention": (0, 1),
         "conv_batch_norm": (0, 1),
         "leff": (0, 2),
-        "masked_attention": (3, 3),
+        "masked_attention": (2, 2),
         "mlp": (0, 1),
     }
     unpatch(model)
@@ -71,7 +72,7 @@ def test_text_is_a_table_with_totals():
     assert lines[0] == "CaiT"
     row = next(line for line in lines if "blocks_token_only.1.attn" in line)
     assert "ClassAttention" in row
-    assert "masked_attention" in row
+    assert "class_attention" in row
     assert "patched" in row
     assert lines[-1] == "4 of 4 attention blocks, 4 of 4 MLPs patched"
     patch(model, ops="head_mixed_attention")
