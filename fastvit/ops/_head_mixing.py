@@ -1,11 +1,8 @@
 """The differentiable core of head-mixed attention: what surrounds the four functions that an engine computes.
 
-An engine mixes maps by H x H matrices, and gathers two sums over the maps it recomputes. All the rest is algebra on
-tensors of H or H x H numbers, which autograd differentiates by itself:
-
-- BatchNorm by running statistics is a factor and a shift a head: diag(factor) W and factor * c + shift mix at once.
-- BatchNorm by the batch's statistics is the same with mean_h = sum_g W[h, g] mean(P_g) + c_h and
-  var_h = w_h^T C w_h, C the H x H covariance of the maps. So its backward is two of the engine's, one after the other.
+An engine mixes maps by H x H matrices, and gathers two sums over the maps that it recomputes. A BatchNorm is folded
+into the mix in front of it (:mod:`fastvit.ops._head_batch_norm`); one that uses the batch's statistics has them from
+the two sums. So its backward is two of the engine's, one after the other, and all between them H x H numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit.ops._batch_norm import factor_and_shift, sum_over_processes, track
+from fastvit.ops._head_batch_norm import fold_batch, fold_running
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
 __all__ = ["Call", "Engine", "as_rows", "attend"]
@@ -133,63 +130,15 @@ def attend(engine: Engine, call: Call, dtype: torch.dtype) -> Tensor:
     eps, layer_norm = 0.0, isinstance(norm, LayerNorm)
     if isinstance(norm, LayerNorm):
         affine, eps = (_in(small, norm.weight), _in(small, norm.bias)), norm.eps
+    elif norm is not None and not norm.use_batch_stats:
+        weight, bias = fold_running(norm, weight, bias)
     elif norm is not None:
-        weight, bias = _with_batch_norm(engine, call, norm.opened(), (q, k, *pre))
+        sums, moments = _Moments.apply(engine, call.scale, call.mask, q, k, *pre)
+        keys = k.shape[2]
+        weight, bias = fold_batch(norm.opened(), weight, bias, sums, moments, keys, q.shape[0] * q.shape[2] * keys)
     post = _in(small, weight), _in(small, bias)
     return _Mix.apply(engine, eps, layer_norm, call.output_scale, call.scale, call.mask, q, k, v, *pre, *post, *affine)
 
 
 def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
-
-
-def _with_batch_norm(
-    engine: Engine, call: Call, norm: BatchNorm, maps: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor]:
-    """The mix after the softmax with the BatchNorm behind it folded in: (H, H) and (H,), float64.
-
-    Args:
-        maps: q, k, pre_weight, pre_bias, as the engine takes them.
-    """
-    heads = call.q.shape[1]
-    weight = None if call.post_weight is None else call.post_weight.double()
-    offset = torch.zeros(heads, dtype=torch.float64, device=call.q.device)
-    if call.post_bias is not None:
-        offset = call.post_bias.double()
-    if norm.use_batch_stats:
-        mean, variance = _statistics(engine, call, norm, maps, weight, offset)
-    else:
-        mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None  # checked with the arguments
-    factor, shift = factor_and_shift(norm, mean, variance)
-    mix = factor.diag() if weight is None else factor[:, None] * weight
-    return mix, factor * offset + shift
-
-
-def _statistics(
-    engine: Engine,
-    call: Call,
-    norm: BatchNorm,
-    maps: tuple[Tensor | None, ...],
-    weight: Tensor | None,
-    offset: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance (H,) of the mixed maps, masked positions included; moves the running statistics."""
-    batch, _, queries, _ = call.q.shape
-    keys = call.k.shape[2]
-    sums, moments = (part.double() for part in _Moments.apply(engine, call.scale, call.mask, *maps))
-    # About zero rather than about 1 / Nk: so they add up over processes, whose Nk may differ. Float64 has the digits.
-    centre, count = 1.0 / keys, batch * queries * keys
-    raw = moments + centre * (sums[:, None] + sums) + count * centre**2
-    total = sums + count * centre
-    if norm.process_group is not None:
-        counted = total.new_full((1,), count)
-        count, total, raw = sum_over_processes(norm.process_group, counted, total, raw)
-    each = total / count
-    covariance = raw / count - each[:, None] * each
-    if weight is None:
-        mean, variance = each + offset, covariance.diagonal()
-    else:
-        mean, variance = weight @ each + offset, ((weight @ covariance) * weight).sum(1)
-    track(norm, mean, variance, count)
-    return mean, variance
