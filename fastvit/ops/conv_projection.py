@@ -2,7 +2,7 @@
 
 - ``cpp``: at inference one pass over x for the three convolutions and norms (``csrc/cpu/conv_projection.cpp``); in
   training ``token_depthwise_conv`` thrice. Then the linear layers.
-- ``cuda``: ``token_depthwise_conv`` thrice, then the library's products.
+- ``cuda``, ``triton``: ``token_depthwise_conv`` thrice by that backend, then the library's products.
 - ``reference``: ``fastvit.reference.functional.conv_projection``.
 """
 
@@ -135,7 +135,7 @@ def conv_projection(
         x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
         q, k, v: the parameters and the stride of each, as :func:`depthwise_separable_conv` takes them.
         grid: (h, w).
-        backend: "auto", "cuda", "cpp" or "reference".
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
         Queries, keys and values (B, P + h'*w', O), each of the size its own stride and weight give.

@@ -1,6 +1,6 @@
 """Depthwise convolution, BatchNorm and a linear layer on tokens as they lie: the checks, and who computes it.
 
-- ``cuda``, ``cpp``: ``token_depthwise_conv`` by that backend, the norm in it, then the library's product.
+- ``cuda``, ``cpp``, ``triton``: ``token_depthwise_conv`` by that backend, the norm in it, then the library's product.
 - ``reference``: ``fastvit.reference.functional.depthwise_separable_conv``.
 """
 
@@ -121,7 +121,7 @@ def depthwise_separable_conv(
         dw_weight: (C, 1, k, k), dw_bias: (C,). pw_weight: (O, C), pw_bias: (O,). On x's device.
         norm: BatchNorm over channels, between the two, or None.
         grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default.
-        backend: "auto", "cuda", "cpp" or "reference".
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
         (B, P + h'*w', O) with h' = (h + 2 * padding - k) // stride + 1, likewise w'.

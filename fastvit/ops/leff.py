@@ -2,10 +2,12 @@
 
 - ``cuda``, ``cpp``: the library's products around ``token_depthwise_conv`` by that backend, which takes the first two
   norms and both GELUs along.
+- ``triton``: at inference ``kernels/leff.py``, which never brings the convolution's result into memory; in training,
+  and for kernels of more than 3 x 3, as above.
 - ``reference``: ``fastvit.reference.functional.leff``.
 
-At inference prefix tokens go through every step with the others, and are put right at the end: that costs less than
-taking them off in front and joining them again, which copies x and the result.
+In a composition at inference prefix tokens go through every step with the others, and are put right at the end: that
+costs less than taking them off in front and joining them again, which copies x and the result.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.ops import _leff_triton
 from fastvit.ops._composition import (
     KERNELS,
     as_dtype_of,
@@ -58,6 +61,14 @@ class Call(NamedTuple):
     down_norm: BatchNorm | None
     prefix_tokens: int
     form: str
+
+    def layers(self) -> tuple[tuple[Tensor, Tensor | None, BatchNorm | None], ...]:
+        """Weight, bias and norm of each."""
+        return (
+            (self.up_weight, self.up_bias, self.up_norm),
+            (self.dw_weight, self.dw_bias, self.dw_norm),
+            (self.down_weight, self.down_bias, self.down_norm),
+        )
 
     def norms(self) -> tuple[BatchNorm | None, ...]:
         """Those there are, and None."""
@@ -114,6 +125,18 @@ def _infer(call: Call, kernels: Implementation) -> Tensor:
     return out
 
 
+def _infer_at_once(call: Call) -> Tensor:
+    """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
+    x, prefix_tokens = call.x.to(linear_dtype(call.x)), call.prefix_tokens
+    layers = tuple((weight.to(x.dtype), bias, norm) for weight, bias, norm in call.layers())
+    out = _leff_triton.run(x, layers, call.grid, prefix_tokens, call.form == "paper")
+    if prefix_tokens and x.dtype != call.x.dtype:
+        out = out.to(torch.promote_types(x.dtype, call.x.dtype))
+        if call.form == "official":
+            out[:, :prefix_tokens] = call.x[:, :prefix_tokens]
+    return out
+
+
 def _by(kernels: Implementation) -> Implementation:
     """The composition whose convolution is computed so."""
 
@@ -125,7 +148,11 @@ def _by(kernels: Implementation) -> Implementation:
         return found
 
     def run(call: Call) -> Tensor:
-        return _train(call, kernels) if _trains(call) else _infer(call, kernels)
+        if _trains(call):
+            return _train(call, kernels)
+        if kernels.name == "triton" and _leff_triton.fits(call.x, *(weight for weight, _, _ in call.layers())):
+            return _infer_at_once(call)
+        return _infer(call, kernels)
 
     return Implementation(kernels.name, reasons, run)
 
@@ -196,7 +223,7 @@ def leff(
         grid: (h, w).
         form: "official" gives prefix tokens as they came, so that a residual doubles them, and has no GELU at the end;
             "paper" gives zeros for them, so that a residual leaves them be, and has a GELU behind the last norm.
-        backend: "auto", "cuda", "cpp" or "reference".
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
         (B, P + h*w, O).
