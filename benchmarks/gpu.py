@@ -1,10 +1,15 @@
 """Proof on a GPU in one command: ``python -m benchmarks.gpu``.
 
-1. The parity suite, ``tests/kernels/test_on_gpu.py``: every Triton and CUDA operator, forward and backward.
-2. compute-sanitizer over its small forward cases, where it is found.
+1. The parity suite, every test marked ``gpu``: each Triton and CUDA operator, forward and backward, against float64.
+2. compute-sanitizer, memcheck and racecheck, over the small cases of the CUDA extension, forward and backward, and
+   memcheck over the small forward cases of the Triton kernels, where it is found.
 3. Every operator at the sizes of ``benchmarks/jobs.py``, inference and training step, beside its peers: the plain code,
-   the plain code under torch.compile (default and max-autotune), and for plain attention each backend of SDPA. No time
-   is given for a result that is less accurate than the rule allows.
+   the plain code under torch.compile (default and max-autotune), each backend of SDPA, cuDNN's convolution with its
+   transposes; and beside floors: a copy of the same bytes, attention without mixing. No time of ours is given for a
+   result that is less accurate than the rule allows. With each row its peak memory, the bytes and floating-point
+   operations the job needs, and the device's kernels by time: how far from the roofline it is, and where.
+4. Whole training steps, ``benchmarks/gpu_models.py``: peak memory and time, fused beside plain.
+5. ``benchmarks/gpu_goals.py``: which of the goals were reached.
 
 Writes a dated JSON into ``benchmarks/results/``; ends with 1 if a test failed or a fused result was inaccurate.
 """
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,36 +29,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.jobs import JOBS, Job, Tensors, widened
+from benchmarks.gpu_goals import describe_goal, judge
+from benchmarks.gpu_models import MODELS, describe_steps, measure_steps, peak_mebibytes
+from benchmarks.gpu_peers import Call, floors, library_ways, traffic
+from benchmarks.jobs import JOBS, Job, Result, Tensors, images, parts, widened
 from benchmarks.ops._timing import compare, is_accurate
 from fastvit import backends, ops
 from fastvit.reference import functional
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITE = "tests/kernels/test_on_gpu.py"
-SDPA_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
+SUITE = (
+    "tests/kernels/test_on_gpu.py",
+    "tests/ops/test_token_depthwise_conv_cuda.py",
+    "tests/compat/test_running.py",
+    "tests/compat/test_state.py",
+)
+SANITIZED = {
+    "memcheck of the extension": ("memcheck", "small and cuda and (test_forward or test_gradients)"),
+    "racecheck of the extension": ("racecheck", "small and cuda and (test_forward or test_gradients)"),
+    "memcheck of Triton": ("memcheck", "small and triton and test_forward and float16"),
 }
+"""By name: compute-sanitizer's tool, and which tests it watches."""
+
 COMPILED = {"compile": {}, "compile_max_autotune": {"mode": "max-autotune"}}
 KERNELS = ("triton", "cuda")
+PROFILED = 8
+"""So many kernels of a row are named."""
 
-Call = Callable[[Tensors], Tensor]
 
+def run_suite(command: Sequence[str], timeout: float, only: str = "") -> dict[str, Any]:
+    """The outcome of one command over the suite: its exit status and the end of what it said.
 
-def run_suite(command: Sequence[str], timeout: float) -> dict[str, Any]:
-    """The outcome of one command over the suite: its exit status and the end of what it said."""
-    arguments = [*command, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", SUITE]
-    if command:
-        arguments += ["-k", "test_forward and small and float16 or test_class_attention and float16"]
+    Args:
+        command: in front of pytest's. only: the tests, as for ``pytest -k``.
+    """
+    files = SUITE[:1] if only else SUITE
+    arguments = [*command, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
+    arguments += ["-k", only] if only else []
+    # So that every tensor is an allocation of its own, whose bounds the sanitizer sees.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command else None
     try:
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"status": None, "summary": f"stopped after {timeout:.0f} s"}
     lines = (done.stdout + done.stderr).strip().splitlines()
@@ -60,21 +82,17 @@ def run_suite(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 
 def sanitize(timeout: float) -> dict[str, Any]:
-    """compute-sanitizer's verdict on the small forward cases, or why there is none."""
+    """compute-sanitizer's verdicts, by what was watched, or why there is none."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return {"status": None, "summary": "compute-sanitizer was not found"}
-    return run_suite([tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"], timeout)
-
-
-def _sdpa(backend: SDPBackend) -> Call:
-    def call(t: Tensors) -> Tensor:
-        mask, bias = t.get("mask"), t.get("bias")
-        allowed = bias if mask is None else mask[:, None, None, :]
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], allowed)
-
-    return call
+    found = {}
+    for name, (kind, only) in SANITIZED.items():
+        command = [tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all"]
+        found[name] = run_suite(command, timeout, only)
+    failed = [outcome["status"] for outcome in found.values() if outcome["status"] not in (0, None)]
+    summary = "; ".join(f"{name}: {outcome['summary']}" for name, outcome in found.items())
+    return {"status": failed[0] if failed else 0, "summary": summary, "runs": found}
 
 
 def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
@@ -83,7 +101,7 @@ def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
     def fused(backend: str) -> Call:
         return lambda t: job.call(ops, t, backend=backend)
 
-    def plain(t: Tensors) -> Tensor:
+    def plain(t: Tensors) -> Result:
         return job.call(functional, t)
 
     found = {"fused": fused("auto"), "plain": plain}
@@ -91,42 +109,48 @@ def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
     for name in compiled:
         torch.compiler.reset()
         found[name] = torch.compile(plain, dynamic=False, **COMPILED[name])
-    if job.op == "masked_attention":
-        found |= {f"sdpa_{name}": _sdpa(backend) for name, backend in SDPA_BACKENDS.items()}
-    return found
+    return found | library_ways(job)
 
 
-def _step(job: Job, tensors: Tensors, call: Call, grad: Tensor) -> Callable[[], Tensor]:
-    """One forward and backward; returns the output."""
+def _step(job: Job, tensors: Tensors, call: Call, grads: Sequence[Tensor]) -> Callable[[], None]:
+    """One forward and backward."""
     leaves = job.leaves(tensors)
     inputs = {**tensors, **leaves}
 
-    def step() -> Tensor:
-        out = call(inputs)
-        torch.autograd.grad(out, list(leaves.values()), grad)
-        return out.detach()
+    def step() -> None:
+        torch.autograd.grad(parts(call(inputs)), list(leaves.values()), grads)
 
     return step
 
 
-def _inference(tensors: Tensors, call: Call) -> Callable[[], Tensor]:
-    def infer() -> Tensor:
+def _inference(tensors: Tensors, call: Call) -> Callable[[], None]:
+    def infer() -> None:
         with torch.no_grad():
-            return call(tensors)
+            call(tensors)
 
     return infer
 
 
-def _peak_mebibytes(call: Callable[[], Tensor], device: torch.device) -> float | None:
-    """What a call allocates at its height, above what is there before."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+def device_kernels(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Microseconds of one call by kernel of the device (by operator on a CPU), the longest few."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    times = {
+        event.key[:120]: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:PROFILED])
+
+
+def _operations(run: Callable[[], object]) -> int:
+    """The floating-point operations of the products and convolutions in a call of the plain code."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def measure(
@@ -134,26 +158,34 @@ def measure(
 ) -> dict[str, Any]:
     """One row: milliseconds and peak memory of every candidate that takes the call, and why the others do not."""
     tensors = job.tensors(batch, dtype, device, small=options.small)
+    few = images(tensors, 2)
     with torch.no_grad():
-        few = {name: t[:2] if t.shape[:1] == (batch,) else t for name, t in tensors.items()}
-        plain, exact = job.call(functional, few), job.call(functional, widened(few))
-        grad = torch.randn_like(job.call(functional, tensors))
-    calls, peak, refused, inaccurate = {}, {}, {}, []
+        plain, exact = (parts(job.call(functional, each)) for each in (few, widened(few)))
+        out = job.call(functional, tensors)
+        grads = [torch.randn_like(part) for part in parts(out)]
+
+    def timed(call: Call) -> Callable[[], None]:
+        return _step(job, tensors, call, grads) if training else _inference(tensors, call)
+
+    calls: dict[str, Callable[[], object]] = {}
+    peak, refused, inaccurate = {}, {}, []
     for name, call in candidates(job, options.compiled).items():
-        run = _step(job, tensors, call, grad) if training else _inference(tensors, call)
+        run = timed(call)
         try:
             with torch.no_grad():
-                accurate = name.startswith("compile") or is_accurate(call(few), plain, exact)
+                accurate = name.startswith("compile") or all(map(is_accurate, parts(call(few)), plain, exact))
             run()
-            peak[name] = _peak_mebibytes(run, device)
+            found = peak_mebibytes(run, device)
         except (RuntimeError, ValueError) as error:  # it does not take the call, or not this much memory
             refused[name] = str(error).splitlines()[0][:300]
             continue
-        if accurate:
-            calls[name] = run
-        else:
+        peak[name] = None if found is None else found["peak"] - found["held"]
+        if not accurate:
             inaccurate.append(name)
-    times = compare(calls, rounds=options.rounds, device=device)
+        if accurate or name not in ("fused", *KERNELS):
+            calls[name] = run
+    kernels = device_kernels(calls["fused"], device) if "fused" in calls else {}
+    times = compare(calls | floors(job, tensors, out, training), rounds=options.rounds, device=device)
     return {
         "job": job.name,
         "op": job.op,
@@ -164,6 +196,9 @@ def measure(
         "peak_mebibytes": peak,
         "refused": refused,
         "inaccurate": inaccurate,
+        "bytes": traffic(tensors, out, training),
+        "operations": _operations(timed(lambda t: job.call(functional, t))),
+        "kernels_microseconds": kernels,
     }
 
 
@@ -173,8 +208,10 @@ def describe_row(row: dict[str, Any]) -> str:
     times = {name: measured["median"] for name, measured in row["milliseconds"].items()}
     if "fused" not in times:
         return f"{start} no fused time: {row['refused'].get('fused', 'inaccurate')}"
-    others = "  ".join(f"{name} {time / times['fused']:.2f}x" for name, time in times.items() if name != "fused")
-    return f"{start} {times['fused']:8.3f} ms  {others}"
+    fused = times.pop("fused")
+    others = "  ".join(f"{name} {time / fused:.2f}x" for name, time in times.items())
+    rates = f"{row['bytes'] / fused / 1e6:.0f} GB/s {row['operations'] / fused / 1e9:.1f} TFLOP/s"
+    return f"{start} {fused:8.3f} ms  {others}  {rates}"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -186,8 +223,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compiled", nargs="*", choices=list(COMPILED), default=list(COMPILED))
     parser.add_argument("--small", action="store_true", help="small shapes")
-    parser.add_argument("--skip", nargs="*", choices=("suite", "sanitizer", "benchmarks"), default=[])
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for the suite, and for the sanitizer")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whole training steps")
+    parser.add_argument("--skip", nargs="*", choices=("suite", "sanitizer", "benchmarks", "models"), default=[])
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for the suite, and each sanitizer")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -230,6 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     rows.append(row)
                     print(describe_row(row), flush=True)
                     save()
+    steps = result["steps"] = []
+    for model in options.models if "models" not in options.skip else ():
+        for batch in options.batch:
+            steps.append(measure_steps(model, batch, device, rounds=options.rounds, small=options.small))
+            print(describe_steps(steps[-1]), flush=True)
+            save()
+    result["goals"] = judge(rows, steps)
+    print(*map(describe_goal, result["goals"]), sep="\n")
     save()
     print("written:", path)
     failed = any(result.get(step, {}).get("status") not in (0, None) for step in ("suite", "sanitizer"))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.jobs import JOBS, widened
+from benchmarks.gpu_goals import GOALS, MEMORY_GOALS, judge
+from benchmarks.gpu_models import MODELS
+from benchmarks.jobs import JOBS, images, parts, widened
 from fastvit import ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
@@ -20,47 +22,119 @@ def test_every_job_runs_by_the_operator_and_by_its_plain_twin(job):
     assert job.op in ops.IMPLEMENTATIONS
     with torch.no_grad():
         fused, plain, exact = (
-            job.call(ops, tensors), job.call(functional, tensors), job.call(functional, widened(tensors)),
-        )  # fmt: skip
-    assert_as_accurate(fused, plain, exact)
+            parts(job.call(ops, tensors)),
+            parts(job.call(functional, tensors)),
+            parts(job.call(functional, widened(tensors))),
+        )
+        assert all(map(torch.equal, parts(job.call(functional, images(tensors, 2))), plain))
+    for each in zip(fused, plain, exact, strict=True):
+        assert_as_accurate(*each)
     leaves = job.leaves(tensors)
-    gradients = torch.autograd.grad(job.call(functional, {**tensors, **leaves}).square().sum(), list(leaves.values()))
+    outputs = parts(job.call(functional, {**tensors, **leaves}))
+    gradients = torch.autograd.grad(sum(out.square().sum() for out in outputs), list(leaves.values()))
     assert all(gradient.isfinite().all() for gradient in gradients)
-    assert {"running_mean", "running_var", "mask"}.isdisjoint(leaves)
+    assert "mask" not in leaves
+    assert not any("running" in name for name in leaves)
 
 
-def test_one_small_run_writes_what_it_found(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--small", "--rounds", "1", "--batch", "2", "--dtype", "float32", "--compiled"]
-    arguments += [
-        "--jobs",
-        "vit_b_padding",
-        "deepvit_s_training",
-        "--skip",
-        "suite",
-        "sanitizer",
-        "--out",
-        str(tmp_path),
-    ]
-    assert gpu.main(arguments) == 0
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_peers_of_every_job_compute_the_same(job):
+    tensors = job.tensors(2, torch.float32, "cpu", small=True)
+    with torch.no_grad():
+        plain = parts(job.call(functional, tensors))
+        for name, peer in gpu.library_ways(job).items():
+            if name in ("sdpa", "cudnn_nchw"):  # the others are the GPU's
+                for got, expected in zip(parts(peer(tensors)), plain, strict=True):
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        out = job.call(functional, tensors)
+        for training in (False, True):
+            for floor in gpu.floors(job, tensors, out, training).values():
+                assert floor().numel() > 0
+
+
+def run_small(tmp_path, *arguments: str) -> tuple[int, dict]:
+    """The exit status and the JSON of a small run on the CPU."""
+    options = ["--device", "cpu", "--small", "--rounds", "1", "--compiled", "--out", str(tmp_path)]
+    status = gpu.main([*options, *arguments])
     (path,) = tmp_path.iterdir()
     result = json.loads(path.read_text())
     assert path.name == f"{result['date']}-gpu-cpu.json"
-    assert [(row["job"], row["mode"]) for row in result["rows"]] == [
-        (job, mode) for job in ("vit_b_padding", "deepvit_s_training") for mode in ("inference", "training")
-    ]
+    return status, result
+
+
+def test_one_small_run_writes_what_it_found(tmp_path, capsys):
+    jobs = ("cait_s_class", "cvt13_stage1_q", "cvt13_stage3_projection")
+    arguments = ["--batch", "64", "--dtype", "bfloat16", "--skip", "suite", "sanitizer", "models"]
+    status, result = run_small(tmp_path, *arguments, "--jobs", *jobs)
+    assert status == 0
+    assert result["machine"]["versions"]["torch"] == str(torch.__version__)
+    modes = [(row["job"], row["mode"]) for row in result["rows"]]
+    assert modes == [(job, mode) for job in jobs for mode in ("inference", "training")]
     for row in result["rows"]:
         assert {"fused", "plain"} <= set(row["milliseconds"])
-        assert "triton" in row["refused"] or row["job"] != "vit_b_padding"
-        assert row["inaccurate"] == []
-    assert "vit_b_padding" in capsys.readouterr().out
+        assert "triton" in row["refused"]
+        assert "fused" not in row["inaccurate"]
+        assert row["bytes"] > 0
+        assert row["kernels_microseconds"]
+        assert row["operations"] > 0
+    assert {"floor_copy", "cudnn_nchw"} <= set(result["rows"][2]["milliseconds"])
+    assert result["rows"][3]["bytes"] > result["rows"][2]["bytes"]
+    assert result["steps"] == []
+    reached = {(goal.get("job"), goal.get("over")) for goal in result["goals"] if goal["reached"] is not None}
+    assert ("cvt13_stage1_q", "floor_copy") in reached
+    assert ("vit_b_padding", "sdpa") not in reached
+    told = capsys.readouterr().out
+    assert "cait_s_class" in told
+    assert "not measured" in told
+
+
+def test_training_steps_are_those_of_one_model(tmp_path):
+    arguments = ["--batch", "2", "--models", "deepvit_s", "--skip", "suite", "sanitizer", "benchmarks"]
+    status, result = run_small(tmp_path, *arguments)
+    (step,) = result["steps"]
+    assert status == 0
+    assert (step["model"], step["batch"]) == ("deepvit_s", 2)
+    assert step["first_loss"]["fused"] == pytest.approx(step["first_loss"]["plain"], rel=0.05)
+    assert set(step["milliseconds"]) == {"fused", "plain"}
+    assert step["peak_mebibytes"] == {"fused": None, "plain": None}
+
+
+def test_goals_are_about_jobs_and_candidates_there_are():
+    jobs = {job.name: job for job in JOBS}
+    for goal in GOALS:
+        tensors = jobs[goal.job].tensors(1, torch.float32, "cpu", small=True)
+        out = jobs[goal.job].call(functional, tensors)
+        names = {*gpu.candidates(jobs[goal.job], []), *gpu.COMPILED}
+        names |= set(gpu.floors(jobs[goal.job], tensors, out, goal.mode == "training"))
+        assert any(name.startswith(goal.over) for name in names), goal
+    assert {goal.model for goal in MEMORY_GOALS} <= set(MODELS)
+
+
+def test_goals_are_met_by_what_was_reached_and_not_without():
+    goal, memory = GOALS[0], MEMORY_GOALS[0]
+
+    def judged(fused: float, peak: float) -> tuple[dict, dict]:
+        times = {"fused": {"median": fused}, goal.over: {"median": 1.0}}
+        row = {"job": goal.job, "mode": goal.mode, "batch": 64, "dtype": "bfloat16", "milliseconds": times}
+        step = {"model": memory.model, "batch": 64, "peak_mebibytes": {"fused": {"peak": peak}, "plain": {"peak": 3.0}}}
+        found = judge([row], [step])
+        assert not any(each["met"] for each in found[1:-1])
+        return found[0], found[-1]
+
+    speed, share = judged(0.25, 1.0)
+    assert (speed["reached"], speed["met"]) == (4.0, True)
+    assert (share["reached"], share["met"]) == (pytest.approx(1 / 3), True)
+    assert [each["met"] for each in judged(0.26, 1.1)] == [False, False]
 
 
 def test_an_inaccurate_result_gets_no_time_and_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "is_accurate", lambda *_: False)
-    arguments = ["--device", "cpu", "--small", "--rounds", "1", "--batch", "1", "--compiled", "--jobs", "vit_b"]
-    assert gpu.main([*arguments, "--skip", "suite", "sanitizer", "--out", str(tmp_path)]) == 1
-    (path,) = tmp_path.iterdir()
-    assert all("fused" in row["inaccurate"] and not row["milliseconds"] for row in json.loads(path.read_text())["rows"])
+    arguments = ["--batch", "1", "--jobs", "vit_b", "--skip", "suite", "sanitizer", "models"]
+    status, result = run_small(tmp_path, *arguments)
+    assert status == 1
+    for row in result["rows"]:
+        assert "fused" in row["inaccurate"]
+        assert "fused" not in row["milliseconds"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -73,6 +147,22 @@ def test_without_a_gpu_the_command_says_so(capsys):
 def test_a_sanitizer_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     assert gpu.sanitize(1.0) == {"status": None, "summary": "compute-sanitizer was not found"}
+
+
+def test_the_sanitizer_watches_the_extension_and_triton(monkeypatch):
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        assert options["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        return gpu.subprocess.CompletedProcess(command, 9 if "racecheck" in command else 0, "said", "")
+
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    outcome = gpu.sanitize(1.0)
+    assert outcome["status"] == 9
+    assert [run["status"] for run in outcome["runs"].values()] == [0, 9, 0]
+    assert all(command[0] == "/bin/compute-sanitizer" and "-k" in command for command in commands)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run the whole suite")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.jobs import JOBS, Job, widened
+from benchmarks.jobs import JOBS, Job, parts, widened
 from fastvit import ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
@@ -48,25 +48,48 @@ def true_float32():
 
 
 def run(job: Job, tensors, backend: str):
-    """The operator's output; the test is skipped, with every reason, where the backend does not take the call."""
+    """The operator's outputs; the test is skipped, with every reason, where the backend does not take the call."""
     try:
-        return job.call(ops, tensors, backend=backend)
+        return parts(job.call(ops, tensors, backend=backend))
     except RuntimeError as error:
         if "cannot run this call" not in str(error):
             raise
         pytest.skip(str(error))
 
 
-def differentiate(job: Job, tensors, call, grad):
-    """The output of ``call`` and the gradient of every leaf."""
+def plain(job: Job, tensors):
+    return parts(job.call(functional, tensors))
+
+
+def weights_for(job: Job, tensors):
+    """The gradients that come back to the outputs."""
+    with torch.no_grad():
+        return [torch.randn_like(out) for out in plain(job, tensors)]
+
+
+def differentiate(job: Job, tensors, call, grads):
+    """The outputs of ``call`` and the gradient of every leaf, by name."""
     leaves = job.leaves(tensors)
-    out = call({**tensors, **leaves})
-    return {"output": out.detach()} | {
-        f"gradient of {name}": gradient
-        for name, gradient in zip(
-            leaves, torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)), strict=True
-        )
-    }
+    outputs = call({**tensors, **leaves})
+    grads = [grad.to(out.dtype) for out, grad in zip(outputs, grads, strict=True)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return named | {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+
+
+def check_step(job: Job, tensors, call):
+    """Hold the outputs and gradients of ``call`` to those of the plain code."""
+    grads = weights_for(job, tensors)
+    with poisoned_empty():
+        ours = differentiate(job, tensors, call, grads)
+    reference = differentiate(job, tensors, lambda t: plain(job, t), grads)
+    exact = differentiate(job, widened(tensors), lambda t: plain(job, t), grads)
+    for name in exact:
+        assert_as_accurate(ours[name], reference[name], exact[name], name=name)
+
+
+def equal(outputs, others):
+    return all(map(torch.equal, outputs, others))
 
 
 @each_pair
@@ -74,44 +97,37 @@ def differentiate(job: Job, tensors, call, grad):
 @pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
 def test_forward_is_as_accurate_as_the_reference(job, backend, dtype, small):
     tensors = job.tensors(BATCH, dtype, "cuda", small=small)
-    with torch.no_grad(), poisoned_empty():
-        out = run(job, tensors, backend)
     with torch.no_grad():
-        plain = job.call(functional, tensors)
-        exact = job.call(functional, widened(tensors))
-    assert_as_accurate(out, plain, exact)
+        with poisoned_empty():
+            outputs = run(job, tensors, backend)
+        for each in zip(outputs, plain(job, tensors), plain(job, widened(tensors)), strict=True):
+            assert_as_accurate(*each)
 
 
 @each_pair
 @each_dtype
 @pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
 def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small):
-    tensors = job.tensors(BATCH, dtype, "cuda", small=small)
-    with torch.no_grad():
-        grad = torch.randn_like(job.call(functional, tensors))
-    with poisoned_empty():
-        ours = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
-    plain = differentiate(job, tensors, lambda t: job.call(functional, t), grad)
-    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
-    for name in plain:
-        assert_as_accurate(ours[name], plain[name], exact[name], name=name)
+    check_step(job, job.tensors(BATCH, dtype, "cuda", small=small), lambda t: run(job, t, backend))
 
 
 @each_pair
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_every_candidate_of_the_tuner_is_as_accurate(job, backend, place, monkeypatch):
+    """In inference, which has kernels of its own, and in training."""
     tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
-    monkeypatch.setattr(
-        tuning, "choose", lambda name, key, candidates, run: candidates[min(place, len(candidates) - 1)]
-    )
+
+    def choose(name, key, candidates, run):
+        return candidates[min(place, len(candidates) - 1)]
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("fastvit.kernels.")]:
+        if getattr(module, "choose", None) is tuning.choose:
+            monkeypatch.setattr(module, "choose", choose)
     tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
     with torch.no_grad():
-        grad = torch.randn_like(job.call(functional, tensors))
-    ours = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
-    plain = differentiate(job, tensors, lambda t: job.call(functional, t), grad)
-    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
-    for name in plain:
-        assert_as_accurate(ours[name], plain[name], exact[name], name=name)
+        for each in zip(run(job, tensors, backend), plain(job, tensors), plain(job, widened(tensors)), strict=True):
+            assert_as_accurate(*each)
+    check_step(job, tensors, lambda t: run(job, t, backend))
 
 
 @each_pair
@@ -131,7 +147,7 @@ def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backen
             for name, tensor in tensors.items():
                 held[name].copy_(tensor)
             graph.replay()
-            assert torch.equal(out, run(job, tensors, backend))
+            assert equal(out, run(job, tensors, backend))
 
 
 @each_pair
@@ -153,17 +169,18 @@ def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
         with torch.cuda.graph(graph):
             out = run(job, tensors, backend)
         graph.replay()
-    assert_as_accurate(out, eager, job.call(functional, widened(tensors)))
+        for each in zip(out, eager, plain(job, widened(tensors)), strict=True):
+            assert_as_accurate(*each)
 
 
 @each_pair
 @each_dtype
 def test_results_repeat_to_the_bit_in_deterministic_mode(job, backend, dtype):
     tensors = job.tensors(BATCH, dtype, "cuda")
-    grad = torch.randn_like(job.call(functional, tensors))
+    grads = weights_for(job, tensors)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        runs = [differentiate(job, tensors, lambda t: run(job, t, backend), grad) for _ in range(3)]
+        runs = [differentiate(job, tensors, lambda t: run(job, t, backend), grads) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     for other in runs[1:]:
@@ -175,13 +192,8 @@ def test_results_repeat_to_the_bit_in_deterministic_mode(job, backend, dtype):
 def test_compiled_in_one_graph_with_gradients(job, backend):
     tensors = job.tensors(BATCH, torch.float32, "cuda", small=True)
     run(job, tensors, backend)
-    grad = torch.randn_like(job.call(functional, tensors))
     compiled = torch.compile(lambda t: job.call(ops, t, backend=backend), fullgraph=True)
-    eager = differentiate(job, tensors, lambda t: run(job, t, backend), grad)
-    traced = differentiate(job, tensors, compiled, grad)
-    exact = differentiate(job, widened(tensors), lambda t: job.call(functional, t), grad)
-    for name in eager:
-        assert_as_accurate(traced[name], eager[name], exact[name], name=name)
+    check_step(job, tensors, lambda t: parts(compiled(t)))
 
 
 @each_pair
@@ -198,7 +210,7 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
             late = {name: tensor + (busy.sum() * 0).to(tensor.dtype) for name, tensor in tensors.items()}
             out = run(job, late, backend)
         torch.cuda.current_stream().wait_stream(side)
-    assert torch.equal(out, eager)
+    assert equal(out, eager)
 
 
 def test_measured_configurations_are_found_again_by_another_process(tmp_path):
@@ -237,7 +249,7 @@ def test_class_attention_kernels(dtype):
         results = []
         for wide in (dtype, torch.float64):
             leaves = [t.to(wide).detach().requires_grad_() for t in (q, k, v, bias)]
-            plain = functional.masked_attention(*leaves[:3], mask, leaves[3], scale)
-            results.append((plain.detach(), *torch.autograd.grad(plain, leaves, grad.to(wide))))
+            expected = functional.masked_attention(*leaves[:3], mask, leaves[3], scale)
+            results.append((expected.detach(), *torch.autograd.grad(expected, leaves, grad.to(wide))))
         for name, *three in zip(("output", "dq", "dk", "dv", "dbias"), ours, *results, strict=True):
             assert_as_accurate(*three, name=name)
