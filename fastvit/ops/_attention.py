@@ -7,6 +7,7 @@ needs nothing, Triton's keeps the output and the logarithm of each row's sum of 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,22 +18,18 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops._checks import check_mask, check_tokens, describe, to_four_axes
-from fastvit.ops._dispatch import gradients_needed
+from fastvit.ops._dispatch import Implementation, gradients_needed
 from fastvit.reference import functional
 
 __all__ = [
     "ENGINES",
     "Call",
     "Engine",
+    "Orders",
     "attend",
     "checked",
-    "cpp_reasons",
     "define_attention",
-    "no_reasons",
-    "run_cpp",
-    "run_reference",
-    "run_sdpa",
-    "triton_reasons",
+    "orders",
 ]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
@@ -344,6 +341,27 @@ def run_reference(call: Call) -> Tensor:
 def no_reasons(call: Call) -> list[str]:
     """For what takes every call."""
     return []
+
+
+class Orders(NamedTuple):
+    """The implementations of one kind of attention, in three orders of preference."""
+
+    cpp_first: tuple[Implementation, ...]
+    sdpa_first: tuple[Implementation, ...]
+    triton_first: tuple[Implementation, ...]
+
+
+def orders(triton_engine: str) -> Orders:
+    """Of an attention whose Triton kernels are the engine of this name; all else is shared."""
+    cpp = Implementation("cpp", cpp_reasons, run_cpp)
+    sdpa = Implementation("sdpa", no_reasons, run_sdpa)
+    triton = Implementation("triton", triton_reasons, functools.partial(attend, triton_engine))
+    reference = Implementation("reference", no_reasons, run_reference)
+    return Orders(
+        cpp_first=(cpp, sdpa, triton, reference),
+        sdpa_first=(sdpa, cpp, triton, reference),
+        triton_first=(triton, sdpa, cpp, reference),
+    )
 
 
 VECTORISED = not backends.cpp_reasons() and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"

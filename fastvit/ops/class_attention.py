@@ -41,30 +41,16 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
 _attention.ENGINES["class_triton"] = Engine.keeping_nothing("class_attention_triton")
 
 
-def _run_triton(call: Call) -> Tensor:
-    return _attention.attend("class_triton", call)
-
-
-_CPP = Implementation("cpp", _attention.cpp_reasons, _attention.run_cpp)
-_TRITON = Implementation("triton", _attention.triton_reasons, _run_triton)
-_SDPA = Implementation("sdpa", _attention.no_reasons, _attention.run_sdpa)
-_REFERENCE = Implementation("reference", _attention.no_reasons, _attention.run_reference)
-
-IMPLEMENTATIONS = (_CPP, _SDPA, _TRITON, _REFERENCE)
+ORDERS = _attention.orders("class_triton")
+IMPLEMENTATIONS = ORDERS.cpp_first
 """In order of preference."""
-
-SDPA_FIRST_IMPLEMENTATIONS = (_SDPA, _CPP, _TRITON, _REFERENCE)
-"""The order on the CPU without vectors, and on devices of other kinds."""
-
-CUDA_IMPLEMENTATIONS = (_TRITON, _SDPA, _CPP, _REFERENCE)
-"""The order on CUDA."""
 
 
 def _order(call: Call) -> tuple[Implementation, ...]:
     device = call.q.device.type
     if device == "cpu" and _attention.VECTORISED:
-        return IMPLEMENTATIONS
-    return CUDA_IMPLEMENTATIONS if device == "cuda" else SDPA_FIRST_IMPLEMENTATIONS
+        return ORDERS.cpp_first
+    return ORDERS.triton_first if device == "cuda" else ORDERS.sdpa_first
 
 
 def class_attention(

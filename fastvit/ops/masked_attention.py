@@ -18,32 +18,18 @@ from fastvit.ops._dispatch import Implementation, select
 __all__ = ["masked_attention"]
 
 
-def _run_triton(call: Call) -> Tensor:
-    return _attention.attend("triton", call)
-
-
-_CPP = Implementation("cpp", _attention.cpp_reasons, _attention.run_cpp)
-_TRITON = Implementation("triton", _attention.triton_reasons, _run_triton)
-_SDPA = Implementation("sdpa", _attention.no_reasons, _attention.run_sdpa)
-_REFERENCE = Implementation("reference", _attention.no_reasons, _attention.run_reference)
-
-IMPLEMENTATIONS = (_CPP, _SDPA, _TRITON, _REFERENCE)
+ORDERS = _attention.orders("triton")
+IMPLEMENTATIONS = ORDERS.cpp_first
 """In order of preference."""
-
-SDPA_FIRST_IMPLEMENTATIONS = (_SDPA, _CPP, _TRITON, _REFERENCE)
-"""The order off the CPU, and on it without vectors, where the C++ kernels and SDPA tie."""
-
-CUDA_MASKED_IMPLEMENTATIONS = (_TRITON, _SDPA, _CPP, _REFERENCE)
-"""The order on CUDA under a mask or a bias."""
 
 
 def _order(call: Call) -> tuple[Implementation, ...]:
     """Who is asked first. Sizes play no part, so that a compiled graph serves any of them."""
     device = call.q.device.type
     if device == "cpu" and _attention.VECTORISED:
-        return IMPLEMENTATIONS
+        return ORDERS.cpp_first
     masked = call.mask is not None or call.bias is not None
-    return CUDA_MASKED_IMPLEMENTATIONS if device == "cuda" and masked else SDPA_FIRST_IMPLEMENTATIONS
+    return ORDERS.triton_first if device == "cuda" and masked else ORDERS.sdpa_first
 
 
 def masked_attention(
