@@ -30,6 +30,7 @@ __all__ = [
     "automatic",
     "gradients_needed",
     "left_out",
+    "must_be_plain",
     "recording",
     "select",
     "turned_down",
@@ -69,7 +70,7 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _must_be_plain() -> bool:
+def must_be_plain() -> bool:
     """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed.
 
     Transformed: by ``torch.func``, or by forward-mode automatic differentiation. All know torch's own operators only.
@@ -127,7 +128,7 @@ def select(
         ValueError: no implementation has that name.
         RuntimeError: the implementation asked for cannot take the call; lists every reason.
     """
-    if _must_be_plain():
+    if must_be_plain():
         return implementations[-1]
     if backend == AUTO:
         chosen = automatic(implementations, args, kwargs)

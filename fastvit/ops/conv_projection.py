@@ -17,6 +17,7 @@ from fastvit import backends
 from fastvit.ops._composition import KERNELS, has_batch_statistics, linear, parameters_of
 from fastvit.ops._convolution_checks import check_x
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import out_size
 from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as SEPARATE
 from fastvit.ops.depthwise_separable_conv import Call as SeparateCall
@@ -154,4 +155,4 @@ def conv_projection(
         calls.append(checked(x, *part, grid, prefix_tokens, f"{name}."))
     call = Call(*calls)
     order = order_for(IMPLEMENTATIONS, backend, *(part.convolution for part in call))
-    return select(_NAME, order, backend, (call,), {}).run(call)
+    return select(_NAME, fastest_first(_NAME, order, backend, x, call), backend, (call,), {}).run(call)

@@ -36,6 +36,7 @@ from fastvit.ops._convolution_checks import (
     check_x,
 )
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import Call as Convolution
 from fastvit.reference import functional
 from fastvit.reference.functional import LEFF_FORMS, BatchNorm
@@ -237,4 +238,4 @@ def leff(
     weights = (up_weight, up_bias, dw_weight, dw_bias, down_weight, down_bias)
     call = Call(x, *weights, grid, up_norm, dw_norm, down_norm, prefix_tokens, form)
     _check(call)
-    return select(_NAME, IMPLEMENTATIONS, backend, (call,), {}).run(call)
+    return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

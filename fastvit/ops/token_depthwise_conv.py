@@ -2,7 +2,8 @@
 
 - ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``.
 - ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``; float32 and bfloat16.
-- ``triton``: ``kernels/token_depthwise_conv.py``, for ROCm and for installations without the extension.
+- ``triton``: ``kernels/token_depthwise_conv.py``, for ROCm and for installations without the extension; where both it
+  and ``cuda`` take a call at inference, the faster one by measuring.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
 
 The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv_native.py``.
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastvit import backends
 from fastvit.ops._convolution_checks import check_bias, check_depthwise, check_geometry, check_norm, check_x
 from fastvit.ops._dispatch import AUTO, Implementation, gradients_needed, select
+from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, TRITON, Call, Operators, out_size, run
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
@@ -255,4 +257,5 @@ def token_depthwise_conv(
         activation,
         residual,
     )
-    return select(_NAME, order_for(IMPLEMENTATIONS, backend, call), backend, (call,), {}).run(call)
+    order = fastest_first(_NAME, order_for(IMPLEMENTATIONS, backend, call), backend, x, call)
+    return select(_NAME, order, backend, (call,), {}).run(call)

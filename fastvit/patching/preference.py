@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvit import ops
-from fastvit.ops import _dispatch
+from fastvit.ops import _dispatch, _measured
 from fastvit.reference.functional import BatchNorm, Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,6 +102,7 @@ def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device)
     """The backend that a call of ``op`` with ``backend`` runs on, computing nothing; None where it would raise."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_measured.unmeasured())
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_dispatch.recording(_stop))

@@ -213,6 +213,25 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
     assert equal(out, eager)
 
 
+@pytest.mark.parametrize(
+    "job", [job for job in JOBS if {*BACKENDS} <= {*backends_of(job.op)}], ids=lambda job: job.name
+)
+def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
+    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
+    monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tensors = job.tensors(BATCH, torch.float16, "cuda")
+    with torch.no_grad():
+        for backend in BACKENDS:
+            run(job, tensors, backend)
+        for each in zip(run(job, tensors, "auto"), plain(job, tensors), plain(job, widened(tensors)), strict=True):
+            assert_as_accurate(*each)
+        trains = "training" in job.name  # batch statistics, which a run to measure would move
+        assert [known[0] for known in tuning._chosen].count(job.op) == (0 if trains else 1)
+        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured again"))
+        run(job, tensors, "auto")
+
+
 def test_measured_configurations_are_found_again_by_another_process(tmp_path):
     program = (
         "import sys, torch; from fastvit import ops; from fastvit.kernels import _tuning as t\n"
