@@ -13,10 +13,8 @@ Tile plan:
 - ``leff_expand_kernel``: one program makes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
   Programs that share their tokens are neighbours, so x comes from the cache.
 - ``leff_contract_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
-  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers: k * k shifted tiles of h, of which all but the
-  first come from the L1 cache, times their taps, plus the offset, GELU. Making it costs as much as multiplying it, so a
-  program is to be as wide as the output: a second, narrower accumulator makes widths of 192 and 384 out of powers of
-  two. Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
+  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_convolved_products.py``): the convolution
+  of h, GELU. Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
 
 Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
 float32; everything between them is float32.
@@ -26,44 +24,27 @@ Source: Yuan et al. 2021 (CeiT), section 3.2.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
+from fastvit.kernels._convolved_products import (
+    FOLD_BLOCK,
+    Behind,
+    Config,
+    chip,
+    choose_contract,
+    convolved,
+    fold_taps,
+    is_regular,
+    scale_and_offset,
+    weight_tile,
+)
 from fastvit.kernels._primitives import product_kind
-from fastvit.kernels._tokens import MOST_ROWS, gelu, load_norm, load_vector, place_rows, with_near_rows
+from fastvit.kernels._tokens import MOST_ROWS, gelu, load_vector, place_rows, with_near_rows
 from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
 
-FOLD_BLOCK = 128
-
-
-class Behind(NamedTuple):
-    """What stands behind a product or the convolution: a bias, then a BatchNorm, of which var is None where none is."""
-
-    bias: Tensor | None
-    weight: Tensor | None
-    shift: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float
-
-
-class Config(NamedTuple):
-    """How one launch is cut: tile sizes, warps and loop stages; block_n2 is the second accumulator's width or 0."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    block_n2: int = 0
-
-
-# Keyed by what is multiplied ("half": float16 and bfloat16 on tensor cores, "tf32": float32 on tensor cores, "ieee":
-# float32 on the plain units). The first of a row fits every chip without spills and within 99 kB of shared memory (64
-# kB on gfx942); the others those that `choose_contract` gives them to. tests/kernels holds them to that.
+# Keyed and held to as the tables of _convolved_products.py.
 EXPAND: dict[str, tuple[Config, ...]] = {
     "half": (Config(64, 64, 32, 4, 2), Config(128, 128, 32, 8, 3)),
     "tf32": (Config(64, 64, 32, 4, 1),),
@@ -71,63 +52,10 @@ EXPAND: dict[str, tuple[Config, ...]] = {
 }
 """The second of a row is for aligned rows only."""
 
-CONTRACT: dict[str, tuple[Config, ...]] = {
-    "half": (Config(32, 64, 16, 4, 1), Config(64, 128, 16, 8, 2, 64), Config(64, 256, 32, 8, 2, 128)),
-    "tf32": (Config(32, 64, 16, 4, 1), Config(32, 128, 16, 8, 1, 64)),
-    "ieee": (Config(32, 64, 16, 4, 1),),
-}
-"""Aligned rows, narrow first. The second of a row is for NVIDIA, the third for its compute capability 9 and later."""
-
-CONTRACT_AMD = Config(16, 128, 16, 4, 1, 64)
-"""What gfx942 takes beside the first of "half"."""
-
-CONTRACT_IRREGULAR: dict[str, Config] = {
-    "half": Config(32, 32, 16, 4, 1),
-    "tf32": Config(32, 32, 16, 8, 1),
-    "ieee": Config(32, 32, 16, 8, 1),
-}
-"""Rows read element by element: one address per element takes registers."""
-
 
 def choose_expand(product: str, *, regular: bool) -> tuple[Config, ...]:
     """The candidates for the first kernel; regular: rows start on 16 bytes and hold a multiple of 16 elements."""
     return EXPAND[product] if regular else EXPAND[product][:1]
-
-
-def choose_contract(product: str, width: int, *, regular: bool, chip: int) -> tuple[Config, ...]:
-    """The candidates for the second kernel.
-
-    Args:
-        width: output channels. Wider than they are is of no use, but for the narrowest candidate.
-        chip: compute capability's major number, 0 for AMD.
-    """
-    if not regular:
-        return (CONTRACT_IRREGULAR[product],)
-    first, *others = CONTRACT[product]
-    if chip == 0:
-        others = [CONTRACT_AMD] if product == "half" else []
-    elif chip < 9:
-        others = others[:1]
-    return (first, *(config for config in others if config.block_n < width))
-
-
-@triton.jit
-def _weight_tile(weight, first_row, first_column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transposed tile [COLUMNS, ROWS] of a contiguous (num_rows, num_columns) matrix, zeros outside."""
-    rows = first_row + tl.arange(0, ROWS)
-    columns = first_column + tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
-    return tl.load(weight + rows[None, :] * num_columns + columns[:, None], mask=inside, other=0)
-
-
-@triton.jit
-def _scale_and_offset(behind, first, size, BLOCK: tl.constexpr):
-    """What stands behind a result, of BLOCK channels from first on, as result * scale + offset."""
-    bias = load_vector(behind.bias, first, size, BLOCK)
-    center, scale, shift = load_norm(
-        behind.mean, behind.var, behind.weight, behind.shift, behind.eps, first, size, BLOCK
-    )  # fmt: skip
-    return scale, (bias - center) * scale + shift
 
 
 @triton.jit
@@ -141,18 +69,14 @@ def leff_fold_kernel(up, taps, dw, down, folded, folded_down, E, num_out, TAPS: 
     if program < blocks:
         channels = program * BLOCK + tl.arange(0, BLOCK)
         within = channels < E
-        scale, offset = _scale_and_offset(dw, program * BLOCK, E, BLOCK)
-        for tap in range(TAPS):
-            value = tl.load(taps + channels * TAPS + tap, mask=within, other=0).to(tl.float32)
-            tl.store(folded + tap * E + channels, value * scale, mask=within)
-        tl.store(folded + TAPS * E + channels, offset, mask=within)
-        scale, offset = _scale_and_offset(up, program * BLOCK, E, BLOCK)
+        fold_taps(taps, dw, folded, program * BLOCK, E, TAPS, BLOCK)
+        scale, offset = scale_and_offset(up, program * BLOCK, E, BLOCK)
         tl.store(folded + (TAPS + 1) * E + channels, scale, mask=within)
         tl.store(folded + (TAPS + 2) * E + channels, offset, mask=within)
     else:
         first = (program - blocks) * BLOCK
         channels = first + tl.arange(0, BLOCK)
-        scale, offset = _scale_and_offset(down, first, num_out, BLOCK)
+        scale, offset = scale_and_offset(down, first, num_out, BLOCK)
         tl.store(folded_down + channels, scale, mask=channels < num_out)
         tl.store(folded_down + num_out + channels, offset, mask=channels < num_out)
 
@@ -198,47 +122,12 @@ def leff_expand_kernel(
         channels = k + tl.arange(0, BLOCK_K)
         inside = exists[:, None] & (channels < C)[None, :]
         left = tl.load(x + (source[:, None] + channels[None, :]), mask=inside, other=0)
-        right = _weight_tile(weight, first_column, k, E, C, BLOCK_N, BLOCK_K)
+        right = weight_tile(weight, first_column, k, E, C, BLOCK_N, BLOCK_K)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     acc = gelu(_scaled(acc, folded + (TAPS + 1) * E, first_column, E, BLOCK_N))
     columns = first_column + tl.arange(0, BLOCK_N)
     inside = exists[:, None] & (columns < E)[None, :]
     tl.store(out + (target[:, None] + columns[None, :]), acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _convolved(
-    h,
-    folded,
-    corner,
-    row,
-    column,
-    height,
-    width,
-    first_channel,
-    E,
-    PADDING: tl.constexpr,
-    KERNEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """GELU(norm(depthwise(h))) [BLOCK_M tokens, BLOCK_K channels] in float32; zeros behind the last channel.
-
-    corner: pointer offsets of the tokens in h; row, column: their places in the grid, row negative where there is none.
-    """
-    channels = first_channel + tl.arange(0, BLOCK_K)
-    within = channels < E
-    offset = load_vector(folded + KERNEL * KERNEL * E, first_channel, E, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32) + offset[None, :]
-    for dy in tl.static_range(KERNEL):
-        for dx in tl.static_range(KERNEL):
-            tap = load_vector(folded + (dy * KERNEL + dx) * E, first_channel, E, BLOCK_K)
-            y, z = row + (dy - PADDING), column + (dx - PADDING)
-            inside = (row >= 0) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            place = corner + ((dy - PADDING) * width + (dx - PADDING)) * E
-            tile = tl.load(h + (place[:, None] + channels[None, :]), mask=inside[:, None] & within[None, :], other=0)
-            acc += tile.to(tl.float32) * tap[None, :]
-    return gelu(acc)
 
 
 @triton.jit
@@ -310,14 +199,14 @@ def leff_contract_kernel(
     if BLOCK_N2 != 0:
         acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
     for k in range(0, E, BLOCK_K):
-        left = _convolved(
-            h, folded, corner, row, column, height, width, k, E, KERNEL // 2, KERNEL, BLOCK_M, BLOCK_K
+        left = convolved(
+            h, E, folded, corner, row, column, height, width, k, E, KERNEL // 2, KERNEL, BLOCK_M, BLOCK_K
         )  # fmt: skip
-        left = left.to(h.dtype.element_ty)
-        right = _weight_tile(weight, first_column, k, num_out, E, BLOCK_N, BLOCK_K)
+        left = gelu(left).to(h.dtype.element_ty)
+        right = weight_tile(weight, first_column, k, num_out, E, BLOCK_N, BLOCK_K)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         if BLOCK_N2 != 0:
-            right2 = _weight_tile(weight, first_column + BLOCK_N, k, num_out, E, BLOCK_N2, BLOCK_K)
+            right2 = weight_tile(weight, first_column + BLOCK_N, k, num_out, E, BLOCK_N2, BLOCK_K)
             acc2 = tl.dot(left, right2, acc2, input_precision=PRECISION)
 
     source = image * stride_xb + token * stride_xn
@@ -328,20 +217,6 @@ def leff_contract_kernel(
         _finish(
             acc2, folded_down, x, out, target, source, from_x, exists, first_column + BLOCK_N, num_out, PAPER, BLOCK_N2
         )
-
-
-def _is_regular(*tensors: Tensor) -> bool:
-    """Whether Triton can see that every row of every tensor starts on 16 bytes, and reads them in pieces of that."""
-    return all(
-        tensor.data_ptr() % 16 == 0 and tensor.shape[-1] % 16 == 0 and all(s % 16 == 0 for s in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-
-
-def _chip() -> int:
-    if torch.version.hip is not None:
-        return 0
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8
 
 
 def _fold(up: Behind, dw_weight: Tensor, dw: Behind, down: Behind, num_out: int) -> tuple[Tensor, Tensor]:
@@ -483,7 +358,7 @@ def leff_forward(
         x = with_near_rows(x)
         h = torch.empty((batch, grid[0] * grid[1], expansion), dtype=x.dtype, device=x.device)
         folded, folded_down = _fold(up_behind, dw_weight, dw_behind, down_behind, out.shape[2])
-        regular, precision = _is_regular(x, up_weight, down_weight, out), "tf32" if product == "tf32" else "ieee"
+        regular, precision = is_regular(x, up_weight, down_weight, out), "tf32" if product == "tf32" else "ieee"
         key = (x.dtype, precision, channels, expansion, out.shape[2], kernel, regular, token_bucket(batch * tokens))
 
         def run_expand(config: Config) -> None:
@@ -494,7 +369,7 @@ def leff_forward(
 
         candidates = choose_expand(product, regular=regular)
         run_expand(expand or choose("leff_expand", key, candidates, run_expand))
-        candidates = choose_contract(product, out.shape[2], regular=regular, chip=_chip())
+        candidates = choose_contract(product, out.shape[2], regular=regular, chip=chip())
         run_contract(contract or choose("leff_contract", key, candidates, run_contract))
     return out
 
@@ -506,7 +381,7 @@ def leff_operator(
     down_weight: Tensor,
     *rest: Tensor | float | int | bool | None,
 ) -> Tensor:
-    """The operator ``leff_triton`` of ``fastvit/ops/_leff_triton.py``: the fields of what stands behind each follow."""
+    """The operator ``leff_triton`` of ``fastvit/ops/_convolved_products.py``: what stands behind each layer follows."""
     behinds = [Behind(*rest[start : start + 6]) for start in (0, 6, 12)]
     height, width, prefix_tokens, paper = rest[18:]
     weights = (up_weight, dw_weight, down_weight)

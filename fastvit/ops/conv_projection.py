@@ -2,7 +2,7 @@
 
 - ``cpp``: at inference one pass over x for the three convolutions and norms (``csrc/cpu/conv_projection.cpp``); in
   training ``token_depthwise_conv`` thrice. Then the linear layers.
-- ``cuda``, ``triton``: ``token_depthwise_conv`` thrice by that backend, then the library's products.
+- ``cuda``, ``triton``: ``depthwise_separable_conv`` thrice by that backend.
 - ``reference``: ``fastvit.reference.functional.conv_projection``.
 """
 
@@ -91,19 +91,19 @@ def _convolve_together(call: Call) -> tuple[Tensor, ...]:
     return torch.ops.fastvit.conv_projection(x, *parts, *first.grid, first.prefix_tokens)
 
 
-def _by(kernels: Implementation) -> Implementation:
-    """The composition whose convolutions are computed so."""
+def _by(kernels: Implementation, separate: Implementation) -> Implementation:
+    """Three calls of ``separate``, whose convolutions are computed by ``kernels``; or one pass over x for all three."""
 
     def reasons(call: Call) -> list[str]:
         found = [reason for part in call for reason in kernels.reasons(part.convolution)]
         return list(dict.fromkeys(found))
 
     def run(call: Call) -> Projected:
-        if _reads_once(call):
+        if kernels.name != "triton" and _reads_once(call):
             tokens = _convolve_together(call)
+            q, k, v = (linear(each, part.pw_weight, part.pw_bias) for each, part in zip(tokens, call, strict=True))
         else:
-            tokens = tuple(kernels.run(part.convolution) for part in call)
-        q, k, v = (linear(each, part.pw_weight, part.pw_bias) for each, part in zip(tokens, call, strict=True))
+            q, k, v = (separate.run(part) for part in call)
         return q, k, v
 
     return Implementation(kernels.name, reasons, run)
@@ -114,7 +114,7 @@ def _run_reference(call: Call) -> Projected:
     return q, k, v
 
 
-IMPLEMENTATIONS = (*map(_by, KERNELS), Implementation("reference", lambda call: [], _run_reference))
+IMPLEMENTATIONS = (*map(_by, KERNELS, SEPARATE), Implementation("reference", lambda call: [], _run_reference))
 """In order of preference."""
 
 

@@ -1,6 +1,8 @@
 """Depthwise convolution, BatchNorm and a linear layer on tokens as they lie: the checks, and who computes it.
 
 - ``cuda``, ``cpp``, ``triton``: ``token_depthwise_conv`` by that backend, the norm in it, then the library's product.
+- ``triton`` at inference, with kernels up to 3 x 3: ``kernels/depthwise_separable_conv.py``, which never brings the
+  convolution's result into memory.
 - ``reference``: ``fastvit.reference.functional.depthwise_separable_conv``.
 """
 
@@ -10,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastvit.ops._composition import KERNELS, as_dtype_of, linear
+from fastvit.ops import _convolved_products
+from fastvit.ops._composition import KERNELS, as_dtype_of, has_batch_statistics, linear, linear_dtype, parameters_of
 from fastvit.ops._convolution_checks import (
     check_bias,
     check_depthwise,
@@ -19,7 +22,7 @@ from fastvit.ops._convolution_checks import (
     check_norm,
     check_x,
 )
-from fastvit.ops._dispatch import Implementation, select
+from fastvit.ops._dispatch import Implementation, gradients_needed, select
 from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import Call as Convolution
 from fastvit.ops.token_depthwise_conv import order_for
@@ -66,6 +69,24 @@ def checked(
     return Call(convolution, pw_weight, pw_bias)
 
 
+def _at_once(call: Call) -> bool:
+    """Whether ``kernels/depthwise_separable_conv.py`` takes the call: it has no gradients and no batch statistics."""
+    c = call.convolution
+    if has_batch_statistics(c.norm) or gradients_needed(c.x, *parameters_of(*call[1:], c.weight, c.bias, c.norm)):
+        return False
+    return _convolved_products.separable_fits(c.x, c.weight, call.pw_weight, c.padding)
+
+
+def _infer_at_once(call: Call) -> Tensor:
+    """In the dtype that the linear layer takes under autocast."""
+    c = call.convolution
+    dtype = linear_dtype(c.x)
+    pointwise = (call.pw_weight.to(dtype), call.pw_bias)
+    return _convolved_products.separable(
+        c.x.to(dtype), (c.weight, c.bias, c.norm), pointwise, c.grid, c.stride, c.padding, c.prefix_tokens
+    )
+
+
 def _by(kernels: Implementation) -> Implementation:
     """The composition whose convolution is computed so."""
 
@@ -73,6 +94,8 @@ def _by(kernels: Implementation) -> Implementation:
         return kernels.reasons(call.convolution)
 
     def run(call: Call) -> Tensor:
+        if kernels.name == "triton" and _at_once(call):
+            return _infer_at_once(call)
         return linear(kernels.run(call.convolution), call.pw_weight, call.pw_bias)
 
     return Implementation(kernels.name, reasons, run)

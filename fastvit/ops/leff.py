@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops import _leff_triton
+from fastvit.ops import _convolved_products
 from fastvit.ops._composition import (
     KERNELS,
     as_dtype_of,
@@ -130,7 +130,7 @@ def _infer_at_once(call: Call) -> Tensor:
     """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
     x, prefix_tokens = call.x.to(linear_dtype(call.x)), call.prefix_tokens
     layers = tuple((weight.to(x.dtype), bias, norm) for weight, bias, norm in call.layers())
-    out = _leff_triton.run(x, layers, call.grid, prefix_tokens, call.form == "paper")
+    out = _convolved_products.leff(x, layers, call.grid, prefix_tokens, call.form == "paper")
     if prefix_tokens and x.dtype != call.x.dtype:
         out = out.to(torch.promote_types(x.dtype, call.x.dtype))
         if call.form == "official":
@@ -151,7 +151,9 @@ def _by(kernels: Implementation) -> Implementation:
     def run(call: Call) -> Tensor:
         if _trains(call):
             return _train(call, kernels)
-        if kernels.name == "triton" and _leff_triton.fits(call.x, *(weight for weight, _, _ in call.layers())):
+        if kernels.name == "triton" and _convolved_products.leff_fits(
+            call.x, *(weight for weight, _, _ in call.layers())
+        ):
             return _infer_at_once(call)
         return _infer(call, kernels)
 

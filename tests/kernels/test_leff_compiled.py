@@ -94,7 +94,7 @@ ALL = [
         for norm in (True, False)
     ),
 ]
-CASES = sample(ALL, 7)
+CASES = sample(ALL, 11)
 
 
 @pytest.fixture(scope="module")
