@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastvit.patching import create_model
+from fastvit.patching.images import own_shape
 from fastvit.reference.registry import list_models
 
 CLASSES = 1000
@@ -83,20 +84,13 @@ def _library(name: str) -> Any:
 
 def _images(model: nn.Module, size: int | None) -> Callable[[int], Any]:
     """Random images of the size a model takes, as its own attributes tell it."""
-    height, width, channels = _shape(model, size)
-    return lambda batch: torch.randn(batch, channels, height, width)
+    shape = _shape(model, size)
+    return lambda batch: torch.randn(batch, *shape)
 
 
-def _shape(model: Any, size: int | None) -> tuple[int, int, int]:
-    settings = getattr(model, "default_cfg", None) or {}
-    channels, *own = settings.get("input_size", (3,))
-    own = own or _pair(getattr(model, "img_size", None) or getattr(model, "image_size", None) or DEFAULT_SIZE)
-    height, width = own if size is None else (size, size)
-    return height, width, channels
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _shape(model: nn.Module, size: int | None) -> tuple[int, int, int]:
+    channels, height, width = own_shape(model) or (3, DEFAULT_SIZE, DEFAULT_SIZE)
+    return (channels, height, width) if size is None else (channels, size, size)
 
 
 def _lived_in(model: nn.Module) -> nn.Module:
@@ -158,9 +152,8 @@ def _from_transformers(name: str, size: int | None) -> _Loaded:
         options = {} if size is None else {"image_size": size}
         config = getattr(transformers, name)(num_labels=CLASSES, **options)  # two logits are too few to judge by
         model = _lived_in(_of_config(transformers, config))
-    height, width, channels = _shape(model.config, size)
-    channels = getattr(model.config, "num_channels", channels)
-    return model, lambda batch: {"pixel_values": torch.randn(batch, channels, height, width)}
+    shape = _shape(model, size)
+    return model, lambda batch: {"pixel_values": torch.randn(batch, *shape)}
 
 
 def _saved(transformers: Any, path: str) -> nn.Module:
@@ -208,8 +201,8 @@ def _from_vit_pytorch(name: str, size: int | None) -> _Loaded:
             "module: vit_pytorch/cait.CaiT)"
         )
     model = _with_usual_arguments(cls, size)
-    height, width = _pair(size or _VIT_PYTORCH_ARGUMENTS["image_size"])
-    return _lived_in(model), lambda batch: torch.randn(batch, 3, height, width)
+    pixels = size or _VIT_PYTORCH_ARGUMENTS["image_size"]
+    return _lived_in(model), lambda batch: torch.randn(batch, 3, pixels, pixels)
 
 
 def _with_usual_arguments(cls: type[nn.Module], size: int | None) -> nn.Module:

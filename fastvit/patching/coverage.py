@@ -1,18 +1,25 @@
-"""How much of a model's arithmetic do the fused operators do? Counted, on an example."""
+"""How much of a model's arithmetic do the fused operators do? Counted on an example, or on a shape alone."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit.ops import _dispatch
 from fastvit.patching.fusion import Fused, give, plain_class
+from fastvit.patching.images import Shape, likely_shapes
+from fastvit.patching.plan import device_of
 from fastvit.patching.verification import as_call, undisturbed
 
 
@@ -38,6 +45,57 @@ def share_of_flops(model: nn.Module, example: Any) -> float | None:
     return 1.0 - outside.flops / whole.flops if whole.flops else None
 
 
+class Estimate(NamedTuple):
+    """A share of FLOPs, and the image (channels, height, width) it is for."""
+
+    share: float
+    image: Shape
+
+
+def estimate_share(model: nn.Module) -> Estimate | None:
+    """The share for one image of the size that the model was made for, or else of a usual one.
+
+    Nothing is computed: the code of a copy, which shares the model's tensors and has none of its hooks, runs on tensors
+    without contents. None where the model takes no such image, or its code cannot run so.
+    """
+    try:
+        hollow = _without_hooks(model)
+        dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
+    except Exception:  # somebody's module that cannot be copied
+        return None
+    for shape in likely_shapes(model):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), _silent(_FAKE_LOG), _silent(_dispatch.log):
+                share = share_of_flops(hollow, torch.empty(1, *shape, dtype=dtype, device=device_of(model)))
+        except Exception:  # somebody's forward, which takes something else
+            continue
+        return None if share is None else Estimate(share, shape)
+    return None
+
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Tells of every operator that does not take its tensors."""
+
+
+@contextlib.contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    hollow = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for module in hollow.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                hooks.clear()
+    return hollow
+
+
 class _Counter(TorchDispatchMode):
     """Adds up FLOPs by torch's own formulas.
 
@@ -55,6 +113,8 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # tensors without contents are asked for their device in this way
+            return NotImplemented
         formula = self.formulas.get(func._overloadpacket)
         if formula is None:
             with self:

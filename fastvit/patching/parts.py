@@ -19,6 +19,14 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
+_ACTIVATIONS_BY_PATH = {
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
+}
+"""Those of libraries, by where their classes are defined."""
 
 
 def dropout_p(dropout: nn.Dropout) -> float:
@@ -43,9 +51,12 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 
 def activation_name(module: nn.Module) -> str | None:
     """The operators' name of an activation layer; None where they have none, or where it has hooks."""
-    if type(module) is nn.GELU and module.approximate != "none":
+    cls = type(module)
+    if cls is nn.GELU and module.approximate != "none":
         return None
-    return _ACTIVATIONS.get(type(module)) if is_plain(module, type(module)) else None
+    if not is_plain(module, cls):
+        return None
+    return _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
 
 
 def forward_is_wrapped(module: nn.Module) -> bool:

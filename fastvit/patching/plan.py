@@ -11,12 +11,12 @@ from torch import nn
 
 from fastvit import backends, ops
 from fastvit.patching.fusion import give, plain_class
-from fastvit.patching.recognise import Match, looks_fusable, operators, recognise
+from fastvit.patching.recognise import LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
 
 FilterFn = Callable[[nn.Module, str], bool]
 
-NOT_INSISTED_ON = frozenset({"mlp"})
-"""Operators of blocks that are neither attention nor convolution: ``strict`` lets them be plain."""
+NOT_INSISTED_ON = frozenset({MLP, LINEAR})
+"""Blocks that are neither attention nor convolution: ``strict`` lets them be plain."""
 
 PATCHED, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "skipped", "unsupported", "unrecognised"
 
@@ -24,11 +24,13 @@ PATCHED, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "skipped", "unsupported
 class Finding(NamedTuple):
     """The verdict on one module: its name, the class to give it (None: leave it alone), and why.
 
-    ``wanted`` is True where the caller asked to leave it alone (``ops``, ``filter_fn``).
+    ``kind`` is what it is, or seems to be (:func:`recognise.looks_like`). ``wanted`` is True where the caller asked to
+    leave it alone (``ops``, ``filter_fn``).
     """
 
     name: str
     module: nn.Module
+    kind: str
     op: str | None
     status: str
     fused: type[nn.Module] | None = None
@@ -113,9 +115,11 @@ def survey(
         match = recognise(module)
         if match is not None:
             findings.append(_judge(name, module, match, chosen_ops, backend, filter_fn))
-        elif looks_fusable(module):
+            continue
+        kind = looks_like(module)
+        if kind is not None:
             reason = f"{plain_class(module).__name__} is not known"
-            findings.append(Finding(name, module, None, UNRECOGNISED, reasons=(reason,)))
+            findings.append(Finding(name, module, kind, None, UNRECOGNISED, reasons=(reason,)))
     return _without_parts_and_wrappers(findings)
 
 
@@ -123,7 +127,7 @@ def _judge(
     name: str, module: nn.Module, match: Match, chosen_ops: Collection[str], backend: str, filter_fn: FilterFn | None
 ) -> Finding:
     op = match.row.op
-    verdict = functools.partial(Finding, name, module, op)
+    verdict = functools.partial(Finding, name, module, kind_of(op), op)
     if op not in chosen_ops:
         return verdict(SKIPPED, reasons=(f"ops leaves {op} out",), wanted=True)
     if filter_fn is not None and not filter_fn(module, name):
@@ -136,21 +140,23 @@ def _judge(
 
 
 def _without_parts_and_wrappers(findings: list[Finding]) -> list[Finding]:
-    """Leaves out unknown modules that are part of a known block, or merely hold another finding."""
-    known = [finding.name for finding in findings if finding.status != UNRECOGNISED]
-    names = [finding.name for finding in findings]
-    return [
-        finding
-        for finding in findings
-        if finding.status != UNRECOGNISED
-        or not (
-            any(_is_inside(finding.name, outer) for outer in known)
-            or any(_is_inside(other, finding.name) for other in names)
+    """Leaves out unknown modules that are part of a known block of their kind, or merely hold their like."""
+
+    def stays(finding: Finding) -> bool:
+        return finding.status != UNRECOGNISED or not any(
+            other.kind == finding.kind
+            and (
+                is_inside(other.name, finding.name)
+                or (other.status != UNRECOGNISED and is_inside(finding.name, other.name))
+            )
+            for other in findings
         )
-    ]
+
+    return [finding for finding in findings if stays(finding)]
 
 
-def _is_inside(name: str, outer: str) -> bool:
+def is_inside(name: str, outer: str) -> bool:
+    """Whether a module of the one name is part of that of the other."""
     return name != outer and (outer == "" or name.startswith(f"{outer}."))
 
 
@@ -166,5 +172,5 @@ def explain_failure(findings: Iterable[Finding]) -> list[str]:
     return [
         f"{finding.name or '(the model itself)'} ({plain_class(finding.module).__name__}): {', '.join(finding.reasons)}"
         for finding in findings
-        if finding.status != PATCHED and not finding.wanted and finding.op not in NOT_INSISTED_ON
+        if finding.status != PATCHED and not finding.wanted and finding.kind not in NOT_INSISTED_ON
     ]

@@ -16,13 +16,25 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastvit.patching import reference, register, research, timm, torchvision, transformers, vit_pytorch
+from fastvit.patching import (
+    reference,
+    register,
+    research,
+    timm,
+    torchvision,
+    transformers,
+    transformers_cvt,
+    vit_pytorch,
+)
 from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, obstacles, plain_class
 
-TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
+TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, transformers_cvt.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+_LOOKS_LIKE_MLP = re.compile(r"mlp|glu$|feed_?forward|ffn", re.IGNORECASE)
+_PROJECTIONS = ("qkv", "to_qkv", "in_proj", "qk", "q", "to_q", "q_proj", "query")
+_HEADS = ("num_heads", "heads", "n_heads", "num_attention_heads")
 
 
 class Match(NamedTuple):
@@ -124,8 +136,29 @@ def _foreign_method(known: type, name: str, method: object, known_names: frozens
         yield f"{known.__name__}.{name} of this version uses {', '.join(unknown)}, which is not known"
 
 
-def looks_fusable(module: nn.Module) -> bool:
-    """Whether an unknown module seems to be attention or a depthwise convolution, so that a report should name it."""
+ATTENTION, CONVOLUTION, MLP, LINEAR = "attention", "convolution", "mlp", "linear"
+"""What a block is, known or not."""
+
+
+def kind_of(op: str) -> str:
+    """What the blocks are that an operator stands in."""
+    if op in (MLP, LINEAR):
+        return op
+    return ATTENTION if ATTENTION in op else CONVOLUTION
+
+
+def looks_like(module: nn.Module) -> str | None:
+    """The kind that an unknown module seems to be of, so that a report should name it; None where it is of none."""
     if isinstance(module, nn.Conv2d):
-        return 1 < module.groups == module.in_channels
-    return bool(_LOOKS_LIKE_ATTENTION.search(plain_class(module).__name__))
+        return CONVOLUTION if 1 < module.groups == module.in_channels else None
+    name = plain_class(module).__name__
+    if _LOOKS_LIKE_ATTENTION.search(name) or _projects_heads(module):
+        return ATTENTION
+    layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    return MLP if len(layers) > 1 and _LOOKS_LIKE_MLP.search(name) else None
+
+
+def _projects_heads(module: nn.Module) -> bool:
+    """Whether it counts heads and holds, itself, the layer that makes queries."""
+    counts = any(isinstance(getattr(module, name, None), int) for name in _HEADS)
+    return counts and any(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)

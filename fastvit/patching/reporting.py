@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from fastvit.patching import tables
-from fastvit.patching.coverage import share_of_flops
+from fastvit.patching.coverage import estimate_share, share_of_flops
 from fastvit.patching.fusion import Fused, plain_class
-from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, survey
+from fastvit.patching.images import Shape
+from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, is_inside, survey
 from fastvit.patching.preference import backend_for, backends_by_dtype
+from fastvit.patching.recognise import ATTENTION, CONVOLUTION, LINEAR, MLP
 from fastvit.patching.timing import Times, readable
 from fastvit.patching.verification import END_TO_END, Error
 
@@ -33,6 +35,7 @@ class ReportRow:
     Attributes:
         name: qualified name in the model; "" for the model itself.
         cls: the plain class.
+        kind: "attention", "convolution" (a depthwise one, or a stem), "mlp" or "linear".
         op: the operator of ``fastvit.ops`` that replaces its slow part, None where the class is not known.
         status: "patched", "skipped", "unsupported" or "unrecognised".
         backend: the one that inference in the module's dtype, on its device, gets (what a given input gets,
@@ -47,6 +50,7 @@ class ReportRow:
 
     name: str
     cls: str
+    kind: str
     op: str | None
     status: str
     backend: str | None
@@ -71,7 +75,12 @@ class Report:
 
     Attributes:
         error, plain_error, seconds, plain_seconds: end to end, as in the rows.
-        flops_share: the part of the model's FLOPs that the fused operators stand for; None without an example.
+        flops_share: the part of the model's FLOPs that the fused operators stand for; None where it was not given an
+            example and none could be thought of.
+        flops_image: (channels, height, width) of the image that ``flops_share`` was estimated for; None where it was
+            counted on the example given.
+        library_convolutions: names of convolutions that are no depthwise ones and in no fused block: the library's are
+            fast, and there is no operator for them.
         dry_run: the rows say what ``patch`` would do, and nothing was changed.
     """
 
@@ -82,6 +91,8 @@ class Report:
     seconds: float | None = None
     plain_seconds: float | None = None
     flops_share: float | None = None
+    flops_image: Shape | None = None
+    library_convolutions: tuple[str, ...] = ()
     dry_run: bool = False
 
     def totals(self) -> dict[str, tuple[int, int]]:
@@ -103,6 +114,8 @@ class Report:
                 "seconds": self.seconds,
                 "plain_seconds": self.plain_seconds,
                 "flops_share": self.flops_share,
+                "flops_image": self.flops_image,
+                "library_convolutions": self.library_convolutions,
                 "dry_run": self.dry_run,
             },
             indent=2,
@@ -138,28 +151,32 @@ class Report:
         return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]
 
     def _foot(self) -> str:
-        known = Counter(_kind(row) for row in self.rows)
-        done = Counter(_kind(row) for row in self.rows if row.status == PATCHED)
-        blocks = ", ".join(f"{done[kind]} of {known[kind]} {kind}" for kind in sorted(known, key=str.lower))
-        parts = [f"{blocks} patched"] if blocks else ["no attention or depthwise convolution found"]
+        known = Counter(row.kind for row in self.rows)
+        done = Counter(row.kind for row in self.rows if row.status == PATCHED)
+        blocks = ", ".join(f"{done[kind]} of {known[kind]} {words}" for kind, words in _KINDS.items() if known[kind])
+        parts = [f"{blocks} patched"] if blocks else ["no attention, depthwise convolution or MLP found"]
         if self._unrecognised():
             parts.append(f"{self._unrecognised()} unrecognised")
         if self.flops_share is not None:
-            parts.append(f"est. share of FLOPs covered: {self.flops_share:.1%}")
+            of = "" if self.flops_image is None else f" (one {' x '.join(map(str, self.flops_image))} image)"
+            parts.append(f"est. share of FLOPs covered: {self.flops_share:.1%}{of}")
         if self.error is not None:
             parts.append(f"end to end: relative error {self.error:.3g}, plain {_scientific(self.plain_error)}")
         if self.seconds is not None and self.plain_seconds is not None:
             parts.append(f"end to end: {readable(self.seconds)}, plain {readable(self.plain_seconds)}")
+        if self.library_convolutions:
+            parts.append(f"ordinary convolutions, left to the library: {_listed(self.library_convolutions)}")
         return "; ".join(parts)
 
 
-def _kind(row: ReportRow) -> str:
-    """What a row counts as at the foot."""
-    if row.op is None:  # looks like the one or the other (recognise.looks_fusable)
-        return "attention blocks" if "att" in row.cls.lower() else "convolutions"
-    if row.op == "mlp":
-        return "MLPs"
-    return "attention blocks" if "attention" in row.op else "convolutions"
+_KINDS = {ATTENTION: "attention blocks", CONVOLUTION: "convolutions", MLP: "MLPs", LINEAR: "linear layers"}
+"""What rows count as at the foot."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = [name or "(the model itself)" for name in names[:4]]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _by_backend(backends: Mapping[str, str]) -> str:
@@ -200,24 +217,40 @@ _NOTHING = _Memory({}, Measured({}, {}), None)
 
 
 def report(model: nn.Module, example: Any = None) -> Report:
-    """Every attention and depthwise-convolution block of a model: patched, or left alone and why.
+    """Every attention, depthwise convolution and MLP of a model: patched, or left alone and why.
 
     After ``patch(..., dry_run=True)`` it says what would be done.
 
     Args:
         example: an input (a tensor, a tuple of arguments or a dict of keyword arguments) to run the model on, in eval
-            mode and without gradients, to count which share of its FLOPs the fused operators stand for.
+            mode and without gradients, to count which share of its FLOPs the fused operators stand for. Without one it
+            is estimated for an image of the size that the model takes, where that can be told; the model is not run.
 
     Raises:
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx); ``example`` is none of these.
     """
     check_model(model)
-    share = None if example is None else share_of_flops(model, example)
+    share, image = _flops(model, example)
     memory = _memories.get(model, _NOTHING)
     told = memory.planned
     if told is None:
         told = _assemble(model, [_row_of_module(finding, memory) for finding in survey(model)], memory.measured)
-    return replace(told, flops_share=share)
+    return replace(told, flops_share=share, flops_image=image)
+
+
+def _flops(model: nn.Module, example: Any) -> tuple[float | None, Shape | None]:
+    """The share on the example, or estimated for an image."""
+    if example is not None:
+        return share_of_flops(model, example), None
+    estimate = estimate_share(model) if any(isinstance(module, Fused) for module in model.modules()) else None
+    return estimate or (None, None)
+
+
+def _library_convolutions(model: nn.Module, rows: Sequence[ReportRow]) -> tuple[str, ...]:
+    """Names of the convolutions that no row stands for."""
+    told = [row.name for row in rows]
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd))
+    return tuple(name for name in names if not any(name == row or is_inside(name, row) for row in told))
 
 
 def remember(
@@ -261,6 +294,7 @@ def _assemble(model: nn.Module, rows: Sequence[ReportRow], measured: Measured, d
         plain_error=whole and whole.plain,
         seconds=time and time.fused,
         plain_seconds=time and time.plain,
+        library_convolutions=_library_convolutions(model, rows),
         dry_run=dry_run,
     )
 
@@ -289,6 +323,7 @@ def _row(
     return ReportRow(
         finding.name,
         plain_class(finding.module).__name__,
+        finding.kind,
         finding.op,
         status,
         backend,

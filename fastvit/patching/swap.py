@@ -13,6 +13,7 @@ from torch import nn
 from fastvit.patching import benchmarking, reporting, timing, verification
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
+    NOT_INSISTED_ON,
     PATCHED,
     UNRECOGNISED,
     FilterFn,
@@ -69,7 +70,8 @@ def patch(
             the fused model less accurate than its budget; a class was put over a fused one since an earlier patch.
 
     Warns:
-        UserWarning: nothing could be fused; names the classes looked at, or why each was left alone.
+        UserWarning: nothing could be fused, or none of the attention and convolution blocks that are there, its MLPs at
+            most; names the classes looked at, or why each was left alone.
     """
     check_model(model)
     chosen = check_ops(ops)
@@ -89,7 +91,7 @@ def patch(
             verification.insist(errors)
         apply(findings, backend)
     reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
-    if not any(finding.fused for finding in findings):
+    if _is_in_vain(findings):
         warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
     return model
 
@@ -150,19 +152,30 @@ def _insist(model: nn.Module, findings: list[Finding]) -> None:
         raise RuntimeError(f"strict: {_nothing_to_do(model, findings)}")
 
 
+def _is_in_vain(findings: list[Finding]) -> bool:
+    """Whether nothing is fused, or of what was meant to be nothing but linear layers and MLPs."""
+    slow = [finding for finding in findings if finding.kind not in NOT_INSISTED_ON]
+    if any(finding.fused for finding in slow) or any(finding.wanted for finding in slow):
+        return not any(finding.fused for finding in findings)
+    return bool(slow) or not any(finding.fused for finding in findings)
+
+
 def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:
     """Why nothing is fused: the reasons, or the classes looked at and the nearest known where none is."""
     name = plain_class(model).__name__
+    but_mlps = any(finding.fused for finding in findings)
+    findings = [finding for finding in findings if finding.fused is None]
     lines = [f"{finding.name or '(the model itself)'}: {', '.join(finding.reasons)}" for finding in findings]
     told = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
     modules = [finding.module for finding in findings] or model.modules()
     classes = sorted({plain_class(module).__name__ for module in modules})
     if not findings:
-        told = [f"no attention or depthwise convolution among its classes: {', '.join(classes)}"]
+        told = [f"no attention, depthwise convolution or MLP among its classes: {', '.join(classes)}"]
     if all(finding.status == UNRECOGNISED for finding in findings):
         nearest = ", ".join(_nearest_supported(classes))
         told.append(f"the nearest supported are: {nearest}; fastvit.register teaches your own")
-    return f"fastvit: nothing to fuse in {name}:\n  " + "\n  ".join(told)
+    what = "nothing but MLPs" if but_mlps else "nothing"
+    return f"fastvit: {what} to fuse in {name}:\n  " + "\n  ".join(told)
 
 
 def _nearest_supported(names: Iterable[str]) -> list[str]:

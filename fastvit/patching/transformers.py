@@ -1,4 +1,4 @@
-"""Hugging Face transformers' blocks: attention of ViT and DeiT (4.x and 5.x), CvT's convolutions and attention.
+"""Hugging Face transformers' blocks: attention and MLP of ViT and DeiT (4.x and 5.x); what CvT's share with them.
 
 transformers itself is never imported here. The attention map that a ViT's attention returns beside its output is None
 in the fused forwards, as it is with transformers' own ``sdpa`` interface; whoever wants the map
@@ -7,25 +7,25 @@ in the fused forwards, as it is with transformers' own ``sdpa`` interface; whoev
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact, names_used
+from fastvit.patching.fusion import Fused, Row, names_used
+from fastvit.patching.mlps import Layers
 from fastvit.patching.parts import (
     as_mask_and_bias,
     check_attributes,
-    check_depthwise,
     check_linear,
     check_parameters,
-    dropout_p,
     forward_is_wrapped,
     is_plain,
+    project,
 )
-from fastvit.reference.functional import BatchNorm, Projection
 
 INTERFACES = ("eager", "sdpa")
 """The attention interfaces whose numbers the fused path gives."""
@@ -70,17 +70,21 @@ class AttentionSeam(Fused):
         sizes = hidden_states.shape[:-1]
         heads = (*sizes, -1, self.head_dim)
         mask, bias = as_mask_and_bias(attention_mask)
+        q, k, v = (
+            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = ops.masked_attention(
-            self.q_proj(hidden_states).view(heads).transpose(1, 2),
-            self.k_proj(hidden_states).view(heads).transpose(1, 2),
-            self.v_proj(hidden_states).view(heads).transpose(1, 2),
+            q,
+            k,
+            v,
             mask,
             bias,
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
             backend=self.fastvit_backend,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(*sizes, -1)), None
+        return project(self.o_proj, out.transpose(1, 2).reshape(*sizes, -1), self.fastvit_backend), None
 
 
 def _asks_for_more(arguments: dict[str, Any]) -> bool:
@@ -106,10 +110,14 @@ class SelfAttentionSeam(Fused):
             return self.fastvit_plain.forward(self, hidden_states, head_mask)
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, self.num_attention_heads, self.attention_head_size)
+        q, k, v = (
+            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         out = ops.masked_attention(
-            self.query(hidden_states).view(heads).transpose(1, 2),
-            self.key(hidden_states).view(heads).transpose(1, 2),
-            self.value(hidden_states).view(heads).transpose(1, 2),
+            q,
+            k,
+            v,
             scale=self.scaling,
             dropout_p=self.dropout_prob if self.training else 0.0,
             backend=self.fastvit_backend,
@@ -117,86 +125,48 @@ class SelfAttentionSeam(Fused):
         return out.transpose(1, 2).reshape(batch, tokens, self.all_head_size), None
 
 
-class CvtProjectionSeam(Fused):
-    """CvT's depthwise convolution and BatchNorm, of the tokens that the map given is a view of."""
+class SelfOutputSeam(Fused):
+    """The linear layer behind an attention whose module ends before it (transformers 4; CvT in both)."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "linear"
+    fastvit_reads: ClassVar = {"dense": nn.Linear}
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        if not _projects_plainly(self):
-            return self.fastvit_plain.forward(self, hidden_state)
-        conv = self.convolution_projection.convolution
-        return ops.token_depthwise_conv(
-            hidden_state.flatten(2).transpose(1, 2),  # back to the tokens as they lie: no copy
-            conv.weight,
-            conv.bias,
-            grid=tuple(hidden_state.shape[2:]),
-            stride=conv.stride[0],
-            padding=conv.padding[0],
-            norm=BatchNorm.of(self.convolution_projection.normalization),
-            backend=self.fastvit_backend,
-        )
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return self.dropout(project(self.dense, hidden_states, self.fastvit_backend))
 
 
-class CvtAttentionSeam(Fused):
-    """CvT's attention behind its projections, without the maps; logits are scaled by the full width ** -0.5."""
+class MlpSeam(Fused):
+    """``ViTMLP`` and ``DeiTMLP`` of transformers 5."""
 
-    fastvit_op = "masked_attention"
-    fastvit_reads: ClassVar = {"dropout": nn.Dropout}
+    fastvit_op = "mlp"
 
-    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, hidden_state, height, width)
-        projected = _cvt_projections(self, hidden_state, height, width)
-        query, key, value = map(self.rearrange_for_multi_head_attention, projected)
-        out = ops.masked_attention(
-            query, key, value, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
-        )
-        return out.transpose(1, 2).flatten(2)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        layers = Layers(self.fc1, self.activation_fn, self.fc2)
+        if not layers.fusible():
+            return self.fastvit_plain.forward(self, hidden_states)
+        return layers.run(hidden_states, self.fastvit_backend)
 
 
-def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values (B, N, C), from one reading of the tokens where no part in between is to be called."""
-    parts = {
-        name: (getattr(module, f"convolution_projection_{name}"), getattr(module, f"projection_{name}"))
-        for name in ("key", "query", "value")
-    }
-    if not any(_must_be_called(module, *part) for part in parts.values()):
-        key, query, value = (_as_projection(*part) for part in parts.values())
-        prefix_tokens = int(module.with_cls_token)
-        settings = {"grid": (height, width), "prefix_tokens": prefix_tokens, "backend": module.fastvit_backend}
-        return ops.conv_projection(hidden_state, query, key, value, **settings)
-    prefix, tokens = None, hidden_state
-    if module.with_cls_token:
-        prefix, tokens = hidden_state.split([1, height * width], 1)
-    grid = tokens.transpose(1, 2).view(tokens.shape[0], tokens.shape[2], height, width)
-    key, query, value = (project(_behind(prefix, convolve(grid))) for convolve, project in parts.values())
-    return query, key, value
+class LayerSeam(Fused):
+    """``ViTLayer`` and ``DeiTLayer`` of transformers 4, whose MLP is two modules, the residual within the second."""
+
+    fastvit_op = "mlp"
+
+    def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> Tensor:
+        layers = layers_of(self)
+        if layers is None or not layers.fusible():
+            return self.fastvit_plain.forward(self, hidden_states, head_mask)
+        hidden_states = self.attention(self.layernorm_before(hidden_states), head_mask) + hidden_states
+        return layers.run(self.layernorm_after(hidden_states), self.fastvit_backend) + hidden_states
 
 
-def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
-    """Whether a projection's parts do more than their tensors tell, or are not to be fused as the attention is."""
-    known = isinstance(convolution, CvtProjectionSeam) and convolution.fastvit_backend == attention.fastvit_backend
-    if not known or not _projects_plainly(convolution):
-        return True
-    return not is_plain(convolution, type(convolution)) or not is_plain(linear, nn.Linear)
-
-
-def _as_projection(convolution: Any, linear: Any) -> Projection:
-    conv, norm = convolution.convolution_projection.convolution, convolution.convolution_projection.normalization
-    weights = (conv.weight, BatchNorm.of(norm), linear.weight, linear.bias)
-    return Projection(*weights, conv.stride[0], conv.padding[0], conv.bias)
-
-
-def _behind(prefix: Tensor | None, tokens: Tensor) -> Tensor:
-    return tokens if prefix is None else torch.cat((prefix, tokens), dim=1)
-
-
-def _projects_plainly(module: nn.Module) -> bool:
-    """Whether what the fused projection reads, or leaves out, is still of the plain classes without hooks."""
-    inner, last = module.convolution_projection, module.linear_projection
-    unhooked = not any(part._forward_hooks or part._forward_pre_hooks for part in (inner, last))
-    return unhooked and is_plain(inner.convolution, nn.Conv2d) and is_plain(inner.normalization, nn.BatchNorm2d)
+def layers_of(module: Any) -> Layers | None:
+    """A layer's MLP; None where somebody listens to the modules it is made of."""
+    first, second = module.intermediate, module.output
+    if not (is_plain(first, type(first)) and is_plain(second, type(second))):
+        return None
+    activation = getattr(first, "intermediate_act_fn", None) or first.activation
+    return Layers(first.dense, activation, second.dense, (second.dropout,))
 
 
 def _check_interface(module: nn.Module) -> list[str]:
@@ -246,36 +216,13 @@ def _check_self_attention(module: nn.Module) -> list[str]:
     return found + _check_scaling(module, module.attention_head_size) + _check_interface(module)
 
 
-_INNER_FORWARDS = {
-    "convolution_projection": frozenset({"convolution", "normalization"}),
-    "linear_projection": frozenset({"shape", "view", "permute"}),
-}
-"""By part of CvT's projection, the names its forward uses."""
-
-
-def _check_projection(module: nn.Module) -> list[str]:
-    found = check_attributes(module, *_INNER_FORWARDS)
-    if found:
-        return [*found, "fused are depthwise convolutions with BatchNorm (qkv_projection_method 'dw_bn')"]
-    for name, known in _INNER_FORWARDS.items():
-        unknown = sorted(names_used(type(getattr(module, name)).forward.__code__) - known)
+def unknown_names(module: nn.Module, known: Mapping[str, frozenset[str]]) -> list[str]:
+    """Reasons why the forwards of a module's parts are not those of the versions read."""
+    found = []
+    for part, names in known.items():
+        unknown = sorted(names_used(type(getattr(module, part)).forward.__code__) - names)
         if unknown:
-            found.append(f"forward of {name} uses {', '.join(unknown)}, which is not known")
-    if found:
-        return found
-    inner = module.convolution_projection
-    found = check_depthwise("convolution", inner.convolution, inner.normalization)
-    return found if found or _projects_plainly(module) else ["its parts have forward hooks, which would not be called"]
-
-
-def _check_cvt_attention(module: nn.Module) -> list[str]:
-    found = check_attributes(module, "num_heads", "embed_dim", "scale", "with_cls_token")
-    found = found or check_parameters(module, "hidden_state", "height", "width")
-    if found:
-        return found
-    for name in ("query", "key", "value"):
-        found += check_attributes(module, f"convolution_projection_{name}")
-        found += check_linear(module, f"projection_{name}", module.embed_dim)
+            found.append(f"forward of {part} uses {', '.join(unknown)}, which is not known")
     return found
 
 
@@ -316,40 +263,49 @@ _SELF_ATTENTION_NAMES = _INTERFACE_NAMES | {
     "dropout_prob",
     "size",
 }
-_CVT_PROJECTION_NAMES = frozenset({"convolution_projection", "linear_projection"})
-_CVT_ATTENTION_NAMES = frozenset(
-    {
-        "with_cls_token",
-        "torch",
-        "split",
-        "shape",
-        "permute",
-        "view",
-        "convolution_projection_key",
-        "convolution_projection_query",
-        "convolution_projection_value",
-        "cat",
-        "embed_dim",
-        "num_heads",
-        "rearrange_for_multi_head_attention",
-        "projection_query",
-        "projection_key",
-        "projection_value",
-        "einsum",
-        "scale",
-        "nn",
-        "functional",
-        "softmax",
-        "dropout",
-        "contiguous",
-    }
-)
+_PARTS_OF_MLPS = {
+    "intermediate": frozenset({"dense", "intermediate_act_fn", "activation"}),
+    "output": frozenset({"dense", "dropout"}),
+}
+"""By part of a layer's MLP, the names its forward uses."""
+
+
+def _check_mlp(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "fc1", "activation_fn", "fc2") + check_parameters(module, "hidden_states")
+    names = ("fc1", "activation_fn", "fc2")
+    return found or Layers(*(getattr(module, name) for name in names)).reasons(*names)
+
+
+def check_layer(module: nn.Module, parameters: tuple[str, ...]) -> list[str]:
+    """Reasons why the MLP of a layer, whose forward takes these parameters, is not two modules as known."""
+    found = check_attributes(module, "attention", "layernorm_before", "layernorm_after", *_PARTS_OF_MLPS)
+    found = found or check_parameters(module, *parameters) + unknown_names(module, _PARTS_OF_MLPS)
+    if found:
+        return found
+    layers = layers_of(module)
+    if layers is None:
+        return ["intermediate or output has hooks, which the fused path would not call"]
+    return layers.reasons("intermediate.dense", "the activation", "output.dense")
+
+
+def check_self_output(module: nn.Module) -> list[str]:
+    """Reasons why a linear layer behind an attention is not as known."""
+    return check_attributes(module, "dropout")
 
 
 def _is_of_version_5(module: nn.Module) -> bool:
     """transformers 4 uses the same name for the module around its ``ViTSelfAttention``."""
     return not hasattr(module, "attention")
 
+
+def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
+    """As in transformers 4; in 5 the MLP is one."""
+    return hasattr(module, "intermediate")
+
+
+SELF_OUTPUT_NAMES = frozenset({"dense", "dropout"})
+_MLP_NAMES = frozenset({"fc1", "activation_fn", "fc2"})
+LAYER_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "drop_path", "intermediate", "output"})
 
 _MODELS = "transformers.models"
 
@@ -364,13 +320,15 @@ ROWS = (
             Row(
                 f"{_MODELS}.{path}.{name}SelfAttention", SelfAttentionSeam, _check_self_attention, _SELF_ATTENTION_NAMES
             ),
+            Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
+            Row(f"{_MODELS}.{path}.{name}MLP", MlpSeam, _check_mlp, _MLP_NAMES),
+            Row(
+                f"{_MODELS}.{path}.{name}Layer",
+                LayerSeam,
+                functools.partial(check_layer, parameters=("hidden_states", "head_mask")),
+                LAYER_NAMES,
+                _has_two_modules_for_its_mlp,
+            ),
         )
     ),
-    Row(
-        f"{_MODELS}.cvt.modeling_cvt.CvtSelfAttentionProjection",
-        CvtProjectionSeam,
-        _check_projection,
-        _CVT_PROJECTION_NAMES,
-    ),
-    Row(f"{_MODELS}.cvt.modeling_cvt.CvtSelfAttention", CvtAttentionSeam, _check_cvt_attention, _CVT_ATTENTION_NAMES),
 )

@@ -8,7 +8,7 @@ running statistics. Where dropouts stand is seen by letting each drop everything
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,17 +26,18 @@ _known: dict[object, list[str]] = {}
 """What trials gave; equal blocks of a model are tried once."""
 
 
-def tried(module: nn.Module, seam: type[Fused], example: Example) -> list[str]:
+def tried(module: nn.Module, seam: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
     """Reasons why the seam does not give what the module's own forward gives.
 
     Args:
         module: plain, or fused already.
         seam: what is to replace its methods.
         example: gives positional arguments for the forward, tensors in float64 on the CPU, for a module.
+        parts: sub-modules that may be fused as well, by name, and their seams; it is tried with them plain and fused.
     """
-    key = (seam, *map(_settings, module.modules()))
+    key = (seam, *parts.items(), *map(_settings, module.modules()))
     if key not in _known:
-        _known[key] = _try(module, seam, example)
+        _known[key] = _try(module, seam, example, parts)
     return _known[key]
 
 
@@ -52,14 +53,14 @@ def _settings(part: nn.Module) -> tuple[object, ...]:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _try(module: nn.Module, seam: type[Fused], example: Example) -> list[str]:
+def _try(module: nn.Module, seam: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             plain = _random_copy(module)
             args = example(plain)
             for mode in _modes(plain):
-                if not _agree(plain, seam, args):
+                if not all(_agree(plain, seam, args, fused_too) for fused_too in ({}, parts)):
                     return [f"{type(plain).__name__}.forward computes something else than the known one {mode}"]
     except Exception as error:  # the code under trial is not ours: whatever it raises is a reason to leave it alone
         return [f"{plain_class(module).__name__}.forward could not be tried: {type(error).__name__}: {error}"]
@@ -99,9 +100,10 @@ def _random_copy(module: nn.Module) -> nn.Module:
     return double
 
 
-def _agree(plain: nn.Module, seam: type[Fused], args: tuple[Any, ...]) -> bool:
+def _agree(plain: nn.Module, seam: type[Fused], args: tuple[Any, ...], parts: Mapping[str, type[Fused]]) -> bool:
     fused, expected = copy.deepcopy(plain), copy.deepcopy(plain)
-    give(fused, fused_class(seam, type(plain)), "reference")
+    for part, seam_of_part in ((fused, seam), *((fused.get_submodule(name), of) for name, of in parts.items())):
+        give(part, fused_class(seam_of_part, type(part)), "reference")
     results = [_tensors((module(*args), list(module.buffers()))) for module in (expected, fused)]
     return len(results[0]) == len(results[1]) and all(map(_equal, *results))
 

@@ -1,4 +1,4 @@
-"""lucidrains' vit-pytorch: attention of ViT, SimpleViT, DistillableViT, DeepViT, CaiT, CvT; convolutions of CvT, Twins.
+"""lucidrains' vit-pytorch: attention of ViT, SimpleViT, DistillableViT, DeepViT, CaiT, CvT; MLPs; convolutions.
 
 Its CvT and Twins keep maps (B, C, H, W) where the operators take tokens. A fused convolution brings its map into the
 order of tokens once; in CvT the tokens then stay as they lie, in maps that are views of them, up to the attention.
@@ -7,13 +7,14 @@ vit-pytorch itself is never imported.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, intact, names_used
+from fastvit.patching.mlps import in_sequence, project_in_sequence
 from fastvit.patching.parts import (
     check_attributes,
     check_depthwise,
@@ -21,17 +22,31 @@ from fastvit.patching.parts import (
     check_parameters,
     dropout_p,
     is_plain,
+    project,
 )
-from fastvit.reference.functional import BatchNorm, LayerNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 
 def _in_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
+def _projected(module: nn.Module, out: Tensor) -> Tensor:
+    """Through ``to_out``: nothing, a linear, or a linear and a dropout."""
+    return project_in_sequence(module.to_out, out, module.fastvit_backend)
+
+
+def _packed(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, N, C) behind the norm."""
+    return project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
+
+
 def _packed_attention(module: nn.Module, x: Tensor, drop: float) -> Tensor:
     """The forward of ViT's and SimpleViT's attention up to the output projection."""
-    q, k, v = (_in_heads(part, module.heads) for part in module.to_qkv(module.norm(x)).chunk(3, dim=-1))
+    q, k, v = (
+        _in_heads(part, module.heads)
+        for part in project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
+    )
     out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
     return out.transpose(1, 2).flatten(2)
 
@@ -45,7 +60,7 @@ class AttentionSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if not intact(self):
             return self.fastvit_plain.forward(self, x)
-        return self.to_out(_packed_attention(self, x, dropout_p(self.dropout)))
+        return _projected(self, _packed_attention(self, x, dropout_p(self.dropout)))
 
 
 class SimpleAttentionSeam(Fused):
@@ -57,7 +72,7 @@ class SimpleAttentionSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if not intact(self):
             return self.fastvit_plain.forward(self, x)
-        return self.to_out(_packed_attention(self, x, 0.0))
+        return _projected(self, _packed_attention(self, x, 0.0))
 
 
 class TalkingHeadSeam(Fused):
@@ -71,9 +86,9 @@ class TalkingHeadSeam(Fused):
             return self.fastvit_plain.forward(self, x, context)
         x = self.norm(x)
         context = x if context is None else torch.cat((x, context), dim=1)
-        k, v = self.to_kv(context).chunk(2, dim=-1)
+        k, v = project(self.to_kv, context, self.fastvit_backend).chunk(2, dim=-1)
         out = ops.head_mixed_attention(
-            _in_heads(self.to_q(x), self.heads),
+            _in_heads(project(self.to_q, x, self.fastvit_backend), self.heads),
             _in_heads(k, self.heads),
             _in_heads(v, self.heads),
             pre_weight=self.mix_heads_pre_attn.t(),  # column g makes head g
@@ -82,7 +97,29 @@ class TalkingHeadSeam(Fused):
             dropout_p=dropout_p(self.dropout),
             backend=self.fastvit_backend,
         )
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return _projected(self, out.transpose(1, 2).flatten(2))
+
+
+class FeedForwardSeam(Fused):
+    """The norm, and the MLP behind it with its activation inside the first product."""
+
+    fastvit_op = "mlp"
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = in_sequence(self.net, 1)
+        if layers is None or not layers.fusible():
+            return self.fastvit_plain.forward(self, x)
+        return layers.run(self.net[0](x), self.fastvit_backend)
+
+
+def check_feed_forward(module: nn.Module) -> list[str]:
+    """Reasons why a module is not vit-pytorch's norm and MLP in a Sequential."""
+    layers = in_sequence(module.net, 1)
+    if layers is None:
+        return ["net is not a plain nn.Sequential of norm, linear, activation and linear, dropouts behind the linears"]
+    if isinstance(layers.fc1, nn.Conv2d):
+        return ["its layers are 1x1 convolutions of maps, which are left to the library"]
+    return layers.reasons("the first linear", "the activation", "the second linear")
 
 
 class ConvProjectionSeam(Fused):
@@ -146,19 +183,51 @@ class ConvAttentionSeam(Fused):
         if not intact(self):
             return self.fastvit_plain.forward(self, x)
         height, width = x.shape[2:]
-        x = self.norm(x)
-        q, k, v = (
-            _with_adjacent_channels(part.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3))
-            for part in (self.to_q(x), *self.to_kv(x).chunk(2, dim=1))
-        )
+        q, k, v = (_in_heads(tokens, self.heads) for tokens in _conv_projections(self, self.norm(x)))
         out = ops.masked_attention(
             q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
         )
         return self.to_out(out.transpose(2, 3).reshape(x.shape[0], -1, height, width))
 
 
+def _conv_projections(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, N, C) of a map, from one reading of it where no part in between is to be called.
+
+    Keys and values share a convolution, whose norm would count a batch of training twice.
+    """
+    parts = (module.to_q, module.to_kv)
+    if any(_must_be_called(module, part) or part.net[1].training for part in parts):
+        maps = (module.to_q(x), *module.to_kv(x).chunk(2, dim=1))
+        return tuple(_with_adjacent_channels(part.flatten(2).transpose(1, 2)) for part in maps)
+    (query,), (key, value) = _as_projections(module.to_q, 1), _as_projections(module.to_kv, 2)
+    settings = {"grid": tuple(x.shape[2:]), "backend": module.fastvit_backend}
+    return ops.conv_projection(x.flatten(2).transpose(1, 2), query, key, value, **settings)
+
+
+def _must_be_called(attention: Fused, part: nn.Module) -> bool:
+    """Whether a projection does more than its tensors tell, or is not to be fused as the attention is."""
+    known = isinstance(part, ConvProjectionSeam) and part.fastvit_backend == attention.fastvit_backend
+    if not known or not is_plain(part, type(part)) or not intact(part):
+        return True
+    conv, norm, pointwise = part.net
+    plain = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and is_plain(pointwise, nn.Conv2d)
+    return not plain or (pointwise.kernel_size, pointwise.padding, pointwise.groups) != ((1, 1), (0, 0), 1)
+
+
+def _as_projections(part: Any, count: int) -> list[Projection]:
+    """A projection whose 1x1 convolution gives so many tensors one behind the other, one by one."""
+    conv, norm, pointwise = part.net
+    weights = pointwise.weight.flatten(1).chunk(count)
+    biases = [None] * count if pointwise.bias is None else pointwise.bias.chunk(count)
+    shared = (conv.stride[0], conv.padding[0], conv.bias)
+    return [
+        Projection(conv.weight, BatchNorm.of(norm), weight, bias, *shared)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+
+
 def _with_adjacent_channels(tokens: Tensor) -> Tensor:
-    return tokens if tokens.stride(3) == 1 else tokens.contiguous()
+    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
 class ReAttentionSeam(Fused):
@@ -170,7 +239,10 @@ class ReAttentionSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if not intact(self) or _check_head_norm(self):
             return self.fastvit_plain.forward(self, x)
-        q, k, v = (_in_heads(part, self.heads) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
+        q, k, v = (
+            _in_heads(part, self.heads)
+            for part in project(self.to_qkv, self.norm(x), self.fastvit_backend).chunk(3, dim=-1)
+        )
         out = ops.re_attention(
             q,
             k,
@@ -182,7 +254,7 @@ class ReAttentionSeam(Fused):
             dropout_p=dropout_p(self.dropout),
             backend=self.fastvit_backend,
         )
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return _projected(self, out.transpose(1, 2).flatten(2))
 
 
 def _check_head_norm(module: nn.Module) -> list[str]:
@@ -290,5 +362,9 @@ ROWS = (
     Row("vit_pytorch.cvt.Attention", ConvAttentionSeam, _check_conv_attention, _CONV_ATTENTION_NAMES),
     Row("vit_pytorch.cvt.DepthWiseConv2d", ConvProjectionSeam, _check_conv_projection, frozenset({"net"})),
     Row("vit_pytorch.twins_svt.PEG", PEGSeam, _check_peg, frozenset({"proj"})),
+    *(
+        Row(f"vit_pytorch.{name}.FeedForward", FeedForwardSeam, check_feed_forward, frozenset({"net"}))
+        for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
+    ),
     Row("vit_pytorch.deepvit.Attention", ReAttentionSeam, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
 )

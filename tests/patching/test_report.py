@@ -16,6 +16,7 @@ from torch import nn
 from fastvit import backends, ops
 from fastvit.ops import _products
 from fastvit.patching import explain, parts, patch, preference, report, reporting, unpatch
+from fastvit.reference.layers import Mlp
 
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 """The backend of attention on the CPU, inference in float32 or bfloat16."""
@@ -63,7 +64,55 @@ def test_unknown_blocks_are_named_once_and_innermost():
         ("0.depthwise", "Conv2d", "unrecognised"),
     ]
     foot = str(report(nn.Sequential(AttentionWrapper()))).splitlines()[-1]
-    assert foot == "0 of 1 attention blocks, 0 of 1 convolutions patched; 2 unrecognised"
+    assert foot == (
+        "0 of 1 attention blocks, 0 of 1 convolutions patched; 2 unrecognised; "
+        "ordinary convolutions, left to the library: 0.pointwise"
+    )
+
+
+class _Mixes(nn.Module):
+    """An attention by what it holds, not by its name, with an MLP inside that is known, and one beside that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = nn.Linear(4, 12)
+        self.position_mlp = Mlp(2, 4)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+
+
+def test_every_attention_and_mlp_is_named_whatever_it_holds():
+    model = nn.Sequential(_Mixes(), SwiGLU(), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"nothing but MLPs to fuse in Sequential:\s+0: _Mixes is not known"):
+        patch(model)
+    assert [(row.name, row.cls, row.kind, row.status) for row in report(model).rows] == [
+        ("0", "_Mixes", "attention", "unrecognised"),
+        ("0.position_mlp", "Mlp", "mlp", "patched"),
+        ("1", "SwiGLU", "mlp", "unrecognised"),
+    ]
+    foot = str(report(model)).splitlines()[-1]
+    assert foot == "0 of 1 attention blocks, 1 of 2 MLPs patched; 2 unrecognised"
+    with pytest.raises(RuntimeError, match="strict: not every block can be fused:\n  0 .*not known$"):
+        patch(model, strict=True)
+
+
+def test_the_share_is_estimated_without_running_the_model():
+    model = patch(build("cait"))
+    called: list[str] = []
+    model.register_forward_hook(lambda *_: called.append("hook"))
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.train().modules()]
+    estimated = report(model)
+    assert estimated.flops_share == report(model.eval(), images("cait", 1)).flops_share
+    assert called == ["hook"] * 2  # of the example
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert modes == [True] * len(modes)
+    assert report(patch(nn.Sequential(build("vit").blocks))).flops_share is None  # takes no images
+    assert report(unpatch(model)).flops_share is None
 
 
 def test_text_is_a_table_with_totals():
@@ -74,11 +123,15 @@ def test_text_is_a_table_with_totals():
     assert "ClassAttention" in row
     assert "class_attention" in row
     assert "patched" in row
-    assert lines[-1] == "4 of 4 attention blocks, 4 of 4 MLPs patched"
+    share = f"{report(model).flops_share:.1%}"
+    assert lines[-1] == (
+        f"4 of 4 attention blocks, 4 of 4 MLPs patched; est. share of FLOPs covered: {share} (one 3 x 32 x 32 image); "
+        "ordinary convolutions, left to the library: patch_embed.proj"
+    )
     patch(model, ops="head_mixed_attention")
-    assert str(report(model)).endswith("2 of 4 attention blocks, 0 of 4 MLPs patched")
+    assert "2 of 4 attention blocks, 0 of 4 MLPs patched; est." in str(report(model))
     assert "\x1b" not in str(report(model))
-    assert str(report(nn.Linear(1, 1))).endswith("no attention or depthwise convolution found")
+    assert str(report(nn.Linear(1, 1))).endswith("no attention, depthwise convolution or MLP found")
 
 
 def test_json_and_html():
@@ -92,6 +145,7 @@ def test_json_and_html():
     assert data["rows"][0] == {
         "name": "blocks.0.attn",
         "class": "Attention",
+        "kind": "attention",
         "op": "masked_attention",
         "status": "patched",
         "backend": ATTENTION,
@@ -173,8 +227,9 @@ def test_share_of_flops_is_what_the_operators_compute():
     assert got == pytest.approx(attention / (attention + linears + rest))
     assert f"est. share of FLOPs covered: {got:.1%}" in str(report(model, x))
     assert json.loads(report(model, x).to_json())["flops_share"] == got
-    assert report(model).flops_share is None
-    assert "FLOPs" not in str(report(model))
+    estimated = report(model)
+    assert (estimated.flops_share, estimated.flops_image) == (got, (3, 32, 32))
+    assert f"est. share of FLOPs covered: {got:.1%} (one 3 x 32 x 32 image)" in str(estimated)
     patch(model, filter_fn=lambda module, name: "0" in name)
     assert report(model, x).flops_share == pytest.approx(got / 2)
     patch(model, backend="reference")

@@ -224,6 +224,49 @@ class Local(nn.Module):
         return torch.cat((first, grid.flatten(2).permute(0, 2, 1)), dim=1)
 
 
+class QuickGELU(nn.Module):
+    """As CvT's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Perceptron(nn.Module):
+    """As the Mlp of all these repositories."""
+
+    def __init__(self, act: type[nn.Module] = nn.GELU, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(DIM, 2 * DIM), act(), nn.Linear(2 * DIM, DIM)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class TwiceDropped(Perceptron):
+    """As later ones, with two dropouts."""
+
+    def __init__(self, act: type[nn.Module] = nn.GELU):
+        super().__init__(act)
+        del self.drop
+        self.drop1, self.drop2 = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class Forward(nn.Module):
+    """As vit-pytorch's FeedForward."""
+
+    def __init__(self, drop: float = 0.0):
+        super().__init__()
+        up, down = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+        self.net = nn.Sequential(nn.LayerNorm(DIM), up, nn.GELU(), nn.Dropout(drop), down, nn.Dropout(drop))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[], tuple], dict[str, int]]
 
 
@@ -242,6 +285,9 @@ CASES: dict[str, Case] = {
     "pos_conv": (Locator, lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "pos_conv_stride": (lambda: Locator(2), lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "peg": (Encoder, lambda: (tokens(31), 5, 6), {"token_depthwise_conv": 1}),
+    "mlp": (Perceptron, lambda: (tokens(10),), {"mlp": 1}),
+    "mlp_quick_gelu": (lambda: TwiceDropped(QuickGELU), lambda: (tokens(10),), {"mlp": 1}),
+    "feed_forward": (Forward, lambda: (tokens(10),), {"mlp": 1}),
     "leff": (Local, lambda: (tokens(17),), {"leff": 1}),
     "leff_without_bn": (lambda: Local(False), lambda: (tokens(17),), {"leff": 1}),
 }
@@ -271,7 +317,9 @@ def test_every_block_is_fused_and_called(name):
     model, x = build(name)
     patch(model, strict=True, verify=x)
     assert report(model).totals() == {op: (count, count) for op, count in CASES[name][2].items()}
-    called = [row.name for row in explain(model, x).rows if row.op != "linear"]  # the projections beside
+    choices = [row for row in explain(model, x).rows if row.op != "linear"]  # the projections beside
+    called = [row.name for row in choices if row.op != "conv_projection"]
+    called += [f"{row.name}.conv_proj_{part}" for row in choices if row.op == "conv_projection" for part in "qkv"]
     assert sorted(called) == sorted(row.name for row in report(model).rows)
 
 
@@ -304,6 +352,61 @@ def test_training(name, dtype):
     assert got.state.keys() == expected.state.keys()
     tensors = [joined(step.state, exact.state) for step in (got, expected, exact)]
     assert_as_accurate(tensors[0].to(dtype), tensors[1].to(dtype), tensors[2])
+
+
+class ListensToItself(Convolver):
+    def forward_conv(self, x: Tensor, h: int, w: int) -> list[Tensor]:
+        self.seen = x
+        return super().forward_conv(x, h, w)
+
+
+@pytest.mark.parametrize("why", ["hook", "linear", "own"])
+def test_cvts_projections_are_called_where_they_must_be(why):
+    block, x = shake(ListensToItself() if why == "own" else Convolver()).eval(), (tokens(31), 5, 6)
+    with torch.no_grad():
+        expected = block(*x)
+        patch(block, strict=True)
+        if why == "hook":
+            block.conv_proj_k.bn.register_forward_hook(lambda *_: None)
+        elif why == "linear":
+            block.proj_v.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(block(*x), expected)
+        assert "conv_projection" not in [row.op for row in explain(block, x).rows]
+        assert why != "own" or block.seen is x[0]
+
+
+class DoubledGELU(QuickGELU):
+    """Not what its name says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+DoubledGELU.__name__ = "QuickGELU"
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (lambda: Perceptron(DoubledGELU), "Perceptron.forward computes something else than the known one in eval mode"),
+        (lambda: Perceptron(nn.Tanh), "act is Tanh(), accepted without hooks are"),
+        (lambda: _Gated(), "_Gated.forward computes something else than the known one in eval mode"),
+    ],
+)
+def test_mlps_that_are_not_are_left_alone(block, reason):
+    assert reason in recognise(block()).reasons[0]
+
+
+class _Gated(Perceptron):
+    def forward(self, x):
+        return self.fc2(self.drop(self.act(self.fc1(x)) * self.fc1(x)))
+
+
+@pytest.mark.parametrize("make", [lambda: Perceptron(drop=0.5), lambda: Forward(0.5)])
+def test_dropout_within_an_mlp_takes_the_plain_path(make):
+    block, x = patch(make()), tokens(10)
+    assert not torch.equal(block(x), block(x))
+    assert torch.equal(block.eval()(x), block(x))
 
 
 @pytest.mark.parametrize("transform", [True, False])

@@ -1,0 +1,76 @@
+"""MLPs made of parts that every library names otherwise: which they are, and when the operator may stand for them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.patching.parts import activation_name, check_activation, dropout_p, is_plain, project
+from fastvit.reference.layers import obstacles
+
+
+class Layers(NamedTuple):
+    """Linear, activation, linear, and the dropouts behind either linear.
+
+    ``by_name``: whether a class called QuickGELU is taken for what the name says, since a trial shows whether it is.
+    """
+
+    fc1: Any
+    activation: nn.Module
+    fc2: Any
+    dropouts: tuple[Any, ...] = ()
+    by_name: bool = False
+
+    def named_activation(self) -> str | None:
+        """The operator's name of the activation; None where it has none."""
+        layer = self.activation
+        if self.by_name and type(layer).__name__ == "QuickGELU" and is_plain(layer, type(layer)):
+            return "quick_gelu"
+        return activation_name(layer)
+
+    def reasons(self, *names: str) -> list[str]:
+        """Why the operator does not stand for them; ``names`` are those of linear, activation and linear."""
+        linears = ((names[0], self.fc1), (names[2], self.fc2))
+        found = [f"{name} {obstacle}" for name, part in linears for obstacle in obstacles(part, nn.Linear)]
+        if self.named_activation() is None:
+            found += check_activation(names[1], self.activation)
+        unknown = [part for part in self.dropouts if not (is_plain(part, nn.Dropout) or is_plain(part, nn.Identity))]
+        return found + [f"{part!r} is not a plain nn.Dropout without hooks" for part in unknown]
+
+    def fusible(self) -> bool:
+        """Whether the operator gives what calling them would, now."""
+        drops = any(isinstance(part, nn.Dropout) and dropout_p(part) > 0.0 for part in self.dropouts)
+        return not drops and not self.reasons("", "", "")
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        """The operator on them; only where they are fusible."""
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return ops.mlp(x, *weights, self.named_activation(), backend=backend)
+
+
+def in_sequence(module: nn.Module, start: int = 0) -> Layers | None:
+    """The layers that a Sequential holds from ``start`` on: linear, activation, (dropout), linear, (dropout).
+
+    None where it is no plain Sequential of so many.
+    """
+    if not is_plain(module, nn.Sequential):
+        return None
+    layers = list(module.children())[start:]
+    if len(layers) == 3:
+        return Layers(*layers)
+    if len(layers) == 5:
+        return Layers(layers[0], layers[1], layers[3], (layers[2], layers[4]))
+    return None
+
+
+def project_in_sequence(module: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """module(x), for a linear layer that may stand in front of others in a Sequential, as ``parts.project`` has it."""
+    if not is_plain(module, nn.Sequential):
+        return project(module, x, backend)
+    first, *others = module.children()
+    x = project(first, x, backend)
+    for layer in others:
+        x = layer(x)
+    return x
