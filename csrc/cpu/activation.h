@@ -2,15 +2,22 @@
 #pragma once
 
 #include "../activation.h"
-#include "vec.h"
+#include "gelu.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-template <Activation activation>
+// Whether values of that type have too few digits to tell a coarse GELU from a fine one.
+template <class T>
+constexpr bool is_coarse = false;
+template <>
+constexpr bool is_coarse<bf16> = true;
+
+// T: what the result is as good as rounded to.
+template <Activation activation, class T = float>
 FASTVIT_INLINE Vec activate(Vec x) {
   if constexpr (activation == Activation::gelu) {
-    return gelu(x);
+    return is_coarse<T> ? coarse_gelu(x) : gelu(x);
   } else if constexpr (activation == Activation::quick_gelu) {
     return x * sigmoid(x * Vec::fill(1.702f));
   } else if constexpr (activation == Activation::silu) {
@@ -23,15 +30,11 @@ FASTVIT_INLINE Vec activate(Vec x) {
 }
 
 // Of the activation, at its input x.
-template <Activation activation>
+template <Activation activation, class T = float>
 FASTVIT_INLINE Vec derivative(Vec x) {
   const Vec one = Vec::fill(1.0f);
   if constexpr (activation == Activation::gelu) {
-    // Phi(x) + x phi(x). At 13 phi is about to leave the normal numbers.
-    const Vec tail = normal_tail(x).weight;
-    const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
-    const Vec near = max(Vec::fill(-13.0f), min(Vec::fill(13.0f), x));
-    return fma(near * Vec::fill(0.398942280f), exp(near * near * Vec::fill(-0.5f)), below);
+    return gelu_slope<is_coarse<T>>(x);
   } else if constexpr (activation == Activation::quick_gelu) {
     const Vec scaled = x * Vec::fill(1.702f), s = sigmoid(scaled);
     return s * fma(scaled, one - s, one);

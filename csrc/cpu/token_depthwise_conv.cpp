@@ -36,8 +36,8 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   TokenDepthwiseConvWork work{};
   static_cast<TokenDepthwiseConv&>(work) = op;
   work.padded_width = op.width + 2 * op.padding;
-  work.ring_rows = op.kernel;
-  set_channel_block(work, kCacheFloats, (op.kernel + 1) * work.padded_width + op.out_width + op.kernel * op.kernel + 3);
+  work.ring_rows = rows_at_once(op);
+  set_channel_block(work, kCacheFloats, (work.ring_rows + 1) * work.padded_width + op.kernel * op.kernel + 3);
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
   work.bytes = numel * (op.element == Element::float32 ? 4 : 2);

@@ -6,6 +6,8 @@
 
 namespace fastvit {
 
+constexpr int64_t kMaxRows = 2;  // output rows that kernels work out together, whatever the instruction set
+
 // An item of work is a block of channels of a block of output rows of one map.
 struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t channel_block, channel_blocks;  // the first is a multiple of 16

@@ -11,8 +11,13 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 
-// Above this size of the result, rows are fetched ahead; below, they come fast enough, and asking costs more.
-constexpr int64_t kRingPrefetchBytes = 3 << 20;
+// Above these sizes of the result, rows of x, and of the result, are fetched ahead; below, they come fast enough, and
+// asking costs more.
+constexpr int64_t kFetchBytes = 5 << 20;
+constexpr int64_t kOutFetchBytes = 8 << 20;
+
+// Output rows that are worked out together: as many as the registers hold the sums of.
+constexpr int64_t kRows = kLanes == 16 ? kMaxRows : 1;
 
 // f(c, n) for the channels of a block: vectors of n = kLanes, and one of fewer where the block ends in between.
 template <class F>
@@ -65,15 +70,17 @@ struct Block {
   int64_t first = 0;     // channel
   int64_t channels = 0;  // the last block may be short
   float *taps, *shift, *pre_scale, *pre_shift;
-  float *zeros, *ring, *row;
-  float* end;  // of what it takes of the scratch
+  float *zeros, *ring;
+  float* end;                 // of what it takes of the scratch
+  bool fetches;               // rows of x ahead of their use
+  const void* out = nullptr;  // the image of the result whose tokens are fetched as those of x are taken; or null
 
-  Block(const TokenDepthwiseConvWork& operation, float* scratch) : op(operation), parameters_(scratch) {
+  Block(const TokenDepthwiseConvWork& operation, float* scratch)
+      : op(operation), fetches(op.bytes > kFetchBytes), parameters_(scratch) {
     const int64_t line = op.padded_width * op.channel_block;
     zeros = parameters_ + op.channel_blocks * parameter_floats();
     ring = zeros + line;
-    row = ring + op.ring_rows * line;
-    end = row + op.out_width * op.channel_block;
+    end = ring + op.ring_rows * line;
     // Nothing packed yet; padding columns and rows are zero, as are the lanes behind the last channel.
     for (int64_t i = 0; i < op.channel_blocks; ++i) is_packed(i) = 0.0f;
     memset(zeros, 0, static_cast<size_t>((op.ring_rows + 1) * line) * sizeof(float));
@@ -158,8 +165,8 @@ void Block::pack() {
   });
 }
 
-// Brings the channels of a token that will be needed a row later near, for reading (0) or writing (1). The hardware
-// does not see the pattern: a few lines of each token in turn. A prefetch beyond the tensor does nothing.
+// Brings the channels of a token that will be needed a row later near. The hardware does not see the pattern: a few
+// lines of each token in turn. A prefetch beyond the tensor does nothing.
 template <int for_writing, class T>
 FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
   for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T)))
@@ -170,99 +177,24 @@ FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
 template <class T, Activation activation, bool normalise>
 void take_row(Block& block, const T* x, int64_t y) {
   const TokenDepthwiseConvWork& op = block.op;
+  // Kept apart from what is stored to, for all the compiler knows.
+  const int64_t channels = block.channels, width = op.width, step = op.x_token_stride, block_width = op.channel_block;
+  const float *const scale = block.pre_scale, *const shift = block.pre_shift;
+  const bool fetches = block.fetches;
+  const int64_t op_channels = op.channels, token = op.prefix_tokens + y * width;
+  const T* out = block.out == nullptr ? nullptr : static_cast<const T*>(block.out) + token * op_channels + block.first;
   float* to = block.ring_row(y);
-  const T* from = x + (op.prefix_tokens + y * op.width) * op.x_token_stride + block.first;
-  for (int64_t column = 0; column < op.width; ++column) {
-    for_each_vector(block.channels, [&](int64_t c, int64_t n) {
+  const T* from = x + token * step + block.first;
+  for (int64_t column = 0; column < width; ++column) {
+    for_each_vector(channels, [&](int64_t c, int64_t n) {
       Vec v = load(from + c, n);
-      if constexpr (normalise) v = fma(v, Vec::load(block.pre_scale + c), Vec::load(block.pre_shift + c));
-      activate<activation>(v).store(to + c);
+      if constexpr (normalise) v = fma(v, Vec::load(scale + c), Vec::load(shift + c));
+      activate<activation, T>(v).store(to + c);
     });
-    if (op.bytes > kRingPrefetchBytes) prefetch<0>(from + op.width * op.x_token_stride, block.channels);
-    from += op.x_token_stride;
-    to += op.channel_block;
-  }
-}
-
-// A row of tokens: the channels of the one in column i begin at p + i * step.
-template <class T>
-struct Row {
-  const T* p;
-  int64_t step;
-};
-
-// An output row of a 3x3 convolution with padding 1. A vector of channels walks along three input rows with the nine
-// taps in registers; columns it has seen stay in registers, too. With add_center the input is added to the output.
-template <int64_t stride, bool add_center, class In, class Out>
-void convolve_3x3(const Block& block, Row<In> above, Row<In> here, Row<In> below, Out* out, int64_t out_step) {
-  const TokenDepthwiseConvWork& op = block.op;
-  const int64_t width = op.channel_block;
-  const Vec zero = Vec::fill(0.0f);
-  for (int64_t c = 0; c < block.channels; c += kLanes) {
-    const float* tap = block.taps + c;
-    const Vec w0 = Vec::load(tap), w1 = Vec::load(tap + width), w2 = Vec::load(tap + 2 * width);
-    const Vec w3 = Vec::load(tap + 3 * width), w4 = Vec::load(tap + 4 * width), w5 = Vec::load(tap + 5 * width);
-    const Vec w6 = Vec::load(tap + 6 * width), w7 = Vec::load(tap + 7 * width), w8 = Vec::load(tap + 8 * width);
-    const Vec shift = Vec::load(block.shift + c);
-    const In *p = above.p + c, *q = here.p + c, *r = below.p + c;
-    Out* to = out + c;
-    const auto advance = [&] { p += above.step, q += here.step, r += below.step; };
-    // Left, middle and right column of each row.
-    Vec p0 = zero, q0 = zero, r0 = zero;
-    Vec p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
-    const auto give = [&](Vec p2, Vec q2, Vec r2) {
-      Vec a = fma(p2, w2, fma(p1, w1, fma(p0, w0, shift)));
-      Vec b = fma(q2, w5, fma(q1, w4, q0 * w3));
-      b = fma(r2, w8, fma(r1, w7, fma(r0, w6, b)));
-      if constexpr (add_center) a += q1;
-      (a + b).store(to);
-      to += out_step;
-    };
-    for (int64_t column = 0; column + 1 < op.out_width; ++column) {
-      advance();
-      const Vec p2 = Vec::load(p), q2 = Vec::load(q), r2 = Vec::load(r);
-      give(p2, q2, r2);
-      if constexpr (stride == 1) {
-        p0 = p1, q0 = q1, r0 = r1;
-        p1 = p2, q1 = q2, r1 = r2;
-      } else {
-        advance();
-        p0 = p2, q0 = q2, r0 = r2;
-        p1 = Vec::load(p), q1 = Vec::load(q), r1 = Vec::load(r);
-      }
-    }
-    if (stride == 1 || op.width % 2 == 1) {
-      give(zero, zero, zero);
-    } else {
-      advance();
-      give(Vec::load(p), Vec::load(q), Vec::load(r));
-    }
-  }
-}
-
-// `count` neighbouring outputs of any kernel and stride: each tap is loaded once for all of them.
-template <int64_t count>
-FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c) {
-  const TokenDepthwiseConvWork& op = block.op;
-  const int64_t width = op.channel_block, step = op.stride * width;
-  const float* tap = block.taps + c;
-  Vec sum[count];
-  for (int64_t i = 0; i < count; ++i) sum[i] = Vec::load(block.shift + c);
-  for (int64_t dy = 0; dy < op.kernel; ++dy) {
-    const float* p = block.input_row(top + dy) + (column * op.stride - op.padding) * width + c;
-    for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
-      const Vec weight = Vec::load(tap);
-      for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) sum[i].store(block.row + (column + i) * width + c);
-}
-
-void convolve_any(const Block& block, int64_t top) {
-  for (int64_t c = 0; c < block.op.channel_block; c += kLanes) {
-    int64_t column = 0;
-    for (; column + 4 <= block.op.out_width; column += 4) convolve_columns<4>(block, top, column, c);
-    for (; column < block.op.out_width; ++column) convolve_columns<1>(block, top, column, c);
+    if (fetches) prefetch<0>(from + width * step, channels);
+    if (out != nullptr) prefetch<1>(out + column * op_channels, channels);
+    from += step;
+    to += block_width;
   }
 }
 
@@ -277,19 +209,205 @@ TakeRow<T> choose_take_row(const TokenDepthwiseConvWork& op) {
   return chosen;
 }
 
-// The convolution from the ring to the row buffer.
-template <int64_t stride, bool add_center>
-void convolve_ring_3x3(const Block& block, int64_t top) {
-  const int64_t step = block.op.channel_block;
-  const auto row = [&](int64_t y) { return Row<float>{block.input_row(y), step}; };
-  convolve_3x3<stride, add_center>(block, row(top), row(top + 1), row(top + 2), block.row, step);
+// Takes the input rows that `rows` output rows from y on need and that are not in the ring yet; `next` is the first of
+// those.
+template <class T>
+void take_rows(Block& block, TakeRow<T> take, const T* x, int64_t y, int64_t rows, int64_t& next) {
+  const TokenDepthwiseConvWork& op = block.op;
+  const int64_t top = y * op.stride - op.padding, end = top + (rows - 1) * op.stride + op.kernel;
+  const int64_t bottom = end < op.height ? end : op.height;
+  if (next < top) next = top;
+  for (; next < bottom; ++next) take(block, x, next);
 }
 
-using ConvolveRing = void (*)(const Block&, int64_t);
+// Up to kRows neighbouring output rows of a block of channels: where they go, and what is added to them.
+template <class T>
+struct Target {
+  int64_t rows;
+  T* to;                   // the first row's first token
+  int64_t step, row_step;  // to the next token, and row
+  const T* add;            // null where there is nothing to add
+  int64_t add_step, add_row_step;
 
-ConvolveRing choose_convolve_ring(const TokenDepthwiseConvWork& op) {
-  if (op.kernel != 3 || op.padding != 1 || op.stride > 2) return convolve_any;
-  return op.stride == 1 ? convolve_ring_3x3<1, false> : convolve_ring_3x3<2, false>;
+  // Moves on to the next column.
+  FASTVIT_INLINE void advance() {
+    to += step;
+    if (add != nullptr) add += add_step;
+  }
+  // The channels from c on of the column it is at.
+  template <Activation activation>
+  FASTVIT_INLINE void give(Vec value, int64_t row, int64_t c, int64_t n) const {
+    value = activate<activation, T>(value);
+    if (add != nullptr) value += load(add + row * add_row_step + c, n);
+    store(value, to + row * row_step + c, n);
+  }
+};
+
+// Of the input rows that kRows output rows of a 3x3 convolution see: all, and those which the rows before did not see.
+template <int64_t stride>
+constexpr int64_t kInRows = (kRows - 1) * stride + 3;
+template <int64_t stride>
+constexpr int64_t kFreshRows = kRows * stride;
+
+// Output rows of a 3x3 convolution with padding 1 whose first input row is `top`. A vector of channels walks along the
+// input rows with the nine taps in registers, and each input it meets is added to every output that needs it. Where
+// `takes`, the fresh rows come from x, beginning at `fresh`, and are put into the ring on the way.
+template <int64_t stride, Activation activation, bool takes, class T>
+void convolve_3x3(const Block& block, int64_t top, const T* fresh, const Target<T>& target) {
+  constexpr int64_t in_rows = kInRows<stride>, known_rows = takes ? in_rows - kFreshRows<stride> : in_rows;
+  // Kept apart from what is stored to, for all the compiler knows.
+  const int64_t channels = block.channels, width = block.op.channel_block, columns = block.op.out_width;
+  const int64_t fresh_step = block.op.x_token_stride, fresh_row = block.op.width * fresh_step;
+  const int64_t ahead = block.fetches ? kFreshRows<stride> * fresh_row : 0;
+  const float *known[in_rows], *const block_taps = block.taps, *const block_shift = block.shift;
+  float* taken[in_rows];
+  for (int64_t i = 0; i < in_rows; ++i) {
+    known[i] = block.input_row(top + i);
+    taken[i] = block.ring_row(top + i);
+  }
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
+    Vec taps[3][3];
+    for (int64_t tap = 0; tap < 9; ++tap) taps[tap / 3][tap % 3] = Vec::load(block_taps + tap * width + c);
+    const Vec shift = Vec::load(block_shift + c);
+    // The outputs of the column before, of this one and of the one behind, as far as they are.
+    Vec before[kRows], here[kRows], behind[kRows];
+    for (int64_t row = 0; row < kRows; ++row) here[row] = behind[row] = shift;
+    const T* x = fresh + c;
+    int64_t at = c;  // in a row of the ring
+    Target<T> to = target;
+    Vec inputs[in_rows];
+    const auto read = [&] {
+      for (int64_t i = 0; i < known_rows; ++i) inputs[i] = Vec::load(known[i] + at);
+      for (int64_t i = known_rows; i < in_rows; ++i) {
+        const T* from = x + (i - known_rows) * fresh_row;
+        inputs[i] = load(from, n);
+        inputs[i].store(taken[i] + at);
+        if (ahead != 0) __builtin_prefetch(from + ahead);
+      }
+      at += width;
+      if (takes) x += fresh_step;
+    };
+    const auto add = [&](Vec(&sums)[kRows], int64_t dx) {
+      for (int64_t i = 0; i < in_rows; ++i) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          const int64_t dy = i - row * stride;
+          if (dy >= 0 && dy < 3) sums[row] = fma(inputs[i], taps[dy][dx], sums[row]);
+        }
+      }
+    };
+    const auto give = [&](const Vec(&sums)[kRows]) {
+      for (int64_t row = 0; row < kRows; ++row) {
+        if (row < to.rows) to.template give<activation>(sums[row], row, c, n);
+      }
+      to.advance();
+    };
+    const auto move_on = [&] {
+      for (int64_t row = 0; row < kRows; ++row) {
+        before[row] = here[row];
+        here[row] = behind[row];
+        behind[row] = shift;
+      }
+    };
+    if constexpr (stride == 1) {
+      read();
+      add(here, 1);
+      add(behind, 0);
+      move_on();
+      for (int64_t i = 1; i < columns; ++i) {
+        read();
+        add(before, 2);
+        add(here, 1);
+        add(behind, 0);
+        give(before);
+        move_on();
+      }
+      give(before);
+    } else {
+      for (int64_t i = 0; i < columns; ++i) {
+        read();
+        add(here, 1);
+        read();
+        add(here, 2);
+        add(behind, 0);
+        give(here);
+        move_on();
+      }
+    }
+  }
+}
+
+// `count` neighbouring outputs of any kernel and stride: each tap is loaded once for all of them.
+template <int64_t count, Activation activation, class T>
+FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c, Target<T>& to) {
+  const TokenDepthwiseConvWork& op = block.op;
+  const int64_t width = op.channel_block, step = op.stride * width;
+  const int64_t n = block.channels - c < kLanes ? block.channels - c : kLanes;
+  const float* tap = block.taps + c;
+  Vec sum[count];
+  for (int64_t i = 0; i < count; ++i) sum[i] = Vec::load(block.shift + c);
+  for (int64_t dy = 0; dy < op.kernel; ++dy) {
+    const float* p = block.input_row(top + dy) + (column * op.stride - op.padding) * width + c;
+    for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
+      const Vec weight = Vec::load(tap);
+      for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < count; ++i) {
+    to.template give<activation>(sum[i], 0, c, n);
+    to.advance();
+  }
+}
+
+// Output rows of any convolution.
+template <Activation activation, class T>
+void convolve_any(const Block& block, int64_t top, const T*, const Target<T>& target) {
+  const TokenDepthwiseConvWork& op = block.op;
+  for (int64_t row = 0; row < target.rows; ++row, top += op.stride) {
+    for (int64_t c = 0; c < block.channels; c += kLanes) {
+      Target<T> to = target;
+      to.to += row * target.row_step;
+      if (to.add != nullptr) to.add += row * target.add_row_step;
+      int64_t column = 0;
+      for (; column + 4 <= op.out_width; column += 4) convolve_columns<4, activation>(block, top, column, c, to);
+      for (; column < op.out_width; ++column) convolve_columns<1, activation>(block, top, column, c, to);
+    }
+  }
+}
+
+template <class T>
+using Convolve = void (*)(const Block&, int64_t top, const T* fresh, const Target<T>&);
+
+inline bool is_3x3(const TokenDepthwiseConvWork& op) { return op.kernel == 3 && op.padding == 1 && op.stride <= 2; }
+
+// The convolution of what is in the ring.
+template <class T>
+Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op, Activation activation) {
+  Convolve<T> chosen = nullptr;
+  with_activation(activation, [&]<Activation known>() {
+    chosen = !is_3x3(op)      ? convolve_any<known, T>
+             : op.stride == 1 ? convolve_3x3<1, known, false, T>
+                              : convolve_3x3<2, known, false, T>;
+  });
+  return chosen;
+}
+
+// Whether neighbouring tokens of x lie in different sets of the L1 cache (64 sets of 64 bytes). Where they do not, as
+// with 1536 channels of float32, a walk along a row for every vector of channels finds nothing there any more.
+template <class T>
+bool is_spread_out(const TokenDepthwiseConvWork& op) {
+  return op.x_token_stride * static_cast<int64_t>(sizeof(T)) / 64 % 32 != 0;
+}
+
+// The convolution that takes the fresh rows along; null where there is none, or none that is faster.
+template <class T>
+Convolve<T> choose_taking_convolve(const TokenDepthwiseConvWork& op) {
+  const bool plain =
+      op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none && op.activation == Activation::none;
+  if (!plain || !is_3x3(op) || !is_spread_out<T>(op)) return nullptr;
+  if (op.stride == 1) return convolve_3x3<1, Activation::none, true, T>;
+  return op.width % 2 == 0 ? convolve_3x3<2, Activation::none, true, T> : nullptr;
 }
 
 }  // namespace

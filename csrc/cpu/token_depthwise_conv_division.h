@@ -20,11 +20,14 @@ inline void set_channel_block(TokenDepthwiseConvWork& work, int64_t cache_floats
   work.channel_blocks = divide_up(work.channels, work.channel_block);
 }
 
-// Of a kernel's Block: parameters, rows of zeros and of input, and a row of output.
+// Of a kernel's Block: parameters, and rows of zeros and of input.
 inline int64_t block_floats(const TokenDepthwiseConvWork& work) {
   const int64_t parameters = work.channel_blocks * (work.kernel * work.kernel + 4);
-  return work.channel_block * (parameters + (work.ring_rows + 1) * work.padded_width + work.out_width);
+  return work.channel_block * (parameters + (work.ring_rows + 1) * work.padded_width);
 }
+
+// Input rows that kMaxRows output rows need.
+inline int64_t rows_at_once(const TokenDepthwiseConv& op) { return op.kernel + (kMaxRows - 1) * op.stride; }
 
 // Forward, whatever calls for it.
 void run_token_depthwise_conv(const TokenDepthwiseConv& op);

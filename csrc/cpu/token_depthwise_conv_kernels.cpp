@@ -1,49 +1,14 @@
 // The arithmetic of token_depthwise_conv, compiled once per instruction set.
 //
-// One item (a channel block of a block of output rows) slides a ring of `kernel` input rows over the map. Each input
-// element is read once: widened to float32, normalised and activated on its way into the ring. An output row is
-// convolved from the ring into a row buffer, then finished (activation, residual, rounding) on its way out. The norm
-// behind the convolution is folded into taps and shift. All of it stays in the L1 cache, and memory is touched in runs
-// of whole channel blocks. Where the convolution is all there is to do, it goes from x to the output directly.
+// One item (a channel block of a block of output rows) slides a ring of input rows over the map. Each input element is
+// read once: widened to float32, normalised and activated on its way into the ring. Output rows are convolved from the
+// ring and finished (activation, residual, rounding) in registers. The norm behind the convolution is folded into taps
+// and shift. The ring stays in the L1 cache, and x is touched in runs of whole channel blocks. Where nothing stands in
+// front of the convolution, its walk takes the rows that are new along.
 #include "token_depthwise_conv_block.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
-
-constexpr int64_t kDirectPrefetchBytes = 6 << 20;  // as kRingPrefetchBytes, without a ring
-
-// The row buffer to its place: activated, the input added, rounded.
-template <class T, Activation activation, bool residual>
-void give_row(const Block& block, const T* x, T* out, int64_t y) {
-  const TokenDepthwiseConvWork& op = block.op;
-  const int64_t token = op.prefix_tokens + y * op.out_width;
-  const float* from = block.row;
-  const T* add = x + token * op.x_token_stride + block.first;
-  T* to = out + token * op.channels + block.first;
-  for (int64_t column = 0; column < op.out_width; ++column) {
-    for_each_vector(block.channels, [&](int64_t c, int64_t n) {
-      Vec v = activate<activation>(Vec::load(from + c));
-      if constexpr (residual) v += load(add + c, n);
-      store(v, to + c, n);
-    });
-    if (op.bytes > kRingPrefetchBytes) prefetch<1>(to + op.out_width * op.channels, block.channels);
-    from += op.channel_block;
-    add += op.x_token_stride;
-    to += op.channels;
-  }
-}
-
-template <class T>
-using GiveRow = void (*)(const Block&, const T*, T*, int64_t);
-
-template <class T>
-GiveRow<T> choose_give_row(const TokenDepthwiseConvWork& op) {
-  GiveRow<T> chosen = nullptr;
-  with_activation(op.activation, [&]<Activation activation>() {
-    chosen = op.residual ? give_row<T, activation, true> : give_row<T, activation, false>;
-  });
-  return chosen;
-}
 
 template <class T>
 void copy_prefix(const Block& block, const T* x, T* out) {
@@ -54,84 +19,50 @@ void copy_prefix(const Block& block, const T* x, T* out) {
   }
 }
 
-// The rows of one item by way of the ring and the row buffer.
+// How the rows of an item are worked out.
 template <class T>
-class ByRing {
- public:
-  explicit ByRing(const TokenDepthwiseConvWork& op)
-      : take_(choose_take_row<T>(op)), give_(choose_give_row<T>(op)), convolve_(choose_convolve_ring(op)) {}
+struct Steps {
+  TakeRow<T> take;
+  Convolve<T> convolve, take_and_convolve;  // the last may be null
 
-  void operator()(Block& block, const T* x, T* out, int64_t first_row, int64_t end_row) const {
-    const TokenDepthwiseConvWork& op = block.op;
-    int64_t next = 0;  // the first input row that is not in the ring yet
-    for (int64_t y = first_row; y < end_row; ++y) {
-      const int64_t top = y * op.stride - op.padding;
-      const int64_t bottom = top + op.kernel < op.height ? top + op.kernel : op.height;
-      if (next < top) next = top;
-      for (; next < bottom; ++next) take_(block, x, next);
-      convolve_(block, top);
-      give_(block, x, out, y);
-    }
-  }
-
- private:
-  TakeRow<T> take_;
-  GiveRow<T> give_;
-  ConvolveRing convolve_;
+  explicit Steps(const TokenDepthwiseConvWork& op)
+      : take(choose_take_row<T>(op)),
+        convolve(choose_convolve<T>(op, op.activation)),
+        take_and_convolve(choose_taking_convolve<T>(op)) {}
 };
 
-// The rows of one item from x to out directly, where the convolution is all there is (a norm folded in, a residual).
+// The output rows of an item.
 template <class T>
-class Directly {
- public:
-  explicit Directly(const TokenDepthwiseConvWork& op)
-      : convolve_(op.stride == 2 ? convolve_3x3<2, false, T, T>
-                  : op.residual  ? convolve_3x3<1, true, T, T>
-                                 : convolve_3x3<1, false, T, T>) {}
-
-  static bool can(const TokenDepthwiseConvWork& op) {
-    const bool plain = op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none &&
-                       op.activation == Activation::none && (!op.residual || op.stride == 1);
-    const bool is_3x3 = op.kernel == 3 && op.padding == 1 && op.stride <= 2;
-    return plain && is_3x3 && op.channels % kLanes == 0 && is_spread_out(op);
-  }
-
-  // Whether neighbouring tokens lie in different sets of the L1 cache (64 sets of 64 bytes). Where they do not, as with
-  // 1536 channels of float32, three rows do not stay in the cache, and a ring is faster.
-  static bool is_spread_out(const TokenDepthwiseConvWork& op) {
-    const int64_t lines = op.x_token_stride * static_cast<int64_t>(sizeof(T)) / 64;
-    return lines % 32 != 0;
-  }
-
-  void operator()(Block& block, const T* x, T* out, int64_t first_row, int64_t end_row) const {
-    const TokenDepthwiseConvWork& op = block.op;
-    const auto x_token = [&](int64_t y) {
-      return x + (op.prefix_tokens + y * op.width) * op.x_token_stride + block.first;
-    };
-    const auto row = [&](int64_t y) {
-      if (y < 0 || y >= op.height) return Row<T>{reinterpret_cast<const T*>(block.zeros), 0};
-      return Row<T>{x_token(y), op.x_token_stride};
-    };
-    for (int64_t y = first_row; y < end_row; ++y) {
-      const int64_t top = y * op.stride - op.padding;
-      T* to = out + (op.prefix_tokens + y * op.out_width) * op.channels + block.first;
-      if (op.bytes > kDirectPrefetchBytes) {
-        for (int64_t next = top + 3; next < top + 3 + op.stride && next < op.height; ++next) {
-          for (int64_t i = 0; i < op.width; ++i) prefetch<0>(x_token(next) + i * op.x_token_stride, block.channels);
-        }
-        for (int64_t i = 0; i < op.out_width; ++i) prefetch<1>(to + (op.out_width + i) * op.channels, block.channels);
-      }
-      convolve_(block, row(top), row(top + 1), row(top + 2), to, op.channels);
+void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int64_t first_row, int64_t end_row) {
+  const TokenDepthwiseConvWork& op = block.op;
+  int64_t next = 0;  // the first input row that is not in the ring yet
+  for (int64_t y = first_row; y < end_row; y += kRows) {
+    const int64_t rows = end_row - y < kRows ? end_row - y : kRows, top = y * op.stride - op.padding;
+    const int64_t token = op.prefix_tokens + y * op.out_width;
+    const Target<T> target{rows,
+                           out + token * op.channels + block.first,
+                           op.channels,
+                           op.out_width * op.channels,
+                           op.residual ? x + token * op.x_token_stride + block.first : nullptr,
+                           op.x_token_stride,
+                           op.out_width * op.x_token_stride};
+    const int64_t end = top + (kRows - 1) * op.stride + op.kernel, fresh = end - kRows * op.stride;
+    if (steps.take_and_convolve != nullptr && rows == kRows && end <= op.height && fresh >= 0) {
+      for (next = next < top ? top : next; next < fresh; ++next) steps.take(block, x, next);
+      next = end;
+      const T* from = x + (op.prefix_tokens + fresh * op.width) * op.x_token_stride + block.first;
+      steps.take_and_convolve(block, top, from, target);
+    } else {
+      take_rows(block, steps.take, x, y, rows, next);
+      steps.convolve(block, top, nullptr, target);
     }
   }
+}
 
- private:
-  void (*convolve_)(const Block&, Row<T>, Row<T>, Row<T>, T*, int64_t);
-};
-
-template <class T, class Way>
-void run(const Way& way, const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
+template <class T>
+void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
+  const Steps<T> steps(op);
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
     // Images outermost: what lies in the same pages is worked on together.
@@ -140,16 +71,11 @@ void run(const Way& way, const TokenDepthwiseConvWork& op, int64_t begin, int64_
     const T* x = static_cast<const T*>(op.x) + image * op.x_batch_stride;
     T* out = static_cast<T*>(op.out) + image * out_image;
     if (rows == 0) copy_prefix(block, x, out);
+    if (op.bytes > kOutFetchBytes && op.stride == 1 && op.out_width == op.width) block.out = out;
     const int64_t first_row = rows * op.row_block;
     const int64_t end_row = first_row + op.row_block < op.out_height ? first_row + op.row_block : op.out_height;
-    way(block, x, out, first_row, end_row);
+    convolve_rows(block, steps, x, out, first_row, end_row);
   }
-}
-
-template <class T>
-void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
-  Directly<T>::can(op) ? run<T>(Directly<T>(op), op, begin, end, scratch)
-                       : run<T>(ByRing<T>(op), op, begin, end, scratch);
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kCacheFloats = 1 << 16;  // of the L2 cache, for the maps of a channel block
+constexpr int64_t kMapFloats = 1 << 16;   // of the L2 cache, for the maps of a channel block
+constexpr int64_t kRingFloats = 3 << 12;  // of the L1 cache, for the rows of one
 
 using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
 
@@ -21,7 +22,7 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
   TokenDepthwiseConvPass pass{};
   static_cast<TokenDepthwiseConv&>(pass) = op;
   pass.padded_width = op.width + 2 * op.padding;
-  pass.ring_rows = op.kernel;
+  pass.ring_rows = rows_at_once(op);
   pass.row_block = op.out_height;
   pass.row_blocks = 1;
   pass.bytes = op.batch * op.height * op.width * op.channels * (op.element == Element::float32 ? 4 : 2);
@@ -29,8 +30,8 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
 }
 
 // per_channel: floats a kernel needs for each channel of a block beside its Block.
-void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
-  set_channel_block(pass, kCacheFloats, (pass.ring_rows + 1) * pass.padded_width + pass.out_width + per_channel, 1);
+void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel, int64_t cache_floats = kMapFloats) {
+  set_channel_block(pass, cache_floats, (pass.ring_rows + 1) * pass.padded_width + per_channel, 1);
   pass.scratch_floats = block_floats(pass) + pass.channel_block * per_channel;
   pass.items = pass.batch * pass.channel_blocks;
   if (pass.items == 0) return;
@@ -166,6 +167,22 @@ void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels
   }
 }
 
+// The pass that goes back through the convolution.
+void find_gradients(TokenDepthwiseConvPass& pass) {
+  if (pass.kernel == 3 && pass.padding == 1 && pass.stride <= 2) {
+    const int64_t rows = kMaxRows * pass.out_width + kDcRows * (pass.out_width + 2) + pass.width;
+    run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 8, kRingFloats);
+    return;
+  }
+  pass.ring_rows = pass.height;
+  // Beside the map of inputs there is that of gradients, as csrc's Turned lays it out, with a Block of its own.
+  const int64_t area = pass.kernel * pass.kernel, padding = std::max<int64_t>(pass.kernel - 1 - pass.padding, 0);
+  const int64_t turned_height = pass.height + pass.kernel - 1 - 2 * padding;
+  const int64_t turned = (turned_height + 1) * (pass.width + pass.kernel - 1) + area + 4;
+  const int64_t values = kMaxRows * std::max(pass.width, pass.out_width);
+  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned + values + 4 + area);
+}
+
 void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   const int64_t area = op.kernel * op.kernel, kinds = 2 * op.channels;
   NormGradient pre(op.pre_norm, op.has_pre_norm, op.channels), post(op.norm, op.has_norm, op.channels);
@@ -190,7 +207,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   std::vector<double> total;
   if (op.batch_statistics) {
     pass.sums = sums;
-    run_pass(pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
+    run_pass(pass, FASTVIT_PER_ISA(norm_gradient_sums), kMaxRows * op.out_width + 4, kRingFloats);
     total = add_images(sums, op.batch, 2, op.channels);
     post.through_statistics(total, op.batch * op.out_height * op.out_width);
     pass.sums = nullptr;  // known
@@ -199,12 +216,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   }
   pass.pre_sums = wants_pre_sums ? pre_sums : nullptr;
   pass.weight_sums = parameters ? weight_sums : nullptr;
-  pass.ring_rows = op.height;
-  // Beside the map of inputs there is that of gradients, as csrc's Turned lays it out, with a Block of its own.
-  const int64_t turned_padding = std::max<int64_t>(op.kernel - 1 - op.padding, 0);
-  const int64_t turned_height = op.height + op.kernel - 1 - 2 * turned_padding;
-  const int64_t turned_rows = (turned_height + 1) * (op.width + op.kernel - 1) + op.width + area + 4;
-  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned_rows + 4 + area);
+  find_gradients(pass);
   if (pass.sums != nullptr) total = add_images(sums, op.batch, 2, op.channels);
   std::vector<double> pre_total;
   if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);

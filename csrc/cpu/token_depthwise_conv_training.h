@@ -16,6 +16,8 @@ struct NormCoefficients {
   const float *mean, *scale, *bias, *slope, *offset;
 };
 
+constexpr int64_t kDcRows = 4;  // rows of the convolution's gradient that conv_3x3_gradients holds
+
 // An item of work is a block of channels of one map.
 struct TokenDepthwiseConvPass : TokenDepthwiseConvWork {
   NormCoefficients pre, post;
@@ -37,6 +39,8 @@ FASTVIT_DECLARE_PER_ISA(
     void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // sums, pre_sums, weight_sums and dx, as far as they are wanted
     void conv_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // The same for a 3x3 convolution with padding 1 and stride 1 or 2.
+    void conv_3x3_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // dx through pre_norm
     void pre_norm_gradient(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);)
 

@@ -1,0 +1,215 @@
+// What the passes of token_depthwise_conv's training share, compiled once per instruction set: sums over tokens, and
+// gradients on their way back through a norm and an activation.
+#pragma once
+
+#include "token_depthwise_conv_block.h"
+#include "token_depthwise_conv_training.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kSumTerms = 64;  // of a float32 sum, before it is added to the others
+
+// Sums of several kinds of values, channel by channel; what is added may itself be a sum of kSumTerms.
+class SplitSums {
+ public:
+  SplitSums(float* scratch, int64_t kinds, int64_t width)
+      : partial_(scratch), total_(scratch + kinds * width), size_(kinds * width), width_(width) {
+    memset(partial_, 0, static_cast<size_t>(2 * size_) * sizeof(float));
+  }
+  static int64_t floats(int64_t kinds, int64_t width) { return 2 * kinds * width; }
+
+  FASTVIT_INLINE void add(int64_t kind, int64_t c, Vec value) {
+    float* p = partial_ + kind * width_ + c;
+    (Vec::load(p) + value).store(p);
+  }
+  // To be called once something was added to every sum.
+  void end_term() {
+    if (++terms_ == kSumTerms) fold();
+  }
+  // The sums of a kind, to be read once no more is added.
+  const float* get(int64_t kind) {
+    fold();
+    return total_ + kind * width_;
+  }
+  void give(int64_t kind, int64_t channels, float* to) {
+    memcpy(to, get(kind), static_cast<size_t>(channels) * sizeof(float));
+  }
+
+ private:
+  void fold() {
+    for (int64_t i = 0; i < size_; i += kLanes) (Vec::load(total_ + i) + Vec::load(partial_ + i)).store(total_ + i);
+    memset(partial_, 0, static_cast<size_t>(size_) * sizeof(float));
+    terms_ = 0;
+  }
+
+  float *partial_, *total_;
+  int64_t size_, width_, terms_ = 0;
+};
+
+template <class T>
+const T* image_of(const TokenDepthwiseConvPass& op, int64_t image) {
+  return static_cast<const T*>(op.x) + image * op.x_batch_stride;
+}
+
+template <class T>
+const T* grad_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
+  return static_cast<const T*>(op.grad) + image * op.grad_batch_stride + channel;
+}
+
+template <class T>
+T* dx_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
+  const int64_t tokens = op.prefix_tokens + op.height * op.width;
+  return op.dx == nullptr ? nullptr : static_cast<T*>(op.dx) + image * tokens * op.channels + channel;
+}
+
+// Where the sums of a kind of an image belong, from the block's first channel on.
+inline float* place(float* sums, int64_t kinds, int64_t image, int64_t kind, const Block& block) {
+  return sums + (image * kinds + kind) * block.op.channels + block.first;
+}
+
+// The sums of a norm's gradient (dn, dn (c - mean)) to their place, if they are wanted.
+inline void give_sums(SplitSums& sums, float* to, int64_t image, const Block& block) {
+  for (int64_t kind = 0; to != nullptr && kind < 2; ++kind) {
+    sums.give(kind, block.channels, place(to, 2, image, kind, block));
+  }
+}
+
+// The gradient of the prefix tokens, which pass through.
+template <class T>
+void copy_prefix_gradient(const TokenDepthwiseConvPass& op, const Block& block, int64_t image) {
+  T* to = dx_of<T>(op, image, block.first);
+  const T* from = grad_of<T>(op, image, block.first);
+  for (int64_t token = 0; to != nullptr && token < op.prefix_tokens; ++token) {
+    memcpy(to + token * op.channels, from + token * op.grad_token_stride,
+           static_cast<size_t>(block.channels) * sizeof(T));
+  }
+}
+
+// f(image, block) for every item, the block entered.
+template <class F>
+void for_each_item(const TokenDepthwiseConvPass& op, Block& block, int64_t begin, int64_t end, const F& f) {
+  for (int64_t item = begin; item < end; ++item) {
+    block.enter(item % op.channel_blocks);
+    f(item / op.channel_blocks);
+  }
+}
+
+// The channels of a row of tokens, `step` apart; p is null where there are none.
+template <class T>
+struct Tokens {
+  T* p = nullptr;
+  int64_t step = 0;
+
+  Tokens from(int64_t token) const { return {p == nullptr ? p : p + token * step, step}; }
+};
+
+// A row on its way back through an activation and the norm in front of it.
+template <class Value, class Grad, class Out>
+struct BackwardRow {
+  int64_t columns;
+  Tokens<const Value> value;  // in front of the norm; null where neither of the two is there
+  Tokens<const Grad> grad;    // behind the activation
+  Tokens<Out> out;            // in front of the norm; null where not wanted
+  Tokens<const Out> add;      // to out
+  bool unnormed = false;      // out is to be the gradient behind the norm
+};
+
+// Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums.
+template <class T, Activation activation, class Value, class Grad, class Out>
+void pass_back(const NormCoefficients& norm, const Block& block, const BackwardRow<Value, Grad, Out>& row,
+               SplitSums& sums) {
+  const int64_t channels = block.channels, first = block.first;
+  const bool normed = norm.mean != nullptr, through = normed && !row.unnormed;
+  const Vec zero = Vec::fill(0.0f);
+  for (int64_t begin = 0; begin < row.columns; begin += kSumTerms) {
+    const int64_t end = begin + kSumTerms < row.columns ? begin + kSumTerms : row.columns;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t n = channels - c < kLanes ? channels - c : kLanes;
+      const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : Vec::fill(0.0f); };
+      const Vec mean = read(norm.mean), scale = read(norm.scale), bias = read(norm.bias);
+      const Vec slope = read(norm.slope), offset = read(norm.offset);
+      auto value = row.value.from(begin);
+      auto grad = row.grad.from(begin);
+      auto out = row.out.from(begin);
+      auto add = row.add.from(begin);
+      Vec sum = zero, product = zero;
+      for (int64_t column = begin; column < end; ++column) {
+        Vec centred = value.p == nullptr ? zero : load(value.p + c, n), behind = centred;
+        if (normed) {
+          centred = centred - mean;
+          behind = fma(centred, scale, bias);
+        }
+        const Vec dn = load(grad.p + c, n) * derivative<activation, T>(behind);
+        sum += dn;
+        product = fma(dn, centred, product);
+        if (out.p != nullptr) {
+          Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
+          if (add.p != nullptr) result += load(add.p + c, n);
+          store(result, out.p + c, n);
+        }
+        value = value.from(1), grad = grad.from(1), out = out.from(1), add = add.from(1);
+      }
+      sums.add(0, c, sum);
+      sums.add(1, c, product);
+    }
+    sums.end_term();
+  }
+}
+
+// Input row y of x as it is behind the norm and activation in front of the convolution, backwards: from the gradient at
+// the convolution's input to dx.
+template <class T>
+BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y,
+                                   const float* grad) {
+  const int64_t token = op.prefix_tokens + y * op.width;
+  BackwardRow<T, float, T> row{op.width,
+                               {image_of<T>(op, image) + token * op.x_token_stride + block.first, op.x_token_stride},
+                               {grad, op.channel_block},
+                               {},
+                               {}};
+  if (op.dx != nullptr) row.out = {dx_of<T>(op, image, block.first) + token * op.channels, op.channels};
+  if (op.residual && !op.dx_is_unnormed) {
+    row.add = {grad_of<T>(op, image, block.first) + token * op.grad_token_stride, op.grad_token_stride};
+  }
+  row.unnormed = op.dx_is_unnormed;
+  return row;
+}
+
+// Output row y, backwards: from the result's gradient to that of the convolution, whose result is `value`.
+template <class T>
+BackwardRow<float, T, float> output_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y,
+                                        const float* value) {
+  const int64_t token = op.prefix_tokens + y * op.out_width;
+  const T* grad = grad_of<T>(op, image, block.first) + token * op.grad_token_stride;
+  return {op.out_width, {value, op.channel_block}, {grad, op.grad_token_stride}, {}, {}};
+}
+
+template <class T>
+using PassOutputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<float, T, float>&, SplitSums&);
+template <class T>
+using PassInputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, float, T>&, SplitSums&);
+
+template <class T>
+PassOutputBack<T> choose_output_back(Activation activation) {
+  PassOutputBack<T> chosen = nullptr;
+  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, float, T, float>; });
+  return chosen;
+}
+
+template <class T>
+PassInputBack<T> choose_input_back(Activation activation) {
+  PassInputBack<T> chosen = nullptr;
+  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, T, float, T>; });
+  return chosen;
+}
+
+// Up to kRows rows of the convolution's result, beginning at `to`, as far as they are tokens of the map.
+inline Target<float> rows_at(const Block& block, int64_t y, float* to) {
+  const TokenDepthwiseConvWork& op = block.op;
+  const int64_t left = op.out_height - y, line = op.out_width * op.channel_block;
+  return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0};
+}
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA
