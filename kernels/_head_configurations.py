@@ -102,6 +102,47 @@ OTHER: dict[tuple[str, int], dict[str, Loads]] = {
     },
 }
 
+# Chips of AMD, 64 kB of shared memory: programs of 256 threads, which have up to 512 registers each, where 512 threads
+# would spill. For head dimensions up to 128.
+AMD: dict[tuple[str, int], dict[str, Loads]] = {
+    ("half", FEW_HEADS): {
+        "head_mixed_attention": (_wide(16, 16, 64), _wide(16, 16, 64, 4), _frugal(4, 16, 64, 4)),
+        "row_gradients": (_wide(16, 16), _frugal(16, 16, 16, 4), _frugal(4, 16, 16, 4)),
+        "query_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 32, 4), _frugal(2, 16, 64, 4)),
+        "key_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 64, 4), _frugal(16, 4, 32, 4)),
+        "value_gradients": (_wide(16, 16, 64), _wide(16, 16, 64, 4), _frugal(16, 16, 32, 4)),
+        "head_map_moments": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+    },
+    ("ieee", FEW_HEADS): {
+        "head_mixed_attention": (_frugal(16, 16, 64), _frugal(16, 16, 64, 4), _frugal(4, 16, 64, 4)),
+        "row_gradients": (_frugal(16, 16), _frugal(8, 16, 16, 4), _frugal(4, 16, 16, 4)),
+        "query_gradients": (_frugal(16, 16, 64, 4), _frugal(4, 16, 64, 4), _frugal(2, 16, 64, 4)),
+        "key_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 64, 4), _frugal(16, 2, 64, 4)),
+        "value_gradients": (_wide(16, 16, 64, 4), _wide(16, 16, 64, 4), _frugal(16, 8, 64, 4)),
+        "head_map_moments": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+    },
+    ("half", MANY_HEADS): {
+        "head_mixed_attention": (_frugal(16, 16, 16, 4), _frugal(8, 16, 32, 4), _frugal(4, 16, 32, 4)),
+        "row_gradients": (_frugal(16, 16), _frugal(4, 16, 16, 4), _frugal(2, 16, 16, 4)),
+        "query_gradients": (_frugal(4, 16, 32, 4), _frugal(4, 16, 32, 4), _frugal(2, 16, 32, 4)),
+        "key_gradients": (_frugal(16, 8, 32, 4), _frugal(16, 4, 32, 4), _frugal(16, 2, 32, 4)),
+        "value_gradients": (_frugal(16, 16, 16, 4), _frugal(16, 8, 32, 4), _frugal(16, 8, 16, 4)),
+        "head_map_moments": (_frugal(16, 16, 16, 4), _frugal(16, 16, 16, 4), _frugal(16, 16, 16, 4)),
+        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+    },
+    ("ieee", MANY_HEADS): {
+        "head_mixed_attention": (_frugal(8, 16, 32, 4), _frugal(8, 16, 32, 4), _frugal(4, 16, 32, 4)),
+        "row_gradients": (_frugal(16, 16, 16, 4), _frugal(4, 16, 16, 4), _frugal(2, 16, 16, 4)),
+        "query_gradients": (_frugal(4, 16, 32, 4), _frugal(4, 16, 32, 4), _frugal(2, 16, 32, 4)),
+        "key_gradients": (_frugal(16, 4, 32, 4), _frugal(16, 4, 32, 4), _frugal(16, 2, 32, 4)),
+        "value_gradients": (_frugal(16, 8, 32, 4), _frugal(16, 8, 32, 4), _frugal(16, 8, 16, 4)),
+        "head_map_moments": (_frugal(8, 16, 16, 4), _frugal(8, 16, 16, 4), _frugal(8, 16, 16, 4)),
+        "row_statistics": (_wide(16, 16, 16, 4), _wide(16, 16, 16, 4), _frugal(16, 16)),
+    },
+}
+
 # The row statistics where no mix joins the heads.
 ALONE = {"half": _wide(64, 64, 16, 4), "tf32": _frugal(32, 32, 16, 4), "ieee": _frugal(32, 32, 16, 4)}
 
@@ -130,6 +171,7 @@ def configurations(
     slots = FEW_HEADS if triton.next_power_of_2(heads) <= FEW_HEADS else MANY_HEADS
     if product == "half" and slots == FEW_HEADS and head_dim <= 64 and shared_limit >= SMALLEST_SHARED:
         return (USUAL[kernel][load],)
+    table = AMD if shared_limit < SMALLEST_SHARED else OTHER
     if product == "tf32":
-        return (OTHER["ieee", slots][kernel][load]._replace(exact=True),)
-    return (OTHER[product, slots][kernel][load],)
+        return (table["ieee", slots][kernel][load]._replace(exact=True),)
+    return (table[product, slots][kernel][load],)
