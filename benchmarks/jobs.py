@@ -34,12 +34,11 @@ class Job:
     call: Callable[..., Result]
 
     def tensors(self, batch: int, dtype: torch.dtype, device: torch.device | str, *, small: bool = False) -> Tensors:
-        """What it takes, in this dtype on this device; statistics of attention maps, which are small, stay float32."""
-        made = {}
-        for name, tensor in self.make(batch, small).items():
-            kept = not tensor.is_floating_point() or name in ("running_mean", "running_var")
-            made[name] = tensor.to(device) if kept else tensor.to(device, dtype)
-        return made
+        """What it takes, in this dtype on this device, as a model in that dtype has it."""
+        return {
+            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            for name, tensor in self.make(batch, small).items()
+        }
 
     def leaves(self, tensors: Tensors) -> Tensors:
         """The tensors that get a gradient, as leaves of their own."""

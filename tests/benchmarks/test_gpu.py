@@ -38,6 +38,16 @@ def test_every_job_runs_by_the_operator_and_by_its_plain_twin(job):
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_every_job_runs_in_bfloat16_by_its_plain_twin(job):
+    """As the command asks for it; batch normalisation wants one dtype of all its parameters."""
+    tensors = job.tensors(2, torch.bfloat16, "cpu", small=True)
+    leaves = job.leaves(tensors)
+    outputs = parts(job.call(functional, {**tensors, **leaves}))
+    torch.autograd.grad(sum(out.sum() for out in outputs), list(leaves.values()))
+    assert all(out.dtype == torch.bfloat16 for out in outputs)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_peers_of_every_job_compute_the_same(job):
     tensors = job.tensors(2, torch.float32, "cpu", small=True)
     with torch.no_grad():
