@@ -56,6 +56,9 @@ SANITIZED = {
 
 COMPILED = {"compile": {}, "compile_max_autotune": {"mode": "max-autotune"}}
 KERNELS = ("triton", "cuda")
+TAIL = 60
+"""So many lines of what a step said are kept."""
+
 PROFILED = 8
 """So many kernels of a row are named."""
 
@@ -75,10 +78,11 @@ def run_suite(command: Sequence[str], timeout: float, only: str = "") -> dict[st
         done = subprocess.run(
             arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
-    except subprocess.TimeoutExpired:
-        return {"status": None, "summary": f"stopped after {timeout:.0f} s"}
+    except subprocess.TimeoutExpired as stopped:
+        said = (stopped.stdout or b"").decode(errors="replace").strip().splitlines()
+        return {"status": None, "summary": f"stopped after {timeout:.0f} s", "tail": said[-TAIL:]}
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return {"status": done.returncode, "summary": lines[-1] if lines else "", "tail": lines[-60:]}
+    return {"status": done.returncode, "summary": lines[-1] if lines else "", "tail": lines[-TAIL:]}
 
 
 def sanitize(timeout: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 import torch
-from aot import SHARED_LIMIT, TARGETS, Build, Report, compile_all
+from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import token_depthwise_conv as kernels
 
 pytestmark = pytest.mark.slow
@@ -77,13 +77,14 @@ KINDS = [
     ("weight_gradient", constants(**shape(7, 2))),
 ]
 
-CASES = [
+EVERY_CASE = [
     Case(kernel, target, dtype, values)
     for target in TARGETS
     for kernel, values in KINDS
     # float16 and bfloat16 differ in the conversion alone: one chip for the second of them.
     for dtype in (DTYPES if target == "sm_80" and kernel in {"map", "sums"} else ("bf16", "fp32"))
 ]
+CASES = sample(EVERY_CASE, 7)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,4 @@ def reports() -> dict[Case, Report | str]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_fits_the_chip(case, reports):
-    report = reports[case]
-    assert isinstance(report, Report), report
-    assert report.spilled == 0
-    assert report.shared <= SHARED_LIMIT[TARGETS[case.target].backend]
-    assert not report.float64
+    assert_fits(reports[case], case.target, tensor_cores=False)
