@@ -1,5 +1,6 @@
 # make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
 # make test   the whole test suite                              (ARGS="-k cvt")
+# make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
 # make lint   ruff, mypy, clang-format;  make format  applies what can be applied
 # make build  the native part alone
 #
@@ -22,7 +23,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test versions lint format build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -30,6 +31,10 @@ demo: $(STAMPS)/demo $(STAMPS)/native
 
 test: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python -m pytest $(PYTEST_JOBS) $(ARGS)
+
+versions: $(STAMPS)/test $(STAMPS)/native
+	$(BIN)/python requirements/versions.py $(VENV)/versions
+	$(BIN)/python -m pytest tests/compat/test_versions.py $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

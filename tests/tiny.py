@@ -20,6 +20,7 @@ TIMM = (
     "timm_deit3",
     "timm_beit",
     "timm_beit_shared",
+    "timm_relpos",
     "timm_cait",
     "timm_twins",
     "timm_twins_svt",
@@ -60,7 +61,7 @@ def _reference(name: str) -> nn.Module:
 
 def _timm(name: str) -> nn.Module:
     pytest.importorskip("timm")
-    from timm.models import beit, cait, deit, twins, vision_transformer
+    from timm.models import beit, cait, deit, twins, vision_transformer, vision_transformer_relpos
 
     if name == "timm_vit":
         return vision_transformer.VisionTransformer(**ISOTROPIC)
@@ -71,6 +72,8 @@ def _timm(name: str) -> nn.Module:
         return deit.VisionTransformerDistilled(**ISOTROPIC)
     if name == "timm_deit3":
         return vision_transformer.VisionTransformer(**ISOTROPIC, no_embed_class=True, init_values=1e-6)
+    if name == "timm_relpos":
+        return vision_transformer_relpos.VisionTransformerRelPos(**ISOTROPIC, class_token=True)
     if name.startswith("timm_beit"):
         shared = name.endswith("shared")
         return beit.Beit(**ISOTROPIC, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared)

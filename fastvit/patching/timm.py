@@ -1,4 +1,4 @@
-"""timm's blocks: ViT/DeiT and BEiT attention, CaiT's talking heads and class attention, Twins' blocks, MLPs.
+"""timm's blocks: attention of ViT and DeiT, with relative positions, of BEiT, CaiT and Twins; PEG; MLPs.
 
 timm itself is never imported here: its classes are known by where they are defined. The fused forwards call the
 sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their places keep working.
@@ -157,6 +157,29 @@ class BeitAttentionSeam(Fused):
         return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), self.fastvit_backend))
 
 
+class RelPosAttentionSeam(Fused):
+    """timm's ``RelPosAttention``: a bias of relative positions, of its own or shared between the blocks."""
+
+    fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        if not intact(self) or not (self.rel_pos is None or is_plain(self.rel_pos, type(self.rel_pos))):
+            return self.fastvit_plain.forward(self, x, shared_rel_pos)
+        qkv = project(self.qkv, x, self.fastvit_backend).unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = ops.masked_attention(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            bias=shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias(),
+            scale=self.scale,
+            dropout_p=dropout_p(self.attn_drop),
+            backend=self.fastvit_backend,
+        )
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), self.fastvit_backend))
+
+
 class GlobalAttentionSeam(Fused):
     """timm's Twins ``GlobalSubSampleAttn``: keys and values from a coarser map."""
 
@@ -283,6 +306,17 @@ def _check_beit(module: nn.Module) -> list[str]:
     return missing or ([] if module.qkv.bias is None else ["qkv has a bias of its own"])
 
 
+def _check_rel_pos(module: nn.Module) -> list[str]:
+    missing = check_attributes(
+        module, "num_heads", "head_dim", "scale", "q_norm", "k_norm", "rel_pos", "proj", "proj_drop"
+    )
+    if missing:
+        return missing
+    if module.rel_pos is not None:
+        missing = check_attributes(module.rel_pos, "get_bias")
+    return missing + check_linear(module, "qkv", 3 * module.num_heads * module.head_dim)
+
+
 def _check_global_attention(module: nn.Module) -> list[str]:
     missing = check_attributes(module, "num_heads", "scale", "q", "kv", "sr", "norm", "proj", "proj_drop")
     if missing or type(module.q) is not nn.Linear:
@@ -367,6 +401,7 @@ _BEIT_NAMES = _COMMON_NAMES | {
     "relative_position_bias_table",
     "_get_rel_pos_bias",
 }
+_REL_POS_NAMES = _COMMON_NAMES | {"qkv", "q_norm", "k_norm", "head_dim", "rel_pos", "get_bias"}
 _TWINS_NAMES = _COMMON_NAMES | {"qkv", "q", "kv", "sr", "norm", "view", "pad", "ws", "contiguous"}
 _MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
@@ -377,6 +412,7 @@ ROWS = (
     Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),
     Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_class_attention, _CAIT_NAMES),
     Row("timm.models.beit.Attention", BeitAttentionSeam, _check_beit, _BEIT_NAMES),
+    Row("timm.models.vision_transformer_relpos.RelPosAttention", RelPosAttentionSeam, _check_rel_pos, _REL_POS_NAMES),
     Row("timm.models.twins.GlobalSubSampleAttn", GlobalAttentionSeam, _check_global_attention, _TWINS_NAMES),
     Row("timm.models.twins.LocallyGroupedAttn", LocalAttentionSeam, _check_local_attention, _TWINS_NAMES),
     Row("timm.layers.mlp.Mlp", MlpSeam, _check_mlp, _MLP_NAMES, applies=_is_of_linears),

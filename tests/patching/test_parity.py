@@ -32,6 +32,7 @@ FUSED = {
     "timm_deit3": {"masked_attention": 2, "mlp": 2},
     "timm_beit": {"masked_attention": 2, "mlp": 2},
     "timm_beit_shared": {"masked_attention": 2, "mlp": 2},
+    "timm_relpos": {"masked_attention": 2, "mlp": 4},
     "timm_twins": {"masked_attention": 4, "mlp": 4, "token_depthwise_conv": 4},
     "timm_twins_svt": {"masked_attention": 5, "mlp": 5, "token_depthwise_conv": 4},
 }

@@ -147,7 +147,7 @@ def test_head_mask_takes_the_plain_path(name):
     with torch.no_grad():
         expected = model.model(x, head_mask=head_mask).logits
         assert not torch.allclose(expected, model(x))
-        assert torch.equal(patch(model).model(x, head_mask=head_mask).logits, expected)
+        assert torch.equal(patch(model, ops="masked_attention").model(x, head_mask=head_mask).logits, expected)
 
 
 @only_4
@@ -155,8 +155,8 @@ def test_pruned_heads():
     model, x = build("vit_sdpa"), images("vit_sdpa")
     model.model.vit._prune_heads({0: [1], 1: [0, 2]})
     check_inference(model, x, torch.float32)
-    assert [row.status for row in report(model).rows] == ["skipped"] * 2
-    assert len(report(patch(model, strict=True)).rows) == 2
+    patch(model, strict=True)
+    assert [row.status for row in report(model).rows if row.kind == "attention"] == ["patched"] * 2
 
 
 @only_5
