@@ -13,7 +13,7 @@ namespace fastvit {
 namespace {
 
 constexpr int64_t kMapFloats = 1 << 16;   // of the L2 cache, for the maps of a channel block
-constexpr int64_t kRingFloats = 3 << 12;  // of the L1 cache, for the rows of one
+constexpr int64_t kRingFloats = 3 << 13;  // of the L1 and L2 cache, for the rows of one
 
 using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
 
@@ -25,7 +25,8 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
   pass.ring_rows = rows_at_once(op);
   pass.row_block = op.out_height;
   pass.row_blocks = 1;
-  pass.bytes = op.batch * op.height * op.width * op.channels * (op.element == Element::float32 ? 4 : 2);
+  // x, the gradient and dx
+  pass.bytes = 3 * op.batch * op.height * op.width * op.channels * (op.element == Element::float32 ? 4 : 2);
   return pass;
 }
 
@@ -82,15 +83,14 @@ void find_moments(const TokenDepthwiseConv& op, Kernel kernel, int64_t tokens, i
 }
 
 void train(TokenDepthwiseConvTraining& op, const Tensor&) {
-  constexpr int64_t sums = 5;  // per channel: the two stages of two sums, and the mean
   if (op.pre_mean != nullptr) {
-    find_moments(op, FASTVIT_PER_ISA(token_moments), op.height * op.width, sums, op.pre_mean, op.pre_var);
+    find_moments(op, FASTVIT_PER_ISA(token_moments), op.height * op.width, 0, op.pre_mean, op.pre_var);
     op.pre_norm.mean = {op.pre_mean, Element::float32};
     op.pre_norm.var = {op.pre_var, Element::float32};
   }
   if (op.mean != nullptr) {
     const int64_t tokens = op.out_height * op.out_width;
-    find_moments(op, FASTVIT_PER_ISA(conv_moments), tokens, tokens + sums, op.mean, op.var);
+    find_moments(op, FASTVIT_PER_ISA(conv_moments), tokens, tokens, op.mean, op.var);
     op.norm.mean = {op.mean, Element::float32};
     op.norm.var = {op.var, Element::float32};
   }

@@ -95,13 +95,13 @@ void for_each_item(const TokenDepthwiseConvPass& op, Block& block, int64_t begin
   }
 }
 
-// The channels of a row of tokens, `step` apart; p is null where there are none.
+// The channels of a row of tokens, `step` apart; p is null, and step 0, where there are none.
 template <class T>
 struct Tokens {
   T* p = nullptr;
   int64_t step = 0;
 
-  Tokens from(int64_t token) const { return {p == nullptr ? p : p + token * step, step}; }
+  FASTVIT_INLINE Tokens from(int64_t token) const { return {p + token * step, step}; }
 };
 
 // A row on its way back through an activation and the norm in front of it.
@@ -113,6 +113,9 @@ struct BackwardRow {
   Tokens<Out> out;            // in front of the norm; null where not wanted
   Tokens<const Out> add;      // to out
   bool unnormed = false;      // out is to be the gradient behind the norm
+  // How far behind a token of grad, and of out, lies that which comes in its place in the next row; it is fetched
+  // ahead.
+  int64_t grad_ahead = 0, out_ahead = 0;
 };
 
 // Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums.
@@ -121,6 +124,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
                SplitSums& sums) {
   const int64_t channels = block.channels, first = block.first;
   const bool normed = norm.mean != nullptr, through = normed && !row.unnormed;
+  const int64_t row_grad_ahead = row.grad_ahead, row_out_ahead = row.out_ahead;
   const Vec zero = Vec::fill(0.0f);
   for (int64_t begin = 0; begin < row.columns; begin += kSumTerms) {
     const int64_t end = begin + kSumTerms < row.columns ? begin + kSumTerms : row.columns;
@@ -140,6 +144,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
           centred = centred - mean;
           behind = fma(centred, scale, bias);
         }
+        __builtin_prefetch(grad.p + c + row_grad_ahead);
         const Vec dn = load(grad.p + c, n) * derivative<activation, T>(behind);
         sum += dn;
         product = fma(dn, centred, product);
@@ -147,6 +152,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
           Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
           if (add.p != nullptr) result += load(add.p + c, n);
           store(result, out.p + c, n);
+          __builtin_prefetch(out.p + c + row_out_ahead, 1);
         }
         value = value.from(1), grad = grad.from(1), out = out.from(1), add = add.from(1);
       }
@@ -173,6 +179,7 @@ BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block
     row.add = {grad_of<T>(op, image, block.first) + token * op.grad_token_stride, op.grad_token_stride};
   }
   row.unnormed = op.dx_is_unnormed;
+  row.out_ahead = op.width * op.channels;
   return row;
 }
 
@@ -182,7 +189,10 @@ BackwardRow<float, T, float> output_row(const TokenDepthwiseConvPass& op, const 
                                         const float* value) {
   const int64_t token = op.prefix_tokens + y * op.out_width;
   const T* grad = grad_of<T>(op, image, block.first) + token * op.grad_token_stride;
-  return {op.out_width, {value, op.channel_block}, {grad, op.grad_token_stride}, {}, {}};
+  BackwardRow<float, T, float> row{op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
+  if (value != nullptr) row.value = {value, op.channel_block};
+  row.grad_ahead = op.out_width * op.grad_token_stride;
+  return row;
 }
 
 template <class T>

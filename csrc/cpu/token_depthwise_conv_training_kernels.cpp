@@ -5,34 +5,43 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// The moments of `tokens` tokens that lie `step` apart.
+// Sums of `count` values of each of `tokens` tokens, kSumTerms at a time; values(token, terms) gives them.
+template <int64_t count, class F>
+FASTVIT_INLINE void add_up(int64_t tokens, Vec (&total)[count], const F& values) {
+  for (Vec& sum : total) sum = Vec::fill(0.0f);
+  for (int64_t begin = 0; begin < tokens; begin += kSumTerms) {
+    const int64_t end = begin + kSumTerms < tokens ? begin + kSumTerms : tokens;
+    Vec partial[count];
+    for (Vec& sum : partial) sum = Vec::fill(0.0f);
+    for (int64_t token = begin; token < end; ++token) values(token, partial);
+    for (int64_t i = 0; i < count; ++i) total[i] += partial[i];
+  }
+}
+
+// The moments of `tokens` tokens that lie `step` apart. A vector of channels goes over them twice, the second time in
+// the cache.
 template <class T>
 void find_moments(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, const T* first, int64_t tokens,
-                  int64_t step, float* scratch) {
-  const int64_t width = op.channel_block;
-  float* center = scratch + SplitSums::floats(2, width);
-  SplitSums sums(scratch, 1, width);
-  for (int64_t token = 0; token < tokens; ++token) {
-    const T* p = first + token * step;
-    for_each_vector(block.channels, [&](int64_t c, int64_t n) { sums.add(0, c, load(p + c, n)); });
-    sums.end_term();
-  }
-  const float* sum = sums.get(0);
+                  int64_t step) {
+  constexpr int64_t ahead = 16;  // tokens, of fetching
   const Vec share = Vec::fill(1.0f / static_cast<float>(tokens));
-  for (int64_t c = 0; c < width; c += kLanes) (Vec::load(sum + c) * share).store(center + c);
-  SplitSums around(scratch, 2, width);
-  for (int64_t token = 0; token < tokens; ++token) {
-    const T* p = first + token * step;
-    for_each_vector(block.channels, [&](int64_t c, int64_t n) {
-      const Vec centred = load(p + c, n) - Vec::load(center + c);
-      around.add(0, c, centred);
-      around.add(1, c, centred * centred);
+  for (int64_t c = 0; c < block.channels; c += kLanes) {
+    const int64_t n = block.channels - c < kLanes ? block.channels - c : kLanes;
+    const T* p = first + c;
+    Vec sum[1], moments[2];
+    add_up(tokens, sum, [&](int64_t token, Vec(&sums)[1]) {
+      __builtin_prefetch(p + (token + ahead) * step);
+      sums[0] += load(p + token * step, n);
     });
-    around.end_term();
-  }
-  memcpy(place(op.moments, 3, image, 0, block), center, static_cast<size_t>(block.channels) * sizeof(float));
-  for (int64_t kind = 0; kind < 2; ++kind) {
-    around.give(kind, block.channels, place(op.moments, 3, image, kind + 1, block));
+    const Vec center = sum[0] * share;
+    add_up(tokens, moments, [&](int64_t token, Vec(&sums)[2]) {
+      const Vec centred = load(p + token * step, n) - center;
+      sums[0] += centred;
+      sums[1] = fma(centred, centred, sums[1]);
+    });
+    store(center, place(op.moments, 3, image, 0, block) + c, n);
+    store(moments[0], place(op.moments, 3, image, 1, block) + c, n);
+    store(moments[1], place(op.moments, 3, image, 2, block) + c, n);
   }
 }
 
@@ -41,7 +50,7 @@ void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end,
   Block block(op, scratch);
   for_each_item(op, block, begin, end, [&](int64_t image) {
     const T* first = image_of<T>(op, image) + op.prefix_tokens * op.x_token_stride + block.first;
-    find_moments(op, block, image, first, op.height * op.width, op.x_token_stride, block.end);
+    find_moments(op, block, image, first, op.height * op.width, op.x_token_stride);
   });
 }
 
@@ -59,7 +68,7 @@ void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, 
       take_rows(block, take, image_of<T>(op, image), y, to.rows, next);
       convolve(block, y * op.stride - op.padding, nullptr, to);
     }
-    find_moments<float>(op, block, image, map, tokens, op.channel_block, map + tokens * op.channel_block);
+    find_moments<float>(op, block, image, map, tokens, op.channel_block);
   });
 }
 

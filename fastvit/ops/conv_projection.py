@@ -22,7 +22,6 @@ from fastvit.ops._token_depthwise_conv_native import out_size
 from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as SEPARATE
 from fastvit.ops.depthwise_separable_conv import Call as SeparateCall
 from fastvit.ops.depthwise_separable_conv import checked
-from fastvit.ops.token_depthwise_conv import order_for
 from fastvit.reference.functional import BatchNorm, Projection
 
 __all__ = ["conv_projection"]
@@ -154,5 +153,4 @@ def conv_projection(
             raise ValueError(f"{name}: got {type(part).__name__}, accepted is a Projection")
         calls.append(checked(x, *part, grid, prefix_tokens, f"{name}."))
     call = Call(*calls)
-    order = order_for(IMPLEMENTATIONS, backend, *(part.convolution for part in call))
-    return select(_NAME, fastest_first(_NAME, order, backend, x, call), backend, (call,), {}).run(call)
+    return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

@@ -25,7 +25,6 @@ from fastvit.ops._convolution_checks import (
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
 from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import Call as Convolution
-from fastvit.ops.token_depthwise_conv import order_for
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -159,5 +158,4 @@ def depthwise_separable_conv(
     """
     check_x(x)
     call = checked(x, dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias, grid, prefix_tokens)
-    order = order_for(IMPLEMENTATIONS, backend, call.convolution)
-    return select(_NAME, fastest_first(_NAME, order, backend, x, call), backend, (call,), {}).run(call)
+    return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

@@ -11,14 +11,12 @@ The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops._convolution_checks import check_bias, check_depthwise, check_geometry, check_norm, check_x
-from fastvit.ops._dispatch import AUTO, Implementation, gradients_needed, select
+from fastvit.ops._dispatch import Implementation, gradients_needed, select
 from fastvit.ops._measured import fastest_first
 from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, TRITON, Call, Operators, out_size, run
 from fastvit.reference import functional
@@ -157,34 +155,6 @@ def _run_reference(call: Call) -> Tensor:
     return functional.token_depthwise_conv(x, weight, bias, **arguments)
 
 
-def _trains_slowly(call: Call) -> bool:
-    """Whether the C++ kernels take longer than the library to train a bare convolution, or one with a norm behind it.
-
-    With a norm or activation in front (CeiT's LeFF), or the residual (PEG), they take 0.5 to 0.65 of its time; without,
-    1.02 to 2.9 times it (``benchmarks/ops/token_depthwise_conv.py --training``).
-    """
-    if call.x.device.type != "cpu" or call.pre_norm is not None or call.pre_activation is not None or call.residual:
-        return False
-    batch_statistics = call.norm is not None and call.norm.use_batch_stats
-    return batch_statistics or gradients_needed(call.x, *_parameters(call))
-
-
-def _left_to_the_library(call: Any) -> list[str]:
-    return ["the library trains this convolution faster"]
-
-
-def order_for(
-    implementations: tuple[Implementation, ...], backend: str, *convolutions: Call
-) -> tuple[Implementation, ...]:
-    """Who is asked: what is faster by the library is left to it, but where a backend was named."""
-    if backend != AUTO or not all(_trains_slowly(call) for call in convolutions):
-        return implementations
-    return tuple(
-        Implementation(each.name, _left_to_the_library, each.run) if each.name == "cpp" else each
-        for each in implementations
-    )
-
-
 IMPLEMENTATIONS = (
     Implementation("cuda", _cuda_reasons, _run_native),
     Implementation("cpp", _cpp_reasons, _run_native),
@@ -257,5 +227,5 @@ def token_depthwise_conv(
         activation,
         residual,
     )
-    order = fastest_first(_NAME, order_for(IMPLEMENTATIONS, backend, call), backend, x, call)
+    order = fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call)
     return select(_NAME, order, backend, (call,), {}).run(call)
