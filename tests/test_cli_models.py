@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ class TestModels:
         pytest.importorskip("timm")
         assert models.load("timm/vit_tiny_patch16_384").inputs(1).shape == (1, 3, 384, 384)
         assert models.load("cait_xxs24_384").inputs(1).shape == (1, 3, 384, 384)
+
+    def test_a_model_that_transformers_cannot_import_says_so(self):
+        class Broken:
+            @property
+            def _model_mapping(self):
+                raise ModuleNotFoundError("Could not import module 'CvtForImageClassification'")
+
+        library = SimpleNamespace(AutoModelForImageClassification=Broken(), AutoModel=Broken())
+        with pytest.raises(models.CannotLoad, match="transformers cannot import the model of a dict: Could not import"):
+            models._of_config(library, {})
 
     def test_a_directory_saved_by_transformers(self, tmp_path):
         transformers = pytest.importorskip("transformers")

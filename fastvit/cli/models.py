@@ -168,8 +168,11 @@ def _saved(transformers: Any, path: str) -> nn.Module:
 
 def _of_config(transformers: Any, config: Any) -> nn.Module:
     for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel):
-        if type(config) in auto._model_mapping:
-            return auto.from_config(config)
+        try:
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config)
+        except ImportError as error:  # its models are imported when they are asked for
+            raise CannotLoad(f"transformers cannot import the model of a {type(config).__name__}: {error}") from error
     raise CannotLoad(f"transformers has no model for a bare {type(config).__name__}")
 
 
