@@ -273,7 +273,7 @@ void convolve_3x3(const Block& block, int64_t top, const T* fresh, const Target<
     // The outputs of the column before, of this one and of the one behind, as far as they are.
     Vec before[kRows], here[kRows], behind[kRows];
     for (int64_t row = 0; row < kRows; ++row) here[row] = behind[row] = shift;
-    const T* x = fresh + c;
+    const T* x = takes ? fresh + c : nullptr;
     int64_t at = c;  // in a row of the ring
     Target<T> to = target;
     Vec inputs[in_rows];
