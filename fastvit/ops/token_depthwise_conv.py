@@ -89,9 +89,9 @@ def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...], trainable: bool
             reasons.append(f"a parameter has dtype {parameter.dtype}, it takes float32 and x's {x.dtype}")
             break
     trains = gradients_needed(x, *parameters)
-    for norm, values in ((call.pre_norm, _values(call, False)), (call.norm, _values(call, True))):
+    for norm, convolved in ((call.pre_norm, False), (call.norm, True)):
         if norm is not None:
-            reasons += _norm_reasons(norm, values)
+            reasons += _norm_reasons(norm, _values(call, convolved))
             trains = trains or norm.use_batch_stats
     if trains and not trainable:
         reasons.append("gradients or batch statistics are needed and it has none")
