@@ -13,7 +13,7 @@ constexpr int64_t kLanes = Vec::lanes;
 
 // Above these sizes of the result, rows of x, and of the result, are fetched ahead; below, they come fast enough, and
 // asking costs more.
-constexpr int64_t kFetchBytes = 5 << 20;
+constexpr int64_t kFetchBytes = 3 << 20;
 constexpr int64_t kOutFetchBytes = 8 << 20;
 
 // Output rows that are worked out together: as many as the registers hold the sums of.
