@@ -33,7 +33,12 @@ def _slowed(method):
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
+    """On one thread: on a busy machine two wait for each other longer than the fused blocks below sleep."""
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
