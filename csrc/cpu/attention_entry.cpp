@@ -14,7 +14,8 @@ Tensor tokens_by_heads(const AttentionParams& p, int64_t tokens, const Tensor& l
 
 AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype) {
   check(tensor.dtype() == dtype, op, ": ", name, " is ", tensor.dtype(), ", q is ", dtype);
-  check(tensor.size(3) <= 1 || tensor.stride(3) == 1 || tensor.numel() == 0, op, ": ", name, " must have a contiguous last axis");
+  check(tensor.size(3) <= 1 || tensor.stride(3) == 1 || tensor.numel() == 0, op, ": ", name,
+        " must have a contiguous last axis");
   return {tensor.data<void>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 

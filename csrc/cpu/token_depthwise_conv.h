@@ -3,10 +3,14 @@
 
 #include "../token_depthwise_conv.h"
 #include "dispatch.h"
+#include "inline.h"
 
 namespace fastvit {
 
 constexpr int64_t kMaxRows = 2;  // output rows that kernels work out together, whatever the instruction set
+
+// The usual convolution, which has kernels of its own.
+FASTVIT_INLINE bool is_3x3(const TokenDepthwiseConv& op) { return op.kernel == 3 && op.padding == 1 && op.stride <= 2; }
 
 // An item of work is a block of channels of a block of output rows of one map.
 struct TokenDepthwiseConvWork : TokenDepthwiseConv {
@@ -14,6 +18,7 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t row_block, row_blocks;
   int64_t padded_width;    // of an input row with its padding columns
   int64_t ring_rows;       // input rows a thread holds at a time
+  bool direct;             // from x to the result, without a ring
   int64_t scratch_floats;  // working memory of one thread
   int64_t bytes;           // of the result, which tells about in which cache x and out can be
   int64_t items, grain;    // all there are, and as many as a thread should take at least

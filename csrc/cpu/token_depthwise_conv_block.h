@@ -2,6 +2,8 @@
 // parameters, the rows of its input, and the convolution of them.
 #pragma once
 
+#include <type_traits>
+
 #include "activation.h"
 #include "token_depthwise_conv.h"
 #include "vec.h"
@@ -16,7 +18,7 @@ constexpr int64_t kLanes = Vec::lanes;
 constexpr int64_t kFetchBytes = 3 << 20;
 constexpr int64_t kOutFetchBytes = 8 << 20;
 
-// Output rows that are worked out together: as many as the registers hold the sums of.
+// Output rows that a call of a convolution makes at most.
 constexpr int64_t kRows = kLanes == 16 ? kMaxRows : 1;
 
 // f(c, n) for the channels of a block: vectors of n = kLanes, and one of fewer where the block ends in between.
@@ -229,6 +231,14 @@ struct Target {
   const T* add;            // null where there is nothing to add
   int64_t add_step, add_row_step;
 
+  // The rows from one of them on.
+  FASTVIT_INLINE Target from(int64_t row) const {
+    Target rest = *this;
+    rest.rows -= row;
+    rest.to += row * row_step;
+    if (add != nullptr) rest.add += row * add_row_step;
+    return rest;
+  }
   // Moves on to the next column.
   FASTVIT_INLINE void advance() {
     to += step;
@@ -243,67 +253,69 @@ struct Target {
   }
 };
 
-// Of the input rows that kRows output rows of a 3x3 convolution see: all, and those which the rows before did not see.
-template <int64_t stride>
-constexpr int64_t kInRows = (kRows - 1) * stride + 3;
-template <int64_t stride>
-constexpr int64_t kFreshRows = kRows * stride;
-
-// Output rows of a 3x3 convolution with padding 1 whose first input row is `top`. A vector of channels walks along the
-// input rows with the nine taps in registers, and each input it meets is added to every output that needs it. Where
-// `takes`, the fresh rows come from x, beginning at `fresh`, and are put into the ring on the way.
-template <int64_t stride, Activation activation, bool takes, class T>
-void convolve_3x3(const Block& block, int64_t top, const T* fresh, const Target<T>& target) {
-  constexpr int64_t in_rows = kInRows<stride>, known_rows = takes ? in_rows - kFreshRows<stride> : in_rows;
+// Up to `together` output rows of a 3x3 convolution with padding 1 whose first input row is `top`. A vector of channels
+// walks along the input rows with the nine taps in registers, and each input it meets is added to every output that
+// needs it. The rows are those of the ring, or where `direct`, those of x, of which `image` is the block's first token.
+template <int64_t together, int64_t stride, Activation activation, bool direct, class T>
+FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const T* image, const Target<T>& target) {
+  using Input = std::conditional_t<direct, T, float>;
+  constexpr int64_t in_rows = (together - 1) * stride + 3;
   // Kept apart from what is stored to, for all the compiler knows.
   const int64_t channels = block.channels, width = block.op.channel_block, columns = block.op.out_width;
-  const int64_t fresh_step = block.op.x_token_stride, fresh_row = block.op.width * fresh_step;
-  const int64_t ahead = block.fetches ? kFreshRows<stride> * fresh_row : 0;
-  const float *known[in_rows], *const block_taps = block.taps, *const block_shift = block.shift;
-  float* taken[in_rows];
+  const int64_t in_step = direct ? block.op.x_token_stride : width, in_row = block.op.width * in_step;
+  const float *const block_taps = block.taps, *const block_shift = block.shift;
+  const Input* rows[in_rows];
+  int64_t steps[in_rows];  // 0 in a row above or below x, which is one token of zeros again and again
   for (int64_t i = 0; i < in_rows; ++i) {
-    known[i] = block.input_row(top + i);
-    taken[i] = block.ring_row(top + i);
+    const bool inside = top + i >= 0 && top + i < block.op.height;
+    if constexpr (direct) {
+      rows[i] = inside ? image + (top + i) * in_row : reinterpret_cast<const T*>(block.zeros);
+    } else {
+      rows[i] = block.input_row(top + i);
+    }
+    steps[i] = inside || !direct ? in_step : 0;
   }
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
+  if constexpr (direct) {
+    for (int64_t y = top + in_rows; block.fetches && y < top + in_rows + together * stride && y < block.op.height;
+         ++y) {
+      for (int64_t i = 0; i < block.op.width; ++i) prefetch<0>(image + y * in_row + i * in_step, channels);
+    }
+  }
+  // A vector of the channels from c on; with less than a whole one, the code is another.
+  const auto walk = [&]<bool whole>(int64_t c) __attribute__((always_inline)) {
+    const int64_t n = whole ? kLanes : channels - c;
     Vec taps[3][3];
     for (int64_t tap = 0; tap < 9; ++tap) taps[tap / 3][tap % 3] = Vec::load(block_taps + tap * width + c);
     const Vec shift = Vec::load(block_shift + c);
     // The outputs of the column before, of this one and of the one behind, as far as they are.
-    Vec before[kRows], here[kRows], behind[kRows];
-    for (int64_t row = 0; row < kRows; ++row) here[row] = behind[row] = shift;
-    const T* x = takes ? fresh + c : nullptr;
-    int64_t at = c;  // in a row of the ring
+    Vec before[together], here[together], behind[together];
+    for (int64_t row = 0; row < together; ++row) here[row] = behind[row] = shift;
+    const Input* at[in_rows];
+    for (int64_t i = 0; i < in_rows; ++i) at[i] = rows[i] + c;
     Target<T> to = target;
     Vec inputs[in_rows];
     const auto read = [&] {
-      for (int64_t i = 0; i < known_rows; ++i) inputs[i] = Vec::load(known[i] + at);
-      for (int64_t i = known_rows; i < in_rows; ++i) {
-        const T* from = x + (i - known_rows) * fresh_row;
-        inputs[i] = load(from, n);
-        inputs[i].store(taken[i] + at);
-        if (ahead != 0) __builtin_prefetch(from + ahead);
-      }
-      at += width;
-      if (takes) x += fresh_step;
-    };
-    const auto add = [&](Vec(&sums)[kRows], int64_t dx) {
       for (int64_t i = 0; i < in_rows; ++i) {
-        for (int64_t row = 0; row < kRows; ++row) {
+        inputs[i] = direct ? load(at[i], n) : Vec::load(at[i]);
+        at[i] += steps[i];
+      }
+    };
+    const auto add = [&](Vec(&sums)[together], int64_t dx) {
+      for (int64_t i = 0; i < in_rows; ++i) {
+        for (int64_t row = 0; row < together; ++row) {
           const int64_t dy = i - row * stride;
           if (dy >= 0 && dy < 3) sums[row] = fma(inputs[i], taps[dy][dx], sums[row]);
         }
       }
     };
-    const auto give = [&](const Vec(&sums)[kRows]) {
-      for (int64_t row = 0; row < kRows; ++row) {
-        if (row < to.rows) to.template give<activation>(sums[row], row, c, n);
+    const auto give = [&](const Vec(&sums)[together]) {
+      for (int64_t row = 0; row < together; ++row) {
+        if (row == 0 || row < to.rows) to.template give<activation>(sums[row], row, c, n);
       }
       to.advance();
     };
     const auto move_on = [&] {
-      for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t row = 0; row < together; ++row) {
         before[row] = here[row];
         here[row] = behind[row];
         behind[row] = shift;
@@ -334,6 +346,19 @@ void convolve_3x3(const Block& block, int64_t top, const T* fresh, const Target<
         move_on();
       }
     }
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) walk.template operator()<true>(c);
+  if (c < channels) walk.template operator()<false>(c);
+}
+
+// Output rows of a 3x3 convolution. With stride 2 neighbours share one input row alone, too little to work them out
+// together.
+template <int64_t stride, Activation activation, bool direct, class T>
+void convolve_3x3(const Block& block, int64_t top, const T* image, const Target<T>& target) {
+  constexpr int64_t together = stride == 1 ? kRows : 1;
+  for (int64_t row = 0; row < target.rows; row += together) {
+    convolve_rows_3x3<together, stride, activation, direct>(block, top + row * stride, image, target.from(row));
   }
 }
 
@@ -366,9 +391,7 @@ void convolve_any(const Block& block, int64_t top, const T*, const Target<T>& ta
   const TokenDepthwiseConvWork& op = block.op;
   for (int64_t row = 0; row < target.rows; ++row, top += op.stride) {
     for (int64_t c = 0; c < block.channels; c += kLanes) {
-      Target<T> to = target;
-      to.to += row * target.row_step;
-      if (to.add != nullptr) to.add += row * target.add_row_step;
+      Target<T> to = target.from(row);
       int64_t column = 0;
       for (; column + 4 <= op.out_width; column += 4) convolve_columns<4, activation>(block, top, column, c, to);
       for (; column < op.out_width; ++column) convolve_columns<1, activation>(block, top, column, c, to);
@@ -377,9 +400,7 @@ void convolve_any(const Block& block, int64_t top, const T*, const Target<T>& ta
 }
 
 template <class T>
-using Convolve = void (*)(const Block&, int64_t top, const T* fresh, const Target<T>&);
-
-inline bool is_3x3(const TokenDepthwiseConvWork& op) { return op.kernel == 3 && op.padding == 1 && op.stride <= 2; }
+using Convolve = void (*)(const Block&, int64_t top, const T* image, const Target<T>&);
 
 // The convolution of what is in the ring.
 template <class T>
@@ -393,21 +414,10 @@ Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op, Activation activat
   return chosen;
 }
 
-// Whether neighbouring tokens of x lie in different sets of the L1 cache (64 sets of 64 bytes). Where they do not, as
-// with 1536 channels of float32, a walk along a row for every vector of channels finds nothing there any more.
+// The convolution of x as it lies, for op.direct.
 template <class T>
-bool is_spread_out(const TokenDepthwiseConvWork& op) {
-  return op.x_token_stride * static_cast<int64_t>(sizeof(T)) / 64 % 32 != 0;
-}
-
-// The convolution that takes the fresh rows along; null where there is none, or none that is faster.
-template <class T>
-Convolve<T> choose_taking_convolve(const TokenDepthwiseConvWork& op) {
-  const bool plain =
-      op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none && op.activation == Activation::none;
-  if (!plain || !is_3x3(op) || !is_spread_out<T>(op)) return nullptr;
-  if (op.stride == 1) return convolve_3x3<1, Activation::none, true, T>;
-  return op.width % 2 == 0 ? convolve_3x3<2, Activation::none, true, T> : nullptr;
+Convolve<T> choose_direct_convolve(const TokenDepthwiseConvWork& op) {
+  return op.stride == 1 ? convolve_3x3<1, Activation::none, true, T> : convolve_3x3<2, Activation::none, true, T>;
 }
 
 }  // namespace

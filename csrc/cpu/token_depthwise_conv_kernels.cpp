@@ -4,7 +4,7 @@
 // read once: widened to float32, normalised and activated on its way into the ring. Output rows are convolved from the
 // ring and finished (activation, residual, rounding) in registers. The norm behind the convolution is folded into taps
 // and shift. The ring stays in the L1 cache, and x is touched in runs of whole channel blocks. Where nothing stands in
-// front of the convolution, its walk takes the rows that are new along.
+// or behind the convolution but a norm or the residual, it goes from x to the output directly, without a ring.
 #include "token_depthwise_conv_block.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -19,22 +19,52 @@ void copy_prefix(const Block& block, const T* x, T* out) {
   }
 }
 
-// How the rows of an item are worked out.
+// Output rows that lie in their place convolved: activated, the input added.
+template <Activation activation>
+void finish_rows(const Block& block, const Target<float>& target) {
+  for (int64_t row = 0; row < target.rows; ++row) {
+    Target<float> to = target.from(row);
+    for (int64_t column = 0; column < block.op.out_width; ++column) {
+      for_each_vector(block.channels,
+                      [&](int64_t c, int64_t n) { to.template give<activation>(load(to.to + c, n), 0, c, n); });
+      to.advance();
+    }
+  }
+}
+
+// How the rows of an item are worked out. In float32 GELU has a loop of its own: beside taps and sums its tables would
+// not stay in registers. In bfloat16 the result would be rounded twice.
 template <class T>
 struct Steps {
+  static constexpr bool exact = std::is_same_v<T, float>;
+  bool finishes_apart;
   TakeRow<T> take;
-  Convolve<T> convolve, take_and_convolve;  // the last may be null
+  Convolve<T> convolve;
 
   explicit Steps(const TokenDepthwiseConvWork& op)
-      : take(choose_take_row<T>(op)),
-        convolve(choose_convolve<T>(op, op.activation)),
-        take_and_convolve(choose_taking_convolve<T>(op)) {}
+      : finishes_apart(exact && op.activation == Activation::gelu),
+        take(choose_take_row<T>(op)),
+        convolve(op.direct ? choose_direct_convolve<T>(op)
+                           : choose_convolve<T>(op, finishes_apart ? Activation::none : op.activation)) {}
+
+  void operator()(const Block& block, int64_t top, const T* image, const Target<T>& target) const {
+    if constexpr (exact) {
+      if (finishes_apart) {
+        Target<T> bare = target;
+        bare.add = nullptr;
+        convolve(block, top, image, bare);
+        return finish_rows<Activation::gelu>(block, target);
+      }
+    }
+    convolve(block, top, image, target);
+  }
 };
 
 // The output rows of an item.
 template <class T>
 void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int64_t first_row, int64_t end_row) {
   const TokenDepthwiseConvWork& op = block.op;
+  const T* image = x + op.prefix_tokens * op.x_token_stride + block.first;
   int64_t next = 0;  // the first input row that is not in the ring yet
   for (int64_t y = first_row; y < end_row; y += kRows) {
     const int64_t rows = end_row - y < kRows ? end_row - y : kRows, top = y * op.stride - op.padding;
@@ -46,16 +76,8 @@ void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int6
                            op.residual ? x + token * op.x_token_stride + block.first : nullptr,
                            op.x_token_stride,
                            op.out_width * op.x_token_stride};
-    const int64_t end = top + (kRows - 1) * op.stride + op.kernel, fresh = end - kRows * op.stride;
-    if (steps.take_and_convolve != nullptr && rows == kRows && end <= op.height && fresh >= 0) {
-      for (next = next < top ? top : next; next < fresh; ++next) steps.take(block, x, next);
-      next = end;
-      const T* from = x + (op.prefix_tokens + fresh * op.width) * op.x_token_stride + block.first;
-      steps.take_and_convolve(block, top, from, target);
-    } else {
-      take_rows(block, steps.take, x, y, rows, next);
-      steps.convolve(block, top, nullptr, target);
-    }
+    if (!op.direct) take_rows(block, steps.take, x, y, rows, next);
+    steps(block, top, image, target);
   }
 }
 

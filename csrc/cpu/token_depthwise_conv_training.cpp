@@ -169,7 +169,7 @@ void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels
 
 // The pass that goes back through the convolution.
 void find_gradients(TokenDepthwiseConvPass& pass) {
-  if (pass.kernel == 3 && pass.padding == 1 && pass.stride <= 2) {
+  if (is_3x3(pass)) {
     const int64_t rows = kMaxRows * pass.out_width + kDcRows * (pass.out_width + 2) + pass.width;
     run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 8, kRingFloats);
     return;
