@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
-constexpr int64_t kSerialNumel = 1 << 14;  // below it, waking other threads costs more than it saves
+constexpr int64_t kSerialNumel = 1 << 17;  // below it, waking other threads costs more than it saves
 
 // Where nothing stands in front of the convolution or behind it but a norm and the residual. Not where neighbouring
 // tokens of x lie in the same sets of the L1 cache (64 sets of 64 bytes), as with 1536 channels of float32: a walk

@@ -251,7 +251,7 @@ def test_weight_of_a_channels_last_model() -> None:
 
 @needs_cpp
 def test_same_result_whatever_the_threads() -> None:
-    arguments = make_arguments(Case((20, 9), 48, 1, prefix=1, **LEFF), torch.float32)
+    arguments = make_arguments(Case((48, 40), 96, 1, prefix=1, **LEFF), torch.float32)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
