@@ -161,23 +161,28 @@ NATIVE = define_operators()
 """The operators of ``fastvit._C``, for the CPU and for CUDA."""
 
 TRITON = define_operators("_triton", keeps_conv=lambda device_type, finished: finished)
-"""Those of ``kernels/token_depthwise_conv.py``; of their own, since Triton's interpreter runs them on the CPU, too."""
+"""Those of ``kernels/token_depthwise_conv*.py``; of their own, since Triton's interpreter runs them on the CPU, too."""
 
 
-def _launch(function: str) -> Callable[..., Any]:
-    """The function of that name, imported when it is first called."""
+@torch.library.impl("fastvit::token_depthwise_conv_triton", ("cpu", "cuda"))
+def _triton(*arguments: Any) -> Tensor:
+    from fastvit.kernels.token_depthwise_conv import token_depthwise_conv_forward
 
-    def run(*arguments: Any) -> Any:
-        from fastvit.kernels import token_depthwise_conv as kernels
-
-        return getattr(kernels, function)(*arguments)
-
-    return run
+    return token_depthwise_conv_forward(*arguments)
 
 
-for _operator, _function in (("", "_forward"), ("_training", "_training"), ("_backward", "_backward")):
-    _run = _launch(f"token_depthwise_conv{_function}")
-    torch.library.impl(f"fastvit::token_depthwise_conv_triton{_operator}", ("cpu", "cuda"))(_run)
+@torch.library.impl("fastvit::token_depthwise_conv_triton_training", ("cpu", "cuda"))
+def _triton_training(*arguments: Any) -> tuple[Tensor, ...]:
+    from fastvit.kernels.token_depthwise_conv_training import token_depthwise_conv_training
+
+    return token_depthwise_conv_training(*arguments)
+
+
+@torch.library.impl("fastvit::token_depthwise_conv_triton_backward", ("cpu", "cuda"))
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from fastvit.kernels.token_depthwise_conv_backward import token_depthwise_conv_backward
+
+    return token_depthwise_conv_backward(*arguments)
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 - ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``.
 - ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``; float32 and bfloat16.
-- ``triton``: ``kernels/token_depthwise_conv.py``, for ROCm and for installations without the extension; where both it
+- ``triton``: ``kernels/token_depthwise_conv*.py``, for ROCm and for installations without the extension; where both it
   and ``cuda`` take a call at inference, the faster one by measuring.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
 

@@ -11,12 +11,22 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 import torch
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels import token_depthwise_conv as kernels
+from fastvit.kernels._depthwise import Statistics, Tokens, choose_config
+from fastvit.kernels.token_depthwise_conv import convolve_kernel, map_kernel
+from fastvit.kernels.token_depthwise_conv_backward import map_backward_kernel, sums_kernel, weight_gradient_kernel
+from fastvit.kernels.token_depthwise_conv_training import statistics_kernel
 
 pytestmark = pytest.mark.slow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NORM = ("mean", "var", "weight", "bias")
+KERNELS = {
+    "map": map_kernel,
+    "map_backward": map_backward_kernel,
+    "convolve": convolve_kernel,
+    "statistics": statistics_kernel,
+    "sums": sums_kernel,
+    "weight_gradient": weight_gradient_kernel,
+}
 GELU, SILU = 1, 3
 
 
@@ -32,24 +42,16 @@ class Case(NamedTuple):
 
 def build(case: Case) -> Build:
     """Aligned rows, float32 parameters, and every optional tensor there is unless the case says otherwise."""
-    kernel = getattr(kernels, f"{case.kernel}_kernel")
-    config = kernels.choose_config(DTYPES[case.dtype], dict(case.constants).get("KERNEL", 3))
+    kernel = KERNELS[case.kernel]
+    config = choose_config(DTYPES[case.dtype], dict(case.constants).get("KERNEL", 3))
     constants = {"ROWS": config.rows, "CHANNELS": config.channels, **dict(case.constants)}
-    tensors = {"v", "t", "dc", "grad", "residual", "conv", "out"}
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        if name in tensors:
-            types[name] = f"*{case.dtype}:16"
-        elif name.startswith("stride_") or name == "C":
-            types[name] = "i32:16"
-        elif name == "eps":
-            types[name] = "fp32"
-        elif name in {"height", "width", "out_width", "out_tokens", "tokens", "num_rows", "steps"}:
-            types[name] = "i32"
-        else:
-            types[name] = "*fp32:16"
+    tokens = Tokens(f"*{case.dtype}:16", "i32:16", "i32:16")
+    vector = "*fp32:16"
+    no_norm = constants.pop("norm", True) is None
+    norm = Statistics(*(None if no_norm else vector,) * 4, "fp32")
+    kinds = dict.fromkeys(("v", "t", "dc", "grad", "residual", "conv", "out"), tokens) | {"norm": norm, "C": "i32:16"}
+    kinds |= dict.fromkeys(("height", "width", "out_width", "tokens", "num_rows", "steps"), "i32")
+    types = {name: kinds.get(name, vector) for name in kernel.arg_names if name not in constants}
     return Build(kernel, case.target, types, constants, config.num_warps, 2)
 
 
@@ -61,7 +63,7 @@ def shape(kernel: int, stride: int) -> dict[str, int]:
     return {"KERNEL": kernel, "STRIDE": stride, "PADDING": kernel // 2}
 
 
-NO_NORM = dict.fromkeys(("mean", "var", "norm_weight", "norm_bias", "bias"))
+NO_NORM = {"norm": None, "bias": None}
 KINDS = [
     ("map", constants(ACTIVATION=GELU)),
     ("map_backward", constants(ACTIVATION=GELU)),

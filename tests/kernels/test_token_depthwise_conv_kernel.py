@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import token_depthwise_conv as kernels
+from fastvit.kernels import _depthwise
 from fastvit.kernels._tokens import with_near_rows
 
 from fastvit.ops import token_depthwise_conv
@@ -76,7 +76,7 @@ def test_training_with_running_statistics():
 
 
 def test_reductions_of_several_tiles_and_programs(monkeypatch):
-    monkeypatch.setattr(kernels, "FLOAT", kernels.Config(16, 16, 1, programs=12))
+    monkeypatch.setattr(_depthwise, "FLOAT", _depthwise.Config(16, 16, 1, programs=12))
     check_step(run, with_statistics(make_arguments(Case((7, 5), 20, 3, **LEFF), torch.float32), True))
 
 

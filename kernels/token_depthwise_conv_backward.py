@@ -1,0 +1,289 @@
+"""Depthwise convolution of tokens as they lie, backward; the formulas are in
+``fastvit/ops/_token_depthwise_conv_native.py``, the tile plan in ``_depthwise.py``.
+
+- ``map_backward_kernel``: the way back through activation(norm(v)), element by element.
+- ``sums_kernel``: the gradients of a norm's parameters.
+- ``weight_gradient_kernel``: a program has one tap, and adds up the products of t and dc over its rows.
+
+The gradient of the convolution's input is ``token_depthwise_conv.py``'s convolution, transposed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastvit.kernels._depthwise import (
+    NO_NORM,
+    Config,
+    Geometry,
+    Norm,
+    TrainingArguments,
+    as_tokens,
+    choose_config,
+    divide,
+    gradient_behind_norm,
+    load_statistics,
+    load_tokens,
+    programs,
+    sizes_of,
+    store_sum,
+    store_tokens,
+    this_program,
+    tile_at,
+    tile_under_tap,
+)
+from fastvit.kernels._tokens import load_vector, with_near_rows
+from fastvit.kernels.token_depthwise_conv import convolve, mapped
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["tokens", "num_rows"])
+def map_backward_kernel(
+    grad,
+    v,
+    residual,
+    out,
+    norm,
+    constant,
+    slope,
+    tokens,
+    num_rows,
+    C,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """out = scale * (d - constant - (v - mean) * slope) [+ residual], d = grad * activation'(norm(v))."""
+    first, block = this_program(C, CHANNELS)
+    tile = tile_at(block * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
+    center, scale, shift = load_statistics(norm, first, C, CHANNELS)
+    d, centred = gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION)
+    if slope is not None:
+        d -= load_vector(constant, first, C, CHANNELS)[None, :]
+        d -= centred * load_vector(slope, first, C, CHANNELS)[None, :]
+    d *= scale[None, :]
+    if residual is not None:
+        d += load_tokens(residual, tile)
+    store_tokens(out, tile, d)
+
+
+@triton.jit(do_not_specialize=["tokens", "num_rows", "steps"])
+def sums_kernel(
+    grad,
+    v,
+    partials,
+    norm,
+    tokens,
+    num_rows,
+    steps,
+    C,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Of `steps` tiles of rows the sums of d and d * (v - mean), d = grad * activation'(norm(v)). (programs, 2, C)."""
+    first, split = this_program(C, CHANNELS)
+    center, scale, shift = load_statistics(norm, first, C, CHANNELS)
+    plain = tl.zeros([CHANNELS], tl.float32)
+    weighted = tl.zeros([CHANNELS], tl.float32)
+    for step in range(steps):
+        tile = tile_at((split * steps + step) * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
+        d, centred = gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION)
+        plain += tl.sum(d, axis=0)
+        weighted += tl.sum(d * centred, axis=0)
+    place = partials + tl.cast(split, tl.int64) * 2 * C
+    store_sum(place, first, C, plain)
+    store_sum(place + C, first, C, weighted)
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_width", "tokens", "num_rows", "steps"])
+def weight_gradient_kernel(
+    t,
+    dc,
+    partials,
+    height,
+    width,
+    out_width,
+    tokens,
+    num_rows,
+    steps,
+    C,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Of `steps` tiles of rows, for one tap the sum of dc times what it met of t, and behind the last tap that of dc.
+
+    (programs, taps + 1, C).
+    """
+    taps: tl.constexpr = KERNEL * KERNEL
+    first, program = this_program(C, CHANNELS)
+    tap = program % (taps + 1)
+    split = program // (taps + 1)
+    total = tl.zeros([CHANNELS], tl.float32)
+    for step in range(steps):
+        tile = tile_at((split * steps + step) * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
+        d = load_tokens(dc, tile)
+        if tap < taps:
+            row, column = tile.token // out_width, tile.token % out_width
+            dy, dx = tap // KERNEL, tap % KERNEL
+            d *= load_tokens(t, tile_under_tap(tile, row, column, dy, dx, height, width, PADDING, STRIDE, False))
+        total += tl.sum(d, axis=0)
+    store_sum(partials + (tl.cast(split, tl.int64) * (taps + 1) + tap) * C, first, C, total)
+
+
+Carried = tuple[Tensor | None, Tensor | None]
+"""What batch statistics take off every value's gradient, as a constant and a slope per channel."""
+
+
+class NormGradients(NamedTuple):
+    """Of a norm's parameters, where wanted, and what it carries to every value."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    carried: Carried = (None, None)
+
+
+def map_backward(
+    grad: Tensor, v: Tensor, norm: Norm, carried: Carried, residual: Tensor | None, out: Tensor, config: Config
+) -> None:
+    """out = the gradient of v [+ residual], grad being that of activation(norm(v))."""
+    map_backward_kernel[programs(v, config)](
+        as_tokens(grad),
+        as_tokens(v),
+        as_tokens(residual),
+        as_tokens(out),
+        norm.statistics(),
+        *carried,
+        ACTIVATION=norm.activation,
+        **sizes_of(v, config),
+    )
+
+
+def norm_gradients(grad: Tensor, v: Tensor, norm: Norm, batch: bool, wanted: bool, config: Config) -> NormGradients:
+    """The gradients of a norm's parameters, and what its batch statistics carry to every value."""
+    if norm.var is None or not (batch or wanted):
+        return NormGradients()
+    grid, steps, partials = divide(v, 2, config)
+    sums_kernel[grid](
+        as_tokens(grad),
+        as_tokens(v),
+        partials,
+        norm.statistics(),
+        steps=steps,
+        ACTIVATION=norm.activation,
+        **sizes_of(v, config),
+    )
+    deviation = (norm.var.double() + norm.eps).sqrt()
+    plain, weighted = partials.sum(0, dtype=torch.float64)
+    weighted = weighted / deviation
+    carried: Carried = (None, None)
+    if batch:
+        values = max(v.shape[0] * v.shape[1], 1)
+        carried = (plain / values).float(), (weighted / (values * deviation)).float()
+    return NormGradients(weighted.float(), plain.float(), carried)
+
+
+def weight_gradients(t: Tensor, dc: Tensor, kernel: int, geometry: Geometry, config: Config) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight (C, 1, k, k) and the bias (C,), float32."""
+    rows, channels = kernel * kernel + 1, t.shape[2]
+    grid, steps, partials = divide(dc, rows, config, tasks=rows)
+    (height, width), (_, out_width) = geometry.grids(kernel)
+    weight_gradient_kernel[grid](
+        as_tokens(t),
+        as_tokens(dc),
+        partials,
+        height,
+        width,
+        out_width,
+        steps=steps,
+        KERNEL=kernel,
+        STRIDE=geometry.stride,
+        PADDING=geometry.padding,
+        **sizes_of(dc, config),
+    )
+    sums = partials.sum(0, dtype=torch.float64).float()
+    return sums[:-1].t().reshape(channels, 1, kernel, kernel).contiguous(), sums[-1].clone()
+
+
+def _input_gradient(
+    dc: Tensor,
+    dout: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    arguments: TrainingArguments,
+    dx: Tensor | None,
+    parameter_grads: bool,
+    config: Config,
+) -> NormGradients:
+    """Writes dx, where it is wanted, of grid tokens `image`; gives the gradients of the norm in front."""
+    pre_norm, geometry = arguments.pre_norm, arguments.geometry
+    residual = dout if geometry.residual else None
+    if not pre_norm.exists():
+        if dx is not None:
+            convolve(dc, weight, None, NO_NORM, residual, None, dx, geometry, config, transposed=True)
+        return NormGradients()
+    if dx is None and not (parameter_grads and pre_norm.var is not None):
+        return NormGradients()
+    dt = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+    convolve(dc, weight, None, NO_NORM, None, None, dt, geometry, config, transposed=True)
+    gradients = norm_gradients(dt, image, pre_norm, arguments.pre_batch, parameter_grads, config)
+    if dx is not None:
+        map_backward(dt, image, pre_norm, gradients.carried, residual, dx, config)
+    return gradients
+
+
+def token_depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    conv: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Tensor | float | int | bool | None,
+) -> tuple[Tensor, ...]:
+    """The operator ``token_depthwise_conv_backward``."""
+    arguments = TrainingArguments.of(rest)
+    pre_norm, _, norm, batch, geometry = arguments
+    x_grad, parameter_grads = rest[20:]
+    prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
+    config = choose_config(x.dtype, kernel)
+    dx = torch.empty(x.shape if x_grad else (0,), dtype=x.dtype, device=x.device)
+    dweight = dbias = None
+    behind = NormGradients()
+    with torch.cuda.device_of(x):
+        grad, x = with_near_rows(grad), with_near_rows(x)
+        dout, image = grad[:, prefix:], x[:, prefix:]
+        dc = dout
+        if norm.exists():
+            kept = conv[:, prefix:]
+            behind = norm_gradients(dout, kept, norm, batch, parameter_grads, config)
+            dc = torch.empty(dout.shape, dtype=x.dtype, device=x.device)
+            map_backward(dout, kept, norm, behind.carried, None, dc, config)
+        if parameter_grads:
+            dweight, dbias = weight_gradients(mapped(image, pre_norm, config), dc, kernel, geometry, config)
+            if batch:  # which take any constant away again: a sum would find zero up to rounding
+                dbias.zero_()
+        into = dx[:, prefix:] if x_grad else None
+        in_front = _input_gradient(dc, dout, image, weight, arguments, into, parameter_grads, config)
+        if x_grad:
+            dx[:, :prefix] = grad[:, :prefix]
+
+    def found(parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
+        if parameter_grads and parameter is not None and gradient is not None:
+            return gradient
+        return torch.empty(0, dtype=torch.float32, device=x.device)
+
+    return (
+        dx,
+        found(weight, dweight),
+        found(bias, dbias),
+        found(pre_norm.weight, in_front.weight),
+        found(pre_norm.bias, in_front.bias),
+        found(norm.weight, behind.weight),
+        found(norm.bias, behind.bias),
+    )
