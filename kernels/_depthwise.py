@@ -266,7 +266,7 @@ def divide(like: Tensor, results: int, config: Config, *, tasks: int = 1) -> Red
     """A reduction to so many results per channel; tasks: programs that work beside each other on the same rows."""
     tiles = triton.cdiv(like.shape[0] * like.shape[1], config.rows)
     side_by_side = tasks * triton.cdiv(like.shape[2], config.channels)
-    steps = min(triton.cdiv(tiles, max(1, config.programs // side_by_side)), LONGEST_SUM)
+    steps = max(1, min(triton.cdiv(tiles, max(1, config.programs // side_by_side)), LONGEST_SUM))
     splits = triton.cdiv(tiles, steps)
     partials = torch.empty((splits, results, like.shape[2]), dtype=torch.float32, device=like.device)
     return Reduction((splits * side_by_side,), steps, partials)

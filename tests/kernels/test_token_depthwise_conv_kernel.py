@@ -75,6 +75,15 @@ def test_training_with_running_statistics():
     check_step(run, with_statistics(make_arguments(TRAINING[0], torch.float32), False))
 
 
+def test_gradients_of_an_empty_batch_are_zeros():
+    arguments = make_arguments(Case((4, 4), prefix=1, batch=0, residual=True, **LEFF), torch.float32)
+    arguments = with_statistics(arguments, False)
+    x, weight = arguments["x"].requires_grad_(), arguments["weight"].requires_grad_()
+    dx, dweight = torch.autograd.grad(run(**arguments).sum(), (x, weight))
+    assert dx.shape == x.shape
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
 def test_reductions_of_several_tiles_and_programs(monkeypatch):
     monkeypatch.setattr(_depthwise, "FLOAT", _depthwise.Config(16, 16, 1, programs=12))
     check_step(run, with_statistics(make_arguments(Case((7, 5), 20, 3, **LEFF), torch.float32), True))
