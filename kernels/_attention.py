@@ -13,6 +13,9 @@ from torch import Tensor
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
 """How a mask is read: not at all, one row for all queries of a head, or a tile of (queries, keys)."""
 
+NOT_SPECIALIZED = ["H", "num_queries", "num_keys", "stride_mb", "stride_mh", "stride_biasb", "stride_biash"]
+"""Token counts and head counts vary from call to call and gain nothing from a kernel of their own."""
+
 
 @triton.jit
 def logits_tile(
@@ -70,6 +73,20 @@ def logits_tile(
 
 
 @triton.jit
+def load_row_values(values, first_row, num_rows, ROWS: tl.constexpr):
+    """Of one number per row of a head those from first_row on, [ROWS], zeros behind the last one."""
+    places = first_row + tl.arange(0, ROWS)
+    return tl.load(values + places, mask=places < num_rows, other=0.0)
+
+
+@triton.jit
+def store_row_values(values, tile, first_row, num_rows, ROWS: tl.constexpr):
+    """Write what :func:`load_row_values` loads."""
+    places = first_row + tl.arange(0, ROWS)
+    tl.store(values + places, tile, mask=places < num_rows)
+
+
+@triton.jit
 def finite_maximum(row_max):
     """The row maximum, 0 for a row that has seen no key: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -105,6 +122,11 @@ def empty_rows(like: Tensor, num_tokens: int) -> Tensor:
     """An uninitialised (B, H, num_tokens, D) in the memory order of (B, num_tokens, H, D)."""
     batch, heads, _, head_dim = like.shape
     return torch.empty((batch, num_tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def named_strides(letter: str, tensor: Tensor | None, axes: str = "bhn") -> dict[str, int]:
+    """A tensor's strides by the names that kernels give them, zeros without a tensor."""
+    return {f"stride_{letter}{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
 
 
 def _has_aligned_rows(tensor: Tensor) -> bool:
@@ -145,12 +167,5 @@ class Operands(NamedTuple):
 
     def strides(self) -> dict[str, int]:
         """The strides by the names the kernels give them."""
-        named = {
-            f"stride_{letter}{axis}": tensor.stride(place)
-            for letter, tensor in (("q", self.q), ("k", self.k), ("v", self.v))
-            for place, axis in enumerate("bhn")
-        }
-        for letter, map_ in (("m", self.mask), ("bias", self.bias)):
-            for place, axis in enumerate("bhqk"):
-                named[f"stride_{letter}{axis}"] = 0 if map_ is None else map_.stride(place)
-        return named
+        tokens = {**named_strides("q", self.q), **named_strides("k", self.k), **named_strides("v", self.v)}
+        return {**tokens, **named_strides("m", self.mask, "bhqk"), **named_strides("bias", self.bias, "bhqk")}

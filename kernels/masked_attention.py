@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from fastvit.kernels import _tuning
 from fastvit.kernels._attention import (
+    NOT_SPECIALIZED,
     Operands,
     empty_rows,
     finite_maximum,
@@ -52,6 +53,15 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int = 1
     one_pass: bool = False
+
+    def options(self) -> dict[str, int]:
+        """What every kernel that is cut so is launched with."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 def _one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
@@ -106,10 +116,7 @@ def choose_configs(
     return (*fitting[:1], *(config for config in table if not config.one_pass))
 
 
-# Token counts and head counts vary from call to call and gain nothing from a kernel of their own.
-@triton.jit(
-    do_not_specialize=["H", "num_queries", "num_keys", "stride_mb", "stride_mh", "stride_biasb", "stride_biash"]
-)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def masked_attention_kernel(
     q,
     k,
@@ -261,16 +268,13 @@ def masked_attention_forward(
             num_queries=num_queries,
             num_keys=num_keys,
             D=head_dim,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
             BLOCK_D=padded_head_dim(head_dim),
             ONE_PASS=config.one_pass,
             MASK_KIND=operands.mask_kind,
             HAS_BIAS=bias is not None,
             WRITE_LSE=need_lse,
             PRECISION="tf32" if product == "tf32" else "ieee",
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options(),
         )
 
     with torch.cuda.device_of(q):

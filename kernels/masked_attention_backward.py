@@ -16,38 +16,37 @@ sum in an order that only the shapes decide:
    rowsum(g * out), which is known beforehand; what is left for the others is the sum over P, nearer to their dP.
 2. dk, dv: a program holds BLOCK_N keys of one head and goes over the queries in tiles of BLOCK_M, on transposed tiles,
    so that P and dS are left operands as they come out of the products. Keys that nobody sees are zeros at once.
-3. dbias, where asked for: a program holds one tile of the bias and goes over the batch items, heads and query tiles
-   that it was broadcast to (a bias that all keys share changes nothing: its gradient is zero). Where that leaves too
-   few programs, or too long a sum, they are split into partial sums, added in order afterwards.
+3. dbias, where asked for: ``masked_attention_bias_gradient.py``.
 
 Source: Dao et al. 2022, appendix B.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastvit.kernels import _tuning
 from fastvit.kernels._attention import (
+    NOT_SPECIALIZED,
     Operands,
     empty_rows,
     finite_maximum,
     inverse_of_sum,
+    load_row_values,
     logits_tile,
+    named_strides,
     padded_head_dim,
     product_kind,
+    store_row_values,
     token_rows,
 )
 from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
 from fastvit.kernels.masked_attention import Config
+from fastvit.kernels.masked_attention_bias_gradient import bias_gradient
 from torch import Tensor
-
-LONGEST_SUM = 64
-"""Terms that one float32 sum over broadcast axes may have: longer ones are split."""
 
 
 class Configs(NamedTuple):
@@ -89,23 +88,6 @@ REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
     ),
 }
 """In their place for rows of 16 aligned elements without a bias or a mask of (queries, keys), on NVIDIA's chips."""
-
-
-@triton.jit
-def _load_rows(rows, first_row, num_rows, ROWS: tl.constexpr):
-    """ROWS numbers of one head from first_row on, zeros behind the last one."""
-    places = first_row + tl.arange(0, ROWS)
-    return tl.load(rows + places, mask=places < num_rows, other=0.0)
-
-
-@triton.jit
-def _store_rows(rows, values, first_row, num_rows, ROWS: tl.constexpr):
-    places = first_row + tl.arange(0, ROWS)
-    tl.store(rows + places, values, mask=places < num_rows)
-
-
-# Token counts and head counts vary from call to call and gain nothing from a kernel of their own.
-NOT_SPECIALIZED = ["H", "num_queries", "num_keys", "stride_mb", "stride_mh", "stride_biasb", "stride_biash"]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -201,7 +183,7 @@ def masked_attention_dq_kernel(
         out += b * stride_ob + h * stride_oh
         o_tile = load_tile(out, first_query, 0, num_queries, D, stride_on, 1, BLOCK_M, BLOCK_D, EXACT_D)
         near_delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-        row_shift = finite_maximum(_load_rows(lse + head * num_queries, first_query, num_queries, BLOCK_M))
+        row_shift = finite_maximum(load_row_values(lse + head * num_queries, first_query, num_queries, BLOCK_M))
         if MASK_KIND == 1:
             first, end = visible_range(mask, num_keys, stride_mk, 1024)
             first = first // BLOCK_N * BLOCK_N
@@ -228,9 +210,9 @@ def masked_attention_dq_kernel(
         acc = acc * row_factor[:, None]
 
     store_rows(dq, acc * scale, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
-    _store_rows(shift + head * num_queries, row_shift, first_query, num_queries, BLOCK_M)
-    _store_rows(factor + head * num_queries, row_factor, first_query, num_queries, BLOCK_M)
-    _store_rows(delta + head * num_queries, row_delta, first_query, num_queries, BLOCK_M)
+    store_row_values(shift + head * num_queries, row_shift, first_query, num_queries, BLOCK_M)
+    store_row_values(factor + head * num_queries, row_factor, first_query, num_queries, BLOCK_M)
+    store_row_values(delta + head * num_queries, row_delta, first_query, num_queries, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -314,136 +296,18 @@ def masked_attention_dkv_kernel(
             q_tile, k_tile, scale, mask, bias, start, first_key, num_queries, num_keys, stride_mq, stride_mk,
             stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, TRANSPOSED=True,
         )  # fmt: skip
-        row_shift = _load_rows(shift + head * num_queries, start, num_queries, BLOCK_M)
-        row_factor = _load_rows(factor + head * num_queries, start, num_queries, BLOCK_M)
+        row_shift = load_row_values(shift + head * num_queries, start, num_queries, BLOCK_M)
+        row_factor = load_row_values(factor + head * num_queries, start, num_queries, BLOCK_M)
         p = tl.exp(logits - row_shift[None, :]) * row_factor[None, :]
         g_tile = load_tile(grad, start, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D, EXACT_D)
         dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
-        row_delta = _load_rows(delta + head * num_queries, start, num_queries, BLOCK_M)
+        row_delta = load_row_values(delta + head * num_queries, start, num_queries, BLOCK_M)
         ds = p * (dp - row_delta[None, :])
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
 
     store_rows(dk, dk_acc * scale, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv, dv_acc, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "steps", "steps_per_split", "splits"])
-def masked_attention_dbias_kernel(
-    grad,
-    q,
-    k,
-    v,
-    mask,
-    bias,
-    dbias,
-    shift,
-    factor,
-    delta,
-    scale,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mq,
-    stride_mk,
-    stride_biasb,
-    stride_biash,
-    stride_biasq,
-    stride_biask,
-    H,
-    num_queries,
-    num_keys,
-    steps,
-    steps_per_split,
-    splits,
-    bias_batch,
-    bias_heads,
-    bias_queries,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One partial sum of one tile of dbias, which is (splits, *bias.shape)."""
-    scale = tl.cast(scale, tl.float32)
-
-    # Which tile of the bias, and how many tiles along each axis it was broadcast to.
-    query_blocks = tl.cdiv(num_queries, BLOCK_M)
-    key_blocks = tl.cdiv(num_keys, BLOCK_N)
-    own_query_blocks = tl.cdiv(bias_queries, BLOCK_M)
-    program = tl.program_id(0)
-    split = program % splits
-    program = program // splits
-    first_key = (program % key_blocks) * BLOCK_N
-    program = program // key_blocks
-    own_query = program % own_query_blocks
-    program = program // own_query_blocks
-    own_h = program % bias_heads
-    own_b = program // bias_heads
-    query_steps = query_blocks // own_query_blocks
-    head_steps = H // bias_heads
-
-    EXACT_D: tl.constexpr = BLOCK_D == D
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(split * steps_per_split, tl.minimum(steps, (split + 1) * steps_per_split)):
-        first_query = (own_query + step % query_steps) * BLOCK_M
-        rest = step // query_steps
-        h = (own_h + rest % head_steps).to(tl.int64)
-        b = (own_b + rest // head_steps).to(tl.int64)
-        head = b * H + h
-        q_tile = load_tile(
-            q + b * stride_qb + h * stride_qh, first_query, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D
-        )
-        k_tile = load_tile(
-            k + b * stride_kb + h * stride_kh, first_key, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D
-        )
-        here = mask
-        if MASK_KIND != 0:
-            here = mask + (b * stride_mb + h * stride_mh)
-        logits = logits_tile(
-            q_tile, k_tile, scale, here, bias + (b * stride_biasb + h * stride_biash), first_query, first_key,
-            num_queries, num_keys, stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND,
-            True, PRECISION,
-        )  # fmt: skip
-        row_shift = _load_rows(shift + head * num_queries, first_query, num_queries, BLOCK_M)
-        row_factor = _load_rows(factor + head * num_queries, first_query, num_queries, BLOCK_M)
-        p = tl.exp(logits - row_shift[:, None]) * row_factor[:, None]
-        g_tile = load_tile(
-            grad + b * stride_gb + h * stride_gh, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D,
-            EXACT_D,
-        )  # fmt: skip
-        v_tile = load_tile(
-            v + b * stride_vb + h * stride_vh, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D
-        )
-        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-        row_delta = _load_rows(delta + head * num_queries, first_query, num_queries, BLOCK_M)
-        acc += p * (dp - row_delta[:, None])
-
-    if bias_queries == 1:
-        acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
-    place = ((tl.cast(split, tl.int64) * bias_batch + own_b) * bias_heads + own_h) * bias_queries * num_keys
-    rows = own_query * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = first_key + tl.arange(0, BLOCK_N)
-    inside = (rows < bias_queries)[:, None] & (columns < num_keys)[None, :]
-    rows = rows.to(tl.int64)
-    tl.store(dbias + place + rows[:, None] * num_keys + columns[None, :], acc, mask=inside)
-
-
-def _strides(letter: str, tensor: Tensor) -> dict[str, int]:
-    return {f"stride_{letter}{axis}": tensor.stride(place) for place, axis in enumerate("bhn")}
 
 
 def configurations(product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False) -> Configs:
@@ -495,7 +359,7 @@ def masked_attention_backward(
     arguments = {
         **operands._asdict(),
         **operands.strides(),
-        **_strides("g", grad),
+        **named_strides("g", grad),
         **dict(zip(("shift", "factor", "delta"), rows, strict=True)),
         "grad": grad,
         "scale": float(scale),  # an int would be made a constant, 1 among others
@@ -511,8 +375,8 @@ def masked_attention_backward(
     def launch_dq(config: Config, dq: Tensor) -> None:
         masked_attention_dq_kernel[(triton.cdiv(num_queries, config.block_m) * batch * heads,)](
             **arguments,
-            **_tile(config),
-            **_strides("o", out),
+            **config.options(),
+            **named_strides("o", out),
             out=out,
             lse=lse,
             dq=dq,
@@ -522,7 +386,7 @@ def masked_attention_backward(
 
     def launch_dkv(config: Config, dk: Tensor, dv: Tensor) -> None:
         masked_attention_dkv_kernel[(triton.cdiv(num_keys, config.block_n) * batch * heads,)](
-            **arguments, **_tile(config), dk=dk, dv=dv, HAS_BIAS=bias is not None
+            **arguments, **config.options(), dk=dk, dv=dv, HAS_BIAS=bias is not None
         )
 
     with torch.cuda.device_of(q):
@@ -547,42 +411,8 @@ def masked_attention_backward(
             query_config, key_config = configs.queries[0], configs.keys[0]
             launch_dq(query_config, dq)
         launch_dkv(key_config, dk, dv)
-        dbias = _bias_gradient(arguments, bias, configs.bias) if wants_bias else q.new_empty(0)
+        dbias = bias_gradient(arguments, bias, configs.bias) if wants_bias else q.new_empty(0)
     if num_keys == 1:  # the softmax over one key is constant; two roundings of one number may differ
         dq.zero_()
         dk.zero_()
     return dq, dk, dv, dbias
-
-
-def _tile(config: Config) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def _bias_gradient(arguments: dict[str, Any], bias: Tensor, config: Config) -> Tensor:
-    """dbias in bias's shape and dtype, behind the launches that left shift, factor and delta."""
-    if bias.shape[3] == 1:  # a softmax does not change with what all its keys have in common
-        return torch.zeros_like(bias)
-    q, num_keys = arguments["q"], arguments["num_keys"]
-    blocks = (triton.cdiv(q.shape[2], config.block_m), triton.cdiv(num_keys, config.block_n))
-    whole = (*q.shape[:2], *blocks)
-    own = (*bias.shape[:2], triton.cdiv(bias.shape[2], config.block_m), blocks[1])
-    programs, steps = math.prod(own), math.prod(whole) // math.prod(own)
-    filling = triton.cdiv(2 * _tuning.multiprocessors(q.device), programs)
-    steps_per_split = min(LONGEST_SUM, triton.cdiv(steps, filling))
-    splits = triton.cdiv(steps, steps_per_split)
-    partial = torch.empty((splits, *bias.shape), dtype=torch.float32, device=q.device)
-    masked_attention_dbias_kernel[(programs * splits,)](
-        **arguments,
-        **_tile(config),
-        dbias=partial,
-        steps=steps,
-        steps_per_split=steps_per_split,
-        splits=splits,
-        **dict(zip(("bias_batch", "bias_heads", "bias_queries"), bias.shape, strict=False)),
-    )
-    return (partial[0] if splits == 1 else partial.sum(0)).to(bias.dtype)

@@ -2,7 +2,7 @@
 
 - ``cpp``: ``csrc/cpu/class_attention*`` up to eight queries, the tiles of masked attention beyond; forward and
   backward. First on the CPU where it has vectors (AVX2 or better).
-- ``triton``: ``kernels/class_attention.py``, keys split between programs so that one image fills the device. First on
+- ``triton``: ``kernels/class_attention*.py``, keys split between programs so that one image fills the device. First on
   CUDA.
 - ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``. First everywhere else, and where there is dropout.
 - ``reference``: ``fastvit.reference.functional.class_attention``.
@@ -33,7 +33,7 @@ def _triton(*arguments: Any) -> Tensor:
 
 @torch.library.impl("fastvit::class_attention_triton_backward", ("cpu", "cuda"))
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastvit.kernels.class_attention import class_attention_backward
+    from fastvit.kernels.class_attention_backward import class_attention_backward
 
     return class_attention_backward(*arguments)
 

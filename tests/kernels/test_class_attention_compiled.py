@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import class_attention as kernels
+from fastvit.kernels.class_attention_backward import class_attention_tokens_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ KERNELS = {
     "parts": kernels.class_attention_parts_kernel,
     "backward_parts": kernels.class_attention_parts_kernel,
     "combine": kernels.class_attention_combine_kernel,
-    "tokens": kernels.class_attention_tokens_kernel,
+    "tokens": class_attention_tokens_kernel,
 }
 ROWS = ("q", "k", "v", "grad", "out", "dk", "dv", "bias")
 FLOATS = ("part_max", "part_sum", "part_acc", "dq", "dlogits")

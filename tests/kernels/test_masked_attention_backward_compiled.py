@@ -14,13 +14,14 @@ from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import _attention as attention
 from fastvit.kernels import masked_attention_backward as kernels
 from fastvit.kernels.masked_attention import Config
+from fastvit.kernels.masked_attention_bias_gradient import masked_attention_dbias_kernel
 
 pytestmark = pytest.mark.slow
 
 KERNELS = {
     "dq": kernels.masked_attention_dq_kernel,
     "dkv": kernels.masked_attention_dkv_kernel,
-    "dbias": kernels.masked_attention_dbias_kernel,
+    "dbias": masked_attention_dbias_kernel,
 }
 
 

@@ -256,7 +256,8 @@ def test_measured_configurations_are_found_again_by_another_process(tmp_path):
 
 @each_dtype
 def test_class_attention_kernels(dtype):
-    kernels = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
+    forward = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
+    backward = pytest.importorskip("fastvit.kernels.class_attention_backward", exc_type=ImportError)
     for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
         q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
         k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
@@ -267,8 +268,8 @@ def test_class_attention_kernels(dtype):
         mask[0] = False
         grad, scale = torch.randn_like(q), dim**-0.5
         with poisoned_empty():
-            out = kernels.class_attention_forward(q, k, v, mask, bias, scale)
-            ours = (out, *kernels.class_attention_backward(grad, q, k, v, mask, bias, scale, True))
+            out = forward.class_attention_forward(q, k, v, mask, bias, scale)
+            ours = (out, *backward.class_attention_backward(grad, q, k, v, mask, bias, scale, True))
         results = []
         for wide in (dtype, torch.float64):
             leaves = [t.to(wide).detach().requires_grad_() for t in (q, k, v, bias)]
