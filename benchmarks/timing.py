@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,13 +42,14 @@ def interleaved(
 
     Returns:
         A list of seconds per candidate, one entry a round; entry i of every list belongs to the same round. The order
-        within a round alternates, so that neither candidate always runs first.
+        within a round is drawn, so that none always finds the caches as the same other one leaves them.
     """
     device = torch.device(device)
     seconds: list[list[float]] = [[] for _ in calls]
+    order, draws = list(range(len(calls))), random.Random(0)
     for turn in range(-warmup, rounds):
         argument = arguments[turn % len(arguments)]
-        order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
+        draws.shuffle(order)
         for i in order:
             elapsed = _seconds(calls[i], argument, device)
             if turn >= 0:

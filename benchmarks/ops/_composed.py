@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.ops._timing import Call, Measured, compare, is_accurate
+from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
 from fastvit import backends
 from fastvit.reference.functional import BatchNorm, activate
 
@@ -63,7 +63,8 @@ def main(description: str, rows: Iterable[Row], candidates: Makers, argv: Sequen
 
     Args:
         rows: name, what to say of it in JSON, and a function of batch and dtype that makes its arguments.
-        candidates: by name, what makes a call of the arguments. The first is fastvit's, the second its plain twin.
+        candidates: by name, what makes a call on x of the other arguments. The first is fastvit's, the second its
+            plain twin.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", help="instruction set of the C++ kernels; the CPU's best by default")
@@ -106,13 +107,15 @@ def main(description: str, rows: Iterable[Row], candidates: Makers, argv: Sequen
 
 def _measure(arguments: dict[str, Any], candidates: Makers, rounds: int) -> tuple[dict[str, Measured], bool]:
     """The times of every candidate, and whether the first one's result is right."""
-    fastvit, plain = list(candidates.values())[:2]
+    x = arguments.pop("x")
     calls = {name: maker(arguments) for name, maker in candidates.items()}
+    fastvit, plain, *_ = calls.values()
     with torch.no_grad():
-        results = fastvit(arguments)(), plain(arguments)(), plain(converted(arguments, torch.float64))()
+        exact = list(candidates.values())[1](converted(arguments, torch.float64))
+        results = fastvit(x), plain(x), exact(x.double())
         right = all(is_accurate(*each) for each in zip(*map(pytree.tree_leaves, results), strict=True))
-        repeats = max(1, 100_000 // arguments["x"].numel())
-        return compare(calls, rounds=rounds, repeats=repeats), right
+        inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
+        return compare(calls, inputs, rounds=rounds, repeats=max(1, 100_000 // x.numel())), right
 
 
 def _show(name: str, times: dict[str, Measured], right: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.timing import interleaved
 
-Call = Callable[[], Any]
+Call = Callable[[Any], Any]
+FRESH_BYTES = 64 << 20  # more than the caches of the machines at hand hold
+FRESH_COPIES = 32
 
 
 class Measured(NamedTuple):
@@ -27,21 +29,36 @@ def _measured(seconds: list[float], repeats: int) -> Measured:
     return Measured(statistics.median(per_call), low, high)
 
 
-def _repeated(call: Call, repeats: int) -> Callable[[None], None]:
-    def run(_: None) -> None:
-        for _ in range(repeats):
-            call()
+def _each(call: Call) -> Call:
+    def run(inputs: Sequence[Any]) -> None:
+        for one in inputs:
+            call(one)
 
     return run
 
 
+def fresh(make: Callable[[], Any], size: int) -> list[Any]:
+    """Inputs for :func:`compare` of ``size`` bytes each: so many that none is in a cache still when its turn comes.
+
+    Small ones, of which that would be a great many, are as far away as the outer caches.
+    """
+    return [make() for _ in range(max(2, min(FRESH_COPIES, FRESH_BYTES // max(1, size))))]
+
+
 def compare(
-    calls: Mapping[str, Call], *, rounds: int = 30, repeats: int = 1, device: torch.device | str = "cpu"
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    *,
+    rounds: int = 30,
+    repeats: int = 1,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Measured]:
-    """Time the candidates in turn, ``rounds`` times each; a round averages over ``repeats`` calls."""
-    seconds = interleaved(
-        [_repeated(call, repeats) for call in calls.values()], [None], rounds=rounds, device=device, warmup=3
-    )
+    """Time the candidates in turn, ``rounds`` times each, in an order that is drawn.
+
+    A round averages over ``repeats`` calls, each of which has another one of ``inputs``, which take turns.
+    """
+    groups = [[inputs[(i * repeats + j) % len(inputs)] for j in range(repeats)] for i in range(len(inputs))]
+    seconds = interleaved(list(map(_each, calls.values())), groups, rounds=rounds, device=device, warmup=3)
     return {name: _measured(times, repeats) for name, times in zip(calls, seconds, strict=True)}
 
 

@@ -61,11 +61,11 @@ def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, An
 
 def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
     """The best one can write with the library's convolution in the given layout."""
-    x, grid, prefix = arguments["x"], arguments["grid"], arguments["prefix_tokens"]
+    grid, prefix = arguments["grid"], arguments["prefix_tokens"]
     parts = [arguments[name] for name in "qkv"]
     convolutions = [folded(part.dw_weight, None, part.norm) for part in parts]
 
-    def run() -> list[Tensor]:
+    def run(x: Tensor) -> list[Tensor]:
         out = []
         for part, (weight, bias) in zip(parts, convolutions, strict=True):
             tokens = convolve(x[:, prefix:], weight, bias, grid, part.stride, channels_last)

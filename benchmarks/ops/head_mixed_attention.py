@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import is_accurate
+from benchmarks.ops._timing import fresh, is_accurate
 from benchmarks.timing import interleaved
 from fastvit import backends, ops
 from fastvit.reference import functional
@@ -91,8 +92,10 @@ class Step:
 
 def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds: int) -> dict[str, Any]:
     """Times one row; its errors are against float64."""
-    packed = [torch.randn(batch, shape.tokens, 3, shape.heads, shape.dim).to(dtype) for _ in range(3)]
-    inputs = [tensor.permute(2, 0, 3, 1, 4).unbind(0) for tensor in packed]
+    packed = (batch, shape.tokens, 3, shape.heads, shape.dim)
+    inputs = fresh(
+        lambda: torch.randn(packed).to(dtype).permute(2, 0, 3, 1, 4).unbind(0), math.prod(packed) * dtype.itemsize
+    )
     weights = torch.randn(batch, shape.heads, shape.tokens, shape.dim).to(dtype) if training else None
     parameters = {name: tensor.to(dtype) for name, tensor in make_parameters(shape).items()}
     step, exact = (Step(shape, parameters, weights, numbers) for numbers in (dtype, torch.float64))

@@ -57,12 +57,12 @@ def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, An
 
 def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
     """The best one can write with the library's layers."""
-    x, grid = arguments["x"], arguments["grid"]
+    grid = arguments["grid"]
     up, middle, down = (
         folded(*(arguments[f"{part}_{what}"] for what in ("weight", "bias", "norm"))) for part in ("up", "dw", "down")
     )
 
-    def run() -> Tensor:
+    def run(x: Tensor) -> Tensor:
         hidden = F.gelu(F.linear(x[:, 1:], *up))
         hidden = convolve(hidden, *middle, grid, 1, channels_last, "gelu")
         return torch.cat((x[:, :1], F.linear(hidden, *down)), dim=1)

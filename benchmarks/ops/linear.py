@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.ops._timing import Measured, compare, is_accurate
+from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
 from fastvit import backends, ops
 from fastvit.reference import functional
 
@@ -52,22 +52,21 @@ SHAPES = (
 PRODUCTS_PER_ROUND = 1 << 28
 
 
-def make_calls(shape: Shape, batch: int, dtype: torch.dtype, backend: str) -> dict[str, Callable[[], Tensor]]:
-    """The operator, the plain form, and the plain form in float64."""
-    x = torch.randn(batch, shape.tokens, shape.depth)
+def make_calls(shape: Shape, dtype: torch.dtype, backend: str) -> dict[str, Call]:
+    """Of x: the operator, the plain form, and the plain form in float64."""
     widths = [shape.depth, shape.hidden or shape.columns, *([shape.columns] if shape.hidden else [])]
     tensors = []
     for depth, columns in itertools.pairwise(widths):
         tensors += [torch.randn(columns, depth) / depth**0.5, torch.randn(columns)]
     fused, plain = (ops.mlp, functional.mlp) if shape.hidden else (ops.linear, functional.linear)
-    x, tensors = x.to(dtype), [tensor.to(dtype) for tensor in tensors]
-    exact = [tensor.double() for tensor in (x, *tensors)]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    exact = [tensor.double() for tensor in tensors]
     return {
-        "fused": lambda: fused(x, *tensors, backend=backend),
-        "plain": lambda: plain(x, *tensors),
-        "exact": lambda: plain(*exact),
-        "train_fused": lambda: _step(fused, (x, *tensors), backend=backend),
-        "train_plain": lambda: _step(plain, (x, *tensors)),
+        "fused": lambda x: fused(x, *tensors, backend=backend),
+        "plain": lambda x: plain(x, *tensors),
+        "exact": lambda x: plain(x.double(), *exact),
+        "train_fused": lambda x: _step(fused, (x, *tensors), backend=backend),
+        "train_plain": lambda x: _step(plain, (x, *tensors)),
     }
 
 
@@ -80,7 +79,9 @@ def _step(run: Callable[..., Tensor], tensors: Sequence[Tensor], **options: Any)
 
 def measure(shape: Shape, batch: int, dtype: torch.dtype, backend: str, train: bool, rounds: int) -> dict[str, Any]:
     """Times one row."""
-    calls = make_calls(shape, batch, dtype, backend)
+    calls = make_calls(shape, dtype, backend)
+    x = torch.randn(batch, shape.tokens, shape.depth).to(dtype)
+    inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
     timed = {name: calls[f"train_{name}" if train else name] for name in ("fused", "plain")}
     products = batch * shape.tokens * (shape.hidden or 1) * (shape.depth + shape.columns if shape.hidden else 1)
     repeats = max(1, min(50, PRODUCTS_PER_ROUND // products))
@@ -89,8 +90,11 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, backend: str, train: b
         "shape": [batch, *shape[1:]],
         "dtype": str(dtype).removeprefix("torch."),
         "train": train,
-        "accurate": is_accurate(calls["fused"](), calls["plain"](), calls["exact"]()),
-        **{name: measured._asdict() for name, measured in compare(timed, rounds=rounds, repeats=repeats).items()},
+        "accurate": is_accurate(calls["fused"](x), calls["plain"](x), calls["exact"](x)),
+        **{
+            name: measured._asdict()
+            for name, measured in compare(timed, inputs, rounds=rounds, repeats=repeats).items()
+        },
     }
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import Measured, compare, is_accurate
+from benchmarks.ops._timing import Measured, compare, fresh, is_accurate
 from fastvit import backends, ops
 from fastvit.reference import functional
 
@@ -93,10 +93,13 @@ def measure(
     shape: Shape, batch: int, dtype: torch.dtype, mask_kind: str, backend: str, rounds: int, training: bool
 ) -> dict[str, Any]:
     """Times one row; its errors are against float64."""
-    leaves = list(make_inputs(shape, batch, dtype))
-    if mask_kind == "bias":
-        leaves.append(torch.randn(1, shape.heads, shape.queries, shape.keys).to(dtype))
-    leaves = [leaf.detach().requires_grad_(training) for leaf in leaves]
+    bias = [torch.randn(1, shape.heads, shape.queries, shape.keys).to(dtype)] if mask_kind == "bias" else []
+
+    def make_leaves() -> list[Tensor]:
+        tensors = [*make_inputs(shape, batch, dtype), *bias]
+        return [tensor.detach().requires_grad_(training) for tensor in tensors]
+
+    leaves = make_leaves()
     mask = make_mask(mask_kind, shape, batch)
     grad = torch.randn(batch, shape.queries, shape.heads, shape.dim).to(dtype).transpose(1, 2) if training else None
     operator = ops.class_attention if shape.queries <= CLASS_QUERIES else ops.masked_attention
@@ -105,20 +108,21 @@ def measure(
         "sdpa": sdpa,
         "plain": functional.masked_attention,
     }
-    calls = {name: functools.partial(results, form, leaves, mask, grad) for name, form in forms.items()}
+    calls = {name: functools.partial(results, form, mask=mask, grad=grad) for name, form in forms.items()}
     wide = [leaf.detach().double().requires_grad_(training) for leaf in leaves]
     exact = results(functional.masked_attention, wide, mask, None if grad is None else grad.double())
     products = (7 if training else 2) * batch * shape.heads * shape.queries * shape.keys * shape.dim
     # At most 50 calls a round, so that what a call costs beside the products counts, too.
     repeats = max(1, min(50, PRODUCTS_PER_ROUND // products))
-    times = compare(calls, rounds=rounds, repeats=repeats)
+    inputs = fresh(make_leaves, sum(leaf.nbytes for leaf in leaves[:3]))
+    times = compare(calls, inputs, rounds=rounds, repeats=repeats)
     return {
         "model": shape.model,
         "shape": [batch, *shape[1:]],
         "task": "training" if training else "inference",
         "dtype": str(dtype).removeprefix("torch."),
         "mask": mask_kind,
-        "accurate": all(map(is_accurate, calls["fused"](), calls["plain"](), exact)),
+        "accurate": all(map(is_accurate, calls["fused"](leaves), calls["plain"](leaves), exact)),
         **{name: measured._asdict() for name, measured in times.items()},
     }
 

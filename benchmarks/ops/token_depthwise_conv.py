@@ -17,6 +17,7 @@ No ratio is printed where the result fails the accuracy rule.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import Call, Measured, compare, is_accurate
+from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
 from fastvit import backends
 from fastvit.ops import token_depthwise_conv
 from fastvit.reference import functional
@@ -91,11 +92,11 @@ def fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> tuple[T
 
 def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
     """The best one can write with the library's convolution in the given layout; parameters are prepared beforehand."""
-    x, (h, w), channels = arguments["x"], arguments["grid"], arguments["x"].shape[2]
+    (h, w), channels = arguments["grid"], arguments["weight"].shape[0]
     weight, bias = fold(arguments["weight"], arguments["bias"], arguments["norm"])
     pre_norm, padding = arguments["pre_norm"], arguments["weight"].shape[-1] // 2
 
-    def run() -> Tensor:
+    def run(x: Tensor) -> Tensor:
         image = x.view(-1, h, w, channels).permute(0, 3, 1, 2)
         if not channels_last:
             image = image.contiguous()
@@ -113,27 +114,29 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
 def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, Measured], bool]:
     """The times of every candidate, and whether fastvit's result is right."""
     arguments = make_arguments(shape, batch, dtype)
-    target = torch.empty_like(arguments["x"])
+    x = arguments.pop("x")
     calls: dict[str, Call] = {
-        "fastvit": lambda: token_depthwise_conv(**arguments),
-        "eager": lambda: functional.token_depthwise_conv(**arguments),
+        "fastvit": functools.partial(token_depthwise_conv, **arguments),
+        "eager": functools.partial(functional.token_depthwise_conv, **arguments),
         "nchw": library_composition(arguments, channels_last=False),
         "channels-last": library_composition(arguments, channels_last=True),
-        "copy": lambda: target.copy_(arguments["x"]),
+        "copy": torch.empty_like(x).copy_,
     }
     with torch.no_grad():
-        exact = functional.token_depthwise_conv(**{name: to_double(value) for name, value in arguments.items()})
-        right = is_accurate(calls["fastvit"](), calls["eager"](), exact)
-        repeats = max(1, 200_000 // arguments["x"].numel())
-        return compare(calls, rounds=rounds, repeats=repeats), right
+        doubled = {name: to_double(value) for name, value in arguments.items()}
+        exact = functional.token_depthwise_conv(x.double(), **doubled)
+        right = is_accurate(calls["fastvit"](x), calls["eager"](x), exact)
+        inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
+        return compare(calls, inputs, rounds=rounds, repeats=max(1, 200_000 // x.numel())), right
 
 
-def training_step(run: Call, arguments: dict[str, Any], grad: Tensor) -> Tensor:
+def training_step(x: Tensor, *, run: Call, arguments: dict[str, Any], grad: Tensor) -> Tensor:
     """The gradient of x, with those of every parameter found on the way."""
+    x.requires_grad_()
     norms = [norm[2:4] for norm in (arguments["pre_norm"], arguments["norm"]) if norm is not None]
-    trained = [arguments["x"], arguments["weight"], arguments["bias"], *(tensor for norm in norms for tensor in norm)]
+    trained = [x, arguments["weight"], arguments["bias"], *(tensor for norm in norms for tensor in norm)]
     trained = [tensor for tensor in trained if tensor is not None]
-    return torch.autograd.grad(run(**arguments), trained, grad)[0]
+    return torch.autograd.grad(run(x, **arguments), trained, grad)[0]
 
 
 def measure_training(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> tuple[dict[str, Measured], bool]:
@@ -147,28 +150,23 @@ def measure_training(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) 
             return BatchNorm(*running, *map(prepared, value[2:4]), use_batch_stats=True)
         return value
 
-    arguments = {name: prepared(value) for name, value in make_arguments(shape, batch, dtype).items()}
-    twin = functional.token_depthwise_conv
-    grad = torch.randn_like(twin(**arguments))
+    arguments = make_arguments(shape, batch, dtype)
+    x, twin = arguments.pop("x"), functional.token_depthwise_conv
+    doubled = {name: prepared(to_double(value)) for name, value in arguments.items()}
+    arguments = {name: prepared(value) for name, value in arguments.items()}
+    grad = torch.randn_like(twin(x, **arguments))
     calls: dict[str, Call] = {
-        "fastvit": lambda: training_step(token_depthwise_conv, arguments, grad),
-        "eager": lambda: training_step(twin, arguments, grad),
+        name: functools.partial(training_step, run=run, arguments=arguments, grad=grad)
+        for name, run in (("fastvit", token_depthwise_conv), ("eager", twin))
     }
-    doubled = {name: prepared(to_double(value)) for name, value in detached(arguments).items()}
-    right = is_accurate(calls["fastvit"](), calls["eager"](), training_step(twin, doubled, grad.double()))
-    return compare(calls, rounds=rounds, repeats=max(1, 50_000 // arguments["x"].numel())), right
-
-
-def detached(arguments: dict[str, Any]) -> dict[str, Any]:
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach()
-        return BatchNorm(*map(one, value)) if isinstance(value, BatchNorm) else value
-
-    return {name: one(value) for name, value in arguments.items()}
+    exact = training_step(x.double(), run=twin, arguments=doubled, grad=grad.double())
+    right = is_accurate(calls["fastvit"](x), calls["eager"](x), exact)
+    inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
+    return compare(calls, inputs, rounds=rounds, repeats=max(1, 50_000 // x.numel())), right
 
 
 def to_double(value: Any) -> Any:
+
     if isinstance(value, Tensor):
         return value.double()
     return BatchNorm(*(to_double(item) for item in value)) if isinstance(value, BatchNorm) else value
