@@ -11,17 +11,18 @@ namespace fastvit {
 namespace {
 
 constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
+constexpr int64_t kDirectBytes = 512;      // of a token, without a ring: with their taps, rows stay in the L1 cache
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 17;  // below it, waking other threads costs more than it saves
 
-// Where nothing stands in front of the convolution or behind it but a norm and the residual. Not where neighbouring
-// tokens of x lie in the same sets of the L1 cache (64 sets of 64 bytes), as with 1536 channels of float32: a walk
-// along a row for every vector of channels would find nothing there any more. Columns come in pairs with stride 2.
-bool goes_directly(const TokenDepthwiseConv& op) {
-  const bool plain =
-      op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none && op.activation == Activation::none;
-  const int64_t lines = op.x_token_stride * (op.element == Element::float32 ? 4 : 2) / 64;
-  return plain && is_3x3(op) && lines % 32 != 0 && (op.stride == 1 || op.width % 2 == 0);
+// Divides the channels for the way without a ring, if it can be taken: where nothing stands in front of the convolution
+// or behind it but a norm and the residual, and every block of channels fills a vector.
+bool goes_directly(TokenDepthwiseConvWork& work) {
+  const bool plain = work.pre_norm.mean.data == nullptr && work.pre_activation == Activation::none &&
+                     work.activation == Activation::none;
+  if (!plain || !is_3x3(work)) return false;
+  set_channel_block(work, kDirectBytes, work.element == Element::float32 ? 4 : 2, 1);
+  return work.channels - (work.channel_blocks - 1) * work.channel_block >= 16;
 }
 
 // Whole maps where there are enough of them; otherwise blocks of rows, not so small that the rows which two blocks both
@@ -45,15 +46,18 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   const int64_t threads = numel < kSerialNumel ? 1 : num_threads();
   TokenDepthwiseConvWork work{};
   static_cast<TokenDepthwiseConv&>(work) = op;
-  work.padded_width = op.width + 2 * op.padding;
-  work.direct = goes_directly(op);
-  work.ring_rows = work.direct ? 0 : rows_at_once(op);
-  const int64_t rows = work.direct ? op.kernel + 1 : work.ring_rows;  // of x, which are read again and again
-  set_channel_block(work, kCacheFloats, (rows + 1) * work.padded_width + op.kernel * op.kernel + 3);
+  work.direct = goes_directly(work);
+  if (work.direct) {
+    work.direct_floats = (op.kernel * op.kernel + 1) * (work.channel_block + 16);
+  } else {
+    work.padded_width = op.width + 2 * op.padding;
+    work.ring_rows = rows_at_once(op);
+    set_channel_block(work, kCacheFloats, (work.ring_rows + 1) * work.padded_width + op.kernel * op.kernel + 3);
+  }
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
   work.bytes = numel * (op.element == Element::float32 ? 4 : 2);
-  work.scratch_floats = block_floats(work);
+  work.scratch_floats = block_floats(work) + work.channel_blocks * work.direct_floats;
   work.items = op.batch * work.channel_blocks * work.row_blocks;
   work.grain = divide_up(work.items, threads);
   return work;

@@ -88,16 +88,18 @@ struct Block {
     memset(zeros, 0, static_cast<size_t>((op.ring_rows + 1) * line) * sizeof(float));
   }
 
-  // Makes a channel block the one at hand.
-  void enter(int64_t index) {
+  // Makes a channel block the one at hand; whether it is for the first time.
+  bool enter(int64_t index) {
     first = index * op.channel_block;
     channels = op.channels - first < op.channel_block ? op.channels - first : op.channel_block;
     taps = parameters_ + index * parameter_floats();
     shift = taps + op.kernel * op.kernel * op.channel_block;
     pre_scale = shift + op.channel_block;
     pre_shift = pre_scale + op.channel_block;
-    if (is_packed(index) == 0.0f) pack();
+    if (is_packed(index) != 0.0f) return false;
+    pack();
     is_packed(index) = 1.0f;
+    return true;
   }
 
   // Takes over the other's channels, and its taps turned round, without the shift.
@@ -255,32 +257,15 @@ struct Target {
 
 // Up to `together` output rows of a 3x3 convolution with padding 1 whose first input row is `top`. A vector of channels
 // walks along the input rows with the nine taps in registers, and each input it meets is added to every output that
-// needs it. The rows are those of the ring, or where `direct`, those of x, of which `image` is the block's first token.
-template <int64_t together, int64_t stride, Activation activation, bool direct, class T>
-FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const T* image, const Target<T>& target) {
-  using Input = std::conditional_t<direct, T, float>;
+// needs it.
+template <int64_t together, int64_t stride, Activation activation, class T>
+FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Target<T>& target) {
   constexpr int64_t in_rows = (together - 1) * stride + 3;
   // Kept apart from what is stored to, for all the compiler knows.
   const int64_t channels = block.channels, width = block.op.channel_block, columns = block.op.out_width;
-  const int64_t in_step = direct ? block.op.x_token_stride : width, in_row = block.op.width * in_step;
   const float *const block_taps = block.taps, *const block_shift = block.shift;
-  const Input* rows[in_rows];
-  int64_t steps[in_rows];  // 0 in a row above or below x, which is one token of zeros again and again
-  for (int64_t i = 0; i < in_rows; ++i) {
-    const bool inside = top + i >= 0 && top + i < block.op.height;
-    if constexpr (direct) {
-      rows[i] = inside ? image + (top + i) * in_row : reinterpret_cast<const T*>(block.zeros);
-    } else {
-      rows[i] = block.input_row(top + i);
-    }
-    steps[i] = inside || !direct ? in_step : 0;
-  }
-  if constexpr (direct) {
-    for (int64_t y = top + in_rows; block.fetches && y < top + in_rows + together * stride && y < block.op.height;
-         ++y) {
-      for (int64_t i = 0; i < block.op.width; ++i) prefetch<0>(image + y * in_row + i * in_step, channels);
-    }
-  }
+  const float* rows[in_rows];
+  for (int64_t i = 0; i < in_rows; ++i) rows[i] = block.input_row(top + i);
   // A vector of the channels from c on; with less than a whole one, the code is another.
   const auto walk = [&]<bool whole>(int64_t c) __attribute__((always_inline)) {
     const int64_t n = whole ? kLanes : channels - c;
@@ -290,14 +275,14 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const T* 
     // The outputs of the column before, of this one and of the one behind, as far as they are.
     Vec before[together], here[together], behind[together];
     for (int64_t row = 0; row < together; ++row) here[row] = behind[row] = shift;
-    const Input* at[in_rows];
+    const float* at[in_rows];
     for (int64_t i = 0; i < in_rows; ++i) at[i] = rows[i] + c;
     Target<T> to = target;
     Vec inputs[in_rows];
     const auto read = [&] {
       for (int64_t i = 0; i < in_rows; ++i) {
-        inputs[i] = direct ? load(at[i], n) : Vec::load(at[i]);
-        at[i] += steps[i];
+        inputs[i] = Vec::load(at[i]);
+        at[i] += width;
       }
     };
     const auto add = [&](Vec(&sums)[together], int64_t dx) {
@@ -354,11 +339,11 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const T* 
 
 // Output rows of a 3x3 convolution. With stride 2 neighbours share one input row alone, too little to work them out
 // together.
-template <int64_t stride, Activation activation, bool direct, class T>
-void convolve_3x3(const Block& block, int64_t top, const T* image, const Target<T>& target) {
+template <int64_t stride, Activation activation, class T>
+void convolve_3x3(const Block& block, int64_t top, const Target<T>& target) {
   constexpr int64_t together = stride == 1 ? kRows : 1;
   for (int64_t row = 0; row < target.rows; row += together) {
-    convolve_rows_3x3<together, stride, activation, direct>(block, top + row * stride, image, target.from(row));
+    convolve_rows_3x3<together, stride, activation>(block, top + row * stride, target.from(row));
   }
 }
 
@@ -387,7 +372,7 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
 
 // Output rows of any convolution.
 template <Activation activation, class T>
-void convolve_any(const Block& block, int64_t top, const T*, const Target<T>& target) {
+void convolve_any(const Block& block, int64_t top, const Target<T>& target) {
   const TokenDepthwiseConvWork& op = block.op;
   for (int64_t row = 0; row < target.rows; ++row, top += op.stride) {
     for (int64_t c = 0; c < block.channels; c += kLanes) {
@@ -400,7 +385,7 @@ void convolve_any(const Block& block, int64_t top, const T*, const Target<T>& ta
 }
 
 template <class T>
-using Convolve = void (*)(const Block&, int64_t top, const T* image, const Target<T>&);
+using Convolve = void (*)(const Block&, int64_t top, const Target<T>&);
 
 // The convolution of what is in the ring.
 template <class T>
@@ -408,16 +393,10 @@ Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op, Activation activat
   Convolve<T> chosen = nullptr;
   with_activation(activation, [&]<Activation known>() {
     chosen = !is_3x3(op)      ? convolve_any<known, T>
-             : op.stride == 1 ? convolve_3x3<1, known, false, T>
-                              : convolve_3x3<2, known, false, T>;
+             : op.stride == 1 ? convolve_3x3<1, known, T>
+                              : convolve_3x3<2, known, T>;
   });
   return chosen;
-}
-
-// The convolution of x as it lies, for op.direct.
-template <class T>
-Convolve<T> choose_direct_convolve(const TokenDepthwiseConvWork& op) {
-  return op.stride == 1 ? convolve_3x3<1, Activation::none, true, T> : convolve_3x3<2, Activation::none, true, T>;
 }
 
 }  // namespace

@@ -209,7 +209,7 @@ class Gradients3x3 {
         const Target<float> to = rows_at(block_, known, values_);
         if (has_values_) {
           take_rows(block_, take_, x, known, to.rows, taken);
-          convolve_(block_, known * op_.stride - 1, nullptr, to);
+          convolve_(block_, known * op_.stride - 1, to);
         }
         for (int64_t row = 0; row < to.rows; ++row) output_back(image, known + row, row, sums);
         known += to.rows;

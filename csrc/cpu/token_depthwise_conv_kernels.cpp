@@ -5,7 +5,7 @@
 // ring and finished (activation, residual, rounding) in registers. The norm behind the convolution is folded into taps
 // and shift. The ring stays in the L1 cache, and x is touched in runs of whole channel blocks. Where nothing stands in
 // or behind the convolution but a norm or the residual, it goes from x to the output directly, without a ring.
-#include "token_depthwise_conv_block.h"
+#include "token_depthwise_conv_direct.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -44,27 +44,33 @@ struct Steps {
   explicit Steps(const TokenDepthwiseConvWork& op)
       : finishes_apart(exact && op.activation == Activation::gelu),
         take(choose_take_row<T>(op)),
-        convolve(op.direct ? choose_direct_convolve<T>(op)
-                           : choose_convolve<T>(op, finishes_apart ? Activation::none : op.activation)) {}
+        convolve(choose_convolve<T>(op, finishes_apart ? Activation::none : op.activation)) {}
 
-  void operator()(const Block& block, int64_t top, const T* image, const Target<T>& target) const {
+  void operator()(const Block& block, int64_t top, const Target<T>& target) const {
     if constexpr (exact) {
       if (finishes_apart) {
         Target<T> bare = target;
         bare.add = nullptr;
-        convolve(block, top, image, bare);
+        convolve(block, top, bare);
         return finish_rows<Activation::gelu>(block, target);
       }
     }
-    convolve(block, top, image, target);
+    convolve(block, top, target);
   }
 };
+
+// The block's channels of the first token of the grid in an item's image.
+template <class T>
+const T* item_image(const TokenDepthwiseConvWork& op, int64_t item) {
+  const int64_t channel_block = item / op.row_blocks % op.channel_blocks;
+  const T* x = static_cast<const T*>(op.x) + item / op.row_blocks / op.channel_blocks * op.x_batch_stride;
+  return x + op.prefix_tokens * op.x_token_stride + channel_block * op.channel_block;
+}
 
 // The output rows of an item.
 template <class T>
 void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int64_t first_row, int64_t end_row) {
   const TokenDepthwiseConvWork& op = block.op;
-  const T* image = x + op.prefix_tokens * op.x_token_stride + block.first;
   int64_t next = 0;  // the first input row that is not in the ring yet
   for (int64_t y = first_row; y < end_row; y += kRows) {
     const int64_t rows = end_row - y < kRows ? end_row - y : kRows, top = y * op.stride - op.padding;
@@ -76,8 +82,8 @@ void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int6
                            op.residual ? x + token * op.x_token_stride + block.first : nullptr,
                            op.x_token_stride,
                            op.out_width * op.x_token_stride};
-    if (!op.direct) take_rows(block, steps.take, x, y, rows, next);
-    steps(block, top, image, target);
+    take_rows(block, steps.take, x, y, rows, next);
+    steps(block, top, target);
   }
 }
 
@@ -85,18 +91,30 @@ template <class T>
 void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
   const Steps<T> steps(op);
+  const ConvolveDirectly<T> convolve_directly = choose_convolve_directly<T>(op);
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
     // Images outermost: what lies in the same pages is worked on together.
     const int64_t rows = item % op.row_blocks, image = item / op.row_blocks / op.channel_blocks;
-    block.enter(item / op.row_blocks % op.channel_blocks);
+    const int64_t channel_block = item / op.row_blocks % op.channel_blocks;
+    const bool is_new = block.enter(channel_block);
     const T* x = static_cast<const T*>(op.x) + image * op.x_batch_stride;
     T* out = static_cast<T*>(op.out) + image * out_image;
     if (rows == 0) copy_prefix(block, x, out);
     if (op.bytes > kOutFetchBytes && op.stride == 1 && op.out_width == op.width) block.out = out;
     const int64_t first_row = rows * op.row_block;
     const int64_t end_row = first_row + op.row_block < op.out_height ? first_row + op.row_block : op.out_height;
-    convolve_rows(block, steps, x, out, first_row, end_row);
+    if (op.direct) {
+      float* packed = block.end + channel_block * op.direct_floats;
+      const TapVectors vectors{packed, block.channels};
+      if (is_new) pack_taps(block, vectors, packed);
+      const T* following = item + 1 < end ? item_image<T>(op, item + 1) : nullptr;
+      convolve_directly(
+          op, vectors,
+          {item_image<T>(op, item), out + op.prefix_tokens * op.channels + block.first, following, first_row, end_row});
+    } else {
+      convolve_rows(block, steps, x, out, first_row, end_row);
+    }
   }
 }
 

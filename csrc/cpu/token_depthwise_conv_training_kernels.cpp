@@ -66,7 +66,7 @@ void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, 
     for (int64_t y = 0; y < op.out_height; y += kRows) {
       const Target<float> to = rows_at(block, y, map + y * op.out_width * op.channel_block);
       take_rows(block, take, image_of<T>(op, image), y, to.rows, next);
-      convolve(block, y * op.stride - op.padding, nullptr, to);
+      convolve(block, y * op.stride - op.padding, to);
     }
     find_moments<float>(op, block, image, map, tokens, op.channel_block);
   });
@@ -86,7 +86,7 @@ void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t
     for (int64_t y = 0; y < op.out_height; y += kRows) {
       const Target<float> to = rows_at(block, y, values);
       take_rows(block, take, image_of<T>(op, image), y, to.rows, next);
-      convolve(block, y * op.stride - op.padding, nullptr, to);
+      convolve(block, y * op.stride - op.padding, to);
       for (int64_t row = 0; row < to.rows; ++row) {
         pass(op.post, block, output_row<T>(op, block, image, y + row, values + row * line), sums);
       }
@@ -157,7 +157,7 @@ class ConvGradients {
     const int64_t line = op_.out_width * op_.channel_block;
     for (int64_t y = 0; y < op_.out_height; y += kRows) {
       const Target<float> to = rows_at(block_, y, values_);
-      convolve_(block_, y * op_.stride - op_.padding, nullptr, to);
+      convolve_(block_, y * op_.stride - op_.padding, to);
       for (int64_t row = 0; row < to.rows; ++row) output_back(image, y + row, values_ + row * line, sums);
     }
     give_sums(sums, op_.sums, image, block_);
@@ -192,7 +192,7 @@ class ConvGradients {
     SplitSums sums(sums_memory_, 2, op_.channel_block);
     for (int64_t y = 0; y < op_.height; y += kRows) {
       const Target<float> to = rows_at(behind_, y, values_);
-      convolve_turned_(behind_, y - turned_.op.padding, nullptr, to);
+      convolve_turned_(behind_, y - turned_.op.padding, to);
       for (int64_t row = 0; row < to.rows; ++row) {
         const float* grad = values_ + row * op_.width * op_.channel_block;
         pass_input_back_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, grad), sums);
