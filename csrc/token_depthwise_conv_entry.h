@@ -26,7 +26,9 @@ inline ChannelParameter parameter_of(const Tensor& tensor, const char* name, int
 }
 
 inline ChannelParameter parameter_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& x) {
-  return tensor ? parameter_of(*tensor, name, x.size(2), x) : ChannelParameter{};
+  if (!tensor) return {};
+  check(tensor->dim() == 1, "token_depthwise_conv: ", name, " must have one axis, got shape ", shape_of(*tensor));
+  return parameter_of(*tensor, name, x.size(2), x);
 }
 
 // Fills in the geometry; throws unless it is one.

@@ -29,6 +29,7 @@ __all__ = [
     "Selection",
     "automatic",
     "gradients_needed",
+    "is_observed",
     "left_out",
     "must_be_plain",
     "recording",
@@ -134,7 +135,7 @@ def select(
         chosen = automatic(implementations, args, kwargs)
     else:
         chosen = _named(op, implementations, backend, args, kwargs)
-    if not torch.compiler.is_compiling() and (_recorder.get() is not None or log.isEnabledFor(logging.DEBUG)):
+    if not torch.compiler.is_compiling() and is_observed():
         around = _tell(Selection(op, chosen.name, turned_down(op, implementations, args, kwargs)))
         if around is not None:
             return chosen._replace(run=functools.partial(around, chosen.run))
@@ -151,6 +152,11 @@ def turned_down(op: str, implementations: Sequence[Implementation], args: tuple,
         if reasons:
             found[implementation.name] = reasons
     return found
+
+
+def is_observed() -> bool:
+    """Whether somebody is to be told of choices: a recorder of this thread, or the log."""
+    return _recorder.get() is not None or log.isEnabledFor(logging.DEBUG)
 
 
 Around = Callable[..., Any]

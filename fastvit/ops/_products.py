@@ -19,7 +19,7 @@ from fastvit.ops._checks import describe
 from fastvit.ops._dispatch import Implementation, gradients_needed
 from fastvit.reference import functional
 
-__all__ = ["IMPLEMENTATIONS", "NAMED_IMPLEMENTATIONS", "Call", "check_input", "check_layer", "pays_off"]
+__all__ = ["IMPLEMENTATIONS", "NAMED_IMPLEMENTATIONS", "Call", "check_input", "check_layer", "chooses_cpp", "pays_off"]
 
 ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}  # csrc's enum Activation
 CPP_DTYPES = (torch.float32, torch.bfloat16)
@@ -164,6 +164,16 @@ def _reasons_not_to_choose_cpp(call: Call) -> list[str]:
     if any(layer.weight.shape[0] < CPP_MIN_COLUMNS for layer in call.layers):
         reasons.append(f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty")
     return reasons
+
+
+def chooses_cpp(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product that the C++ kernel takes is left to it; as :data:`IMPLEMENTATIONS` has it, only sooner."""
+    return (
+        pays_off()
+        and (x.dtype != torch.bfloat16 or _has_bfloat16_products())
+        and x.numel() >= CPP_MIN_ROWS * x.shape[-1]
+        and weight.shape[0] >= CPP_MIN_COLUMNS
+    )
 
 
 _REFERENCE = Implementation("reference", _no_reasons, _run_reference)

@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit.ops import _attention
+from fastvit.ops import _at_once, _attention
 from fastvit.ops._attention import Call, Engine
 from fastvit.ops._dispatch import Implementation, select
 
@@ -85,5 +86,8 @@ def class_attention(
     Source: Touvron et al. 2021 (CaiT), section 3; Yuan et al. 2021 (CeiT), section 3.3; the plain form is
     ``fastvit.reference.functional.class_attention``.
     """
+    if _at_once.is_open(q, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _at_once.attention(q, k, v, mask, bias, scale, dropout_p)
     call = _attention.checked(q, k, v, mask, bias, scale, dropout_p)
     return select("class_attention", _order(call), backend, (call,), {}).run(call)

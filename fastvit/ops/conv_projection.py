@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit import backends
+from fastvit.ops import _at_once
 from fastvit.ops._composition import KERNELS, has_batch_statistics, linear, parameters_of
 from fastvit.ops._convolution_checks import check_x
 from fastvit.ops._dispatch import Implementation, gradients_needed, select
@@ -108,6 +110,21 @@ def _by(kernels: Implementation, separate: Implementation) -> Implementation:
     return Implementation(kernels.name, reasons, run)
 
 
+def _project_at_once(x: Tensor, parts: tuple[Projection, ...], grid: tuple[int, int], prefix_tokens: int) -> Projected:
+    """The short way (see ``_at_once.py``)."""
+    arguments: list[Any] = []
+    for part in parts:
+        norm = _at_once.norm_arguments(part.norm)
+        _at_once.require_cpu(part.dw_weight, part.dw_bias)
+        padding = part.dw_weight.shape[3] // 2 if part.padding is None else part.padding
+        arguments += (part.dw_weight, part.dw_bias, *norm, part.stride, padding)
+    q, k, v = torch.ops.fastvit.conv_projection.default(x, *arguments, *grid, prefix_tokens)
+    q, k, v = (
+        _at_once.product(each, part.pw_weight, part.pw_bias) for each, part in zip((q, k, v), parts, strict=True)
+    )
+    return q, k, v
+
+
 def _run_reference(call: Call) -> Projected:
     q, k, v = (SEPARATE[-1].run(part) for part in call)
     return q, k, v
@@ -146,6 +163,9 @@ def conv_projection(
 
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is ``fastvit.reference.functional.conv_projection``.
     """
+    if _at_once.is_open(x, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _project_at_once(x, (q, k, v), grid, prefix_tokens)
     check_x(x)
     calls = []
     for name, part in (("q", q), ("k", k), ("v", v)):

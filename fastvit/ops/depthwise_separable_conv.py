@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastvit.ops import _convolved_products
+from fastvit.ops import _at_once, _convolved_products
 from fastvit.ops._composition import KERNELS, as_dtype_of, has_batch_statistics, linear, linear_dtype, parameters_of
 from fastvit.ops._convolution_checks import (
     check_bias,
@@ -68,7 +69,7 @@ def checked(
     return Call(convolution, pw_weight, pw_bias)
 
 
-def _at_once(call: Call) -> bool:
+def _joins(call: Call) -> bool:
     """Whether ``kernels/depthwise_separable_conv.py`` takes the call: it has no gradients and no batch statistics."""
     c = call.convolution
     if has_batch_statistics(c.norm) or gradients_needed(c.x, *parameters_of(*call[1:], c.weight, c.bias, c.norm)):
@@ -76,7 +77,7 @@ def _at_once(call: Call) -> bool:
     return _convolved_products.separable_fits(c.x, c.weight, call.pw_weight, c.padding)
 
 
-def _infer_at_once(call: Call) -> Tensor:
+def _infer_joined(call: Call) -> Tensor:
     """In the dtype that the linear layer takes under autocast."""
     c = call.convolution
     dtype = linear_dtype(c.x)
@@ -93,8 +94,8 @@ def _by(kernels: Implementation) -> Implementation:
         return kernels.reasons(call.convolution)
 
     def run(call: Call) -> Tensor:
-        if kernels.name == "triton" and _at_once(call):
-            return _infer_at_once(call)
+        if kernels.name == "triton" and _joins(call):
+            return _infer_joined(call)
         return linear(kernels.run(call.convolution), call.pw_weight, call.pw_bias)
 
     return Implementation(kernels.name, reasons, run)
@@ -156,6 +157,11 @@ def depthwise_separable_conv(
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is
     ``fastvit.reference.functional.depthwise_separable_conv``.
     """
+    if _at_once.is_open(x, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            around = (None, None, norm, None, False)
+            tokens = _at_once.convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, *around)
+            return _at_once.product(tokens, pw_weight, pw_bias)
     check_x(x)
     call = checked(x, dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias, grid, prefix_tokens)
     return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

@@ -12,13 +12,14 @@ costs less than taking them off in front and joining them again, which copies x 
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops import _convolved_products
+from fastvit.ops import _at_once, _convolved_products
 from fastvit.ops._composition import (
     KERNELS,
     as_dtype_of,
@@ -116,7 +117,21 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
 def _infer(call: Call, kernels: Implementation) -> Tensor:
     """With every token through every step, and the prefix tokens put right at the end."""
     hidden = kernels.run(_middle(call, linear(call.x, call.up_weight, call.up_bias), call.prefix_tokens))
-    out = _normalise(call.down_norm, linear(hidden, call.down_weight, call.down_bias))
+    return _finish(call, _normalise(call.down_norm, linear(hidden, call.down_weight, call.down_bias)))
+
+
+def _feed_forward_at_once(call: Call) -> Tensor:
+    """The short way (see ``_at_once.py``)."""
+    if call.form not in LEFF_FORMS or call.dw_weight.shape[-1] % 2 == 0:
+        raise _at_once.NotAtOnceError
+    hidden = _at_once.product(call.x, call.up_weight, call.up_bias)
+    hidden = _at_once.convolution(hidden, call.dw_weight, call.dw_bias, *_middle(call, hidden, call.prefix_tokens)[3:])
+    out = _at_once.product(hidden, call.down_weight, call.down_bias)
+    return _finish(call, _at_once.normalise(out, call.down_norm))
+
+
+def _finish(call: Call, out: Tensor) -> Tensor:
+    """What is behind the last norm, with the prefix tokens put right."""
     if call.form == "paper":
         out = F.gelu(out)
     if call.prefix_tokens:
@@ -126,7 +141,7 @@ def _infer(call: Call, kernels: Implementation) -> Tensor:
     return out
 
 
-def _infer_at_once(call: Call) -> Tensor:
+def _infer_by_triton(call: Call) -> Tensor:
     """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
     x, prefix_tokens = call.x.to(linear_dtype(call.x)), call.prefix_tokens
     layers = tuple((weight.to(x.dtype), bias, norm) for weight, bias, norm in call.layers())
@@ -154,7 +169,7 @@ def _by(kernels: Implementation) -> Implementation:
         if kernels.name == "triton" and _convolved_products.leff_fits(
             call.x, *(weight for weight, _, _ in call.layers())
         ):
-            return _infer_at_once(call)
+            return _infer_by_triton(call)
         return _infer(call, kernels)
 
     return Implementation(kernels.name, reasons, run)
@@ -239,5 +254,8 @@ def leff(
     """
     weights = (up_weight, up_bias, dw_weight, dw_bias, down_weight, down_bias)
     call = Call(x, *weights, grid, up_norm, dw_norm, down_norm, prefix_tokens, form)
+    if _at_once.is_open(x, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _feed_forward_at_once(call)
     _check(call)
     return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

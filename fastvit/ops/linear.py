@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
+from fastvit.ops import _at_once
 from fastvit.ops._dispatch import select
 from fastvit.ops._products import IMPLEMENTATIONS, NAMED_IMPLEMENTATIONS, Call, check_input, check_layer
 
@@ -35,6 +38,9 @@ def linear(
 
     The plain form is ``fastvit.reference.functional.linear``.
     """
+    if _at_once.is_open(x, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _at_once.product(x, weight, bias, activation)
     check_input(x, activation)
     layer = check_layer(("weight", "bias"), weight, bias, x, x.shape[-1])
     call = Call(x, (layer,), activation)

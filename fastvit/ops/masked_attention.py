@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
-from fastvit.ops import _attention
+from fastvit.ops import _at_once, _attention
 from fastvit.ops._attention import Call
 from fastvit.ops._dispatch import Implementation, select
 
@@ -63,5 +65,8 @@ def masked_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1; the plain form is ``fastvit.reference.functional.masked_attention``.
     """
+    if _at_once.is_open(q, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _at_once.attention(q, k, v, mask, bias, scale, dropout_p)
     call = _attention.checked(q, k, v, mask, bias, scale, dropout_p)
     return select("masked_attention", _order(call), backend, (call,), {}).run(call)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
+from fastvit.ops import _at_once
 from fastvit.ops._dispatch import select
 from fastvit.ops._products import IMPLEMENTATIONS, NAMED_IMPLEMENTATIONS, Call, check_input, check_layer
 
@@ -37,6 +40,9 @@ def mlp(
 
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1. The plain form is ``fastvit.reference.functional.mlp``.
     """
+    if _at_once.is_open(x, backend):
+        with contextlib.suppress(Exception):  # see _at_once.py
+            return _at_once.product(_at_once.product(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias)
     check_input(x, activation)
     first = check_layer(("fc1_weight", "fc1_bias"), fc1_weight, fc1_bias, x, x.shape[-1])
     second = check_layer(("fc2_weight", "fc2_bias"), fc2_weight, fc2_bias, x, fc1_weight.shape[0])

@@ -291,8 +291,9 @@ CASES = [
 @pytest.mark.parametrize(("op", "name", "value", "message"), CASES)
 def test_the_error_names_the_argument_the_value_and_what_is_accepted(op, name, value, message):
     arguments = {**GOOD[op](), name: value}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        getattr(ops, op)(**arguments)
+    for gradients in (True, False):  # without them operators may skip their checks at first
+        with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=re.escape(message)):
+            getattr(ops, op)(**arguments)
 
 
 @pytest.mark.parametrize("op", GOOD)
@@ -302,8 +303,10 @@ def test_what_the_cases_start_from_is_accepted(op):
 
 
 def test_residual_wants_the_grid_kept():
-    with pytest.raises(ValueError, match=r"residual: needs a convolution that keeps the grid \(3, 4\)"):
-        ops.token_depthwise_conv(**GOOD["token_depthwise_conv"](), stride=2, residual=True)
+    message = r"residual: needs a convolution that keeps the grid \(3, 4\)"
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=message):
+            ops.token_depthwise_conv(**GOOD["token_depthwise_conv"](), stride=2, residual=True)
 
 
 def test_every_operator_and_every_tensor_argument_is_here():
