@@ -160,9 +160,33 @@ FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
-template <bool kPairs, int kR>
-void add_products(int64_t words, const float* x, const float* weight, float* totals) {
+// Rows of x that the next tile needs, to be fetched a cache line at a time while this one is computed: their copying
+// would wait for memory, and the hardware foresees too little of it. A prefetch beyond x does nothing.
+class RowsAhead {
+ public:
+  RowsAhead(const void* first, int64_t stride, int64_t rows)
+      : line_(static_cast<const char*>(first)), stride_(stride), rows_(rows) {}
+
+  FASTVIT_INLINE void fetch_line() {
+    __builtin_prefetch(line_ + row_ * stride_);
+    if (++row_ == rows_) {
+      row_ = 0;
+      line_ += 64;
+    }
+  }
+
+ private:
+  const char* line_;
+  int64_t stride_, rows_, row_ = 0;  // stride in bytes
+};
+
+struct NothingAhead {
+  FASTVIT_INLINE void fetch_line() {}
+};
+
+// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. A tile's rows have fewer lines than words.
+template <bool kPairs, int kR, class Ahead>
+void add_products(int64_t words, const float* x, const float* weight, float* totals, Ahead ahead) {
   for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
     const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
@@ -175,6 +199,7 @@ void add_products(int64_t words, const float* x, const float* weight, float* tot
       Vec columns[kPanelVectors];
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
+      ahead.fetch_line();
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
         const Vec row = Vec::fill(x[r * kRowStride + k]);
@@ -211,9 +236,17 @@ struct Tile {
       const int64_t count = smaller(kDepthBlock, words - first);
       copy_rows(first, count);
       for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+        if (first == 0) fetch_out(panel);
         const float* weight = packed + ((panel - begin_panel) * words + first) * kPanel;
-        with_constant<kRows>(rows,
-                             [&](auto n) { add_products<kPairs, n.value>(count, copy, weight, total(panel, 0)); });
+        if (panel == begin_panel && rows == kRows) {
+          const T* below = static_cast<const T*>(p.x) + (row + rows) * p.x_stride + first * (kPairs ? 2 : 1);
+          add_products<kPairs, kRows>(count, copy, weight, total(panel, 0),
+                                      RowsAhead(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
+          continue;
+        }
+        with_constant<kRows>(rows, [&](auto n) {
+          add_products<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead());
+        });
       }
     }
     with_activation(p.activation, [&]<Activation activation>() { finish<activation>(); });
@@ -227,6 +260,14 @@ struct Tile {
         const Vec value = left >= kLanes ? Vec::load(bias) : left > 0 ? Vec::load(bias, left) : Vec::fill(0.0f);
         for (int64_t r = 0; r < rows; ++r) value.store(total(panel, r) + c);
       }
+    }
+  }
+
+  // Brings a panel of the result near, which is written when all are summed up.
+  void fetch_out(int64_t panel) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* out = static_cast<const T*>(p.out) + (row + r) * p.columns + panel * kPanel;
+      for (int64_t c = 0; c < kPanel; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + c, 1);
     }
   }
 
