@@ -244,9 +244,8 @@ struct Tile {
                                       RowsAhead(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
           continue;
         }
-        with_constant<kRows>(rows, [&](auto n) {
-          add_products<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead());
-        });
+        with_constant<kRows>(
+            rows, [&](auto n) { add_products<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead()); });
       }
     }
     with_activation(p.activation, [&]<Activation activation>() { finish<activation>(); });
