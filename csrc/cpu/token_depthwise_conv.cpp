@@ -56,7 +56,6 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   }
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
-  work.bytes = numel * (op.element == Element::float32 ? 4 : 2);
   work.scratch_floats = block_floats(work) + work.channel_blocks * work.direct_floats;
   work.items = op.batch * work.channel_blocks * work.row_blocks;
   work.grain = divide_up(work.items, threads);

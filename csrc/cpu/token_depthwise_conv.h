@@ -21,7 +21,6 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   bool direct;             // from x to the result, without a ring
   int64_t direct_floats;   // of the taps of a channel block, as that way wants them
   int64_t scratch_floats;  // working memory of one thread
-  int64_t bytes;           // of the result, which tells about in which cache x and out can be
   int64_t items, grain;    // all there are, and as many as a thread should take at least
 };
 

@@ -13,11 +13,6 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 
-// Above these sizes of the result, rows of x, and of the result, are fetched ahead; below, they come fast enough, and
-// asking costs more.
-constexpr int64_t kFetchBytes = 3 << 20;
-constexpr int64_t kOutFetchBytes = 8 << 20;
-
 // Output rows that a call of a convolution makes at most.
 constexpr int64_t kRows = kLanes == 16 ? kMaxRows : 1;
 
@@ -73,12 +68,11 @@ struct Block {
   int64_t channels = 0;  // the last block may be short
   float *taps, *shift, *pre_scale, *pre_shift;
   float *zeros, *ring;
-  float* end;                 // of what it takes of the scratch
-  bool fetches;               // rows of x ahead of their use
-  const void* out = nullptr;  // the image of the result whose tokens are fetched as those of x are taken; or null
+  float* end;                       // of what it takes of the scratch
+  const void* out = nullptr;        // the image of the result whose tokens are fetched as those of x are taken; or null
+  const void* following = nullptr;  // the block's channels of the first grid token that is taken next; or null
 
-  Block(const TokenDepthwiseConvWork& operation, float* scratch)
-      : op(operation), fetches(op.bytes > kFetchBytes), parameters_(scratch) {
+  Block(const TokenDepthwiseConvWork& operation, float* scratch) : op(operation), parameters_(scratch) {
     const int64_t line = op.padded_width * op.channel_block;
     zeros = parameters_ + op.channel_blocks * parameter_floats();
     ring = zeros + line;
@@ -184,18 +178,18 @@ void take_row(Block& block, const T* x, int64_t y) {
   // Kept apart from what is stored to, for all the compiler knows.
   const int64_t channels = block.channels, width = op.width, step = op.x_token_stride, block_width = op.channel_block;
   const float *const scale = block.pre_scale, *const shift = block.pre_shift;
-  const bool fetches = block.fetches;
   const int64_t op_channels = op.channels, token = op.prefix_tokens + y * width;
   const T* out = block.out == nullptr ? nullptr : static_cast<const T*>(block.out) + token * op_channels + block.first;
   float* to = block.ring_row(y);
   const T* from = x + token * step + block.first;
+  const T* below = y + 1 < op.height ? from + width * step : static_cast<const T*>(block.following);
   for (int64_t column = 0; column < width; ++column) {
     for_each_vector(channels, [&](int64_t c, int64_t n) {
       Vec v = load(from + c, n);
       if constexpr (normalise) v = fma(v, Vec::load(scale + c), Vec::load(shift + c));
       activate<activation, T>(v).store(to + c);
     });
-    if (fetches) prefetch<0>(from + width * step, channels);
+    if (below != nullptr) prefetch<0>(below + column * step, channels);
     if (out != nullptr) prefetch<1>(out + column * op_channels, channels);
     from += step;
     to += block_width;

@@ -101,18 +101,19 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
     const T* x = static_cast<const T*>(op.x) + image * op.x_batch_stride;
     T* out = static_cast<T*>(op.out) + image * out_image;
     if (rows == 0) copy_prefix(block, x, out);
-    if (op.bytes > kOutFetchBytes && op.stride == 1 && op.out_width == op.width) block.out = out;
+    const T* following = item + 1 < end ? item_image<T>(op, item + 1) : nullptr;
     const int64_t first_row = rows * op.row_block;
     const int64_t end_row = first_row + op.row_block < op.out_height ? first_row + op.row_block : op.out_height;
     if (op.direct) {
       float* packed = block.end + channel_block * op.direct_floats;
       const TapVectors vectors{packed, block.channels};
       if (is_new) pack_taps(block, vectors, packed);
-      const T* following = item + 1 < end ? item_image<T>(op, item + 1) : nullptr;
       convolve_directly(
           op, vectors,
           {item_image<T>(op, item), out + op.prefix_tokens * op.channels + block.first, following, first_row, end_row});
     } else {
+      block.out = op.stride == 1 && op.out_width == op.width ? out : nullptr;
+      block.following = following;
       convolve_rows(block, steps, x, out, first_row, end_row);
     }
   }

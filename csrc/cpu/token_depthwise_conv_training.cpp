@@ -25,8 +25,6 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
   pass.ring_rows = rows_at_once(op);
   pass.row_block = op.out_height;
   pass.row_blocks = 1;
-  // x, the gradient and dx
-  pass.bytes = 3 * op.batch * op.height * op.width * op.channels * (op.element == Element::float32 ? 4 : 2);
   return pass;
 }
 
