@@ -10,7 +10,7 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kCacheFloats = 8192;     // of the L1 cache, for the rows of a channel block
+constexpr int64_t kCacheFloats = 12288;    // of the L1 cache, for the rows of a channel block
 constexpr int64_t kDirectBytes = 512;      // of a token, without a ring: with their taps, rows stay in the L1 cache
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 17;  // below it, waking other threads costs more than it saves
