@@ -86,6 +86,8 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 
 // --- The packed weight: [panel][word of the depth][column] -----------------------------------------------------------
 
+constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row, which are too many for the hardware to follow
+
 // A panel whose columns lie as contiguous rows of the weight.
 template <class T, bool kPairs>
 void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to) {
@@ -99,6 +101,7 @@ void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to
       const float* rows[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const T* row = weight + i * p.weight_column_stride;
+        __builtin_prefetch(row + (k + kWordsAhead) * kElements);
         if (c + i < columns && k + kLanes <= whole) {
           rows[i] = reinterpret_cast<const float*>(row + k * kElements);
           continue;
