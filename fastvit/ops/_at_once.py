@@ -7,6 +7,9 @@ what is wrong or another implementation takes it; so does everything that is tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,8 @@ __all__ = [
     "normalise",
     "product",
     "require_cpu",
+    "tried",
+    "two_products",
 ]
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
@@ -43,8 +48,20 @@ class NotAtOnceError(Exception):
     """The call is not for the short way."""
 
 
+def tried(backend: str, run: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """run(x, *rest), or None where the call is for the long way: because something stands against the short one, or
+    because ``run`` raised, whatever it was.
+    """
+    if not is_open(x, backend):
+        return None
+    try:
+        return run(x, *rest)
+    except Exception:
+        return None
+
+
 def is_open(x: Tensor, backend: str) -> bool:
-    """Whether a call on x may be tried so."""
+    """Whether nothing that can be told from x and the state of torch stands against the short way."""
     return (
         _HAS_CPP
         and backend == _dispatch.AUTO
@@ -131,6 +148,18 @@ def attention(
         raise NotAtOnceError
     require_cpu(k, v, mask, bias)
     return _ATTENTION(q, k, v, mask, bias, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def two_products(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """``mlp``; raises where the call needs the long way."""
+    return product(product(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias)
 
 
 def normalise(tokens: Tensor, norm: BatchNorm | None) -> Tensor:

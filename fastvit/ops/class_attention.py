@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -86,8 +85,8 @@ def class_attention(
     Source: Touvron et al. 2021 (CaiT), section 3; Yuan et al. 2021 (CeiT), section 3.3; the plain form is
     ``fastvit.reference.functional.class_attention``.
     """
-    if _at_once.is_open(q, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            return _at_once.attention(q, k, v, mask, bias, scale, dropout_p)
+    found = _at_once.tried(backend, _at_once.attention, q, k, v, mask, bias, scale, dropout_p)
+    if found is not None:
+        return found
     call = _attention.checked(q, k, v, mask, bias, scale, dropout_p)
     return select("class_attention", _order(call), backend, (call,), {}).run(call)

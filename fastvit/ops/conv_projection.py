@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +110,6 @@ def _by(kernels: Implementation, separate: Implementation) -> Implementation:
 
 
 def _project_at_once(x: Tensor, parts: tuple[Projection, ...], grid: tuple[int, int], prefix_tokens: int) -> Projected:
-    """The short way (see ``_at_once.py``)."""
     arguments: list[Any] = []
     for part in parts:
         norm = _at_once.norm_arguments(part.norm)
@@ -163,9 +161,9 @@ def conv_projection(
 
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is ``fastvit.reference.functional.conv_projection``.
     """
-    if _at_once.is_open(x, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            return _project_at_once(x, (q, k, v), grid, prefix_tokens)
+    found = _at_once.tried(backend, _project_at_once, x, (q, k, v), grid, prefix_tokens)
+    if found is not None:
+        return found
     check_x(x)
     calls = []
     for name, part in (("q", q), ("k", k), ("v", v)):

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 from torch import Tensor
@@ -101,6 +100,18 @@ def _by(kernels: Implementation) -> Implementation:
     return Implementation(kernels.name, reasons, run)
 
 
+def _convolve_at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[tuple[int, int], int, int | None, int],
+    norm: BatchNorm | None,
+    pointwise: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    tokens = _at_once.convolution(x, weight, bias, *geometry, None, None, norm, None, False)
+    return _at_once.product(tokens, *pointwise)
+
+
 def _run_reference(call: Call) -> Tensor:
     x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, _, _, norm, _, _ = call.convolution
     dw_weight, dw_bias, pw_weight, pw_bias = as_dtype_of(x, dw_weight, dw_bias, call.pw_weight, call.pw_bias)
@@ -157,11 +168,10 @@ def depthwise_separable_conv(
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is
     ``fastvit.reference.functional.depthwise_separable_conv``.
     """
-    if _at_once.is_open(x, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            around = (None, None, norm, None, False)
-            tokens = _at_once.convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, *around)
-            return _at_once.product(tokens, pw_weight, pw_bias)
+    geometry, pointwise = (grid, stride, padding, prefix_tokens), (pw_weight, pw_bias)
+    found = _at_once.tried(backend, _convolve_at_once, x, dw_weight, dw_bias, geometry, norm, pointwise)
+    if found is not None:
+        return found
     check_x(x)
     call = checked(x, dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias, grid, prefix_tokens)
     return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

@@ -12,7 +12,6 @@ costs less than taking them off in front and joining them again, which copies x 
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -120,11 +119,10 @@ def _infer(call: Call, kernels: Implementation) -> Tensor:
     return _finish(call, _normalise(call.down_norm, linear(hidden, call.down_weight, call.down_bias)))
 
 
-def _feed_forward_at_once(call: Call) -> Tensor:
-    """The short way (see ``_at_once.py``)."""
+def _feed_forward_at_once(x: Tensor, call: Call) -> Tensor:
     if call.form not in LEFF_FORMS or call.dw_weight.shape[-1] % 2 == 0:
         raise _at_once.NotAtOnceError
-    hidden = _at_once.product(call.x, call.up_weight, call.up_bias)
+    hidden = _at_once.product(x, call.up_weight, call.up_bias)
     hidden = _at_once.convolution(hidden, call.dw_weight, call.dw_bias, *_middle(call, hidden, call.prefix_tokens)[3:])
     out = _at_once.product(hidden, call.down_weight, call.down_bias)
     return _finish(call, _at_once.normalise(out, call.down_norm))
@@ -254,8 +252,8 @@ def leff(
     """
     weights = (up_weight, up_bias, dw_weight, dw_bias, down_weight, down_bias)
     call = Call(x, *weights, grid, up_norm, dw_norm, down_norm, prefix_tokens, form)
-    if _at_once.is_open(x, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            return _feed_forward_at_once(call)
+    found = _at_once.tried(backend, _feed_forward_at_once, x, call)
+    if found is not None:
+        return found
     _check(call)
     return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)

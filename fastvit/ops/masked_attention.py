@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from torch import Tensor
 
 from fastvit.ops import _at_once, _attention
@@ -65,8 +63,8 @@ def masked_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1; the plain form is ``fastvit.reference.functional.masked_attention``.
     """
-    if _at_once.is_open(q, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            return _at_once.attention(q, k, v, mask, bias, scale, dropout_p)
+    found = _at_once.tried(backend, _at_once.attention, q, k, v, mask, bias, scale, dropout_p)
+    if found is not None:
+        return found
     call = _attention.checked(q, k, v, mask, bias, scale, dropout_p)
     return select("masked_attention", _order(call), backend, (call,), {}).run(call)

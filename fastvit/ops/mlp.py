@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from torch import Tensor
 
 from fastvit.ops import _at_once
@@ -40,9 +38,10 @@ def mlp(
 
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1. The plain form is ``fastvit.reference.functional.mlp``.
     """
-    if _at_once.is_open(x, backend):
-        with contextlib.suppress(Exception):  # see _at_once.py
-            return _at_once.product(_at_once.product(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias)
+    layers = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    found = _at_once.tried(backend, _at_once.two_products, x, *layers, activation)
+    if found is not None:
+        return found
     check_input(x, activation)
     first = check_layer(("fc1_weight", "fc1_bias"), fc1_weight, fc1_bias, x, x.shape[-1])
     second = check_layer(("fc2_weight", "fc2_bias"), fc2_weight, fc2_bias, x, fc1_weight.shape[0])

@@ -11,8 +11,6 @@ The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -207,10 +205,10 @@ def token_depthwise_conv(
     Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2; the
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
-    if _at_once.is_open(x, backend):
-        around = (pre_norm, pre_activation, norm, activation, residual)
-        with contextlib.suppress(Exception):  # whatever it is, the checks below say so, or somebody else takes it
-            return _at_once.convolution(x, weight, bias, grid, stride, padding, prefix_tokens, *around)
+    geometry, around = (grid, stride, padding, prefix_tokens), (pre_norm, pre_activation, norm, activation, residual)
+    found = _at_once.tried(backend, _at_once.convolution, x, weight, bias, *geometry, *around)
+    if found is not None:
+        return found
     check_x(x)
     channels, kernel = x.shape[2], check_depthwise("weight", weight, x.shape[2], x)
     check_bias("bias", bias, channels, x)
