@@ -91,7 +91,7 @@ def attentions() -> Iterable[Call]:
 
 
 def products() -> Iterable[Call]:
-    for rows, inner, columns in ((17, 16, 16), (33, 40, 19), (70, 24, 100)):
+    for rows, inner, columns in ((17, 16, 16), (33, 40, 19), (70, 24, 100), (15, 1100, 40)):
         x, weight = torch.randn(1, rows, inner), torch.randn(columns, inner)
         yield ops.linear, {"x": x, "weight": weight, "bias": torch.randn(columns), "activation": "gelu"}
 

@@ -14,6 +14,8 @@ namespace {
 
 constexpr char kOp[] = "linear";
 constexpr int64_t kPackedFloats = 128 << 10;  // of a group, so that it stays in the L2 cache
+constexpr int64_t kDepthSlice = 1024;         // of a long sum: with more of it a group would have few panels, and every
+                                              // group reads x again
 constexpr int64_t kSerialProducts = 1 << 19;  // below, waking another thread costs more than it saves
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -51,7 +53,7 @@ int64_t take_rows(const Tensor& x, LinearParams& p) {
   return rows;
 }
 
-void run(const LinearParams& p) {
+void run_slice(const LinearParams& p) {
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
   const int64_t threads = p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
   const int64_t panels = divide_up(p.columns, kernel.panel_columns);
@@ -76,6 +78,23 @@ void run(const LinearParams& p) {
     }
     Workspace::of_thread().give_back();
   });
+}
+
+// Float32 sums go on from slice to slice where they end up, in the result.
+void run(const LinearParams& p) {
+  const int64_t slices = p.bfloat16 ? 1 : divide_up(std::max<int64_t>(p.depth, 1), kDepthSlice);
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const int64_t begin = slice * p.depth / slices;
+    LinearParams part = p;
+    part.depth = (slice + 1) * p.depth / slices - begin;
+    if (!p.bfloat16) {
+      part.x = static_cast<const float*>(p.x) + begin;
+      part.weight = static_cast<const float*>(p.weight) + begin * p.weight_depth_stride;
+    }
+    part.goes_on = slice > 0;
+    if (slice + 1 < slices) part.activation = Activation::none;
+    run_slice(part);
+  }
 }
 
 Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation) {

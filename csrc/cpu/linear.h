@@ -19,6 +19,7 @@ struct LinearParams {
   void* out;          // contiguous
   bool bfloat16;      // x, weight and out; float32 otherwise
   Activation activation;
+  bool goes_on;  // float32: adds to what is in out, in place of the bias
 };
 
 // The steps of the computation. Columns come in panels, and those in groups that share a packed copy of the weight.

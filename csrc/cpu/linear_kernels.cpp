@@ -86,6 +86,7 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 
 // --- The packed weight: [panel][word of the depth][column] -----------------------------------------------------------
 
+constexpr int64_t kStepsAhead = 8;           // of the packed weight, which comes from the L2 cache
 constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row, which are too many for the hardware to follow
 
 // A panel whose columns lie as contiguous rows of the weight.
@@ -203,6 +204,8 @@ void add_products(int64_t words, const float* x, const float* weight, float* tot
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
       ahead.fetch_line();
+      __builtin_prefetch(weight + (k + kStepsAhead) * kPanel);
+      __builtin_prefetch(weight + (k + kStepsAhead) * kPanel + kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
         const Vec row = Vec::fill(x[r * kRowStride + k]);
@@ -255,12 +258,17 @@ struct Tile {
   }
 
   void start() const {
+    // A bias is the same for all rows; what is in the result is not.
+    const float* from = p.goes_on ? static_cast<const float*>(p.out) + row * p.columns : p.bias;
+    const int64_t step = p.goes_on ? p.columns : 0;
     for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
       for (int64_t c = 0; c < kPanel; c += kLanes) {
-        const int64_t left = columns(panel) - c;
-        const float* bias = p.bias + panel * kPanel + c;
-        const Vec value = left >= kLanes ? Vec::load(bias) : left > 0 ? Vec::load(bias, left) : Vec::fill(0.0f);
-        for (int64_t r = 0; r < rows; ++r) value.store(total(panel, r) + c);
+        const int64_t column = panel * kPanel + c, left = columns(panel) - c;
+        for (int64_t r = 0; r < rows; ++r) {
+          const float* start = from + r * step + column;
+          const Vec value = left >= kLanes ? Vec::load(start) : left > 0 ? Vec::load(start, left) : Vec::fill(0.0f);
+          value.store(total(panel, r) + c);
+        }
       }
     }
   }

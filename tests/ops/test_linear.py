@@ -49,6 +49,17 @@ def test_activations(isa: str, activation: str | None, dtype: torch.dtype) -> No
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool, dtype: torch.dtype) -> None:
+    x, weight, bias = _layer(17, 2501, 37, dtype)
+    weight = weight.t().contiguous().t() if turned else weight
+    with poisoned_empty():
+        got = torch.ops.fastvit.linear.default(x, weight, bias, 1)
+    exact = functional.linear(x.double(), weight.double(), bias.double(), "gelu")
+    assert_as_accurate(got, functional.linear(x, weight, bias, "gelu"), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sums(isa: str, dtype: torch.dtype) -> None:
     """Terms of one sign, where rounding errors of long sums grow fastest."""
     x, weight, bias = _layer(20, 3072, 32, dtype)
