@@ -188,9 +188,10 @@ struct NothingAhead {
   FASTVIT_INLINE void fetch_line() {}
 };
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. A tile's rows have fewer lines than words.
-template <bool kPairs, int kR, class Ahead>
-void add_products(int64_t words, const float* x, const float* weight, float* totals, Ahead ahead) {
+// sink(r, c, sum) with sum_k x[r][k] weight[k][c] over `words` words, a partial sum at a time. A tile's rows have fewer
+// cache lines than words.
+template <bool kPairs, int kR, class Ahead, class Sink>
+FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, Ahead ahead, const Sink& sink) {
   for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
     const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
@@ -216,12 +217,27 @@ void add_products(int64_t words, const float* x, const float* weight, float* tot
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) {
-        float* total = totals + r * kPanel + c * kLanes;
-        (Vec::load(total) + sums[r][c]).store(total);
-      }
+      for (int c = 0; c < kPanelVectors; ++c) sink(r, c, sums[r][c]);
     }
   }
+}
+
+// totals[r][c] += those sums.
+template <bool kPairs, int kR, class Ahead>
+void add_to_totals(int64_t words, const float* x, const float* weight, float* totals, Ahead ahead) {
+  add_products<kPairs, kR>(words, x, weight, ahead, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
+    float* total = totals + r * kPanel + c * kLanes;
+    (Vec::load(total) + sum).store(total);
+  });
+}
+
+// out[r][c] = bias[c] + those sums, where they are one partial sum each.
+template <bool kPairs, class T, class Ahead>
+void give_short_sums(int64_t words, const float* x, const float* weight, const float* bias, T* out, int64_t stride,
+                     Ahead ahead) {
+  add_products<kPairs, kRows>(words, x, weight, ahead, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
+    (Vec::load(bias + c * kLanes) + sum).store(out + r * stride + c * kLanes);
+  });
 }
 
 // The rows of a tile against all panels of a group.
@@ -235,33 +251,58 @@ struct Tile {
   int64_t columns(int64_t panel) const { return smaller(kPanel, p.columns - panel * kPanel); }
   float* total(int64_t panel, int64_t r) const { return totals + ((panel - begin_panel) * kRows + r) * kPanel; }
 
+  // Before it panels are given straight from registers: whole ones, whose sums are short and stay as they are. An
+  // activation's tables would not fit beside the sums.
+  int64_t first_panel_with_totals(int64_t words) const {
+    const bool is_short = words <= kPartialSum<kPairs> && words <= kDepthBlock;
+    if (!is_short || rows < kRows || p.goes_on || p.activation != Activation::none) return begin_panel;
+    const int64_t whole = p.columns / kPanel;
+    return whole < begin_panel ? begin_panel : smaller(whole, end_panel);
+  }
+
   void run() const {
-    start();
     const int64_t words = words_of<kPairs>(p.depth);
+    const int64_t first_total = first_panel_with_totals(words);
+    start(first_total);
     for (int64_t first = 0; first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
       copy_rows(first, count);
       for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
         if (first == 0) fetch_out(panel);
         const float* weight = packed + ((panel - begin_panel) * words + first) * kPanel;
-        if (panel == begin_panel && rows == kRows) {
+        if (rows < kRows) {
+          with_constant<kRows>(rows, [&](auto n) {
+            add_to_totals<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead());
+          });
+        } else if (panel == begin_panel) {
           const T* below = static_cast<const T*>(p.x) + (row + rows) * p.x_stride + first * (kPairs ? 2 : 1);
-          add_products<kPairs, kRows>(count, copy, weight, total(panel, 0),
-                                      RowsAhead(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
-          continue;
+          multiply(panel, count, weight, panel < first_total,
+                   RowsAhead(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
+        } else {
+          multiply(panel, count, weight, panel < first_total, NothingAhead());
         }
-        with_constant<kRows>(
-            rows, [&](auto n) { add_products<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead()); });
       }
     }
-    with_activation(p.activation, [&]<Activation activation>() { finish<activation>(); });
+    with_activation(p.activation, [&]<Activation activation>() { finish<activation>(first_total); });
   }
 
-  void start() const {
+  // A whole tile's rows.
+  template <class Ahead>
+  void multiply(int64_t panel, int64_t words, const float* weight, bool directly, Ahead ahead) const {
+    if (directly) {
+      T* out = static_cast<T*>(p.out) + row * p.columns + panel * kPanel;
+      give_short_sums<kPairs>(words, copy, weight, p.bias + panel * kPanel, out, p.columns, ahead);
+    } else {
+      add_to_totals<kPairs, kRows>(words, copy, weight, total(panel, 0), ahead);
+    }
+  }
+
+  // Totals of the panels from `first_panel` on, where they begin.
+  void start(int64_t first_panel) const {
     // A bias is the same for all rows; what is in the result is not.
     const float* from = p.goes_on ? static_cast<const float*>(p.out) + row * p.columns : p.bias;
     const int64_t step = p.goes_on ? p.columns : 0;
-    for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       for (int64_t c = 0; c < kPanel; c += kLanes) {
         const int64_t column = panel * kPanel + c, left = columns(panel) - c;
         for (int64_t r = 0; r < rows; ++r) {
@@ -288,10 +329,11 @@ struct Tile {
     }
   }
 
+  // The results of the panels from `first_panel` on, from their totals.
   template <Activation activation>
-  void finish() const {
+  void finish(int64_t first_panel) const {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         T* out = static_cast<T*>(p.out) + (row + r) * p.columns + panel * kPanel;
         for (int64_t c = 0; c < columns(panel); c += kLanes) {
           const Vec value = activate<activation>(Vec::load(total(panel, r) + c));
@@ -306,11 +348,12 @@ struct Tile {
 template <class T, bool kPairs>
 void multiply(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
               const float* packed, float* scratch) {
-  const int64_t rows = row_end - row_begin, tiles = (rows + kRows - 1) / kRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {  // as even as can be
-    const int64_t first = tile * rows / tiles, last = (tile + 1) * rows / tiles;
-    Tile<T, kPairs>{p, row_begin + first, last - first, begin, end, packed, scratch, scratch + kRows * kRowStride}
-        .run();
+  for (int64_t row = row_begin; row < row_end;) {
+    // Whole tiles, but for the last two, which may share what is left: few rows leave the units waiting.
+    const int64_t left = row_end - row;
+    const int64_t rows = left >= kRows && left < kRows + kRows / 2 && left > kRows ? left / 2 : smaller(kRows, left);
+    Tile<T, kPairs>{p, row, rows, begin, end, packed, scratch, scratch + kRows * kRowStride}.run();
+    row += rows;
   }
 }
 
