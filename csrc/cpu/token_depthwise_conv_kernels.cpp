@@ -19,46 +19,6 @@ void copy_prefix(const Block& block, const T* x, T* out) {
   }
 }
 
-// Output rows that lie in their place convolved: activated, the input added.
-template <Activation activation>
-void finish_rows(const Block& block, const Target<float>& target) {
-  for (int64_t row = 0; row < target.rows; ++row) {
-    Target<float> to = target.from(row);
-    for (int64_t column = 0; column < block.op.out_width; ++column) {
-      for_each_vector(block.channels,
-                      [&](int64_t c, int64_t n) { to.template give<activation>(load(to.to + c, n), 0, c, n); });
-      to.advance();
-    }
-  }
-}
-
-// How the rows of an item are worked out. In float32 GELU has a loop of its own: beside taps and sums its tables would
-// not stay in registers. In bfloat16 the result would be rounded twice.
-template <class T>
-struct Steps {
-  static constexpr bool exact = std::is_same_v<T, float>;
-  bool finishes_apart;
-  TakeRow<T> take;
-  Convolve<T> convolve;
-
-  explicit Steps(const TokenDepthwiseConvWork& op)
-      : finishes_apart(exact && op.activation == Activation::gelu),
-        take(choose_take_row<T>(op)),
-        convolve(choose_convolve<T>(op, finishes_apart ? Activation::none : op.activation)) {}
-
-  void operator()(const Block& block, int64_t top, const Target<T>& target) const {
-    if constexpr (exact) {
-      if (finishes_apart) {
-        Target<T> bare = target;
-        bare.add = nullptr;
-        convolve(block, top, bare);
-        return finish_rows<Activation::gelu>(block, target);
-      }
-    }
-    convolve(block, top, target);
-  }
-};
-
 // The block's channels of the first token of the grid in an item's image.
 template <class T>
 const T* item_image(const TokenDepthwiseConvWork& op, int64_t item) {
@@ -69,7 +29,8 @@ const T* item_image(const TokenDepthwiseConvWork& op, int64_t item) {
 
 // The output rows of an item.
 template <class T>
-void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int64_t first_row, int64_t end_row) {
+void convolve_rows(Block& block, TakeRow<T> take, Convolve<T> convolve, const T* x, T* out, int64_t first_row,
+                   int64_t end_row) {
   const TokenDepthwiseConvWork& op = block.op;
   int64_t next = 0;  // the first input row that is not in the ring yet
   for (int64_t y = first_row; y < end_row; y += kRows) {
@@ -82,15 +43,16 @@ void convolve_rows(Block& block, const Steps<T>& steps, const T* x, T* out, int6
                            op.residual ? x + token * op.x_token_stride + block.first : nullptr,
                            op.x_token_stride,
                            op.out_width * op.x_token_stride};
-    take_rows(block, steps.take, x, y, rows, next);
-    steps(block, top, target);
+    take_rows(block, take, x, y, rows, next);
+    convolve(block, top, target);
   }
 }
 
 template <class T>
 void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
-  const Steps<T> steps(op);
+  const TakeRow<T> take = choose_take_row<T>(op);
+  const Convolve<T> convolve = choose_convolve<T>(op, op.activation);
   const ConvolveDirectly<T> convolve_directly = choose_convolve_directly<T>(op);
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
@@ -114,7 +76,7 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
     } else {
       block.out = op.stride == 1 && op.out_width == op.width ? out : nullptr;
       block.following = following;
-      convolve_rows(block, steps, x, out, first_row, end_row);
+      convolve_rows(block, take, convolve, x, out, first_row, end_row);
     }
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -178,6 +179,32 @@ def run_cpp(**arguments: Any) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_accurate_as_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
     check(run_cpp, make_arguments(case, dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("stride", "residual"), [(1, False), (1, True), (2, False)])
+def test_every_edge_of_the_tiles(stride: int, residual: bool, dtype: torch.dtype, isa: str) -> None:
+    """Maps of every small size: rows in pairs and alone, columns in fours, twos and alone, each with its padding; vectors
+    of channels that are whole, overlap, or lie in several blocks of them.
+    """
+    for (height, width), channels in itertools.product(itertools.product(range(1, 6), range(1, 10)), (16, 40, 290)):
+        case = Case((height, width), channels, 2, stride=stride, residual=residual, norm=True, prefix=1)
+        check(run_cpp, make_arguments(case, dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("stride", [1, 2])
+def test_blocks_of_rows_give_what_whole_maps_do(stride: int, isa: str) -> None:
+    arguments = make_arguments(Case((59, 60), 80, 1, stride=stride, norm=True), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = run_cpp(**arguments)
+        torch.set_num_threads(3)
+        assert torch.equal(run_cpp(**arguments), whole)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_cpp
