@@ -185,8 +185,8 @@ def test_as_accurate_as_the_reference(case: Case, dtype: torch.dtype, isa: str) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("stride", "residual"), [(1, False), (1, True), (2, False)])
 def test_every_edge_of_the_tiles(stride: int, residual: bool, dtype: torch.dtype, isa: str) -> None:
-    """Maps of every small size: rows in pairs and alone, columns in fours, twos and alone, each with its padding; vectors
-    of channels that are whole, overlap, or lie in several blocks of them.
+    """Maps of every small size: rows in pairs and alone, columns in fours, twos and alone, each with its padding;
+    vectors of channels that are whole, overlap, or lie in several blocks of them.
     """
     for (height, width), channels in itertools.product(itertools.product(range(1, 6), range(1, 10)), (16, 40, 290)):
         case = Case((height, width), channels, 2, stride=stride, residual=residual, norm=True, prefix=1)
