@@ -54,6 +54,18 @@ FASTVIT_INLINE void fetch_ahead(const Tile<T>& tile, int64_t c) {
   }
 }
 
+// Fetches the outputs of the next row of tiles: a line is brought in before it is written to.
+template <int64_t rows, int64_t columns, class T>
+FASTVIT_INLINE void fetch_out(const Tile<T>& tile, int64_t c) {
+#pragma GCC unroll 2
+  for (int64_t row = rows; row < 2 * rows; ++row) {
+#pragma GCC unroll 4
+    for (int64_t column = 0; column < columns; ++column) {
+      __builtin_prefetch(tile.out + row * tile.out_row_step + column * tile.out_step + c, 1);
+    }
+  }
+}
+
 // Adds what an input row, of a tile's columns as far as they are there, gives to the sums of the output row that has it
 // in row dy of its taps.
 template <int64_t columns, int64_t stride, bool left, bool right>
@@ -99,6 +111,7 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
       for (Vec& sum : row) sum = shift;
     }
     if (tile.ahead != nullptr) fetch_ahead<columns * stride>(tile, c);
+    fetch_out<rows, columns>(tile, c);
     const T* from = tile.in + c;
     if constexpr (rows == 1) {
       for (int64_t dy = tile.first_dy; dy < tile.end_dy; ++dy, from += tile.row_step) {
