@@ -9,7 +9,7 @@
 
 namespace fastvit {
 
-template <void (*run)(TokenDepthwiseConvTraining& op, const Tensor& x), bool keeps_conv>
+template <void (*run)(TokenDepthwiseConvTraining& op, const Tensor& x)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_training_entry(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& pre_norm_weight, const std::optional<Tensor>& pre_norm_bias,
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_
   op.has_pre_norm = pre_norm_batch || pre_norm_mean;
   op.has_norm = norm_batch || norm_mean;
   Tensor out = empty_result(op, x);
-  const bool keeps = keeps_conv && (op.has_norm || op.activation != Activation::none);
+  const bool keeps = op.has_norm || op.activation != Activation::none;
   Tensor conv = keeps ? empty_result(op, x) : empty({0}, x);
   const auto statistic = [&](bool used) { return empty({used ? op.channels : 0}, x, Dtype::float32); };
   Tensor pre_mean = statistic(pre_norm_batch), pre_var = statistic(pre_norm_batch);
@@ -67,13 +67,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwi
             grad.device_type() == x.device_type(),
         "token_depthwise_conv: grad must be (", op.batch, ", ", tokens, ", ", op.channels,
         ") with adjacent channels, of x's dtype and device, got ", shape_of(grad), " ", grad.dtype());
-  check(conv.numel() == 0 || (conv.numel() == op.batch * tokens * op.channels && conv.is_contiguous() &&
-                              conv.dtype() == x.dtype() && conv.device_type() == x.device_type()),
-        "token_depthwise_conv: conv must be what the forward pass returned");
   check((!pre_norm_batch || pre_norm_mean) && (!norm_batch || norm_mean),
         "token_depthwise_conv: backward needs the statistics of the forward pass");
   op.has_pre_norm = pre_norm_mean.has_value();
   op.has_norm = norm_mean.has_value();
+  const bool keeps = op.has_norm || op.activation != Activation::none;
+  check(conv.numel() == (keeps ? grad.numel() : 0) && conv.is_contiguous() && conv.dtype() == x.dtype() &&
+            conv.device_type() == x.device_type(),
+        "token_depthwise_conv: conv must be what the forward pass returned");
   op.pre_batch_statistics = pre_norm_batch;
   op.batch_statistics = norm_batch;
   op.grad_batch_stride = grad.stride(0);

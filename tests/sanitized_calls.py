@@ -68,9 +68,11 @@ def convolutions() -> Iterable[Call]:
                 "activation": "gelu",
             },
         )
-    for channels in (16, 48):  # the way without a ring of rows
-        weight = torch.randn(channels, 1, 3, 3)
-        yield ops.token_depthwise_conv, {"x": torch.randn(2, 35, channels), "weight": weight, "grid": (7, 5)}
+    for channels, stride, grid in itertools.product((16, 37, 48), (1, 2), ((7, 5), (4, 6))):  # without a ring of rows
+        weight, x = torch.randn(channels, 1, 3, 3), torch.randn(2, grid[0] * grid[1], channels)
+        for behind in (None, norm(channels, True)):
+            call = {"x": x, "weight": weight, "grid": grid, "stride": stride, "norm": behind}
+            yield ops.token_depthwise_conv, call
     weight, square = torch.randn(24, 1, 3, 3), torch.randn(24, 24)
     q, k, v = (Projection(weight, norm(24, False), square, torch.randn(24), stride) for stride in (1, 2, 2))
     yield ops.conv_projection, {"x": torch.randn(2, 36, 24), "q": q, "k": k, "v": v, "grid": (5, 7), "prefix_tokens": 1}

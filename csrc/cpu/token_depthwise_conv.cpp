@@ -11,19 +11,8 @@ namespace fastvit {
 namespace {
 
 constexpr int64_t kCacheFloats = 12288;    // of the L1 cache, for the rows of a channel block
-constexpr int64_t kDirectBytes = 512;      // of a token, without a ring: with their taps, rows stay in the L1 cache
 constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
 constexpr int64_t kSerialNumel = 1 << 17;  // below it, waking other threads costs more than it saves
-
-// Divides the channels for the way without a ring, if it can be taken: where nothing stands in front of the convolution
-// or behind it but a norm and the residual, and every block of channels fills a vector.
-bool goes_directly(TokenDepthwiseConvWork& work) {
-  const bool plain = work.pre_norm.mean.data == nullptr && work.pre_activation == Activation::none &&
-                     work.activation == Activation::none;
-  if (!plain || !is_3x3(work)) return false;
-  set_channel_block(work, kDirectBytes, work.element == Element::float32 ? 4 : 2, 1);
-  return work.channels - (work.channel_blocks - 1) * work.channel_block >= 16;
-}
 
 // Whole maps where there are enough of them; otherwise blocks of rows, not so small that the rows which two blocks both
 // read weigh much.
@@ -47,9 +36,7 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   TokenDepthwiseConvWork work{};
   static_cast<TokenDepthwiseConv&>(work) = op;
   work.direct = goes_directly(work);
-  if (work.direct) {
-    work.direct_floats = (op.kernel * op.kernel + 1) * (work.channel_block + 16);
-  } else {
+  if (!work.direct) {
     work.padded_width = op.width + 2 * op.padding;
     work.ring_rows = rows_at_once(op);
     set_channel_block(work, kCacheFloats, (work.ring_rows + 1) * work.padded_width + op.kernel * op.kernel + 3);

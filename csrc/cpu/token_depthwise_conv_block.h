@@ -82,10 +82,14 @@ struct Block {
     memset(zeros, 0, static_cast<size_t>((op.ring_rows + 1) * line) * sizeof(float));
   }
 
-  // Makes a channel block the one at hand; whether it is for the first time.
-  bool enter(int64_t index) {
+  // Makes a channel block the one at hand, without its parameters.
+  void enter_unpacked(int64_t index) {
     first = index * op.channel_block;
     channels = op.channels - first < op.channel_block ? op.channels - first : op.channel_block;
+  }
+  // Makes a channel block the one at hand; whether it is for the first time.
+  bool enter(int64_t index) {
+    enter_unpacked(index);
     taps = parameters_ + index * parameter_floats();
     shift = taps + op.kernel * op.kernel * op.channel_block;
     pre_scale = shift + op.channel_block;
@@ -266,9 +270,10 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
     Vec taps[3][3];
     for (int64_t tap = 0; tap < 9; ++tap) taps[tap / 3][tap % 3] = Vec::load(block_taps + tap * width + c);
     const Vec shift = Vec::load(block_shift + c);
-    // The outputs of the column before, of this one and of the one behind, as far as they are.
+    // The outputs of the column before, of this one and of the one behind, as far as they are. A shift beside which
+    // they are small comes last, so that it takes no digits from them but once.
     Vec before[together], here[together], behind[together];
-    for (int64_t row = 0; row < together; ++row) here[row] = behind[row] = shift;
+    for (int64_t row = 0; row < together; ++row) here[row] = behind[row] = Vec::fill(0.0f);
     const float* at[in_rows];
     for (int64_t i = 0; i < in_rows; ++i) at[i] = rows[i] + c;
     Target<T> to = target;
@@ -289,7 +294,7 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
     };
     const auto give = [&](const Vec(&sums)[together]) {
       for (int64_t row = 0; row < together; ++row) {
-        if (row == 0 || row < to.rows) to.template give<activation>(sums[row], row, c, n);
+        if (row == 0 || row < to.rows) to.template give<activation>(sums[row] + shift, row, c, n);
       }
       to.advance();
     };
@@ -297,7 +302,7 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
       for (int64_t row = 0; row < together; ++row) {
         before[row] = here[row];
         here[row] = behind[row];
-        behind[row] = shift;
+        behind[row] = Vec::fill(0.0f);
       }
     };
     if constexpr (stride == 1) {

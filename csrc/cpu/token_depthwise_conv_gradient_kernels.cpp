@@ -3,167 +3,179 @@
 // With c = conv(t) and dc the gradient of c, an input needs the same few dc twice:
 //     dt[i] = sum over taps d of w[d] dc[(i + 1 - d) / stride],  where that is whole
 //     dweight[d] = sum over i of t[i] dc[(i + 1 - d) / stride]
-// So one walk along a row of inputs finds both, the taps, the sums and a window of dc in registers. Rings of a few rows
-// of t and dc slide over the map together, and stay in the L1 cache.
+// So one reading of both finds both. Tiles of neighbouring inputs go along the channels first, as tokens lie in memory;
+// for a vector of channels their sums lie in registers. A ring of a few rows of dc slides over the map.
 #include "token_depthwise_conv_training_block.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// A walk along a row of inputs. Rows of dc that count for it, and the taps' row that belongs to each.
-struct Walk {
-  const Block& block;
-  const float* dc[3];
-  int64_t tap_rows[3];
-  const float* t;
-  float* weight_sums;
+// Inputs of a tile with stride 1, a row; with stride 2, pairs of them.
+constexpr int64_t kTileInputs = kLanes == 16 ? 4 : 2;
+
+// Neighbouring inputs of one row or two. X: x as it lies, or float, where it comes from the ring.
+template <class X, class Out>
+struct GradientTile {
+  // Rows of dc; with stride 1 from the one above the inputs on, beginning a column to their left. With stride 2 that in
+  // which the first input is in the middle of the taps, and the next.
+  const float* dc[4];
+  int64_t dc_step;
+  const X* x[2];
+  int64_t x_step;
+  Out* out[2];  // dt goes there
+  int64_t out_step;
+  const Out* add[2];  // what is added to it, or null
+  int64_t add_step;
+  // Where the rows come from, and go to, that are next; or null.
+  const X* x_ahead[2];
+  const Out* out_ahead[2];
+
+  FASTVIT_INLINE void advance(int64_t inputs, int64_t outputs) {
+    for (const float*& row : dc) row += outputs * dc_step;
+    for (int64_t row = 0; row < 2; ++row) {
+      x[row] += inputs * x_step;
+      if (out[row] != nullptr) out[row] += inputs * out_step;
+      if (add[row] != nullptr) add[row] += inputs * add_step;
+      if (x_ahead[row] != nullptr) x_ahead[row] += inputs * x_step;
+      if (out_ahead[row] != nullptr) out_ahead[row] += inputs * out_step;
+    }
+  }
+  FASTVIT_INLINE void give(Vec value, int64_t row, int64_t column, int64_t c, int64_t n) const {
+    if (add[row] != nullptr) value += load(add[row] + column * add_step + c, n);
+    store(value, out[row] + column * out_step + c, n);
+    if (out_ahead[row] != nullptr) fetch<1>(out_ahead[row] + column * out_step, c);
+  }
+  FASTVIT_INLINE Vec take(int64_t row, int64_t column, int64_t c, int64_t n) const {
+    if (x_ahead[row] != nullptr) fetch<0>(x_ahead[row] + column * x_step, c);
+    return load(x[row] + column * x_step + c, n);
+  }
 };
 
-// Adds a walk's sums of a row of taps to those in memory.
-FASTVIT_INLINE void add_sums(const Walk& walk, int64_t row, int64_t c, const Vec (&sums)[3]) {
-  const int64_t width = walk.block.op.channel_block;
-  for (int64_t dx = 0; dx < 3; ++dx) {
-    float* to = walk.weight_sums + (walk.tap_rows[row] * 3 + dx) * width + c;
-    (Vec::load(to) + sums[dx]).store(to);
-  }
-}
+// The taps of a vector of channels side by side, and the sums of their gradients.
+struct TapSums {
+  const float* taps;
+  float* sums;
+  int64_t channels;
 
-template <int64_t rows>
-FASTVIT_INLINE void load_taps(const Walk& walk, int64_t c, Vec (&taps)[rows][3]) {
-  const int64_t width = walk.block.op.channel_block;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t dx = 0; dx < 3; ++dx) {
-      taps[row][dx] = Vec::load(walk.block.taps + (walk.tap_rows[row] * 3 + dx) * width + c);
-    }
+  static FASTVIT_INLINE Vec tap(const float* taps, int64_t dy, int64_t dx) {
+    return Vec::load(taps + (3 * dy + dx) * kLanes);
+  }
+  // f.operator()<whole>(c, n, taps, sums) for each vector of channels.
+  template <class F>
+  FASTVIT_INLINE void for_each(const F& f) const {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) f(c, kLanes, taps + 9 * c, sums + 9 * c);
+    if (c < channels) f(c, channels - c, taps + 9 * c, sums + 9 * c);
+  }
+  static FASTVIT_INLINE void add(const Vec (&weight)[3][3], float* to) {
+    for (int64_t tap = 0; tap < 9; ++tap, to += kLanes) (Vec::load(to) + weight[tap / 3][tap % 3]).store(to);
+  }
+};
+
+FASTVIT_INLINE void clear(Vec (&weight)[3][3]) {
+  for (auto& row : weight) {
+    for (Vec& sum : row) sum = Vec::fill(0.0f);
   }
 }
 
 // Stride 1: dc of three rows and columns for every input. What is wanted: dt, and the taps' gradients.
-template <bool inputs, bool weights, class Out>
-void walk_1(const Walk& walk, const Target<Out>& target) {
-  const int64_t channels = walk.block.channels, width = walk.block.op.channel_block, columns = walk.block.op.width;
-  const Vec zero = Vec::fill(0.0f);
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
-    Vec taps[3][3];
-    if constexpr (inputs) load_taps(walk, c, taps);
-    Target<Out> to = target;
-    for (int64_t begin = 0; begin < columns; begin += kSumTerms) {
-      const int64_t end = begin + kSumTerms < columns ? begin + kSumTerms : columns;
-      Vec sums[3][3], window[3][3];  // the latter by dx: the column to the right, this one, the one to the left
-      const float *dc[3], *t = walk.t + begin * width + c;
-      for (int64_t row = 0; row < 3; ++row) {
-        for (Vec& sum : sums[row]) sum = zero;
-        dc[row] = walk.dc[row] + (begin + 1) * width + c;
-        window[row][1] = Vec::load(dc[row] - 2 * width);
-        window[row][0] = Vec::load(dc[row] - width);
-      }
-      for (int64_t x = begin; x < end; ++x) {
-        Vec parts[3];
-        Vec input = zero;
-        if constexpr (weights) input = Vec::load(t);
-        for (int64_t row = 0; row < 3; ++row) {
-          window[row][2] = window[row][1];
-          window[row][1] = window[row][0];
-          window[row][0] = Vec::load(dc[row]);
-          dc[row] += width;
-          if constexpr (inputs) {
-            parts[row] =
-                fma(window[row][0], taps[row][0], fma(window[row][1], taps[row][1], window[row][2] * taps[row][2]));
-          }
-          if constexpr (weights) {
-            for (int64_t dx = 0; dx < 3; ++dx) sums[row][dx] = fma(input, window[row][dx], sums[row][dx]);
-          }
-        }
-        t += width;
-        if constexpr (inputs) {
-          to.template give<Activation::none>(parts[0] + parts[1] + parts[2], 0, c, n);
-          to.advance();
-        }
-      }
-      if constexpr (weights) {
-        for (int64_t row = 0; row < 3; ++row) add_sums(walk, row, c, sums[row]);
+template <bool inputs, bool weights, int64_t rows, int64_t columns, class X, class Out>
+void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
+  const GradientTile<X, Out> tile = given;
+  taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
+    Vec t[rows][columns], sums[rows][columns], weight[3][3];
+    if constexpr (weights) clear(weight);
+#pragma GCC unroll 2
+    for (int64_t row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+      for (int64_t column = 0; column < columns; ++column) {
+        if constexpr (weights) t[row][column] = tile.take(row, column, c, n);
+        sums[row][column] = Vec::fill(0.0f);
       }
     }
-  }
-}
-
-// Stride 2: inputs in even columns see dc of one column, those in odd ones of two; likewise rows, of which there are
-// `rows`.
-template <int64_t rows, bool inputs, bool weights, class Out>
-void walk_2(const Walk& walk, const Target<Out>& target) {
-  const int64_t channels = walk.block.channels, width = walk.block.op.channel_block, columns = walk.block.op.width;
-  const Vec zero = Vec::fill(0.0f);
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
-    Vec taps[rows][3];
-    if constexpr (inputs) load_taps(walk, c, taps);
-    Target<Out> to = target;
-    for (int64_t begin = 0; begin < columns; begin += 2 * kSumTerms) {
-      const int64_t end = begin + 2 * kSumTerms < columns ? begin + 2 * kSumTerms : columns;
-      Vec sums[rows][3], here[rows], right[rows];
-      const float *dc[rows], *t = walk.t + begin * width + c;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < rows + 2; ++i) {
+      Vec dc[columns + 2];
+#pragma GCC unroll 6
+      for (int64_t j = 0; j < columns + 2; ++j) dc[j] = Vec::load(tile.dc[i] + j * tile.dc_step + c);
+#pragma GCC unroll 2
       for (int64_t row = 0; row < rows; ++row) {
-        for (Vec& sum : sums[row]) sum = zero;
-        dc[row] = walk.dc[row] + (begin / 2 + 1) * width + c;
-        right[row] = Vec::load(dc[row] - width);
-      }
-      for (int64_t x = begin; x < end; x += 2) {
-        const bool is_pair = x + 1 < end;
-        Vec even = zero, odd = zero, input = zero, input_right = zero;
-        if constexpr (weights) {
-          input = Vec::load(t);
-          if (is_pair) input_right = Vec::load(t + width);
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-          here[row] = right[row];
-          right[row] = Vec::load(dc[row]);
-          dc[row] += width;
-          if constexpr (inputs) {
-            even = fma(here[row], taps[row][1], even);
-            odd = fma(here[row], taps[row][2], fma(right[row], taps[row][0], odd));
-          }
-          if constexpr (weights) {
-            sums[row][1] = fma(input, here[row], sums[row][1]);
-            sums[row][2] = fma(input_right, here[row], sums[row][2]);
-            sums[row][0] = fma(input_right, right[row], sums[row][0]);
+        const int64_t dy = 2 - (i - row);
+        if (dy < 0 || dy > 2) continue;
+#pragma GCC unroll 3
+        for (int64_t dx = 0; dx < 3; ++dx) {
+          const Vec tap = TapSums::tap(taps, dy, dx);
+#pragma GCC unroll 4
+          for (int64_t column = 0; column < columns; ++column) {
+            const Vec d = dc[column + 2 - dx];
+            if constexpr (inputs) sums[row][column] = fma(d, tap, sums[row][column]);
+            if constexpr (weights) weight[dy][dx] = fma(d, t[row][column], weight[dy][dx]);
           }
         }
-        t += 2 * width;
-        if constexpr (inputs) {
-          to.template give<Activation::none>(even, 0, c, n);
-          to.advance();
-          if (is_pair) {
-            to.template give<Activation::none>(odd, 0, c, n);
-            to.advance();
-          }
-        }
-      }
-      if constexpr (weights) {
-        for (int64_t row = 0; row < rows; ++row) add_sums(walk, row, c, sums[row]);
       }
     }
-  }
+    if constexpr (inputs) {
+#pragma GCC unroll 2
+      for (int64_t row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+        for (int64_t column = 0; column < columns; ++column) tile.give(sums[row][column], row, column, c, n);
+      }
+    }
+    if constexpr (weights) TapSums::add(weight, weight_sums);
+  });
 }
 
-template <bool inputs, bool weights, class Out>
-void walk_row(const Walk& walk, const Target<Out>& target, int64_t rows) {
-  if (walk.block.op.stride == 1) {
-    walk_1<inputs, weights>(walk, target);
-  } else {
-    rows == 1 ? walk_2<1, inputs, weights>(walk, target) : walk_2<2, inputs, weights>(walk, target);
-  }
+// Stride 2: inputs in even columns see dc of one column, those in odd ones of two; likewise rows. `count` pairs of
+// columns; bottom, right: of a pair the second is there.
+template <bool inputs, bool weights, bool bottom, bool right, class X, class Out>
+void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int64_t count) {
+  const GradientTile<X, Out> tile = given;
+  taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
+    Vec weight[3][3], tap[3][3];
+    clear(weight);
+    for (int64_t i = 0; i < 9; ++i) tap[i / 3][i % 3] = Vec::load(taps + i * kLanes);
+    const float *above = tile.dc[0] + c, *below = tile.dc[1] + c;
+    Vec left_above = Vec::load(above), left_below = Vec::load(below);
+    // An input, and the gradients that it sees with their taps.
+    const auto meet = [&](int64_t row, int64_t column, const auto&... pairs) __attribute__((always_inline)) {
+      if constexpr (inputs) {
+        Vec sum = Vec::fill(0.0f);
+        ((sum = fma(pairs.dc, tap[pairs.dy][pairs.dx], sum)), ...);
+        tile.give(sum, row, column, c, n);
+      }
+      if constexpr (weights) {
+        const Vec t = tile.take(row, column, c, n);
+        ((weight[pairs.dy][pairs.dx] = fma(pairs.dc, t, weight[pairs.dy][pairs.dx])), ...);
+      }
+    };
+    struct Pair {
+      Vec dc;
+      int64_t dy, dx;
+    };
+    for (int64_t column = 0; column < 2 * count; column += 2) {
+      above += tile.dc_step, below += tile.dc_step;
+      const Vec right_above = Vec::load(above), right_below = Vec::load(below);
+      meet(0, column, Pair{left_above, 1, 1});
+      if constexpr (right) meet(0, column + 1, Pair{left_above, 1, 2}, Pair{right_above, 1, 0});
+      if constexpr (bottom) meet(1, column, Pair{left_above, 2, 1}, Pair{left_below, 0, 1});
+      if constexpr (bottom && right) {
+        meet(1, column + 1, Pair{left_above, 2, 2}, Pair{right_above, 2, 0}, Pair{left_below, 0, 2},
+             Pair{right_below, 0, 0});
+      }
+      left_above = right_above, left_below = right_below;
+    }
+    if constexpr (weights) TapSums::add(weight, weight_sums);
+  });
 }
 
-// dt to the target, if it has a place, and the taps' gradients to the sums, if those have.
-template <class Out>
-void walk_row(const Walk& walk, const Target<Out>& target, int64_t rows) {
-  const bool inputs = target.to != nullptr, weights = walk.weight_sums != nullptr;
+// f.operator()<inputs, weights>() for what is wanted.
+template <class F>
+FASTVIT_INLINE void with_wanted(bool inputs, bool weights, const F& f) {
   if (kLanes == 16 && inputs && weights) {  // other instruction sets have too few registers for both
-    walk_row<true, true>(walk, target, rows);
+    f.template operator()<true, true>();
   } else {
-    if (inputs) walk_row<true, false>(walk, target, rows);
-    if (weights) walk_row<false, true>(walk, target, rows);
+    if (inputs) f.template operator()<true, false>();
+    if (weights) f.template operator()<false, true>();
   }
 }
 
@@ -176,60 +188,77 @@ class Gradients3x3 {
         block_(op, scratch),
         line_((op.out_width + 2) * op.channel_block),
         dc_(block_.end),
-        values_(dc_ + kDcRows * line_),
-        dt_(values_ + kMaxRows * op.out_width * op.channel_block),
-        weight_sums_(dt_ + op.width * op.channel_block),
-        sums_memory_(weight_sums_ + 9 * op.channel_block),
+        dt_(dc_ + kDcRows * line_),
+        taps_(dt_ + kMaxRows * op.width * op.channel_block),
+        weight_memory_(taps_ + 9 * op.channel_block),
+        sums_memory_(weight_memory_ + SplitSums::floats(9, op.channel_block)),
         pre_sums_memory_(sums_memory_ + SplitSums::floats(2, op.channel_block)),
-        has_values_(op.activation != Activation::none || op.post.mean != nullptr),
-        is_plain_(op.pre_activation == Activation::none && op.pre.mean == nullptr && op.pre_sums == nullptr),
+        is_plain_(op.pre_activation == Activation::none && op.pre.mean == nullptr),
         take_(choose_take_row<T>(op)),
-        convolve_(choose_convolve<float>(op, Activation::none)),
         pass_output_back_(choose_output_back<T>(op.activation)),
         pass_input_back_(choose_input_back<T>(op.pre_activation)) {
     memset(dc_, 0, static_cast<size_t>(kDcRows * line_) * sizeof(float));
   }
 
   void operator()(int64_t begin, int64_t end) {
-    for_each_item(op_, block_, begin, end, [&](int64_t image) { run(image); });
+    for (int64_t item = begin; item < end; ++item) {
+      block_.enter(item % op_.channel_blocks);
+      following_ = item + 1 < end ? item + 1 : -1;
+      run(item / op_.channel_blocks);
+    }
   }
 
  private:
   void run(int64_t image) {
     const T* x = image_of<T>(op_, image);
-    const int64_t width = op_.channel_block;
     const bool weights = op_.weight_sums != nullptr;
-    SplitSums sums(sums_memory_, 2, width), pre_sums(pre_sums_memory_, 2, width);
-    memset(weight_sums_, 0, static_cast<size_t>(9 * width) * sizeof(float));
-    int64_t taken = 0, known = 0;  // rows of t and of dc
-    for (int64_t y = 0; y < op_.height; ++y) {
-      // The last row of dc that inputs in row y reach.
-      const int64_t reach = op_.stride == 1 ? y + 1 : (y + 1) / 2;
-      while (known <= reach && known < op_.out_height) {
-        const Target<float> to = rows_at(block_, known, values_);
-        if (has_values_) {
-          take_rows(block_, take_, x, known, to.rows, taken);
-          convolve_(block_, known * op_.stride - 1, to);
-        }
-        for (int64_t row = 0; row < to.rows; ++row) output_back(image, known + row, row, sums);
-        known += to.rows;
+    SplitSums sums(sums_memory_, 2, op_.channel_block), pre_sums(pre_sums_memory_, 2, op_.channel_block);
+    SplitSums weight_sums(weight_memory_, 9, op_.channel_block);
+    pack_taps();
+    int64_t known = 0;  // rows of dc
+    for (int64_t y = 0; y < op_.height; y += kMaxRows) {
+      const int64_t rows = op_.height - y < kMaxRows ? op_.height - y : kMaxRows;
+      // The last row of dc that the inputs reach.
+      const int64_t reach = op_.stride == 1 ? y + rows : (y + rows) / 2;
+      for (; known <= reach && known < op_.out_height; ++known) output_back(image, known, sums);
+      if (is_plain_) {
+        go_back(plain_tile(image, y), y, rows, op_.dx != nullptr, weight_sums);
+        continue;
       }
-      for (; weights && taken <= y; ++taken) take_(block_, x, taken);
-      input_back(image, y, pre_sums);
+      for (int64_t row = 0; weights && row < rows; ++row) take_(block_, x, y + row);
+      const bool wanted = op_.dx != nullptr || op_.pre_sums != nullptr;
+      go_back(ring_tile(y), y, rows, wanted, weight_sums);
+      for (int64_t row = 0; wanted && row < rows; ++row) {
+        const float* dt = dt_ + row * op_.width * op_.channel_block;
+        pass_input_back_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, dt), pre_sums);
+      }
     }
     give_sums(sums, op_.sums, image, block_);
     give_sums(pre_sums, op_.pre_sums, image, block_);
     copy_prefix_gradient<T>(op_, block_, image);
-    for (int64_t tap = 0; weights && tap < 9; ++tap) {
-      memcpy(place(op_.weight_sums, 9, image, tap, block_), weight_sums_ + tap * width,
-             static_cast<size_t>(block_.channels) * sizeof(float));
+    if (weights) give_weight_sums(weight_sums, image);
+  }
+
+  void pack_taps() {
+    for (int64_t c = 0; c < block_.channels; c += kLanes) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        Vec::load(block_.taps + tap * op_.channel_block + c).store(taps_ + 9 * c + tap * kLanes);
+      }
     }
   }
 
+  void give_weight_sums(SplitSums& sums, int64_t image) {
+    const float* from = sums.get(0);
+    for_each_vector(block_.channels, [&](int64_t c, int64_t n) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        store(Vec::load(from + 9 * c + tap * kLanes), place(op_.weight_sums, 9, image, tap, block_) + c, n);
+      }
+    });
+  }
+
   // From the result's gradient to the convolution's, into the ring.
-  void output_back(int64_t image, int64_t y, int64_t row, SplitSums& sums) {
-    const float* value = has_values_ ? values_ + row * op_.out_width * op_.channel_block : nullptr;
-    auto back = output_row<T>(op_, block_, image, y, value);
+  void output_back(int64_t image, int64_t y, SplitSums& sums) {
+    auto back = output_row<T>(op_, block_, image, y);
     back.out = {dc_ + y % kDcRows * line_ + op_.channel_block, op_.channel_block};
     pass_output_back_(op_.post, block_, back, sums);
   }
@@ -240,36 +269,99 @@ class Gradients3x3 {
     return row + op_.channel_block;
   }
 
-  // From the convolution's gradient to that of row y of x.
-  void input_back(int64_t image, int64_t y, SplitSums& sums) {
-    const float* t = block_.ring_row(y);
-    float* weight_sums = op_.weight_sums == nullptr ? nullptr : weight_sums_;
-    Walk walk{block_, {}, {}, t, weight_sums};
-    int64_t rows = 0;
-    for (int64_t tap_row = 0; tap_row < 3; ++tap_row) {
-      if ((y + 1 - tap_row) % op_.stride != 0) continue;
-      walk.dc[rows] = dc_row((y + 1 - tap_row) / op_.stride);
-      walk.tap_rows[rows++] = tap_row;
+  // Row y of the block's channels of a tensor, or where that is beyond the map, of what is worked on next; or null.
+  // tokens(image, channel): the image's first token there.
+  template <class F>
+  auto row_ahead(int64_t image, int64_t y, int64_t step, const F& tokens) const {
+    int64_t channel = block_.first;
+    if (y >= op_.height) {
+      y -= op_.height;
+      if (following_ < 0 || y >= op_.height) return decltype(tokens(image, channel)){};
+      image = following_ / op_.channel_blocks;
+      channel = following_ % op_.channel_blocks * op_.channel_block;
     }
-    const BackwardRow<T, float, T> back = input_row<T>(op_, block_, image, y, dt_);
-    if (is_plain_) {
-      walk_row<T>(walk, {1, back.out.p, back.out.step, 0, back.add.p, back.add.step, 0}, rows);
-    } else {
-      const bool wanted = op_.dx != nullptr || op_.pre_sums != nullptr;
-      walk_row<float>(walk, {1, wanted ? dt_ : nullptr, op_.channel_block, 0, nullptr, 0, 0}, rows);
-      if (wanted) pass_input_back_(op_.pre, block_, back, sums);
+    return tokens(image, channel) + (op_.prefix_tokens + y * op_.width) * step;
+  }
+
+  // The tile at the left edge of rows y and y + 1, from x to dx.
+  GradientTile<T, T> plain_tile(int64_t image, int64_t y) const {
+    GradientTile<T, T> tile{};
+    tile.x_step = op_.x_token_stride;
+    tile.out_step = op_.channels;
+    tile.add_step = op_.grad_token_stride;
+    const auto x = [&](int64_t of, int64_t channel) { return image_of<T>(op_, of) + channel; };
+    const auto dx = [&](int64_t of, int64_t channel) { return dx_of<T>(op_, of, channel); };
+    for (int64_t row = 0; row < 2; ++row) {
+      const int64_t token = op_.prefix_tokens + (y + row) * op_.width;
+      tile.x[row] = x(image, block_.first) + token * tile.x_step;
+      tile.x_ahead[row] = row_ahead(image, y + 2 + row, tile.x_step, x);
+      if (op_.dx == nullptr) continue;
+      tile.out[row] = dx(image, block_.first) + token * tile.out_step;
+      tile.out_ahead[row] = row_ahead(image, y + 2 + row, tile.out_step, dx);
+      if (op_.residual) tile.add[row] = grad_of<T>(op_, image, block_.first) + token * tile.add_step;
+    }
+    return tile;
+  }
+
+  // The same from the ring to dt_.
+  GradientTile<float, float> ring_tile(int64_t y) const {
+    GradientTile<float, float> tile{};
+    tile.x_step = tile.out_step = op_.channel_block;
+    for (int64_t row = 0; row < 2; ++row) {
+      tile.x[row] = block_.ring_row(y + row);
+      tile.out[row] = dt_ + row * op_.width * op_.channel_block;
+    }
+    return tile;
+  }
+
+  // The gradients that one row of inputs or two have, from the one at the left edge on.
+  template <class X, class Out>
+  void go_back(GradientTile<X, Out> tile, int64_t y, int64_t rows, bool inputs, SplitSums& weight_sums) const {
+    const TapSums sums{taps_, weight_sums.partial(), block_.channels};
+    const bool weights = op_.weight_sums != nullptr;
+    tile.dc_step = op_.channel_block;
+    if (op_.stride == 1) {
+      for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y - 1 + row) - op_.channel_block;
+      for (int64_t column = 0; column < op_.width;) {
+        const bool many = column + kTileInputs <= op_.width;
+        with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
+          const auto go = [&]<int64_t count>() {
+            rows == 2 ? go_back_1<dt, dw, 2, count>(sums, tile) : go_back_1<dt, dw, 1, count>(sums, tile);
+          };
+          many ? go.template operator()<kTileInputs>() : go.template operator()<1>();
+        });
+        weight_sums.end_term();
+        const int64_t count = many ? kTileInputs : 1;
+        tile.advance(count, count);
+        column += count;
+      }
+      return;
+    }
+    for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y / 2 + row % 2);
+    for (int64_t column = 0; column < op_.width;) {
+      const int64_t pairs = (op_.width - column) / 2, count = pairs < kTileInputs ? pairs : kTileInputs;
+      with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
+        const auto go = [&]<bool right>(int64_t of) {
+          rows == 2 ? go_back_2<dt, dw, true, right>(sums, tile, of) : go_back_2<dt, dw, false, right>(sums, tile, of);
+        };
+        count > 0 ? go.template operator()<true>(count) : go.template operator()<false>(1);
+      });
+      weight_sums.end_term();
+      const int64_t outputs = count > 0 ? count : 1;
+      tile.advance(2 * outputs, outputs);
+      column += 2 * outputs;
     }
   }
 
   const TokenDepthwiseConvPass& op_;
   Block block_;
   int64_t line_;
-  float *dc_, *values_, *dt_, *weight_sums_, *sums_memory_, *pre_sums_memory_;
-  bool has_values_, is_plain_;
+  float *dc_, *dt_, *taps_, *weight_memory_, *sums_memory_, *pre_sums_memory_;
+  bool is_plain_;
   TakeRow<T> take_;
-  Convolve<float> convolve_;
   PassOutputBack<T> pass_output_back_;
   PassInputBack<T> pass_input_back_;
+  int64_t following_ = -1;  // the item that is next, or -1
 };
 
 }  // namespace

@@ -12,8 +12,10 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kMapFloats = 1 << 16;   // of the L2 cache, for the maps of a channel block
-constexpr int64_t kRingFloats = 3 << 13;  // of the L1 and L2 cache, for the rows of one
+constexpr int64_t kMapFloats = 1 << 16;    // of the L2 cache, for the maps of a channel block
+constexpr int64_t kRingFloats = 3 << 13;   // of the L1 and L2 cache, for the rows of one
+constexpr int64_t kTokenFloats = 1 << 14;  // of the L1 and L2 cache, for sums and parameters alone
+constexpr int64_t kMomentFloats = 5;       // that a channel's moments take while they are found
 
 using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
 
@@ -29,9 +31,9 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
 }
 
 // per_channel: floats a kernel needs for each channel of a block beside its Block.
-void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel, int64_t cache_floats = kMapFloats) {
-  set_channel_block(pass, cache_floats, (pass.ring_rows + 1) * pass.padded_width + per_channel, 1);
-  pass.scratch_floats = block_floats(pass) + pass.channel_block * per_channel;
+void run_divided(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
+  pass.scratch_floats =
+      block_floats(pass) + pass.channel_blocks * pass.direct_floats + pass.channel_block * per_channel;
   pass.items = pass.batch * pass.channel_blocks;
   if (pass.items == 0) return;
   pass.grain = divide_up(pass.items, num_threads());
@@ -40,6 +42,17 @@ void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel, 
     kernel(pass, begin, end, workspace.take(pass.scratch_floats));
     workspace.give_back();
   });
+}
+
+void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel, int64_t cache_floats) {
+  set_channel_block(pass, cache_floats, (pass.ring_rows + 1) * pass.padded_width + per_channel, 1);
+  run_divided(pass, kernel, per_channel);
+}
+
+// A pass over tokens one by one, without a ring; per_channel counts parameters that lie elsewhere, too.
+void run_token_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
+  pass.ring_rows = pass.padded_width = 0;
+  run_pass(pass, kernel, per_channel, kTokenFloats);
 }
 
 // Sums of the images' sums, in double; kind k of channel c at [k * channels + c].
@@ -71,28 +84,52 @@ void combine_moments(const float* moments, int64_t batch, int64_t channels, int6
   }
 }
 
-void find_moments(const TokenDepthwiseConv& op, Kernel kernel, int64_t tokens, int64_t per_channel, float* mean,
-                  float* var) {
-  TokenDepthwiseConvPass pass = pass_of(op);
+// f(moments), which is to find them of `tokens` tokens an image; gives mean and variance.
+template <class F>
+void find_statistics(const TokenDepthwiseConv& op, int64_t tokens, float* mean, float* var, ChannelNorm& norm,
+                     const F& f) {
   std::vector<float> moments(static_cast<size_t>(op.batch * 3 * op.channels));
-  pass.moments = moments.data();
-  run_pass(pass, kernel, per_channel);
-  combine_moments(pass.moments, op.batch, op.channels, tokens, mean, var);
+  f(moments.data());
+  combine_moments(moments.data(), op.batch, op.channels, tokens, mean, var);
+  norm.mean = {mean, Element::float32};
+  norm.var = {var, Element::float32};
+}
+
+// The plain convolution's result, with its moments where they are wanted.
+void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
+  TokenDepthwiseConvPass pass = pass_of(op);
+  pass.out = op.conv;
+  pass.moments = moments;
+  pass.norm = {};
+  pass.activation = Activation::none;
+  pass.residual = false;
+  pass.direct = goes_directly(pass);
+  if (pass.direct) {
+    pass.ring_rows = pass.padded_width = 0;
+  } else {
+    set_channel_block(pass, kRingFloats, (pass.ring_rows + 1) * pass.padded_width + kMomentFloats, 1);
+  }
+  run_divided(pass, FASTVIT_PER_ISA(convolve_with_moments), kMomentFloats);
 }
 
 void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   if (op.pre_mean != nullptr) {
-    find_moments(op, FASTVIT_PER_ISA(token_moments), op.height * op.width, 0, op.pre_mean, op.pre_var);
-    op.pre_norm.mean = {op.pre_mean, Element::float32};
-    op.pre_norm.var = {op.pre_var, Element::float32};
+    find_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, [&](float* moments) {
+      TokenDepthwiseConvPass pass = pass_of(op);
+      pass.moments = moments;
+      run_token_pass(pass, FASTVIT_PER_ISA(token_moments), kMomentFloats);
+    });
   }
+  if (op.conv == nullptr) return run_token_depthwise_conv(op);
   if (op.mean != nullptr) {
-    const int64_t tokens = op.out_height * op.out_width;
-    find_moments(op, FASTVIT_PER_ISA(conv_moments), tokens, tokens, op.mean, op.var);
-    op.norm.mean = {op.mean, Element::float32};
-    op.norm.var = {op.var, Element::float32};
+    find_statistics(op, op.out_height * op.out_width, op.mean, op.var, op.norm,
+                    [&](float* moments) { convolve(op, moments); });
+  } else {
+    convolve(op, nullptr);
   }
-  run_token_depthwise_conv(op);
+  TokenDepthwiseConvPass pass = pass_of(op);
+  pass.conv = op.conv;
+  run_token_pass(pass, FASTVIT_PER_ISA(finish), 3);
 }
 
 float read(const ChannelParameter& parameter, int64_t channel, float absent) {
@@ -168,8 +205,9 @@ void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels
 // The pass that goes back through the convolution.
 void find_gradients(TokenDepthwiseConvPass& pass) {
   if (is_3x3(pass)) {
-    const int64_t rows = kMaxRows * pass.out_width + kDcRows * (pass.out_width + 2) + pass.width;
-    run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 8, kRingFloats);
+    const int64_t rows = kDcRows * (pass.out_width + 2) + kMaxRows * pass.width;
+    pass.ring_rows = kMaxRows;
+    run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 2 * 9 + 2 * 4, kRingFloats);
     return;
   }
   pass.ring_rows = pass.height;
@@ -177,8 +215,8 @@ void find_gradients(TokenDepthwiseConvPass& pass) {
   const int64_t area = pass.kernel * pass.kernel, padding = std::max<int64_t>(pass.kernel - 1 - pass.padding, 0);
   const int64_t turned_height = pass.height + pass.kernel - 1 - 2 * padding;
   const int64_t turned = (turned_height + 1) * (pass.width + pass.kernel - 1) + area + 4;
-  const int64_t values = kMaxRows * std::max(pass.width, pass.out_width);
-  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned + values + 4 + area);
+  const int64_t values = kMaxRows * pass.width;
+  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned + values + 4 + area, kMapFloats);
 }
 
 void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
@@ -186,6 +224,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   NormGradient pre(op.pre_norm, op.has_pre_norm, op.channels), post(op.norm, op.has_norm, op.channels);
   TokenDepthwiseConvPass pass = pass_of(op);
   pass.norm = {};  // the passes start from the plain convolution's result
+  pass.conv = op.conv;
   pass.grad = op.grad;
   pass.grad_batch_stride = op.grad_batch_stride;
   pass.grad_token_stride = op.grad_token_stride;
@@ -205,7 +244,8 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   std::vector<double> total;
   if (op.batch_statistics) {
     pass.sums = sums;
-    run_pass(pass, FASTVIT_PER_ISA(norm_gradient_sums), kMaxRows * op.out_width + 4, kRingFloats);
+    TokenDepthwiseConvPass sums_pass = pass;
+    run_token_pass(sums_pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
     total = add_images(sums, op.batch, 2, op.channels);
     post.through_statistics(total, op.batch * op.out_height * op.out_width);
     pass.sums = nullptr;  // known
@@ -220,7 +260,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);
   if (op.pre_batch_statistics && op.dx != nullptr) {
     pre.through_statistics(pre_total, op.batch * op.height * op.width);
-    run_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 0);
+    run_token_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 5);
   }
   if (parameters) {
     give_weight(add_images(weight_sums, op.batch, area, op.channels), area, op.channels, op.dweight);
@@ -231,7 +271,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   workspace.give_back();
 }
 
-FASTVIT_REGISTER(token_depthwise_conv_training, "CPU", (token_depthwise_conv_training_entry<train, false>));
+FASTVIT_REGISTER(token_depthwise_conv_training, "CPU", token_depthwise_conv_training_entry<train>);
 FASTVIT_REGISTER(token_depthwise_conv_backward, "CPU", token_depthwise_conv_backward_entry<backward>);
 
 }  // namespace

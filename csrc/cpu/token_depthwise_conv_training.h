@@ -1,9 +1,8 @@
 // Training of token_depthwise_conv on the CPU: the passes over the tokens, and what they leave behind.
 //
-// Nothing of the size of a map is kept between the passes, or between forward and backward: a pass that needs the
-// convolution's result computes it once more from x, which is sooner done than storing and fetching it. Each pass
-// leaves sums per image, [image][kind][channel], which are added up in the order of the images: the result does not
-// depend on the number of threads.
+// Where a norm or an activation follows, the convolution's result is kept, for the passes behind the one that makes it
+// and for the backward pass. Each pass leaves sums per image, [image][kind][channel], which are added up in the order
+// of the images: the result does not depend on the number of threads.
 #pragma once
 
 #include "token_depthwise_conv.h"
@@ -21,20 +20,24 @@ constexpr int64_t kDcRows = 4;  // rows of the convolution's gradient that conv_
 // An item of work is a block of channels of one map.
 struct TokenDepthwiseConvPass : TokenDepthwiseConvWork {
   NormCoefficients pre, post;
+  const void* conv;  // the convolution's result, laid out as out; null where nothing follows it
   const void* grad;
   int64_t grad_batch_stride, grad_token_stride;
   void* dx;             // null where it is not wanted
   bool dx_is_unnormed;  // dx is left as the gradient behind pre_norm, without the residual's
-  float* moments;       // kinds: about the mean, and the sums of what is off it and of its squares
+  float* moments;       // kinds: about the mean, and the sums of what is off it and of its squares; null if not wanted
   float* sums;          // kinds: dn, dn (c - mean); null where not wanted
   float* pre_sums;      // the same of pre_norm
   float* weight_sums;   // kinds: taps; null where not wanted
 };
 
-// Moments of x, or of the convolution's result; the norm behind it must be absent from op.
 FASTVIT_DECLARE_PER_ISA(
+    // Moments of x.
     void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
-    void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // The convolution's result as out, with its moments; norm, activation and residual must be absent from op.
+    void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
+    // From the convolution's result to out.
+    void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // sums alone
     void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // sums, pre_sums, weight_sums and dx, as far as they are wanted

@@ -9,6 +9,7 @@ namespace fastvit::FASTVIT_ISA {
 namespace {
 
 constexpr int64_t kSumTerms = 64;  // of a float32 sum, before it is added to the others
+constexpr int64_t kGroup = 16;     // tokens that are summed up in registers
 
 // Sums of several kinds of values, channel by channel; what is added may itself be a sum of kSumTerms.
 class SplitSums {
@@ -23,6 +24,8 @@ class SplitSums {
     float* p = partial_ + kind * width_ + c;
     (Vec::load(p) + value).store(p);
   }
+  // The sums that are added to, kind by kind.
+  float* partial() { return partial_; }
   // To be called once something was added to every sum.
   void end_term() {
     if (++terms_ == kSumTerms) fold();
@@ -57,6 +60,13 @@ const T* grad_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channe
   return static_cast<const T*>(op.grad) + image * op.grad_batch_stride + channel;
 }
 
+// Of what is laid out as the result.
+template <class T>
+const T* conv_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
+  const int64_t tokens = op.prefix_tokens + op.out_height * op.out_width;
+  return static_cast<const T*>(op.conv) + image * tokens * op.channels + channel;
+}
+
 template <class T>
 T* dx_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
   const int64_t tokens = op.prefix_tokens + op.height * op.width;
@@ -86,11 +96,20 @@ void copy_prefix_gradient(const TokenDepthwiseConvPass& op, const Block& block, 
   }
 }
 
-// f(image, block) for every item, the block entered.
+// f(image) for every item, the block entered.
 template <class F>
 void for_each_item(const TokenDepthwiseConvPass& op, Block& block, int64_t begin, int64_t end, const F& f) {
   for (int64_t item = begin; item < end; ++item) {
     block.enter(item % op.channel_blocks);
+    f(item / op.channel_blocks);
+  }
+}
+
+// The same without the block's parameters.
+template <class F>
+void for_each_unpacked(const TokenDepthwiseConvPass& op, Block& block, int64_t begin, int64_t end, const F& f) {
+  for (int64_t item = begin; item < end; ++item) {
+    block.enter_unpacked(item % op.channel_blocks);
     f(item / op.channel_blocks);
   }
 }
@@ -113,10 +132,16 @@ struct BackwardRow {
   Tokens<Out> out;            // in front of the norm; null where not wanted
   Tokens<const Out> add;      // to out
   bool unnormed = false;      // out is to be the gradient behind the norm
-  // How far behind a token of grad, and of out, lies that which comes in its place in the next row; it is fetched
-  // ahead.
-  int64_t grad_ahead = 0, out_ahead = 0;
+  // How far behind a token of each lies that which comes in its place later; it is fetched ahead.
+  int64_t value_ahead = 0, grad_ahead = 0, out_ahead = 0;
 };
+
+// Fetches what channel c of a token, whose others are fetched too, shares a cache line with.
+template <int for_writing, class T>
+FASTVIT_INLINE void fetch(const T* token, int64_t c) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  if (kLanes >= line || c % line == 0) __builtin_prefetch(token + c, for_writing);
+}
 
 // Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums.
 template <class T, Activation activation, class Value, class Grad, class Out>
@@ -124,10 +149,10 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
                SplitSums& sums) {
   const int64_t channels = block.channels, first = block.first;
   const bool normed = norm.mean != nullptr, through = normed && !row.unnormed;
-  const int64_t row_grad_ahead = row.grad_ahead, row_out_ahead = row.out_ahead;
+  const int64_t value_ahead = row.value_ahead, grad_ahead = row.grad_ahead, out_ahead = row.out_ahead;
   const Vec zero = Vec::fill(0.0f);
-  for (int64_t begin = 0; begin < row.columns; begin += kSumTerms) {
-    const int64_t end = begin + kSumTerms < row.columns ? begin + kSumTerms : row.columns;
+  for (int64_t begin = 0; begin < row.columns; begin += kGroup) {
+    const int64_t end = begin + kGroup < row.columns ? begin + kGroup : row.columns;
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int64_t n = channels - c < kLanes ? channels - c : kLanes;
       const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : Vec::fill(0.0f); };
@@ -144,7 +169,8 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
           centred = centred - mean;
           behind = fma(centred, scale, bias);
         }
-        __builtin_prefetch(grad.p + c + row_grad_ahead);
+        if (grad_ahead != 0) fetch<0>(grad.p + grad_ahead, c);
+        if (value_ahead != 0) fetch<0>(value.p + value_ahead, c);
         const Vec dn = load(grad.p + c, n) * derivative<activation, T>(behind);
         sum += dn;
         product = fma(dn, centred, product);
@@ -152,7 +178,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
           Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
           if (add.p != nullptr) result += load(add.p + c, n);
           store(result, out.p + c, n);
-          __builtin_prefetch(out.p + c + row_out_ahead, 1);
+          if (out_ahead != 0) fetch<1>(out.p + out_ahead, c);
         }
         value = value.from(1), grad = grad.from(1), out = out.from(1), add = add.from(1);
       }
@@ -183,27 +209,27 @@ BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block
   return row;
 }
 
-// Output row y, backwards: from the result's gradient to that of the convolution, whose result is `value`.
+// Outputs from row y on, backwards: from the result's gradient to that of the convolution.
 template <class T>
-BackwardRow<float, T, float> output_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y,
-                                        const float* value) {
+BackwardRow<T, T, float> output_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y) {
   const int64_t token = op.prefix_tokens + y * op.out_width;
   const T* grad = grad_of<T>(op, image, block.first) + token * op.grad_token_stride;
-  BackwardRow<float, T, float> row{op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
-  if (value != nullptr) row.value = {value, op.channel_block};
+  BackwardRow<T, T, float> row{op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
+  if (op.conv != nullptr) row.value = {conv_of<T>(op, image, block.first) + token * op.channels, op.channels};
   row.grad_ahead = op.out_width * op.grad_token_stride;
+  row.value_ahead = op.conv == nullptr ? 0 : op.out_width * op.channels;
   return row;
 }
 
 template <class T>
-using PassOutputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<float, T, float>&, SplitSums&);
+using PassOutputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, T, float>&, SplitSums&);
 template <class T>
 using PassInputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, float, T>&, SplitSums&);
 
 template <class T>
 PassOutputBack<T> choose_output_back(Activation activation) {
   PassOutputBack<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, float, T, float>; });
+  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, T, T, float>; });
   return chosen;
 }
 
@@ -212,13 +238,6 @@ PassInputBack<T> choose_input_back(Activation activation) {
   PassInputBack<T> chosen = nullptr;
   with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, T, float, T>; });
   return chosen;
-}
-
-// Up to kRows rows of the convolution's result, beginning at `to`, as far as they are tokens of the map.
-inline Target<float> rows_at(const Block& block, int64_t y, float* to) {
-  const TokenDepthwiseConvWork& op = block.op;
-  const int64_t left = op.out_height - y, line = op.out_width * op.channel_block;
-  return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0};
 }
 
 }  // namespace

@@ -1,96 +1,212 @@
 // The passes of token_depthwise_conv's training, compiled once per instruction set; for the gradients of a 3x3
 // convolution with padding 1 see token_depthwise_conv_gradient_kernels.cpp.
+#include "token_depthwise_conv_direct.h"
 #include "token_depthwise_conv_training_block.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Sums of `count` values of each of `tokens` tokens, kSumTerms at a time; values(token, terms) gives them.
-template <int64_t count, class F>
-FASTVIT_INLINE void add_up(int64_t tokens, Vec (&total)[count], const F& values) {
-  for (Vec& sum : total) sum = Vec::fill(0.0f);
-  for (int64_t begin = 0; begin < tokens; begin += kSumTerms) {
-    const int64_t end = begin + kSumTerms < tokens ? begin + kSumTerms : tokens;
-    Vec partial[count];
-    for (Vec& sum : partial) sum = Vec::fill(0.0f);
-    for (int64_t token = begin; token < end; ++token) values(token, partial);
-    for (int64_t i = 0; i < count; ++i) total[i] += partial[i];
-  }
-}
+// The moments of a map's channels about a center near the mean, from some of its tokens after the other. The first ones
+// give the center: as it is the mean of a share of what is summed up, its square is no more than the variance over
+// that share.
+class Moments {
+ public:
+  Moments(float* scratch, int64_t channels, int64_t width)
+      : center_(scratch), sums_(scratch + width, 2, width), channels_(channels) {}
 
-// The moments of `tokens` tokens that lie `step` apart. A vector of channels goes over them twice, the second time in
-// the cache.
-template <class T>
-void find_moments(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, const T* first, int64_t tokens,
-                  int64_t step) {
-  constexpr int64_t ahead = 16;  // tokens, of fetching
-  const Vec share = Vec::fill(1.0f / static_cast<float>(tokens));
-  for (int64_t c = 0; c < block.channels; c += kLanes) {
-    const int64_t n = block.channels - c < kLanes ? block.channels - c : kLanes;
-    const T* p = first + c;
-    Vec sum[1], moments[2];
-    add_up(tokens, sum, [&](int64_t token, Vec(&sums)[1]) {
-      __builtin_prefetch(p + (token + ahead) * step);
-      sums[0] += load(p + token * step, n);
-    });
-    const Vec center = sum[0] * share;
-    add_up(tokens, moments, [&](int64_t token, Vec(&sums)[2]) {
-      const Vec centred = load(p + token * step, n) - center;
-      sums[0] += centred;
-      sums[1] = fma(centred, centred, sums[1]);
-    });
-    store(center, place(op.moments, 3, image, 0, block) + c, n);
-    store(moments[0], place(op.moments, 3, image, 1, block) + c, n);
-    store(moments[1], place(op.moments, 3, image, 2, block) + c, n);
+  template <class T>
+  void add(const T* first, int64_t tokens, int64_t step) {
+    if (!has_center_) find_center(first, tokens, step);
+    has_center_ = true;
+    for (int64_t begin = 0; begin < tokens; begin += kGroup, first += kGroup * step) {
+      const int64_t count = tokens - begin < kGroup ? tokens - begin : kGroup;
+      for_each_vector(channels_, [&](int64_t c, int64_t n) {
+        const Vec center = Vec::load(center_ + c);
+        Vec sum = Vec::fill(0.0f), squares = sum;
+        for (int64_t token = 0; token < count; ++token) {
+          const Vec off = load(first + token * step + c, n) - center;
+          sum += off;
+          squares = fma(off, off, squares);
+        }
+        sums_.add(0, c, sum);
+        sums_.add(1, c, squares);
+      });
+      sums_.end_term();
+    }
   }
-}
+
+  void give(const TokenDepthwiseConvPass& op, int64_t image, const Block& block) {
+    memcpy(place(op.moments, 3, image, 0, block), center_, static_cast<size_t>(channels_) * sizeof(float));
+    sums_.give(0, channels_, place(op.moments, 3, image, 1, block));
+    sums_.give(1, channels_, place(op.moments, 3, image, 2, block));
+  }
+
+ private:
+  template <class T>
+  void find_center(const T* first, int64_t tokens, int64_t step) {
+    const Vec share = Vec::fill(1.0f / static_cast<float>(tokens));
+    for_each_vector(channels_, [&](int64_t c, int64_t n) {
+      Vec sum = Vec::fill(0.0f);
+      for (int64_t token = 0; token < tokens; ++token) sum += load(first + token * step + c, n);
+      (sum * share).store(center_ + c);
+    });
+  }
+
+  float* center_;
+  SplitSums sums_;
+  int64_t channels_;
+  bool has_center_ = false;
+};
 
 template <class T>
 void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
   Block block(op, scratch);
-  for_each_item(op, block, begin, end, [&](int64_t image) {
+  for_each_unpacked(op, block, begin, end, [&](int64_t image) {
     const T* first = image_of<T>(op, image) + op.prefix_tokens * op.x_token_stride + block.first;
-    find_moments(op, block, image, first, op.height * op.width, op.x_token_stride);
+    Moments moments(block.end, block.channels, op.channel_block);
+    moments.add(first, op.width, op.x_token_stride);
+    moments.add(first + op.width * op.x_token_stride, (op.height - 1) * op.width, op.x_token_stride);
+    moments.give(op, image, block);
+  });
+}
+
+// Output rows from x to their place: with a ring, or directly.
+template <class T>
+class ConvolveRows {
+ public:
+  ConvolveRows(const TokenDepthwiseConvPass& op, float* scratch)
+      : op_(op),
+        block_(op, scratch),
+        take_(choose_take_row<T>(op)),
+        convolve_(choose_convolve<T>(op, Activation::none)),
+        convolve_directly_(choose_convolve_directly<T>(op)) {}
+
+  // The block's channels of the first output of the grid.
+  T* begin(int64_t item) {
+    index_ = item % op_.channel_blocks;
+    const bool is_new = block_.enter(index_);
+    const int64_t image = item / op_.channel_blocks, tokens = op_.prefix_tokens + op_.out_height * op_.out_width;
+    x_ = image_of<T>(op_, image);
+    out_ = static_cast<T*>(op_.out) + image * tokens * op_.channels + block_.first;
+    // So that results are the same each time, to the last of their elements.
+    for (int64_t token = 0; token < op_.prefix_tokens; ++token, out_ += op_.channels) {
+      memset(out_, 0, static_cast<size_t>(block_.channels) * sizeof(T));
+    }
+    next_ = 0;
+    if (op_.direct && is_new) pack_taps(block_, vectors(), packed());
+    return out_;
+  }
+
+  void operator()(int64_t first_row, int64_t end_row, int64_t following) {
+    if (op_.direct) {
+      convolve_directly_(op_, vectors(), {grid(x_, index_), out_, following_image(following), first_row, end_row});
+      return;
+    }
+    const int64_t row_step = op_.out_width * op_.channels;
+    for (int64_t y = first_row; y < end_row; y += kRows) {
+      const int64_t rows = end_row - y < kRows ? end_row - y : kRows;
+      take_rows(block_, take_, x_, y, rows, next_);
+      convolve_(block_, y * op_.stride - op_.padding,
+                {rows, out_ + y * row_step, op_.channels, row_step, nullptr, 0, 0});
+    }
+  }
+
+  const Block& block() const { return block_; }
+  float* end() const { return block_.end + op_.channel_blocks * op_.direct_floats; }
+
+ private:
+  float* packed() const { return block_.end + index_ * op_.direct_floats; }
+  TapVectors vectors() const { return {packed(), block_.channels}; }
+  const T* grid(const T* image, int64_t index) const {
+    return image + op_.prefix_tokens * op_.x_token_stride + index * op_.channel_block;
+  }
+  const T* following_image(int64_t item) const {
+    return item < 0 ? nullptr : grid(image_of<T>(op_, item / op_.channel_blocks), item % op_.channel_blocks);
+  }
+
+  const TokenDepthwiseConvPass& op_;
+  Block block_;
+  TakeRow<T> take_;
+  Convolve<T> convolve_;
+  ConvolveDirectly<T> convolve_directly_;
+  int64_t index_ = 0, next_ = 0;
+  const T* x_ = nullptr;
+  T* out_ = nullptr;
+};
+
+template <class T>
+void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
+  ConvolveRows<T> convolve(op, scratch);
+  const int64_t row_step = op.out_width * op.channels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t following = item + 1 < end ? item + 1 : -1;
+    const T* out = convolve.begin(item);
+    if (op.moments == nullptr) {
+      convolve(0, op.out_height, following);
+      continue;
+    }
+    Moments moments(convolve.end(), convolve.block().channels, op.channel_block);
+    // The first row alone, as it has no neighbour of which it could share inputs.
+    for (int64_t y = 0, next; y < op.out_height; y = next) {
+      next = y == 0 ? 1 : y + 2 < op.out_height ? y + 2 : op.out_height;
+      convolve(y, next, following);
+      moments.add(out + y * row_step, (next - y) * op.out_width, op.channels);
+    }
+    moments.give(op, item / op.channel_blocks, convolve.block());
+  }
+}
+
+template <class T, Activation activation>
+void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
+  Block block(op, scratch);
+  float *mean = block.end, *scale = mean + op.channel_block, *bias = scale + op.channel_block;
+  const int64_t tokens = op.out_height * op.out_width, channels = op.channels;
+  const Vec eps = Vec::fill(op.norm.mean.data == nullptr ? 0.0f : op.norm.eps);
+  int64_t known = -1;  // the first channel of the block whose parameters are there
+  for_each_unpacked(op, block, begin, end, [&](int64_t image) {
+    if (known != block.first) {
+      known = block.first;
+      for_each_vector(block.channels, [&](int64_t c, int64_t n) {
+        const int64_t at = block.first + c;
+        read(op.norm.mean, at, n, 0.0f).store(mean + c);
+        (read(op.norm.weight, at, n, 1.0f) / sqrt(read(op.norm.var, at, n, 1.0f) + eps)).store(scale + c);
+        read(op.norm.bias, at, n, 0.0f).store(bias + c);
+      });
+    }
+    const T *x = image_of<T>(op, image) + block.first, *conv = conv_of<T>(op, image, block.first);
+    T* out = static_cast<T*>(op.out) + image * (op.prefix_tokens + tokens) * channels + block.first;
+    for (int64_t token = 0; token < op.prefix_tokens; ++token) {
+      memcpy(out, x, static_cast<size_t>(block.channels) * sizeof(T));
+      out += channels, conv += channels, x += op.x_token_stride;
+    }
+    for (int64_t token = 0; token < tokens; ++token) {
+      for_each_vector(block.channels, [&](int64_t c, int64_t n) {
+        const Vec centred = load(conv + c, n) - Vec::load(mean + c);
+        Vec value = activate<activation, T>(fma(centred, Vec::load(scale + c), Vec::load(bias + c)));
+        if (op.residual) value += load(x + c, n);
+        store(value, out + c, n);
+      });
+      out += channels, conv += channels, x += op.x_token_stride;
+    }
   });
 }
 
 template <class T>
-void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  Block block(op, scratch);
-  const TakeRow<T> take = choose_take_row<T>(op);
-  const Convolve<float> convolve = choose_convolve<float>(op, Activation::none);
-  float* map = block.end;
-  const int64_t tokens = op.out_height * op.out_width;
-  for_each_item(op, block, begin, end, [&](int64_t image) {
-    int64_t next = 0;
-    for (int64_t y = 0; y < op.out_height; y += kRows) {
-      const Target<float> to = rows_at(block, y, map + y * op.out_width * op.channel_block);
-      take_rows(block, take, image_of<T>(op, image), y, to.rows, next);
-      convolve(block, y * op.stride - op.padding, to);
-    }
-    find_moments<float>(op, block, image, map, tokens, op.channel_block);
-  });
+void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
+  with_activation(op.activation, [&]<Activation known>() { finish<T, known>(op, begin, end, scratch); });
 }
 
 template <class T>
 void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
   Block block(op, scratch);
-  const TakeRow<T> take = choose_take_row<T>(op);
-  const Convolve<float> convolve = choose_convolve<float>(op, Activation::none);
   const PassOutputBack<T> pass = choose_output_back<T>(op.activation);
-  float* values = block.end;
-  const int64_t line = op.out_width * op.channel_block;
-  for_each_item(op, block, begin, end, [&](int64_t image) {
-    SplitSums sums(values + kMaxRows * line, 2, op.channel_block);
-    int64_t next = 0;
-    for (int64_t y = 0; y < op.out_height; y += kRows) {
-      const Target<float> to = rows_at(block, y, values);
-      take_rows(block, take, image_of<T>(op, image), y, to.rows, next);
-      convolve(block, y * op.stride - op.padding, to);
-      for (int64_t row = 0; row < to.rows; ++row) {
-        pass(op.post, block, output_row<T>(op, block, image, y + row, values + row * line), sums);
-      }
-    }
+  for_each_unpacked(op, block, begin, end, [&](int64_t image) {
+    SplitSums sums(block.end, 2, op.channel_block);
+    auto row = output_row<T>(op, block, image, 0);
+    row.columns = op.out_height * op.out_width;
+    row.grad_ahead = 16 * op.grad_token_stride;
+    row.value_ahead = 16 * op.channels;
+    pass(op.post, block, row, sums);
     give_sums(sums, op.sums, image, block);
   });
 }
@@ -116,6 +232,13 @@ struct Turned {
   }
 };
 
+// Up to kRows rows of a convolution's result, beginning at `to`, as far as they are tokens of the map.
+inline Target<float> rows_at(const Block& block, int64_t y, float* to) {
+  const TokenDepthwiseConvWork& op = block.op;
+  const int64_t left = op.out_height - y, line = op.out_width * op.channel_block;
+  return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0};
+}
+
 // The outputs along an axis that lie in the turned map: from `first` to before `end`.
 struct Range {
   int64_t first, end;
@@ -135,12 +258,11 @@ class ConvGradients {
         block_(op, scratch),
         behind_(turned_.op, block_.end),
         values_(behind_.end),
-        sums_memory_(values_ + kMaxRows * (op.width > op.out_width ? op.width : op.out_width) * op.channel_block),
+        sums_memory_(values_ + kMaxRows * op.width * op.channel_block),
         weight_sums_(sums_memory_ + SplitSums::floats(2, op.channel_block)),
         rows_(op.out_height, op.stride, turned_.offset, turned_.op.height),
         columns_(op.out_width, op.stride, turned_.offset, turned_.op.width),
         take_(choose_take_row<T>(op)),
-        convolve_(choose_convolve<float>(op, Activation::none)),
         convolve_turned_(choose_convolve<float>(turned_.op, Activation::none)),
         pass_output_back_(choose_output_back<T>(op.activation)),
         pass_input_back_(choose_input_back<T>(op.pre_activation)) {}
@@ -154,12 +276,7 @@ class ConvGradients {
     const T* x = image_of<T>(op_, image);
     for (int64_t y = 0; y < op_.height; ++y) take_(block_, x, y);
     SplitSums sums(sums_memory_, 2, op_.channel_block);
-    const int64_t line = op_.out_width * op_.channel_block;
-    for (int64_t y = 0; y < op_.out_height; y += kRows) {
-      const Target<float> to = rows_at(block_, y, values_);
-      convolve_(block_, y * op_.stride - op_.padding, to);
-      for (int64_t row = 0; row < to.rows; ++row) output_back(image, y + row, values_ + row * line, sums);
-    }
+    for (int64_t y = 0; y < op_.out_height; ++y) output_back(image, y, sums);
     give_sums(sums, op_.sums, image, block_);
     if (op_.weight_sums != nullptr) weight_gradient(image);
     if (op_.dx != nullptr || op_.pre_sums != nullptr) input_gradient(image);
@@ -170,8 +287,8 @@ class ConvGradients {
   int64_t behind_column(int64_t x) const { return (x * op_.stride + turned_.offset) * op_.channel_block; }
 
   // From the result's gradient to the convolution's, of which that within `columns_` has a place in the map.
-  void output_back(int64_t image, int64_t y, const float* value, SplitSums& sums) {
-    const auto row = output_row<T>(op_, block_, image, y, value);
+  void output_back(int64_t image, int64_t y, SplitSums& sums) {
+    const auto row = output_row<T>(op_, block_, image, y);
     const bool counts = y >= rows_.first && y < rows_.end && columns_.first < columns_.end;
     const int64_t first = counts ? columns_.first : op_.out_width, end = counts ? columns_.end : op_.out_width;
     const auto part = [&](int64_t from, int64_t to, Tokens<float> out) {
@@ -261,7 +378,7 @@ class ConvGradients {
   float *values_, *sums_memory_, *weight_sums_;
   Range rows_, columns_;
   TakeRow<T> take_;
-  Convolve<float> convolve_, convolve_turned_;
+  Convolve<float> convolve_turned_;
   PassOutputBack<T> pass_output_back_;
   PassInputBack<T> pass_input_back_;
 };
@@ -297,9 +414,13 @@ void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end,
                                   : token_moments<float>(op, begin, end, scratch);
 }
 
-void conv_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? conv_moments<bf16>(op, begin, end, scratch)
-                                  : conv_moments<float>(op, begin, end, scratch);
+void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
+  op.element == Element::bfloat16 ? convolve_with_moments<bf16>(op, begin, end, scratch)
+                                  : convolve_with_moments<float>(op, begin, end, scratch);
+}
+
+void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
+  op.element == Element::bfloat16 ? finish<bf16>(op, begin, end, scratch) : finish<float>(op, begin, end, scratch);
 }
 
 void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {

@@ -10,8 +10,7 @@ void run(TokenDepthwiseConvTraining& op, const Tensor& x) {
   tokens::with_element(op.element, [&]<class T>() { tokens::train<T>(op, device); });
 }
 
-constexpr bool keeps_conv = true;
-FASTVIT_REGISTER(token_depthwise_conv_training, "CUDA", (token_depthwise_conv_training_entry<run, keeps_conv>));
+FASTVIT_REGISTER(token_depthwise_conv_training, "CUDA", token_depthwise_conv_training_entry<run>);
 
 }  // namespace
 }  // namespace fastvit

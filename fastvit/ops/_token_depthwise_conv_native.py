@@ -7,8 +7,9 @@ Three operators, one set of arguments (below, ``norms`` stands for the fields of
     token_depthwise_conv_training(x, weight, bias, norms, ...) -> (out, conv, pre_mean, pre_var, mean, var)
         The same, with batch statistics where ``*_batch`` is true (the given ones are then None): the float32 mean and
         biased variance of each channel of the grid tokens of x, and of the convolution's result. They are returned;
-        size 0 where a norm is absent or uses given statistics. ``conv`` is whatever the kernel wants to see again in
-        backward: the convolution's result, of out's shape and dtype (prefix tokens unspecified), or size 0.
+        size 0 where a norm is absent or uses given statistics. ``conv`` is what backward wants to see again: the
+        convolution's result, of out's shape and dtype (prefix tokens unspecified), where a norm or an activation
+        follows; size 0 elsewhere.
     token_depthwise_conv_backward(grad, x, conv, weight, bias, norms, ...) -> (dx, dweight, dbias, dpre_weight,
         dpre_bias, dnorm_weight, dnorm_bias)
         ``conv`` and the statistics are those of the forward pass. dx has x's dtype, is contiguous, and has the prefix
@@ -110,21 +111,13 @@ def _fake_forward(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], prefix_tokens + tokens, x.shape[2]))
 
 
-def _keeps_conv_on_gpus(device_type: str, finished: bool) -> bool:
-    """On a GPU reading the result again is cheap; a CPU has it sooner by computing it once more from x."""
-    return device_type != "cpu" and finished
-
-
-def _fake_training(keeps_conv: Callable[[str, bool], bool]) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-        pre_batch, mean, batch, activation = rest[5], rest[9], rest[12], rest[13]
-        out = _fake_forward(x, weight, *rest)
-        finished = mean is not None or batch or activation != 0
-        conv = torch.empty_like(out) if keeps_conv(x.device.type, finished) else x.new_empty(0)
-        sizes = [x.shape[2] * used for used in (pre_batch, pre_batch, batch, batch)]
-        return out, conv, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
-
-    return fake
+def _fake_training(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    pre_batch, mean, batch, activation = rest[5], rest[9], rest[12], rest[13]
+    out = _fake_forward(x, weight, *rest)
+    finished = mean is not None or batch or activation != 0
+    conv = torch.empty_like(out) if finished else x.new_empty(0)
+    sizes = [x.shape[2] * used for used in (pre_batch, pre_batch, batch, batch)]
+    return out, conv, *(x.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 def _fake_backward(
@@ -136,19 +129,17 @@ def _fake_backward(
     return x.new_empty(x.shape if x_grad else (0,)), *gradients
 
 
-def define_operators(suffix: str = "", keeps_conv: Callable[[str, bool], bool] = _keeps_conv_on_gpus) -> Operators:
+def define_operators(suffix: str = "") -> Operators:
     """Define ``fastvit::token_depthwise_conv<suffix>`` and its two companions, with their fakes.
 
     Args:
         suffix: tells kernels of another kind apart.
-        keeps_conv: whether the kernels for a type of device return ``conv``, given whether a norm or an activation
-            follows the convolution.
     """
     name = f"fastvit::token_depthwise_conv{suffix}"
     backward = f"Tensor grad, {_schema('Tensor conv, ', True)}, bool x_grad, bool parameter_grads"
     definitions = (
         (name, f"({_schema('', False)}) -> Tensor", _fake_forward),
-        (f"{name}_training", f"({_schema('', True)}) -> ({', '.join(['Tensor'] * 6)})", _fake_training(keeps_conv)),
+        (f"{name}_training", f"({_schema('', True)}) -> ({', '.join(['Tensor'] * 6)})", _fake_training),
         (f"{name}_backward", f"({backward}) -> ({', '.join(['Tensor'] * 7)})", _fake_backward),
     )
     for operator, schema, fake in definitions:
@@ -160,7 +151,7 @@ def define_operators(suffix: str = "", keeps_conv: Callable[[str, bool], bool] =
 NATIVE = define_operators()
 """The operators of ``fastvit._C``, for the CPU and for CUDA."""
 
-TRITON = define_operators("_triton", keeps_conv=lambda device_type, finished: finished)
+TRITON = define_operators("_triton")
 """Those of ``kernels/token_depthwise_conv*.py``; of their own, since Triton's interpreter runs them on the CPU, too."""
 
 

@@ -198,13 +198,14 @@ def test_empty_batch(batch_stats: bool) -> None:
         assert value.isfinite().all()
 
 
-def test_nothing_of_the_size_of_a_map_is_kept_but_x() -> None:
-    arguments = with_statistics(make_arguments(Case((8, 8), 64, 4, **LEFF), torch.float32), True)
+@pytest.mark.parametrize(("case", "maps"), [(LEFF, 2), ({}, 1)], ids=["finished", "plain"])
+def test_of_maps_only_x_is_kept_and_the_result_where_something_follows(case: dict[str, Any], maps: int) -> None:
+    arguments = with_statistics(make_arguments(Case((8, 8), 64, 4, **case), torch.float32), True)
     arguments["weight"].requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         run_cpp(**arguments)
-    assert sum(tensor.numel() >= arguments["x"].numel() for tensor in kept) == 1
+    assert sum(tensor.numel() >= arguments["x"].numel() for tensor in kept) == maps
 
 
 def test_second_derivatives_are_refused() -> None:
