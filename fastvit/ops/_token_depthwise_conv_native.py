@@ -220,6 +220,7 @@ class _Differentiable(torch.autograd.Function):
         affine = (pre_weight, pre_bias, norm_weight, norm_bias)
         ctx.save_for_backward(x, conv, weight, bias, *affine, pre_mean, pre_var, mean, var)
         ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
         return out, *statistics
 
     @staticmethod
@@ -265,9 +266,8 @@ def _track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
         return
     with torch.no_grad():
         keep = 1.0 - norm.momentum
-        norm.running_mean.mul_(keep).add_(mean.to(norm.running_mean.dtype), alpha=norm.momentum)
-        unbiased = var * (count / (count - 1))
-        norm.running_var.mul_(keep).add_(unbiased.to(norm.running_var.dtype), alpha=norm.momentum)
+        norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
+        norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
 
 
 def run(call: Call, operators: Operators, differentiate: bool) -> Tensor:
