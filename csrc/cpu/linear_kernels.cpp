@@ -25,7 +25,7 @@ constexpr int64_t kDepthBlock = 512;              // words of x that a row of th
 constexpr int64_t kRowStride = kDepthBlock + 16;
 // Terms of a partial sum. Results of bfloat16 are rounded so much more that theirs may be long.
 template <bool kPairs>
-constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 128;
+constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 192;
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
