@@ -13,6 +13,17 @@ namespace {
 // Inputs of a tile with stride 1, a row; with stride 2, pairs of them.
 constexpr int64_t kTileInputs = kLanes == 16 ? 4 : 2;
 
+// The channels of neighbouring tokens of one row or two.
+template <class T>
+struct TileTokens {
+  T* p = nullptr;
+  int64_t step = 0, row_step = 0;
+
+  FASTVIT_INLINE void advance(int64_t tokens) {
+    if (p != nullptr) p += tokens * step;
+  }
+};
+
 // Neighbouring inputs of one row or two. X: x as it lies, or float, where it comes from the ring.
 template <class X, class Out>
 struct GradientTile {
@@ -20,36 +31,35 @@ struct GradientTile {
   // which the first input is in the middle of the taps, and the next.
   const float* dc[4];
   int64_t dc_step;
-  const X* x[2];
-  int64_t x_step;
-  Out* out[2];  // dt goes there
-  int64_t out_step;
-  const Out* add[2];  // what is added to it, or null
-  int64_t add_step;
-  // Where the rows come from, and go to, that are next; or null.
-  const X* x_ahead[2];
-  const Out* out_ahead[2];
+  TileTokens<const X> x;
+  TileTokens<Out> out;        // dt goes there
+  TileTokens<const Out> add;  // to it
+  // Where the rows come from, and go to, that are next; null where that is not memory.
+  TileTokens<const X> x_ahead;
+  TileTokens<const Out> out_ahead;
 
   FASTVIT_INLINE void advance(int64_t inputs, int64_t outputs) {
     for (const float*& row : dc) row += outputs * dc_step;
-    for (int64_t row = 0; row < 2; ++row) {
-      x[row] += inputs * x_step;
-      if (out[row] != nullptr) out[row] += inputs * out_step;
-      if (add[row] != nullptr) add[row] += inputs * add_step;
-      if (x_ahead[row] != nullptr) x_ahead[row] += inputs * x_step;
-      if (out_ahead[row] != nullptr) out_ahead[row] += inputs * out_step;
-    }
-  }
-  FASTVIT_INLINE void give(Vec value, int64_t row, int64_t column, int64_t c, int64_t n) const {
-    if (add[row] != nullptr) value += load(add[row] + column * add_step + c, n);
-    store(value, out[row] + column * out_step + c, n);
-    if (out_ahead[row] != nullptr) fetch<1>(out_ahead[row] + column * out_step, c);
-  }
-  FASTVIT_INLINE Vec take(int64_t row, int64_t column, int64_t c, int64_t n) const {
-    if (x_ahead[row] != nullptr) fetch<0>(x_ahead[row] + column * x_step, c);
-    return load(x[row] + column * x_step + c, n);
+    x.advance(inputs);
+    out.advance(inputs);
+    add.advance(inputs);
+    x_ahead.advance(inputs);
+    out_ahead.advance(inputs);
   }
 };
+
+// Fetches channel c, and what shares a line with it, of `columns` tokens of two rows.
+template <int for_writing, class T>
+FASTVIT_INLINE void fetch_tokens(const TileTokens<T>& tokens, int64_t columns, int64_t c) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  if (tokens.p == nullptr || (kLanes < line && c % line != 0)) return;
+  const T* p = tokens.p + c;
+#pragma GCC unroll 4
+  for (int64_t column = 0; column < columns; ++column, p += tokens.step) {
+    __builtin_prefetch(p, for_writing);
+    __builtin_prefetch(p + tokens.row_step, for_writing);
+  }
+}
 
 // The taps of a vector of channels side by side, and the sums of their gradients.
 struct TapSums {
@@ -78,26 +88,31 @@ FASTVIT_INLINE void clear(Vec (&weight)[3][3]) {
   }
 }
 
-// Stride 1: dc of three rows and columns for every input. What is wanted: dt, and the taps' gradients.
-template <bool inputs, bool weights, int64_t rows, int64_t columns, class X, class Out>
+// Stride 1: dc of three rows and columns for every input. What is wanted: dt, with something added to it or not, and
+// the taps' gradients.
+template <bool inputs, bool weights, bool adds, int64_t rows, int64_t columns, class X, class Out>
 void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
   const GradientTile<X, Out> tile = given;
   taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
+    if constexpr (weights) fetch_tokens<0>(tile.x_ahead, columns, c);
+    if constexpr (inputs) fetch_tokens<1>(tile.out_ahead, columns, c);
     Vec t[rows][columns], sums[rows][columns], weight[3][3];
-    if constexpr (weights) clear(weight);
+    clear(weight);
 #pragma GCC unroll 2
     for (int64_t row = 0; row < rows; ++row) {
+      const X* x = tile.x.p + row * tile.x.row_step + c;
 #pragma GCC unroll 4
-      for (int64_t column = 0; column < columns; ++column) {
-        if constexpr (weights) t[row][column] = tile.take(row, column, c, n);
+      for (int64_t column = 0; column < columns; ++column, x += tile.x.step) {
+        if constexpr (weights) t[row][column] = load(x, n);
         sums[row][column] = Vec::fill(0.0f);
       }
     }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < rows + 2; ++i) {
       Vec dc[columns + 2];
+      const float* from = tile.dc[i] + c;
 #pragma GCC unroll 6
-      for (int64_t j = 0; j < columns + 2; ++j) dc[j] = Vec::load(tile.dc[i] + j * tile.dc_step + c);
+      for (int64_t j = 0; j < columns + 2; ++j, from += tile.dc_step) dc[j] = Vec::load(from);
 #pragma GCC unroll 2
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t dy = 2 - (i - row);
@@ -114,14 +129,17 @@ void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
         }
       }
     }
-    if constexpr (inputs) {
+    if constexpr (weights) TapSums::add(weight, weight_sums);
 #pragma GCC unroll 2
-      for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; inputs && row < rows; ++row) {
+      Out* out = tile.out.p + row * tile.out.row_step + c;
+      const Out* add = adds ? tile.add.p + row * tile.add.row_step + c : nullptr;
 #pragma GCC unroll 4
-        for (int64_t column = 0; column < columns; ++column) tile.give(sums[row][column], row, column, c, n);
+      for (int64_t column = 0; column < columns; ++column, out += tile.out.step) {
+        if constexpr (adds) sums[row][column] += load(add + column * tile.add.step, n);
+        store(sums[row][column], out, n);
       }
     }
-    if constexpr (weights) TapSums::add(weight, weight_sums);
   });
 }
 
@@ -131,20 +149,24 @@ template <bool inputs, bool weights, bool bottom, bool right, class X, class Out
 void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int64_t count) {
   const GradientTile<X, Out> tile = given;
   taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
+    if constexpr (weights) fetch_tokens<0>(tile.x_ahead, 2 * count, c);
+    if constexpr (inputs) fetch_tokens<1>(tile.out_ahead, 2 * count, c);
     Vec weight[3][3], tap[3][3];
     clear(weight);
     for (int64_t i = 0; i < 9; ++i) tap[i / 3][i % 3] = Vec::load(taps + i * kLanes);
     const float *above = tile.dc[0] + c, *below = tile.dc[1] + c;
+    const X* x = tile.x.p + c;
+    Out* out = tile.out.p + c;
     Vec left_above = Vec::load(above), left_below = Vec::load(below);
     // An input, and the gradients that it sees with their taps.
-    const auto meet = [&](int64_t row, int64_t column, const auto&... pairs) __attribute__((always_inline)) {
+    const auto meet = [&](const X* from, Out* to, const auto&... pairs) __attribute__((always_inline)) {
       if constexpr (inputs) {
         Vec sum = Vec::fill(0.0f);
         ((sum = fma(pairs.dc, tap[pairs.dy][pairs.dx], sum)), ...);
-        tile.give(sum, row, column, c, n);
+        store(sum, to, n);
       }
       if constexpr (weights) {
-        const Vec t = tile.take(row, column, c, n);
+        const Vec t = load(from, n);
         ((weight[pairs.dy][pairs.dx] = fma(pairs.dc, t, weight[pairs.dy][pairs.dx])), ...);
       }
     };
@@ -152,31 +174,37 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
       Vec dc;
       int64_t dy, dx;
     };
-    for (int64_t column = 0; column < 2 * count; column += 2) {
+    for (int64_t pair = 0; pair < count; ++pair) {
       above += tile.dc_step, below += tile.dc_step;
       const Vec right_above = Vec::load(above), right_below = Vec::load(below);
-      meet(0, column, Pair{left_above, 1, 1});
-      if constexpr (right) meet(0, column + 1, Pair{left_above, 1, 2}, Pair{right_above, 1, 0});
-      if constexpr (bottom) meet(1, column, Pair{left_above, 2, 1}, Pair{left_below, 0, 1});
-      if constexpr (bottom && right) {
-        meet(1, column + 1, Pair{left_above, 2, 2}, Pair{right_above, 2, 0}, Pair{left_below, 0, 2},
-             Pair{right_below, 0, 0});
+      meet(x, out, Pair{left_above, 1, 1});
+      if constexpr (right) meet(x + tile.x.step, out + tile.out.step, Pair{left_above, 1, 2}, Pair{right_above, 1, 0});
+      if constexpr (bottom) {
+        const X* lower = x + tile.x.row_step;
+        Out* lower_out = out + tile.out.row_step;
+        meet(lower, lower_out, Pair{left_above, 2, 1}, Pair{left_below, 0, 1});
+        if constexpr (right) {
+          meet(lower + tile.x.step, lower_out + tile.out.step, Pair{left_above, 2, 2}, Pair{right_above, 2, 0},
+               Pair{left_below, 0, 2}, Pair{right_below, 0, 0});
+        }
       }
       left_above = right_above, left_below = right_below;
+      x += 2 * tile.x.step, out += 2 * tile.out.step;
     }
     if constexpr (weights) TapSums::add(weight, weight_sums);
   });
 }
 
-// f.operator()<inputs, weights>() for what is wanted.
+// f.operator()<inputs, weights, adds>() for what is wanted.
 template <class F>
-FASTVIT_INLINE void with_wanted(bool inputs, bool weights, const F& f) {
-  if (kLanes == 16 && inputs && weights) {  // other instruction sets have too few registers for both
-    f.template operator()<true, true>();
-  } else {
-    if (inputs) f.template operator()<true, false>();
-    if (weights) f.template operator()<false, true>();
+FASTVIT_INLINE void with_wanted(bool inputs, bool weights, bool adds, const F& f) {
+  constexpr bool together = kLanes == 16;  // other instruction sets have too few registers for both
+  if (together && inputs && weights) {
+    adds ? f.template operator()<true, together, true>() : f.template operator()<true, together, false>();
+    return;
   }
+  if (inputs) adds ? f.template operator()<true, false, true>() : f.template operator()<true, false, false>();
+  if (weights) f.template operator()<false, true, false>();
 }
 
 // The gradients of a map and channel block.
@@ -195,8 +223,8 @@ class Gradients3x3 {
         pre_sums_memory_(sums_memory_ + SplitSums::floats(2, op.channel_block)),
         is_plain_(op.pre_activation == Activation::none && op.pre.mean == nullptr),
         take_(choose_take_row<T>(op)),
-        pass_output_back_(choose_output_back<T>(op.activation)),
-        pass_input_back_(choose_input_back<T>(op.pre_activation)) {
+        pass_output_back_(choose_output_back<T>(op.activation, op.post.mean != nullptr)),
+        pass_input_back_(choose_input_back<T>(op.pre_activation, op.pre.mean != nullptr)) {
     memset(dc_, 0, static_cast<size_t>(kDcRows * line_) * sizeof(float));
   }
 
@@ -227,7 +255,7 @@ class Gradients3x3 {
       }
       for (int64_t row = 0; weights && row < rows; ++row) take_(block_, x, y + row);
       const bool wanted = op_.dx != nullptr || op_.pre_sums != nullptr;
-      go_back(ring_tile(y), y, rows, wanted, weight_sums);
+      go_back(ring_tile(), y, rows, wanted, weight_sums);
       for (int64_t row = 0; wanted && row < rows; ++row) {
         const float* dt = dt_ + row * op_.width * op_.channel_block;
         pass_input_back_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, dt), pre_sums);
@@ -286,31 +314,26 @@ class Gradients3x3 {
   // The tile at the left edge of rows y and y + 1, from x to dx.
   GradientTile<T, T> plain_tile(int64_t image, int64_t y) const {
     GradientTile<T, T> tile{};
-    tile.x_step = op_.x_token_stride;
-    tile.out_step = op_.channels;
-    tile.add_step = op_.grad_token_stride;
+    const int64_t token = op_.prefix_tokens + y * op_.width, x_step = op_.x_token_stride;
     const auto x = [&](int64_t of, int64_t channel) { return image_of<T>(op_, of) + channel; };
     const auto dx = [&](int64_t of, int64_t channel) { return dx_of<T>(op_, of, channel); };
-    for (int64_t row = 0; row < 2; ++row) {
-      const int64_t token = op_.prefix_tokens + (y + row) * op_.width;
-      tile.x[row] = x(image, block_.first) + token * tile.x_step;
-      tile.x_ahead[row] = row_ahead(image, y + 2 + row, tile.x_step, x);
-      if (op_.dx == nullptr) continue;
-      tile.out[row] = dx(image, block_.first) + token * tile.out_step;
-      tile.out_ahead[row] = row_ahead(image, y + 2 + row, tile.out_step, dx);
-      if (op_.residual) tile.add[row] = grad_of<T>(op_, image, block_.first) + token * tile.add_step;
+    tile.x = {x(image, block_.first) + token * x_step, x_step, op_.width * x_step};
+    tile.x_ahead = {row_ahead(image, y + 2, x_step, x), x_step, tile.x.row_step};
+    if (op_.dx == nullptr) return tile;
+    tile.out = {dx(image, block_.first) + token * op_.channels, op_.channels, op_.width * op_.channels};
+    tile.out_ahead = {row_ahead(image, y + 2, op_.channels, dx), op_.channels, tile.out.row_step};
+    const int64_t grad_step = op_.grad_token_stride;
+    if (op_.residual) {
+      tile.add = {grad_of<T>(op_, image, block_.first) + token * grad_step, grad_step, op_.width * grad_step};
     }
     return tile;
   }
 
   // The same from the ring to dt_.
-  GradientTile<float, float> ring_tile(int64_t y) const {
+  GradientTile<float, float> ring_tile() const {
     GradientTile<float, float> tile{};
-    tile.x_step = tile.out_step = op_.channel_block;
-    for (int64_t row = 0; row < 2; ++row) {
-      tile.x[row] = block_.ring_row(y + row);
-      tile.out[row] = dt_ + row * op_.width * op_.channel_block;
-    }
+    tile.x = {block_.ring_row(0), op_.channel_block, op_.padded_width * op_.channel_block};
+    tile.out = {dt_, op_.channel_block, op_.width * op_.channel_block};
     return tile;
   }
 
@@ -320,19 +343,22 @@ class Gradients3x3 {
     const TapSums sums{taps_, weight_sums.partial(), block_.channels};
     const bool weights = op_.weight_sums != nullptr;
     tile.dc_step = op_.channel_block;
+    const auto go_on = [&](int64_t inputs, int64_t outputs) {
+      weight_sums.end_term();
+      tile.advance(inputs, outputs);
+    };
     if (op_.stride == 1) {
       for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y - 1 + row) - op_.channel_block;
       for (int64_t column = 0; column < op_.width;) {
-        const bool many = column + kTileInputs <= op_.width;
-        with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
-          const auto go = [&]<int64_t count>() {
-            rows == 2 ? go_back_1<dt, dw, 2, count>(sums, tile) : go_back_1<dt, dw, 1, count>(sums, tile);
+        const int64_t count = column + kTileInputs <= op_.width ? kTileInputs : 1;
+        with_wanted(inputs, weights, tile.add.p != nullptr, [&]<bool dt, bool dw, bool adds>() {
+          const auto go = [&]<int64_t columns>() {
+            rows == 2 ? go_back_1<dt, dw, adds, 2, columns>(sums, tile)
+                      : go_back_1<dt, dw, adds, 1, columns>(sums, tile);
           };
-          many ? go.template operator()<kTileInputs>() : go.template operator()<1>();
+          count == 1 ? go.template operator()<1>() : go.template operator()<kTileInputs>();
         });
-        weight_sums.end_term();
-        const int64_t count = many ? kTileInputs : 1;
-        tile.advance(count, count);
+        go_on(count, count);
         column += count;
       }
       return;
@@ -340,15 +366,14 @@ class Gradients3x3 {
     for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y / 2 + row % 2);
     for (int64_t column = 0; column < op_.width;) {
       const int64_t pairs = (op_.width - column) / 2, count = pairs < kTileInputs ? pairs : kTileInputs;
-      with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
+      with_wanted(inputs, weights, false, [&]<bool dt, bool dw, bool>() {
         const auto go = [&]<bool right>(int64_t of) {
           rows == 2 ? go_back_2<dt, dw, true, right>(sums, tile, of) : go_back_2<dt, dw, false, right>(sums, tile, of);
         };
         count > 0 ? go.template operator()<true>(count) : go.template operator()<false>(1);
       });
-      weight_sums.end_term();
       const int64_t outputs = count > 0 ? count : 1;
-      tile.advance(2 * outputs, outputs);
+      go_on(2 * outputs, outputs);
       column += 2 * outputs;
     }
   }

@@ -136,55 +136,61 @@ struct BackwardRow {
   int64_t value_ahead = 0, grad_ahead = 0, out_ahead = 0;
 };
 
-// Fetches what channel c of a token, whose others are fetched too, shares a cache line with.
+// Fetches channel c, and what shares a line with it, of tokens that lie `ahead` behind; ahead is 0 where nothing does.
 template <int for_writing, class T>
-FASTVIT_INLINE void fetch(const T* token, int64_t c) {
+FASTVIT_INLINE void fetch_row(Tokens<T> tokens, int64_t ahead, int64_t count, int64_t c) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  if (kLanes >= line || c % line == 0) __builtin_prefetch(token + c, for_writing);
+  if (ahead == 0 || (kLanes < line && c % line != 0)) return;
+  const T* p = tokens.p + ahead + c;
+  for (int64_t token = 0; token < count; ++token, p += tokens.step) __builtin_prefetch(p, for_writing);
 }
 
-// Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums.
-template <class T, Activation activation, class Value, class Grad, class Out>
+// Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums, the latter where there is a
+// norm.
+template <class T, Activation activation, bool normed, class Value, class Grad, class Out>
 void pass_back(const NormCoefficients& norm, const Block& block, const BackwardRow<Value, Grad, Out>& row,
                SplitSums& sums) {
-  const int64_t channels = block.channels, first = block.first;
-  const bool normed = norm.mean != nullptr, through = normed && !row.unnormed;
-  const int64_t value_ahead = row.value_ahead, grad_ahead = row.grad_ahead, out_ahead = row.out_ahead;
+  constexpr bool valued = normed || activation != Activation::none;
+  const int64_t first = block.first;
+  const bool goes = row.out.p != nullptr, adds = row.add.p != nullptr, through = normed && !row.unnormed;
   const Vec zero = Vec::fill(0.0f);
   for (int64_t begin = 0; begin < row.columns; begin += kGroup) {
-    const int64_t end = begin + kGroup < row.columns ? begin + kGroup : row.columns;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const int64_t n = channels - c < kLanes ? channels - c : kLanes;
-      const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : Vec::fill(0.0f); };
+    const int64_t count = begin + kGroup < row.columns ? kGroup : row.columns - begin;
+    const auto values = row.value.from(begin);
+    const auto grads = row.grad.from(begin);
+    const auto outs = row.out.from(begin);
+    const auto added = row.add.from(begin);
+    for_each_vector(block.channels, [&](int64_t c, int64_t n) {
+      fetch_row<0>(values, row.value_ahead, count, c);
+      fetch_row<0>(grads, row.grad_ahead, count, c);
+      fetch_row<1>(outs, row.out_ahead, count, c);
+      const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : zero; };
       const Vec mean = read(norm.mean), scale = read(norm.scale), bias = read(norm.bias);
       const Vec slope = read(norm.slope), offset = read(norm.offset);
-      auto value = row.value.from(begin);
-      auto grad = row.grad.from(begin);
-      auto out = row.out.from(begin);
-      auto add = row.add.from(begin);
+      const Value* value = values.p + c;
+      const Grad* grad = grads.p + c;
+      Out* out = outs.p + c;
+      const Out* add = added.p + c;
       Vec sum = zero, product = zero;
-      for (int64_t column = begin; column < end; ++column) {
-        Vec centred = value.p == nullptr ? zero : load(value.p + c, n), behind = centred;
-        if (normed) {
-          centred = centred - mean;
-          behind = fma(centred, scale, bias);
+      for (int64_t column = 0; column < count; ++column) {
+        Vec centred = zero, dn = load(grad, n);
+        if constexpr (valued) {
+          centred = load(value, n) - mean;
+          dn *= derivative<activation, T>(normed ? fma(centred, scale, bias) : centred);
+          value += values.step;
         }
-        if (grad_ahead != 0) fetch<0>(grad.p + grad_ahead, c);
-        if (value_ahead != 0) fetch<0>(value.p + value_ahead, c);
-        const Vec dn = load(grad.p + c, n) * derivative<activation, T>(behind);
+        grad += grads.step;
         sum += dn;
-        product = fma(dn, centred, product);
-        if (out.p != nullptr) {
-          Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
-          if (add.p != nullptr) result += load(add.p + c, n);
-          store(result, out.p + c, n);
-          if (out_ahead != 0) fetch<1>(out.p + out_ahead, c);
-        }
-        value = value.from(1), grad = grad.from(1), out = out.from(1), add = add.from(1);
+        if constexpr (normed) product = fma(dn, centred, product);
+        if (!goes) continue;
+        Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
+        if (adds) result += load(add, n), add += added.step;
+        store(result, out, n);
+        out += outs.step;
       }
       sums.add(0, c, sum);
-      sums.add(1, c, product);
-    }
+      if constexpr (normed) sums.add(1, c, product);
+    });
     sums.end_term();
   }
 }
@@ -227,16 +233,20 @@ template <class T>
 using PassInputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, float, T>&, SplitSums&);
 
 template <class T>
-PassOutputBack<T> choose_output_back(Activation activation) {
+PassOutputBack<T> choose_output_back(Activation activation, bool normed) {
   PassOutputBack<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, T, T, float>; });
+  with_activation(activation, [&]<Activation known>() {
+    chosen = normed ? pass_back<T, known, true, T, T, float> : pass_back<T, known, false, T, T, float>;
+  });
   return chosen;
 }
 
 template <class T>
-PassInputBack<T> choose_input_back(Activation activation) {
+PassInputBack<T> choose_input_back(Activation activation, bool normed) {
   PassInputBack<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() { chosen = pass_back<T, known, T, float, T>; });
+  with_activation(activation, [&]<Activation known>() {
+    chosen = normed ? pass_back<T, known, true, T, float, T> : pass_back<T, known, false, T, float, T>;
+  });
   return chosen;
 }
 

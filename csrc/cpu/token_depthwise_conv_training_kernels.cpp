@@ -199,7 +199,7 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
 template <class T>
 void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
   Block block(op, scratch);
-  const PassOutputBack<T> pass = choose_output_back<T>(op.activation);
+  const PassOutputBack<T> pass = choose_output_back<T>(op.activation, op.post.mean != nullptr);
   for_each_unpacked(op, block, begin, end, [&](int64_t image) {
     SplitSums sums(block.end, 2, op.channel_block);
     auto row = output_row<T>(op, block, image, 0);
@@ -264,8 +264,8 @@ class ConvGradients {
         columns_(op.out_width, op.stride, turned_.offset, turned_.op.width),
         take_(choose_take_row<T>(op)),
         convolve_turned_(choose_convolve<float>(turned_.op, Activation::none)),
-        pass_output_back_(choose_output_back<T>(op.activation)),
-        pass_input_back_(choose_input_back<T>(op.pre_activation)) {}
+        pass_output_back_(choose_output_back<T>(op.activation, op.post.mean != nullptr)),
+        pass_input_back_(choose_input_back<T>(op.pre_activation, op.pre.mean != nullptr)) {}
 
   void operator()(int64_t begin, int64_t end) {
     for_each_item(op_, block_, begin, end, [&](int64_t image) { run(image); });
