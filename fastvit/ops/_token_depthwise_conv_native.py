@@ -225,7 +225,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:  # whoever used the result passes nothing back
+            return (None,) * len(ctx.needs_input_grad)
         x, conv, weight, bias, pre_weight, pre_bias, norm_weight, norm_bias, pre_mean, pre_var, mean, var = (
             ctx.saved_tensors
         )

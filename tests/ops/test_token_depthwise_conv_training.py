@@ -208,6 +208,23 @@ def test_of_maps_only_x_is_kept_and_the_result_where_something_follows(case: dic
     assert sum(tensor.numel() >= arguments["x"].numel() for tensor in kept) == maps
 
 
+class _PassesNothingBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_a_result_whose_user_passes_nothing_back() -> None:
+    arguments = make_arguments(Case((5, 4), norm=True), torch.float32)
+    x = arguments["x"].requires_grad_()
+    (_PassesNothingBack.apply(token_depthwise_conv(**arguments)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_second_derivatives_are_refused() -> None:
     arguments = make_arguments(Case((4, 4), 8), torch.float32)
     arguments["x"].requires_grad_()
