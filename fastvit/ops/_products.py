@@ -141,7 +141,7 @@ def pays_off() -> bool:
     """Whether products of the C++ kernel are faster than the library's on this machine, where they are not small.
 
     They are where the library's float32 product does not use what the CPU has: MKL does not on AMD's. There the C++
-    kernel takes 0.4 to 0.75 times its time, and 0.65 to 0.85 times oneDNN's in bfloat16
+    kernel takes 0.4 to 0.75 times its time, and 0.7 to 1.0 times oneDNN's in bfloat16
     (``benchmarks/ops/linear.py``). Elsewhere neither has been measured, and the library is left to it.
     """
     return _MKL_ON_AMD and _CPU["in_use"] in ("avx512", "avx512_bf16")
