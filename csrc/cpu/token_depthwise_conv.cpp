@@ -35,7 +35,7 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
   const int64_t threads = numel < kSerialNumel ? 1 : num_threads();
   TokenDepthwiseConvWork work{};
   static_cast<TokenDepthwiseConv&>(work) = op;
-  work.direct = goes_directly(work);
+  work.direct = divide_directly(work);
   if (!work.direct) {
     work.padded_width = op.width + 2 * op.padding;
     work.ring_rows = rows_at_once(op);

@@ -2,8 +2,6 @@
 // parameters, the rows of its input, and the convolution of them.
 #pragma once
 
-#include <type_traits>
-
 #include "activation.h"
 #include "token_depthwise_conv.h"
 #include "vec.h"

@@ -83,7 +83,7 @@ FASTVIT_INLINE void add_row(const Vec* in, const float* taps, int64_t dy, Vec (&
   }
 }
 
-// The inputs of a row, and where they are the outputs' own, the residual.
+// The inputs of a row that are there.
 template <int64_t columns, int64_t stride, bool left, bool right, class T>
 FASTVIT_INLINE void load_row(const Tile<T>& tile, const T* from, Vec* in) {
   constexpr int64_t inputs = (columns - 1) * stride + 3;
@@ -148,7 +148,7 @@ void convolve_tiles(const TokenDepthwiseConvWork& op, const TapVectors& vectors,
   if (op.width == 1) return convolve_tile<rows, 1, stride, true, true, residual>(vectors, tile);
   convolve_tile<rows, 1, stride, true, false, residual>(vectors, tile);
   const int64_t inner = (op.width - 2) / stride;  // columns with both neighbours, behind the first
-  int64_t column = 0;
+  int64_t column = -1;                            // of those; the first tile is in front of them
   const auto advance = [&](int64_t columns, int64_t inputs) __attribute__((always_inline)) {
     tile.in += inputs * tile.step;
     tile.out += columns * tile.out_step;
@@ -156,7 +156,6 @@ void convolve_tiles(const TokenDepthwiseConvWork& op, const TapVectors& vectors,
     column += columns;
   };
   advance(1, stride - 1);  // the next tile begins a column to the left of its first output
-  column = 0;
   for (; column + kTileColumns <= inner; advance(kTileColumns, kTileColumns * stride)) {
     convolve_tile<rows, kTileColumns, stride, false, false, residual>(vectors, tile);
   }
@@ -171,6 +170,7 @@ void convolve_tiles(const TokenDepthwiseConvWork& op, const TapVectors& vectors,
   if (1 + inner < op.out_width) convolve_tile<rows, 1, stride, false, true, residual>(vectors, tile);
 }
 
+// An item of work.
 template <class T>
 struct DirectItem {
   const T* image;      // the block's channels of the first token of the grid
@@ -181,6 +181,7 @@ struct DirectItem {
 template <class T>
 using ConvolveDirectly = void (*)(const TokenDepthwiseConvWork&, const TapVectors&, const DirectItem<T>&);
 
+// The output rows of an item.
 template <int64_t stride, bool residual, class T>
 void convolve_directly(const TokenDepthwiseConvWork& op, const TapVectors& vectors, const DirectItem<T>& item) {
   const int64_t step = op.x_token_stride, row_step = op.width * step;

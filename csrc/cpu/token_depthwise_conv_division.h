@@ -20,9 +20,9 @@ inline void set_channel_block(TokenDepthwiseConvWork& work, int64_t cache_floats
   work.channel_blocks = divide_up(work.channels, work.channel_block);
 }
 
-// Divides the channels for the way without a ring, if it can be taken: where nothing stands in front of the convolution
-// or behind it but a norm and the residual, and every block of channels fills a vector.
-inline bool goes_directly(TokenDepthwiseConvWork& work) {
+// Divides the channels for the way without a ring; whether it can be taken: where nothing stands in front of the
+// convolution or behind it but a norm and the residual, and every block of channels fills a vector.
+inline bool divide_directly(TokenDepthwiseConvWork& work) {
   const bool plain = work.pre_norm.mean.data == nullptr && work.pre_activation == Activation::none &&
                      work.activation == Activation::none;
   if (!plain || !is_3x3(work)) return false;

@@ -103,7 +103,7 @@ void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
   pass.norm = {};
   pass.activation = Activation::none;
   pass.residual = false;
-  pass.direct = goes_directly(pass);
+  pass.direct = divide_directly(pass);
   if (pass.direct) {
     pass.ring_rows = pass.padded_width = 0;
   } else {
