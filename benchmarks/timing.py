@@ -25,6 +25,11 @@ def _seconds(call: Callable[[Any], Any], argument: Any, device: torch.device) ->
     return time.perf_counter() - begin
 
 
+def as_it_is(argument: Any) -> Any:
+    """The preparation of what needs none."""
+    return argument
+
+
 def interleaved(
     calls: Sequence[Callable[[Any], Any]],
     arguments: Sequence[Any],
@@ -32,6 +37,7 @@ def interleaved(
     rounds: int,
     device: torch.device | str = "cpu",
     warmup: int = 2,
+    prepare: Sequence[Callable[[Any], Any]] | None = None,
 ) -> list[list[float]]:
     """Time ``calls`` in turn, ``rounds`` times each.
 
@@ -39,19 +45,21 @@ def interleaved(
         calls: the candidates; each is called with one argument.
         arguments: inputs, one per round in rotation, so that no round meets its own input in the cache.
         warmup: rounds that are run and not counted.
+        prepare: one per candidate, run untimed in front of each of its calls, which gets what this makes of the input.
 
     Returns:
         A list of seconds per candidate, one entry a round; entry i of every list belongs to the same round. The order
         within a round is drawn, so that none always finds the caches as the same other one leaves them.
     """
     device = torch.device(device)
+    prepare = [as_it_is] * len(calls) if prepare is None else prepare
     seconds: list[list[float]] = [[] for _ in calls]
     order, draws = list(range(len(calls))), random.Random(0)
     for turn in range(-warmup, rounds):
         argument = arguments[turn % len(arguments)]
         draws.shuffle(order)
         for i in order:
-            elapsed = _seconds(calls[i], argument, device)
+            elapsed = _seconds(calls[i], prepare[i](argument), device)
             if turn >= 0:
                 seconds[i].append(elapsed)
     return seconds

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import as_it_is, interleaved
 
 Call = Callable[[Any], Any]
 FRESH_BYTES = 64 << 20  # more than the caches of the machines at hand hold
@@ -37,6 +37,11 @@ def _each(call: Call) -> Call:
     return run
 
 
+def _all(prepare: Call) -> Call:
+    """Every input of a round, prepared before the first of its calls."""
+    return lambda inputs: list(map(prepare, inputs))
+
+
 def fresh(make: Callable[[], Any], size: int) -> list[Any]:
     """Inputs for :func:`compare` of ``size`` bytes each: so many that none is in a cache still when its turn comes.
 
@@ -52,13 +57,17 @@ def compare(
     rounds: int = 30,
     repeats: int = 1,
     device: torch.device | str = "cpu",
+    prepare: Mapping[str, Call] | None = None,
 ) -> dict[str, Measured]:
     """Time the candidates in turn, ``rounds`` times each, in an order that is drawn.
 
-    A round averages over ``repeats`` calls, each of which has another one of ``inputs``, which take turns.
+    A round averages over ``repeats`` calls, each of which has another one of ``inputs``, which take turns. What
+    ``prepare`` makes of an input, for the candidates it names, is made untimed in front of the round.
     """
     groups = [[inputs[(i * repeats + j) % len(inputs)] for j in range(repeats)] for i in range(len(inputs))]
-    seconds = interleaved(list(map(_each, calls.values())), groups, rounds=rounds, device=device, warmup=3)
+    first = [_all(prepare[name]) if prepare and name in prepare else as_it_is for name in calls]
+    timed = list(map(_each, calls.values()))
+    seconds = interleaved(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
     return {name: _measured(times, repeats) for name, times in zip(calls, seconds, strict=True)}
 
 

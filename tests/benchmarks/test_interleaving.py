@@ -1,0 +1,47 @@
+"""Candidates take turns, and what prepares a call is not timed with it."""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.ops._timing import compare
+from benchmarks.timing import interleaved
+
+
+def test_a_call_gets_what_was_prepared_for_it_just_before():
+    played: list[str] = []
+
+    def prepare(candidate: str):
+        return lambda argument: played.append(candidate.upper()) or f"{candidate}{argument}"
+
+    calls = [lambda made, candidate=candidate: played.append(f"{candidate}:{made}") for candidate in "ab"]
+    seconds = interleaved(calls, [0, 1], rounds=4, warmup=1, prepare=[prepare("a"), prepare("b")])
+    assert [len(each) for each in seconds] == [4, 4]
+    turns = [tuple(played[i : i + 2]) for i in range(0, len(played), 2)]
+    rounds = [set(turns[i : i + 2]) for i in range(0, len(turns), 2)]
+    assert rounds == [{("A", f"a:a{i}"), ("B", f"b:b{i}")} for i in (1, 0, 1, 0, 1)]
+
+
+def test_preparing_is_not_timed():
+    (first, second) = interleaved(
+        [lambda _: None, lambda _: time.sleep(0.02)],
+        [None],
+        rounds=3,
+        warmup=0,
+        prepare=[lambda _: time.sleep(0.02), lambda _: None],
+    )
+    assert min(first) < 0.01
+    assert min(second) >= 0.02
+
+
+def test_all_calls_of_a_round_are_prepared_before_the_first():
+    played: list[str] = []
+    times = compare(
+        {"whole": lambda x: None, "alone": lambda x: played.append(f"call {x}")},
+        [1, 2, 3],
+        rounds=1,
+        repeats=2,
+        prepare={"alone": lambda x: played.append(f"prepare {x}") or -x},
+    )
+    assert played[-4:] == ["prepare 1", "prepare 2", "call -1", "call -2"]
+    assert set(times) == {"whole", "alone"}
