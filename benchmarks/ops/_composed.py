@@ -1,25 +1,33 @@
-"""What the benchmarks of operators made of several layers share: the library compositions, arguments, the table."""
+"""What the benchmarks of convolutions share: arguments, the library compositions, measuring beside them."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
-from fastvit import backends
+from benchmarks.ops import _table
+from benchmarks.ops._table import Row, Table, Times, make_row
+from benchmarks.ops._timing import Call, compare, fresh, is_accurate
 from fastvit.reference.functional import BatchNorm, activate
 
-Row = tuple[str, Mapping[str, Any], Callable[[int, torch.dtype], dict[str, Any]]]
 Makers = Mapping[str, Callable[[dict[str, Any]], Call]]
+ELEMENTS = 200_000
+"""A round of small inputs is at least so many elements."""
+
+
+class Shape(Protocol):
+    """One use of an operator in a model."""
+
+    @property
+    def name(self) -> str: ...
+
+    def _asdict(self) -> dict[str, Any]: ...
 
 
 def random_norm(channels: int) -> BatchNorm:
@@ -58,68 +66,40 @@ def convolve(
     return activate(out, activation).flatten(2).transpose(1, 2)
 
 
-def main(description: str, rows: Iterable[Row], candidates: Makers, argv: Sequence[str] | None = None) -> None:
-    """Measure every row with every candidate in turn and print the table.
-
-    Args:
-        rows: name, what to say of it in JSON, and a function of batch and dtype that makes its arguments.
-        candidates: by name, what makes a call on x of the other arguments. The first is fastvit's, the second its
-            plain twin.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isa", help="instruction set of the C++ kernels; the CPU's best by default")
-    parser.add_argument("--threads", type=int, help="torch's threads")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write the measurements here")
-    options = parser.parse_args(argv)
-    if reasons := backends.cpp_reasons():
-        parser.error("; ".join(reasons))
-    from fastvit import _C
-
-    if options.isa:
-        _C._set_cpu_capability(options.isa)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    machine |= {"isa": _C.cpu_info()["in_use"], "cpu": backends.describe()["devices"][0]["name"]}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("median milliseconds | the peer's time over fastvit's")
-    names = list(candidates)
-    print(f"{'':<38}" + "".join(f"{n[:8]:>9}" for n in names) + " |" + "".join(f"{n[:8]:>9}" for n in names[1:]))
-    measured = []
-    for dtype in options.dtype:
-        for batch in options.batch:
-            for name, facts, make in rows:
-                if options.only not in name:
-                    continue
-                torch.manual_seed(0)
-                times, right = _measure(make(batch, getattr(torch, dtype)), candidates, options.rounds)
-                _show(f"{name}, batch {batch}, {dtype}", times, right)
-                measured.append({"shape": facts, "batch": batch, "dtype": dtype, "accurate": right})
-                measured[-1]["ms"] = {candidate: value._asdict() for candidate, value in times.items()}
-    if options.json:
-        text = json.dumps({"machine": machine, "rows": measured}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
-
-
-def _measure(arguments: dict[str, Any], candidates: Makers, rounds: int) -> tuple[dict[str, Measured], bool]:
-    """The times of every candidate, and whether the first one's result is right."""
-    x = arguments.pop("x")
-    calls = {name: maker(arguments) for name, maker in candidates.items()}
+def measure(calls: Mapping[str, Call], exact: Call, x: Tensor, rounds: int) -> tuple[Times, bool]:
+    """The times of every candidate, and whether the first one's result is right; the second is its plain twin."""
     fastvit, plain, *_ = calls.values()
     with torch.no_grad():
-        exact = list(candidates.values())[1](converted(arguments, torch.float64))
         results = fastvit(x), plain(x), exact(x.double())
         right = all(is_accurate(*each) for each in zip(*map(pytree.tree_leaves, results), strict=True))
         inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
-        return compare(calls, inputs, rounds=rounds, repeats=max(1, 100_000 // x.numel())), right
+        return compare(calls, inputs, rounds=rounds, repeats=max(1, ELEMENTS // x.numel())), right
 
 
-def _show(name: str, times: dict[str, Measured], right: bool) -> None:
-    first, *peers = times
-    columns = [f"{measured.median:9.3f}" for measured in times.values()]
-    ratios = [f"{times[peer].median / times[first].median:8.2f}x" if right else "   wrong" for peer in peers]
-    print(f"{name:<38}" + "".join(columns) + " |" + "".join(ratios), flush=True)
+def make_table(
+    shapes: Sequence[Shape], make_arguments: Callable[[Any, int, torch.dtype], dict[str, Any]], candidates: Makers
+) -> Table:
+    """A row a shape, measured with every candidate in turn.
+
+    Args:
+        make_arguments: of shape, batch and dtype; x among them.
+        candidates: by name, what makes a call on x of the other arguments. The first is fastvit's, the second its
+            plain twin.
+    """
+
+    def measured(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> Row:
+        arguments = make_arguments(shape, batch, dtype)
+        x = arguments.pop("x")
+        calls = {name: maker(arguments) for name, maker in candidates.items()}
+        exact = list(candidates.values())[1](converted(arguments, torch.float64))
+        times, right = measure(calls, exact, x, rounds)
+        return make_row(shape._asdict(), batch, dtype, right, ms=times)
+
+    names = list(candidates)
+    return Table(names, names[1:], {shape.name: functools.partial(measured, shape) for shape in shapes})
+
+
+def main(description: str | None, table: Table, argv: Sequence[str] | None = None) -> None:
+    """The command of a table."""
+    options, machine = _table.start(_table.make_parser(description), argv)
+    _table.write(options.json, machine=machine, rows=_table.fill(table, options))

@@ -70,14 +70,14 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
     return run
 
 
-CANDIDATES = {
+CANDIDATES: _composed.Makers = {
     "fastvit": lambda arguments: functools.partial(ops.leff, **arguments),
     "eager": lambda arguments: functools.partial(functional.leff, **arguments),
     "nchw": functools.partial(library_composition, channels_last=False),
     "channels-last": functools.partial(library_composition, channels_last=True),
 }
+TABLE = _composed.make_table(SHAPES, make_arguments, CANDIDATES)
 
 
 if __name__ == "__main__":
-    assert __doc__ is not None
-    _composed.main(__doc__, [(s.name, s._asdict(), functools.partial(make_arguments, s)) for s in SHAPES], CANDIDATES)
+    _composed.main(__doc__, TABLE)
