@@ -1,8 +1,9 @@
-"""The short way of a call: at inference on the CPU straight to the C++ operators, whose own checks are enough.
+"""The short way of a call: on the CPU straight to the C++ operators, whose own checks are enough.
 
 Checking in Python and choosing an implementation cost as much as a small convolution, several times that where large
 tensors have just been through the caches. A call that the operators refuse goes the long way, where the checks name
-what is wrong or another implementation takes it; so does everything that is traced, transformed, recorded or cast.
+what is wrong or another implementation takes it; so does everything that is traced, transformed, recorded or cast. It
+is for inference; a convolution has one for training, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops import _attention, _dispatch, _products
-from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES
+from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, Call, out_size
+from fastvit.ops._token_depthwise_conv_native import run as run_convolution
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -28,6 +30,7 @@ __all__ = [
     "normalise",
     "product",
     "require_cpu",
+    "trained_convolution",
     "tried",
     "two_products",
 ]
@@ -37,6 +40,9 @@ Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 _NO_NORM: Norm = (None, None, None, None, 0.0)
 
 _HAS_CPP = not backends.cpp_reasons()
+_HAS_TRAINING = all(
+    backends.extension().has_op(f"token_depthwise_conv{name}", "cpu") for name in ("", "_training", "_backward")
+)
 _DTYPES = (torch.float32, torch.bfloat16)
 _PARAMETERS = (Tensor, torch.nn.Parameter)
 _CONVOLUTION = torch.ops.fastvit.token_depthwise_conv.default
@@ -48,11 +54,11 @@ class NotAtOnceError(Exception):
     """The call is not for the short way."""
 
 
-def tried(backend: str, run: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+def tried(backend: str, run: Callable[..., Any], x: Tensor, *rest: Any, trains: bool = False) -> Any:
     """run(x, *rest), or None where the call is for the long way: because something stands against the short one, or
-    because ``run`` raised, whatever it was.
+    because ``run`` raised, whatever it was. ``trains``: it does what autograd asks for.
     """
-    if not is_open(x, backend):
+    if not is_open(x, backend) or (torch.is_grad_enabled() and not trains):
         return None
     try:
         return run(x, *rest)
@@ -69,7 +75,6 @@ def is_open(x: Tensor, backend: str) -> bool:
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in _DTYPES
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and backends.REQUESTED is None
         and not _dispatch.must_be_plain()
@@ -126,6 +131,54 @@ def convolution(
         prefix_tokens,
         residual,
     )
+
+
+def _require_trainable(norm: BatchNorm | None, x: Tensor, values: int) -> None:
+    """Raises unless the kernels take the norm, of so many values a channel, and its statistics can be moved."""
+    if norm is None:
+        return
+    if type(norm) is not BatchNorm or norm.layer is not None or (norm.use_batch_stats and values < 2):
+        raise NotAtOnceError
+    require_cpu(*norm[:4])
+    for statistics in norm[:2]:
+        if statistics is None:
+            right = norm.use_batch_stats
+        else:
+            right = not statistics.requires_grad and statistics.shape == x.shape[2:] and statistics.is_floating_point()
+        if not right:
+            raise NotAtOnceError
+
+
+def trained_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    stride: int,
+    padding: int | None,
+    prefix_tokens: int,
+    pre_norm: BatchNorm | None,
+    pre_activation: str | None,
+    norm: BatchNorm | None,
+    activation: str | None,
+    residual: bool,
+) -> Tensor:
+    """``token_depthwise_conv`` with gradients and statistics of the batch; raises where the call needs the long way,
+    before any running statistics have moved.
+    """
+    if type(weight) not in _PARAMETERS or not _HAS_TRAINING:
+        raise NotAtOnceError
+    require_cpu(weight, bias)
+    kernel = weight.shape[3]
+    padding = kernel // 2 if padding is None else padding
+    height, width = grid
+    outputs = out_size(height, kernel, stride, padding) * out_size(width, kernel, stride, padding)
+    _require_trainable(pre_norm, x, x.shape[0] * height * width)
+    _require_trainable(norm, x, x.shape[0] * outputs)
+    around = (pre_norm, pre_activation, norm, activation, residual)
+    call = Call(x, weight, bias, grid, stride, padding, prefix_tokens, *around)
+    parameters = (weight, bias, *(() if pre_norm is None else pre_norm[2:4]), *(() if norm is None else norm[2:4]))
+    return run_convolution(call, NATIVE, _dispatch.gradients_needed(x, *parameters))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

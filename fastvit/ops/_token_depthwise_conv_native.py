@@ -191,7 +191,9 @@ def _low_level(
 
 
 class _Differentiable(torch.autograd.Function):
-    """(out, pre_mean, pre_var, mean, var) of a call in which gradients are needed."""
+    """A call in which gradients are needed: (out, pre_mean, pre_var, mean, var), or out alone where no norm takes
+    statistics of the batch.
+    """
 
     @staticmethod
     def forward(
@@ -209,7 +211,7 @@ class _Differentiable(torch.autograd.Function):
         pre_var: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...] | Tensor:
         pre_norm, norm = (pre_weight, pre_bias, pre_mean, pre_var), (norm_weight, norm_bias, mean, var)
         out, conv, *statistics = operators.training(x, *_low_level(weight, bias, pre_norm, norm, numbers))
         if numbers.pre_batch:
@@ -219,8 +221,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.operators, ctx.numbers = operators, numbers
         affine = (pre_weight, pre_bias, norm_weight, norm_bias)
         ctx.save_for_backward(x, conv, weight, bias, *affine, pre_mean, pre_var, mean, var)
-        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
+        if not (numbers.pre_batch or numbers.batch):
+            return out
+        ctx.mark_non_differentiable(*statistics)
         return out, *statistics
 
     @staticmethod
@@ -289,7 +293,10 @@ def run(call: Call, operators: Operators, differentiate: bool) -> Tensor:
     numbers = Numbers(pre_eps, pre_batch, codes[0], eps, batch, codes[1], *geometry)
     if differentiate:
         affine = (*pre_norm[:2], *norm[:2])
-        out, *statistics = _Differentiable.apply(operators, numbers, x, weight, bias, *affine, *pre_norm[2:], *norm[2:])
+        found = _Differentiable.apply(operators, numbers, x, weight, bias, *affine, *pre_norm[2:], *norm[2:])
+        if not (pre_batch or batch):
+            return found
+        out, *statistics = found
     else:
         out, _, *statistics = operators.training(x, *_low_level(weight, bias, pre_norm, norm, numbers))
     if pre_batch and call.pre_norm is not None:

@@ -206,7 +206,8 @@ def token_depthwise_conv(
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
     geometry, around = (grid, stride, padding, prefix_tokens), (pre_norm, pre_activation, norm, activation, residual)
-    found = _at_once.tried(backend, _at_once.convolution, x, weight, bias, *geometry, *around)
+    short = _at_once.trained_convolution if torch.is_grad_enabled() else _at_once.convolution
+    found = _at_once.tried(backend, short, x, weight, bias, *geometry, *around, trains=True)
     if found is not None:
         return found
     check_x(x)

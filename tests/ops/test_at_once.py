@@ -92,7 +92,7 @@ def went(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for name in ("attention", "convolution", "norm_arguments", "product"):
+    for name in ("attention", "convolution", "norm_arguments", "product", "trained_convolution"):
         monkeypatch.setattr(_at_once, name, noting(name))
     return found
 
@@ -120,6 +120,8 @@ def test_stays_closed_where_something_is_to_be_known_of_the_call(op, went, monke
     args, kwargs = CALLS[op]()
     call = getattr(ops, op)
     call(*args, **kwargs)  # gradients could be needed
+    assert not set(went) - {"trained_convolution"}
+    went.clear()
     with torch.no_grad():
         with recording(lambda selection: None):
             call(*args, **kwargs)
@@ -156,6 +158,75 @@ def test_a_norm_over_the_batch_goes_the_long_way(went):
     assert not {"convolution", "product"} & set(went)
     assert layer.num_batches_tracked == 1
     assert not torch.equal(layer.running_mean, torch.zeros(CHANNELS))
+
+
+def _training_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    """Of a convolution between two norms over the batch; every parameter needs its gradient."""
+
+    def parameter(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
+    def norm() -> BatchNorm:
+        running = torch.randn(CHANNELS).to(dtype), torch.rand(CHANNELS).to(dtype)
+        return BatchNorm(*running, parameter(CHANNELS), parameter(CHANNELS), use_batch_stats=True)
+
+    around = {"pre_norm": norm(), "pre_activation": "gelu", "norm": norm(), "activation": "gelu"}
+    return {"x": _tokens().to(dtype).requires_grad_(), "weight": parameter(CHANNELS, 1, 3, 3), "bias": None, **around}
+
+
+def _step(arguments: dict[str, Any]) -> list[Tensor]:
+    """The result, the gradients and what became of the running statistics."""
+    out = ops.token_depthwise_conv(**arguments, grid=GRID, prefix_tokens=1)
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients = torch.autograd.grad(out.float().square().sum(), trained, allow_unused=True)
+    return [out.detach(), *gradients, *(leaf for leaf in leaves if not leaf.requires_grad)]
+
+
+def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), arguments
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trains_as_the_long_way_does(dtype, went, monkeypatch):
+    arguments = _training_arguments(dtype)
+    found = _step(_copied(arguments))
+    assert went == ["trained_convolution"]
+    monkeypatch.setattr(_at_once, "is_open", lambda *_: False)
+    assert _bitwise_equal(found, _step(_copied(arguments)))
+
+
+UNTRAINABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a layer of another kind": lambda given: given.update(norm=BatchNorm.of(nn.GroupNorm(4, CHANNELS))),
+    "a float64 parameter": lambda given: given.update(weight=given["weight"].detach().double()),
+}
+
+
+@pytest.mark.parametrize("name", UNTRAINABLE)
+def test_what_it_cannot_train_goes_the_long_way(name, went, monkeypatch):
+    arguments = _training_arguments(torch.float32)
+    arguments["norm"] = arguments["norm"]._replace(use_batch_stats=False)
+    UNTRAINABLE[name](arguments)
+    found = _step(_copied(arguments))
+    assert not went
+    monkeypatch.setattr(_at_once, "is_open", lambda *_: False)
+    assert _bitwise_equal(found, _step(_copied(arguments)))
+
+
+@pytest.mark.parametrize("wrong", ["pre_norm", "norm"])
+def test_running_statistics_stay_where_a_call_is_refused(wrong):
+    """Those of the other norm are right, and would be moved."""
+    arguments = _training_arguments(torch.float32)
+    arguments[wrong] = arguments[wrong]._replace(running_mean=torch.zeros(CHANNELS + 1))
+    before = _copied(arguments)
+    with pytest.raises(ValueError, match=f"{wrong}.running_mean"):
+        _step(arguments)
+    kept, then = (
+        [leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)] for each in (arguments, before)
+    )
+    assert _bitwise_equal(kept, then)
 
 
 @pytest.mark.parametrize("pays_off", [False, True])
