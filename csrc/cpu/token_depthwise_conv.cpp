@@ -41,6 +41,7 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
     work.ring_rows = rows_at_once(op);
     set_channel_block(work, kCacheFloats, (work.ring_rows + 1) * work.padded_width + op.kernel * op.kernel + 3);
   }
+  work.streams = is_streamed(work, work.out, numel);
   work.row_block = choose_row_block(work, threads);
   work.row_blocks = divide_up(op.out_height, work.row_block);
   work.scratch_floats = block_floats(work) + work.channel_blocks * work.direct_floats;

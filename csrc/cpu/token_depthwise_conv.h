@@ -20,6 +20,7 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t ring_rows;       // input rows a thread holds at a time
   bool direct;             // from x to the result, without a ring
   int64_t direct_floats;   // of the taps of a channel block, as that way wants them
+  bool streams;            // the result's tokens are whole cache lines, and go past the caches
   int64_t scratch_floats;  // working memory of one thread
   int64_t items, grain;    // all there are, and as many as a thread should take at least
 };

@@ -228,6 +228,7 @@ struct Target {
   int64_t step, row_step;  // to the next token, and row
   const T* add;            // null where there is nothing to add
   int64_t add_step, add_row_step;
+  bool streams;
 
   // The rows from one of them on.
   FASTVIT_INLINE Target from(int64_t row) const {
@@ -247,7 +248,8 @@ struct Target {
   FASTVIT_INLINE void give(Vec value, int64_t row, int64_t c, int64_t n) const {
     value = activate<activation, T>(value);
     if (add != nullptr) value += load(add + row * add_row_step + c, n);
-    store(value, to + row * row_step + c, n);
+    T* const p = to + row * row_step + c;
+    kStreams && streams ? stream(value, p) : store(value, p, n);
   }
 };
 

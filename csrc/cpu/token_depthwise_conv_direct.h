@@ -42,6 +42,7 @@ struct Tile {
   const T* ahead;            // the input, of the same column, that the next row of tiles begins with; or null
   T* out;
   int64_t out_step, out_row_step;
+  bool streams;
 };
 
 // Fetches the inputs of `columns` tokens of the two rows that the next row of tiles is the first to need.
@@ -111,7 +112,7 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
       for (Vec& sum : row) sum = shift;
     }
     if (tile.ahead != nullptr) fetch_ahead<columns * stride>(tile, c);
-    fetch_out<rows, columns>(tile, c);
+    if (!(kStreams && tile.streams)) fetch_out<rows, columns>(tile, c);
     const T* from = tile.in + c;
     if constexpr (rows == 1) {
       for (int64_t dy = tile.first_dy; dy < tile.end_dy; ++dy, from += tile.row_step) {
@@ -136,7 +137,8 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
     for (int64_t row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column) {
-        sums[row][column].store(tile.out + row * tile.out_row_step + column * tile.out_step + c);
+        T* const p = tile.out + row * tile.out_row_step + column * tile.out_step + c;
+        kStreams && tile.streams ? stream(sums[row][column], p) : sums[row][column].store(p);
       }
     }
   }
@@ -198,7 +200,8 @@ void convolve_directly(const TokenDepthwiseConvWork& op, const TapVectors& vecto
                        below == nullptr ? nullptr : below + bottom % op.height * row_step,
                        item.out + y * op.out_width * op.channels,
                        op.channels,
-                       op.out_width * op.channels};
+                       op.out_width * op.channels,
+                       op.streams};
     if constexpr (stride == 1) {
       if (pair) convolve_tiles<2, stride, residual>(op, vectors, tile);
     }

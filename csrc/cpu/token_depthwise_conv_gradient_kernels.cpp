@@ -37,6 +37,7 @@ struct GradientTile {
   // Where the rows come from, and go to, that are next; null where that is not memory.
   TileTokens<const X> x_ahead;
   TileTokens<const Out> out_ahead;
+  bool streams;
 
   FASTVIT_INLINE void advance(int64_t inputs, int64_t outputs) {
     for (const float*& row : dc) row += outputs * dc_step;
@@ -137,7 +138,7 @@ void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column, out += tile.out.step) {
         if constexpr (adds) sums[row][column] += load(add + column * tile.add.step, n);
-        store(sums[row][column], out, n);
+        kStreams && tile.streams ? stream(sums[row][column], out) : store(sums[row][column], out, n);
       }
     }
   });
@@ -163,7 +164,7 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
       if constexpr (inputs) {
         Vec sum = Vec::fill(0.0f);
         ((sum = fma(pairs.dc, tap[pairs.dy][pairs.dx], sum)), ...);
-        store(sum, to, n);
+        kStreams && tile.streams ? stream(sum, to) : store(sum, to, n);
       }
       if constexpr (weights) {
         const Vec t = load(from, n);
@@ -321,7 +322,10 @@ class Gradients3x3 {
     tile.x_ahead = {row_ahead(image, y + 2, x_step, x), x_step, tile.x.row_step};
     if (op_.dx == nullptr) return tile;
     tile.out = {dx(image, block_.first) + token * op_.channels, op_.channels, op_.width * op_.channels};
-    tile.out_ahead = {row_ahead(image, y + 2, op_.channels, dx), op_.channels, tile.out.row_step};
+    tile.streams = op_.streams;
+    if (!(kStreams && op_.streams)) {
+      tile.out_ahead = {row_ahead(image, y + 2, op_.channels, dx), op_.channels, tile.out.row_step};
+    }
     const int64_t grad_step = op_.grad_token_stride;
     if (op_.residual) {
       tile.add = {grad_of<T>(op_, image, block_.first) + token * grad_step, grad_step, op_.width * grad_step};
@@ -394,6 +398,7 @@ class Gradients3x3 {
 void conv_3x3_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
   op.element == Element::bfloat16 ? Gradients3x3<bf16>(op, scratch)(begin, end)
                                   : Gradients3x3<float>(op, scratch)(begin, end);
+  if (kStreams && op.streams) end_streams();
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -42,7 +42,8 @@ void convolve_rows(Block& block, TakeRow<T> take, Convolve<T> convolve, const T*
                            op.out_width * op.channels,
                            op.residual ? x + token * op.x_token_stride + block.first : nullptr,
                            op.x_token_stride,
-                           op.out_width * op.x_token_stride};
+                           op.out_width * op.x_token_stride,
+                           op.streams};
     take_rows(block, take, x, y, rows, next);
     convolve(block, top, target);
   }
@@ -74,11 +75,12 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
           op, vectors,
           {item_image<T>(op, item), out + op.prefix_tokens * op.channels + block.first, following, first_row, end_row});
     } else {
-      block.out = op.stride == 1 && op.out_width == op.width ? out : nullptr;
+      block.out = op.stride == 1 && op.out_width == op.width && !(kStreams && op.streams) ? out : nullptr;
       block.following = following;
       convolve_rows(block, take, convolve, x, out, first_row, end_row);
     }
   }
+  if (kStreams && op.streams) end_streams();
 }
 
 }  // namespace

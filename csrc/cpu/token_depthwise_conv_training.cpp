@@ -129,6 +129,7 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   }
   TokenDepthwiseConvPass pass = pass_of(op);
   pass.conv = op.conv;
+  pass.streams = is_streamed(op, op.out, op.batch * op.out_height * op.out_width * op.channels);
   run_token_pass(pass, FASTVIT_PER_ISA(finish), 3);
 }
 
@@ -230,6 +231,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   pass.grad_token_stride = op.grad_token_stride;
   pass.dx = op.dx;
   pass.dx_is_unnormed = op.pre_batch_statistics;
+  pass.streams = !pass.dx_is_unnormed && is_streamed(op, op.dx, op.batch * op.height * op.width * op.channels);
   pass.pre = pre.coefficients();
   pass.post = post.coefficients();
 

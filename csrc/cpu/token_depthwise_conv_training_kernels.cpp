@@ -107,7 +107,7 @@ class ConvolveRows {
       const int64_t rows = end_row - y < kRows ? end_row - y : kRows;
       take_rows(block_, take_, x_, y, rows, next_);
       convolve_(block_, y * op_.stride - op_.padding,
-                {rows, out_ + y * row_step, op_.channels, row_step, nullptr, 0, 0});
+                {rows, out_ + y * row_step, op_.channels, row_step, nullptr, 0, 0, false});
     }
   }
 
@@ -184,11 +184,12 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
         const Vec centred = load(conv + c, n) - Vec::load(mean + c);
         Vec value = activate<activation, T>(fma(centred, Vec::load(scale + c), Vec::load(bias + c)));
         if (op.residual) value += load(x + c, n);
-        store(value, out + c, n);
+        kStreams && op.streams ? stream(value, out + c) : store(value, out + c, n);
       });
       out += channels, conv += channels, x += op.x_token_stride;
     }
   });
+  if (kStreams && op.streams) end_streams();
 }
 
 template <class T>
@@ -236,7 +237,7 @@ struct Turned {
 inline Target<float> rows_at(const Block& block, int64_t y, float* to) {
   const TokenDepthwiseConvWork& op = block.op;
   const int64_t left = op.out_height - y, line = op.out_width * op.channel_block;
-  return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0};
+  return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0, false};
 }
 
 // The outputs along an axis that lie in the turned map: from `first` to before `end`.

@@ -280,4 +280,17 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
   return one / (one + exp(Vec::fill(0.0f) - x));
 }
 
+// Stores past the caches, of whole lines at once: what is stored so is not read first, as a line that is written to
+// piece by piece is. Elsewhere they are stores as any.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+FASTVIT_INLINE void stream(Vec v, float* p) { _mm512_stream_ps(p, v.v); }  // 64-byte aligned
+FASTVIT_INLINE void end_streams() { _mm_sfence(); }                        // before another thread reads
+#else
+constexpr bool kStreams = false;
+FASTVIT_INLINE void stream(Vec v, float* p) { v.store(p); }
+FASTVIT_INLINE void end_streams() {}
+#endif
+FASTVIT_INLINE void stream(Vec v, bf16* p) { v.store(p); }
+
 }  // namespace fastvit::FASTVIT_ISA
