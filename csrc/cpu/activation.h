@@ -13,20 +13,29 @@ constexpr bool is_coarse = false;
 template <>
 constexpr bool is_coarse<bf16> = true;
 
-// T: what the result is as good as rounded to.
+// Of each of a few vectors. T: what the result is as good as rounded to.
+template <Activation activation, class T = float, int count>
+FASTVIT_INLINE void activate(Vec (&x)[count]) {
+  if constexpr (activation == Activation::gelu) {
+    gelu<is_coarse<T>>(x);
+    return;
+  }
+  for (Vec& value : x) {
+    if constexpr (activation == Activation::quick_gelu) {
+      value *= sigmoid(value * Vec::fill(1.702f));
+    } else if constexpr (activation == Activation::silu) {
+      value *= sigmoid(value);
+    } else if constexpr (activation == Activation::relu) {
+      value = max(Vec::fill(0.0f), value);
+    }
+  }
+}
+
 template <Activation activation, class T = float>
 FASTVIT_INLINE Vec activate(Vec x) {
-  if constexpr (activation == Activation::gelu) {
-    return is_coarse<T> ? coarse_gelu(x) : gelu(x);
-  } else if constexpr (activation == Activation::quick_gelu) {
-    return x * sigmoid(x * Vec::fill(1.702f));
-  } else if constexpr (activation == Activation::silu) {
-    return x * sigmoid(x);
-  } else if constexpr (activation == Activation::relu) {
-    return max(Vec::fill(0.0f), x);
-  } else {
-    return x;
-  }
+  Vec one[1] = {x};
+  activate<activation, T>(one);
+  return one[0];
 }
 
 // Of the activation, at its input x.

@@ -95,30 +95,40 @@ FASTVIT_INLINE Interval interval_of(Vec t) {
   return {_mm512_castps_si512(shifted.v), fma(t, Vec::fill(2.5f), magic - shifted)};
 }
 
-template <int count>
-FASTVIT_INLINE Vec polynomial(const float (&coefficients)[count][16], __m512i index, Vec x) {
-  Vec value{_mm512_permutexvar_ps(index, _mm512_load_ps(coefficients[count - 1]))};
-  for (int i = count - 2; i >= 0; --i) {
-    value = fma(value, x, Vec{_mm512_permutexvar_ps(index, _mm512_load_ps(coefficients[i]))});
+// The polynomials at x, step by step side by side: each is a chain that waits for itself.
+template <int terms, int count>
+FASTVIT_INLINE void polynomials(const float (&coefficients)[terms][16], const Interval (&at)[count],
+                                const Vec (&x)[count], Vec (&values)[count]) {
+  const auto coefficient = [&](int i, int k) __attribute__((always_inline)) {
+    return Vec{_mm512_permutexvar_ps(at[k].index, _mm512_load_ps(coefficients[i]))};
+  };
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) values[k] = coefficient(terms - 1, k);
+#pragma GCC unroll 8
+  for (int i = terms - 2; i >= 0; --i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < count; ++k) values[k] = fma(values[k], x[k], coefficient(i, k));
   }
-  return value;
+}
+
+template <int terms>
+FASTVIT_INLINE Vec polynomial(const float (&coefficients)[terms][16], const Interval& at, Vec x) {
+  Vec value[1];
+  polynomials(coefficients, {at}, {x}, value);
+  return value[0];
 }
 
 // min(|x|, 6), 6 for NaN.
 FASTVIT_INLINE Vec size_below_6(Vec x) { return {_mm512_range_ps(x.v, _mm512_set1_ps(6.0f), 0b1010)}; }
 #endif
 
+#if !defined(__AVX512F__)
 // Q(t), the weight of the normal distribution's upper tail beyond t = |x|, with t kept below where Q is as good as 0.
 struct NormalTail {
   Vec t, weight;
 };
 
 FASTVIT_INLINE NormalTail normal_tail(Vec x) {
-#if defined(__AVX512F__)
-  const Vec t = size_below_6(x);
-  const Interval at = interval_of(t);
-  return {t, polynomial(kNormalTail, at.index, at.r)};
-#else
   // 1/2 - Q(t) = t P(t^2) / R(t^2) up to 5.45 (relative error 1.5e-8); beyond, Q is as good as 0.
   const Vec size = abs(x), t = min(size, Vec::fill(5.45f)), t2 = t * t;
   Vec p = Vec::fill(2.3297138108e-08f);
@@ -134,23 +144,36 @@ FASTVIT_INLINE NormalTail normal_tail(Vec x) {
   q = fma(q, t2, Vec::fill(2.4987632807e-01f));
   q = fma(q, t2, Vec::fill(1.0f));
   return {t, keep_below(size, 5.45f, fnma(t, p / q, Vec::fill(0.5f)))};
+}
 #endif
-}
 
-// GELU, x (1 - Q(x)), written as max(x, 0) - t Q(t) so that small results keep their digits. Absolute error below
-// 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN.
-FASTVIT_INLINE Vec gelu(Vec x) {
-  const NormalTail tail = normal_tail(x);
-  return fnma(tail.t, tail.weight, max(Vec::fill(0.0f), x));
-}
-
-// GELU of what is rounded to bfloat16 next.
-FASTVIT_INLINE Vec coarse_gelu(Vec x) {
+// GELU of each, x (1 - Q(x)), written as max(x, 0) - t Q(t) so that small results keep their digits. Absolute error
+// below 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN. Coarse: of what is rounded to bfloat16 next.
+template <bool coarse, int count>
+FASTVIT_INLINE void gelu(Vec (&x)[count]) {
+  const Vec zero = Vec::fill(0.0f);
 #if defined(__AVX512F__)
-  const Vec t = size_below_6(x);
-  return polynomial(kCoarseGelu, interval_of(t).index, t) + max(Vec::fill(0.0f), x);
+  Vec t[count], r[count], tail[count];
+  Interval at[count];
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) t[k] = size_below_6(x[k]);
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) at[k] = interval_of(t[k]), r[k] = at[k].r;
+  if constexpr (coarse) {
+    polynomials(kCoarseGelu, at, t, tail);
+  } else {
+    polynomials(kNormalTail, at, r, tail);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < count; ++k) {
+    const Vec positive = max(zero, x[k]);
+    x[k] = coarse ? tail[k] + positive : fnma(t[k], tail[k], positive);
+  }
 #else
-  return gelu(x);
+  for (Vec& value : x) {
+    const NormalTail tail = normal_tail(value);
+    value = fnma(tail.t, tail.weight, max(zero, value));
+  }
 #endif
 }
 
@@ -161,7 +184,7 @@ FASTVIT_INLINE Vec gelu_slope(Vec x) {
 #if defined(__AVX512F__)
   const Vec t = min(Vec::fill(6.0f), Vec{_mm512_abs_ps(x.v)});  // NaN for NaN
   const Interval at = interval_of(t);
-  const Vec tail = coarse ? polynomial(kCoarseSlopeTail, at.index, t) : polynomial(kSlopeTail, at.index, at.r);
+  const Vec tail = coarse ? polynomial(kCoarseSlopeTail, at, t) : polynomial(kSlopeTail, at, at.r);
   return keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
 #else
   // At 13 phi is about to leave the normal numbers.

@@ -32,6 +32,16 @@ FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
   n == kLanes ? v.store(p) : v.store(p, n);
 }
 
+// streams: past the caches, of a whole vector.
+template <class T>
+FASTVIT_INLINE void store(Vec v, T* p, int64_t n, bool streams) {
+  if (kStreams && streams) {
+    stream(v, p);
+  } else {
+    store(v, p, n);
+  }
+}
+
 Vec read(ChannelParameter parameter, int64_t at, int64_t n, float absent) {
   if (parameter.data == nullptr) return Vec::fill(absent);
   return parameter.element == Element::bfloat16 ? load(static_cast<const bf16*>(parameter.data) + at, n)
@@ -173,6 +183,10 @@ FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
     __builtin_prefetch(token + c, for_writing);
 }
 
+// Vectors that are activated at once. As many as the registers hold: one after the other they would wait for
+// themselves.
+constexpr int kTogether = kLanes == 16 ? 4 : 1;
+
 // Input row y into the ring: widened, normalised, activated.
 template <class T, Activation activation, bool normalise>
 void take_row(Block& block, const T* x, int64_t y) {
@@ -186,11 +200,21 @@ void take_row(Block& block, const T* x, int64_t y) {
   const T* from = x + token * step + block.first;
   const T* below = y + 1 < op.height ? from + width * step : static_cast<const T*>(block.following);
   for (int64_t column = 0; column < width; ++column) {
-    for_each_vector(channels, [&](int64_t c, int64_t n) {
-      Vec v = load(from + c, n);
-      if constexpr (normalise) v = fma(v, Vec::load(scale + c), Vec::load(shift + c));
-      activate<activation, T>(v).store(to + c);
-    });
+    const auto take = [&]<int count>(int64_t c, int64_t n) __attribute__((always_inline)) {
+      Vec v[count];
+#pragma GCC unroll 4
+      for (int k = 0; k < count; ++k) {
+        const int64_t at = c + k * kLanes;
+        v[k] = load(from + at, n);
+        if constexpr (normalise) v[k] = fma(v[k], Vec::load(scale + at), Vec::load(shift + at));
+      }
+      activate<activation, T>(v);
+#pragma GCC unroll 4
+      for (int k = 0; k < count; ++k) v[k].store(to + c + k * kLanes);
+    };
+    int64_t c = 0;
+    for (; c + kTogether * kLanes <= channels; c += kTogether * kLanes) take.template operator()<kTogether>(c, kLanes);
+    for_each_vector(channels - c, [&](int64_t rest, int64_t n) { take.template operator()<1>(c + rest, n); });
     if (below != nullptr) prefetch<0>(below + column * step, channels);
     if (out != nullptr) prefetch<1>(out + column * op_channels, channels);
     from += step;
@@ -244,12 +268,9 @@ struct Target {
     if (add != nullptr) add += add_step;
   }
   // The channels from c on of the column it is at.
-  template <Activation activation>
   FASTVIT_INLINE void give(Vec value, int64_t row, int64_t c, int64_t n) const {
-    value = activate<activation, T>(value);
     if (add != nullptr) value += load(add + row * add_row_step + c, n);
-    T* const p = to + row * row_step + c;
-    kStreams && streams ? stream(value, p) : store(value, p, n);
+    store(value, to + row * row_step + c, n, streams);
   }
 };
 
@@ -293,8 +314,11 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
       }
     };
     const auto give = [&](const Vec(&sums)[together]) {
+      Vec values[together];
+      for (int64_t row = 0; row < together; ++row) values[row] = sums[row] + shift;
+      activate<activation, T>(values);
       for (int64_t row = 0; row < together; ++row) {
-        if (row == 0 || row < to.rows) to.template give<activation>(sums[row] + shift, row, c, n);
+        if (row == 0 || row < to.rows) to.give(values[row], row, c, n);
       }
       to.advance();
     };
@@ -364,7 +388,7 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   }
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
-    to.template give<activation>(sum[i], 0, c, n);
+    to.give(activate<activation, T>(sum[i]), 0, c, n);
     to.advance();
   }
 }

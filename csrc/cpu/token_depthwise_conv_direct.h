@@ -138,7 +138,7 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column) {
         T* const p = tile.out + row * tile.out_row_step + column * tile.out_step + c;
-        kStreams && tile.streams ? stream(sums[row][column], p) : sums[row][column].store(p);
+        store(sums[row][column], p, kLanes, tile.streams);
       }
     }
   }

@@ -33,9 +33,9 @@ inline bool divide_directly(TokenDepthwiseConvWork& work) {
   return true;
 }
 
-// Whether a result of tokens goes past the caches. Its lines then need not be read before they are written, at the price
-// that whoever reads it next finds nothing of it near: nothing lost where it is larger than what cores have of their own.
-// bfloat16 comes in half lines, which gain nothing.
+// Whether a result of tokens goes past the caches. Its lines then need not be read before they are written, at the
+// price that whoever reads it next finds nothing of it near: nothing lost where it is larger than what cores have of
+// their own. bfloat16 comes in half lines, which gain nothing.
 inline bool is_streamed(const TokenDepthwiseConv& op, const void* out, int64_t numel) {
   constexpr int64_t line = 64, floats = line / 4, least = 1 << 19;
   return op.element == Element::float32 && op.channels % floats == 0 && reinterpret_cast<uintptr_t>(out) % line == 0 &&

@@ -138,7 +138,7 @@ void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column, out += tile.out.step) {
         if constexpr (adds) sums[row][column] += load(add + column * tile.add.step, n);
-        kStreams && tile.streams ? stream(sums[row][column], out) : store(sums[row][column], out, n);
+        store(sums[row][column], out, n, tile.streams);
       }
     }
   });
@@ -164,7 +164,7 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
       if constexpr (inputs) {
         Vec sum = Vec::fill(0.0f);
         ((sum = fma(pairs.dc, tap[pairs.dy][pairs.dx], sum)), ...);
-        kStreams && tile.streams ? stream(sum, to) : store(sum, to, n);
+        store(sum, to, n, tile.streams);
       }
       if constexpr (weights) {
         const Vec t = load(from, n);

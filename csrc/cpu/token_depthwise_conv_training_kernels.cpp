@@ -184,7 +184,7 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
         const Vec centred = load(conv + c, n) - Vec::load(mean + c);
         Vec value = activate<activation, T>(fma(centred, Vec::load(scale + c), Vec::load(bias + c)));
         if (op.residual) value += load(x + c, n);
-        kStreams && op.streams ? stream(value, out + c) : store(value, out + c, n);
+        store(value, out + c, n, op.streams);
       });
       out += channels, conv += channels, x += op.x_token_stride;
     }

@@ -207,6 +207,34 @@ def test_blocks_of_rows_give_what_whole_maps_do(stride: int, isa: str) -> None:
         torch.set_num_threads(threads)
 
 
+LARGE = (
+    Case((64, 64), 64, 3, prefix=1, residual=True),
+    Case((128, 128), 48, 3, stride=2, norm=True),
+    Case((64, 64), 64, 3, prefix=2, **LEFF),
+    Case((64, 64), 64, 3, kernel=5, activation="relu"),
+)
+"""Maps so large together that their results go past the caches, which those of one alone do not."""
+
+
+@needs_cpp
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_results_are_those_of_each_map(case: Case, trains: bool, isa: str) -> None:
+    arguments = make_arguments(case, torch.float32)
+    grad = torch.randn_like(functional.token_depthwise_conv(**arguments))
+
+    def run(maps: slice) -> tuple[Tensor, ...]:
+        x = arguments["x"][maps].clone().requires_grad_(trains)
+        with poisoned_empty():
+            out = run_cpp(**arguments | {"x": x})
+        return (out.detach(), *(torch.autograd.grad(out, x, grad[maps]) if trains else ()))
+
+    whole = run(slice(None))
+    for i in range(case.batch):
+        each = run(slice(i, i + 1))
+        assert all(torch.equal(one, of[i : i + 1]) for one, of in zip(each, whole, strict=True))
+
+
 @needs_cpp
 @pytest.mark.parametrize("seed", range(3))
 def test_other_numbers(seed: int, isa: str) -> None:
