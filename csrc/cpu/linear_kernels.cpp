@@ -235,8 +235,10 @@ void add_to_totals(int64_t words, const float* x, const float* weight, float* to
 template <bool kPairs, class T, class Ahead>
 void give_short_sums(int64_t words, const float* x, const float* weight, const float* bias, T* out, int64_t stride,
                      Ahead ahead) {
+  Vec results[kPanelVectors];
   add_products<kPairs, kRows>(words, x, weight, ahead, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
-    (Vec::load(bias + c * kLanes) + sum).store(out + r * stride + c * kLanes);
+    results[c] = Vec::load(bias + c * kLanes) + sum;
+    if (c + 1 == kPanelVectors) store_two(results[0], results[1], out + r * stride);
   });
 }
 
@@ -335,6 +337,14 @@ struct Tile {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         T* out = static_cast<T*>(p.out) + (row + r) * p.columns + panel * kPanel;
+        if (columns(panel) == kPanel) {
+          Vec values[kPanelVectors];
+#pragma GCC unroll 2
+          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(total(panel, r) + c * kLanes);
+          activate<activation>(values);
+          store_two(values[0], values[1], out);
+          continue;
+        }
         for (int64_t c = 0; c < columns(panel); c += kLanes) {
           const Vec value = activate<activation>(Vec::load(total(panel, r) + c));
           const int64_t left = columns(panel) - c;

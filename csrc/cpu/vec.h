@@ -280,6 +280,21 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
   return one / (one + exp(Vec::fill(0.0f) - x));
 }
 
+// Two vectors side by side.
+FASTVIT_INLINE void store_two(Vec first, Vec second, float* p) {
+  first.store(p);
+  second.store(p + Vec::lanes);
+}
+FASTVIT_INLINE void store_two(Vec first, Vec second, bf16* p) {
+#if defined(__AVX512BF16__)
+  const __m512bh halves = _mm512_cvtne2ps_pbh(second.v, first.v);
+  memcpy(p, &halves, sizeof halves);
+#else
+  first.store(p);
+  second.store(p + Vec::lanes);
+#endif
+}
+
 // Stores past the caches, of whole lines at once: what is stored so is not read first, as a line that is written to
 // piece by piece is. Elsewhere they are stores as any.
 #if defined(__AVX512F__)
