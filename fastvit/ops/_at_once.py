@@ -77,7 +77,7 @@ def is_open(x: Tensor, backend: str) -> bool:
         and x.dtype in _DTYPES
         and not torch.is_autocast_enabled("cpu")
         and backends.REQUESTED is None
-        and not _dispatch.must_be_plain()
+        and not _dispatch.is_traced_or_transformed()
         and not _dispatch.is_observed()
     )
 

@@ -30,6 +30,7 @@ __all__ = [
     "automatic",
     "gradients_needed",
     "is_observed",
+    "is_traced_or_transformed",
     "left_out",
     "must_be_plain",
     "recording",
@@ -76,12 +77,12 @@ def must_be_plain() -> bool:
 
     Transformed: by ``torch.func``, or by forward-mode automatic differentiation. All know torch's own operators only.
     """
-    return (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_exporting() or is_traced_or_transformed()
+
+
+def is_traced_or_transformed() -> bool:
+    """The same without exporting, which is a kind of compiling."""
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def left_out(name: str) -> bool:
