@@ -149,36 +149,27 @@ def _require_trainable(norm: BatchNorm | None, x: Tensor, values: int) -> None:
             raise NotAtOnceError
 
 
-def trained_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    stride: int,
-    padding: int | None,
-    prefix_tokens: int,
-    pre_norm: BatchNorm | None,
-    pre_activation: str | None,
-    norm: BatchNorm | None,
-    activation: str | None,
-    residual: bool,
-) -> Tensor:
-    """``token_depthwise_conv`` with gradients and statistics of the batch; raises where the call needs the long way,
-    before any running statistics have moved.
+def trained_convolution(*arguments: Any) -> Tensor:
+    """``token_depthwise_conv`` with gradients and statistics of the batch; the arguments are :func:`convolution`'s.
+
+    Raises where the call needs the long way, before any running statistics have moved.
     """
-    if type(weight) not in _PARAMETERS or not _HAS_TRAINING:
+    call = Call(*arguments)
+    if type(call.weight) not in _PARAMETERS or not _HAS_TRAINING:
         raise NotAtOnceError
-    require_cpu(weight, bias)
-    kernel = weight.shape[3]
-    padding = kernel // 2 if padding is None else padding
-    height, width = grid
-    outputs = out_size(height, kernel, stride, padding) * out_size(width, kernel, stride, padding)
-    _require_trainable(pre_norm, x, x.shape[0] * height * width)
-    _require_trainable(norm, x, x.shape[0] * outputs)
-    around = (pre_norm, pre_activation, norm, activation, residual)
-    call = Call(x, weight, bias, grid, stride, padding, prefix_tokens, *around)
-    parameters = (weight, bias, *(() if pre_norm is None else pre_norm[2:4]), *(() if norm is None else norm[2:4]))
-    return run_convolution(call, NATIVE, _dispatch.gradients_needed(x, *parameters))
+    require_cpu(call.weight, call.bias)
+    kernel = call.weight.shape[3]
+    if call.padding is None:
+        call = call._replace(padding=kernel // 2)
+    height, width = call.grid
+    outputs = [out_size(size, kernel, call.stride, call.padding) for size in call.grid]
+    _require_trainable(call.pre_norm, call.x, call.x.shape[0] * height * width)
+    _require_trainable(call.norm, call.x, call.x.shape[0] * outputs[0] * outputs[1])
+    parameters = [call.weight, call.bias]
+    for norm in (call.pre_norm, call.norm):
+        if norm is not None:
+            parameters += norm[2:4]
+    return run_convolution(call, NATIVE, _dispatch.gradients_needed(call.x, *parameters))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

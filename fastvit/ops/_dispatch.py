@@ -82,7 +82,7 @@ def must_be_plain() -> bool:
 
 def is_traced_or_transformed() -> bool:
     """The same without exporting, which is a kind of compiling."""
-    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def left_out(name: str) -> bool:
