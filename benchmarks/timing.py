@@ -43,7 +43,7 @@ def interleaved(
 
     Args:
         calls: the candidates; each is called with one argument.
-        arguments: inputs, one per round in rotation, so that no round meets its own input in the cache.
+        arguments: inputs, which take turns call by call, so that none meets its own in the cache, nor another's.
         warmup: rounds that are run and not counted.
         prepare: one per candidate, run untimed in front of each of its calls, which gets what this makes of the input.
 
@@ -56,10 +56,9 @@ def interleaved(
     seconds: list[list[float]] = [[] for _ in calls]
     order, draws = list(range(len(calls))), random.Random(0)
     for turn in range(-warmup, rounds):
-        argument = arguments[turn % len(arguments)]
         draws.shuffle(order)
-        for i in order:
-            elapsed = _seconds(calls[i], prepare[i](argument), device)
+        for place, i in enumerate(order, turn * len(order)):
+            elapsed = _seconds(calls[i], prepare[i](arguments[place % len(arguments)]), device)
             if turn >= 0:
                 seconds[i].append(elapsed)
     return seconds
