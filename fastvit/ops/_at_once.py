@@ -67,7 +67,10 @@ def tried(backend: str, run: Callable[..., Any], x: Tensor, *rest: Any, trains: 
 
 
 def is_open(x: Tensor, backend: str) -> bool:
-    """Whether nothing that can be told from x and the state of torch stands against the short way."""
+    """Whether nothing that can be told from x and the state of torch stands against the short way.
+
+    Exporting is a kind of compiling. Of tracing the public question costs more, and only compilers need it asked so.
+    """
     return (
         _HAS_CPP
         and backend == _dispatch.AUTO
@@ -77,7 +80,8 @@ def is_open(x: Tensor, backend: str) -> bool:
         and x.dtype in _DTYPES
         and not torch.is_autocast_enabled("cpu")
         and backends.REQUESTED is None
-        and not _dispatch.is_traced_or_transformed()
+        and not torch._C._is_tracing()
+        and not _dispatch.is_transformed()
         and not _dispatch.is_observed()
     )
 

@@ -30,7 +30,7 @@ __all__ = [
     "automatic",
     "gradients_needed",
     "is_observed",
-    "is_traced_or_transformed",
+    "is_transformed",
     "left_out",
     "must_be_plain",
     "recording",
@@ -75,14 +75,14 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
 def must_be_plain() -> bool:
     """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed.
 
-    Transformed: by ``torch.func``, or by forward-mode automatic differentiation. All know torch's own operators only.
+    All of those know torch's own operators only.
     """
-    return torch.compiler.is_exporting() or is_traced_or_transformed()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_transformed()
 
 
-def is_traced_or_transformed() -> bool:
-    """The same without exporting, which is a kind of compiling."""
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode automatic differentiation transforms the call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def left_out(name: str) -> bool:
