@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.ops import _table, conv_projection, token_depthwise_conv
 from benchmarks.ops._table import Row
+from benchmarks.timing import keep_memory
 
 TABLES = {
     ("token_depthwise_conv", "inference"): token_depthwise_conv.INFERENCE,
@@ -144,4 +145,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +25,19 @@ def _seconds(call: Callable[[Any], Any], argument: Any, device: torch.device) ->
     begin = time.perf_counter()
     call(argument)
     return time.perf_counter() - begin
+
+
+def keep_memory() -> None:
+    """Have glibc's allocator keep what is given back to it, for as long as the process lives; elsewhere, do nothing.
+
+    Otherwise a candidate is timed with the page faults of whatever the one in front of it made the allocator give away,
+    which take longer than a small operator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def as_it_is(argument: Any) -> Any:

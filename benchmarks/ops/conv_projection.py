@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.ops import _composed
 from benchmarks.ops._composed import converted, convolve, folded, random_norm
 from benchmarks.ops._timing import Call
+from benchmarks.timing import keep_memory
 from fastvit import ops
 from fastvit.reference import functional
 from fastvit.reference.functional import Projection
@@ -87,4 +88,5 @@ TABLE = _composed.make_table(SHAPES, make_arguments, CANDIDATES)
 
 
 if __name__ == "__main__":
+    keep_memory()
     _composed.main(__doc__, TABLE)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops._timing import fresh, is_accurate
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, keep_memory
 from fastvit import backends, ops
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
@@ -168,4 +168,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
+from benchmarks.timing import keep_memory
 from fastvit import backends, ops
 from fastvit.reference import functional
 
@@ -139,4 +140,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

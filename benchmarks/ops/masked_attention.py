@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.ops._timing import Measured, compare, fresh, is_accurate
+from benchmarks.timing import keep_memory
 from fastvit import backends, ops
 from fastvit.reference import functional
 
@@ -183,4 +184,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

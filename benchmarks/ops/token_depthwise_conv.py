@@ -30,6 +30,7 @@ from benchmarks.ops import _composed, _table
 from benchmarks.ops._composed import converted, folded, random_norm
 from benchmarks.ops._table import Row, Table, make_row
 from benchmarks.ops._timing import Call, compare, fresh, is_accurate
+from benchmarks.timing import keep_memory
 from fastvit.ops import token_depthwise_conv
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, activate
@@ -185,4 +186,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()
