@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvit import backends
 from fastvit.ops import _attention, _dispatch, _products
@@ -45,6 +46,12 @@ _HAS_TRAINING = all(
 )
 _DTYPES = (torch.float32, torch.bfloat16)
 _PARAMETERS = (Tensor, torch.nn.Parameter)
+# Each name less on the way is a line less to be fetched where the caches hold something else.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_tracing = torch._C._is_tracing
+_is_transformed = torch._C._are_functorch_transforms_active
+
 _CONVOLUTION = torch.ops.fastvit.token_depthwise_conv.default
 _ATTENTION = torch.ops.fastvit.masked_attention_cpp.default
 _LINEAR = torch.ops.fastvit.linear.default
@@ -69,19 +76,20 @@ def tried(backend: str, run: Callable[..., Any], x: Tensor, *rest: Any, trains: 
 def is_open(x: Tensor, backend: str) -> bool:
     """Whether nothing that can be told from x and the state of torch stands against the short way.
 
-    Exporting is a kind of compiling. Of tracing the public question costs more, and only compilers need it asked so.
+    What compiles without Dynamo, or exports, does so with tensors of other types.
     """
     return (
         _HAS_CPP
         and backend == _dispatch.AUTO
-        and not torch.compiler.is_compiling()
+        and not _is_dynamo_compiling()
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in _DTYPES
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_autocast_enabled("cpu")
         and backends.REQUESTED is None
-        and not torch._C._is_tracing()
-        and not _dispatch.is_transformed()
+        and not _is_tracing()
+        and not _is_transformed()
+        and forward_ad._current_level < 0
         and not _dispatch.is_observed()
     )
 
@@ -118,9 +126,8 @@ def convolution(
     residual: bool,
 ) -> Tensor:
     """``token_depthwise_conv``; raises where the call needs the long way."""
-    if type(weight) not in _PARAMETERS:
+    if type(weight) not in _PARAMETERS or not weight.is_cpu or not (bias is None or bias.is_cpu):
         raise NotAtOnceError
-    require_cpu(weight, bias)
     return _CONVOLUTION(
         x,
         weight,

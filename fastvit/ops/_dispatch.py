@@ -30,7 +30,6 @@ __all__ = [
     "automatic",
     "gradients_needed",
     "is_observed",
-    "is_transformed",
     "left_out",
     "must_be_plain",
     "recording",
@@ -75,14 +74,14 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
 def must_be_plain() -> bool:
     """Whether the call is recorded for another runtime (export, ONNX, TorchScript) or transformed.
 
-    All of those know torch's own operators only.
+    Transformed: by ``torch.func``, or by forward-mode automatic differentiation. All know torch's own operators only.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or is_transformed()
-
-
-def is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode automatic differentiation transforms the call."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def left_out(name: str) -> bool:
