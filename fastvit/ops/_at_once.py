@@ -17,8 +17,7 @@ from torch.autograd import forward_ad
 
 from fastvit import backends
 from fastvit.ops import _attention, _dispatch, _products
-from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, Call, out_size
-from fastvit.ops._token_depthwise_conv_native import run as run_convolution
+from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -31,7 +30,6 @@ __all__ = [
     "normalise",
     "product",
     "require_cpu",
-    "trained_convolution",
     "tried",
     "two_products",
 ]
@@ -41,9 +39,6 @@ Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 _NO_NORM: Norm = (None, None, None, None, 0.0)
 
 _HAS_CPP = not backends.cpp_reasons()
-_HAS_TRAINING = all(
-    backends.extension().has_op(f"token_depthwise_conv{name}", "cpu") for name in ("", "_training", "_backward")
-)
 _DTYPES = (torch.float32, torch.bfloat16)
 _PARAMETERS = (Tensor, torch.nn.Parameter)
 # Each name less on the way is a line less to be fetched where the caches hold something else.
@@ -142,45 +137,6 @@ def convolution(
         prefix_tokens,
         residual,
     )
-
-
-def _require_trainable(norm: BatchNorm | None, x: Tensor, values: int) -> None:
-    """Raises unless the kernels take the norm, of so many values a channel, and its statistics can be moved."""
-    if norm is None:
-        return
-    if type(norm) is not BatchNorm or norm.layer is not None or (norm.use_batch_stats and values < 2):
-        raise NotAtOnceError
-    require_cpu(*norm[:4])
-    for statistics in norm[:2]:
-        if statistics is None:
-            right = norm.use_batch_stats
-        else:
-            right = not statistics.requires_grad and statistics.shape == x.shape[2:] and statistics.is_floating_point()
-        if not right:
-            raise NotAtOnceError
-
-
-def trained_convolution(*arguments: Any) -> Tensor:
-    """``token_depthwise_conv`` with gradients and statistics of the batch; the arguments are :func:`convolution`'s.
-
-    Raises where the call needs the long way, before any running statistics have moved.
-    """
-    call = Call(*arguments)
-    if type(call.weight) not in _PARAMETERS or not _HAS_TRAINING:
-        raise NotAtOnceError
-    require_cpu(call.weight, call.bias)
-    kernel = call.weight.shape[3]
-    if call.padding is None:
-        call = call._replace(padding=kernel // 2)
-    height, width = call.grid
-    outputs = [out_size(size, kernel, call.stride, call.padding) for size in call.grid]
-    _require_trainable(call.pre_norm, call.x, call.x.shape[0] * height * width)
-    _require_trainable(call.norm, call.x, call.x.shape[0] * outputs[0] * outputs[1])
-    parameters = [call.weight, call.bias]
-    for norm in (call.pre_norm, call.norm):
-        if norm is not None:
-            parameters += norm[2:4]
-    return run_convolution(call, NATIVE, _dispatch.gradients_needed(call.x, *parameters))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

@@ -11,6 +11,8 @@ The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -131,6 +133,22 @@ def _triton_reasons(call: Call) -> list[str]:
     return reasons + _kernel_reasons(call, _CUDA_DTYPES, trainable=True)
 
 
+def _train_at_once(*arguments: Any) -> Tensor:
+    """A call on the CPU with gradients or batch statistics; raises where it needs the long way, before any running
+    statistics have moved. The operators check the rest.
+    """
+    call = Call(*arguments)
+    if call.padding is None:
+        call = call._replace(padding=call.weight.shape[3] // 2)
+    _at_once.require_cpu(call.weight, call.bias)
+    for name, norm, convolved in (("pre_norm", call.pre_norm, False), ("norm", call.norm, True)):
+        if norm is not None:
+            check_norm(name, norm, call.x.shape[2], call.x)
+            if _norm_reasons(norm, _values(call, convolved)):
+                raise _at_once.NotAtOnceError
+    return run(call, NATIVE, gradients_needed(call.x, *_parameters(call)))
+
+
 def _run_by(operators: Operators, call: Call) -> Tensor:
     out = run(call, operators, gradients_needed(call.x, *_parameters(call)))
     dtype = _autocast_dtype(call)
@@ -206,7 +224,7 @@ def token_depthwise_conv(
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
     geometry, around = (grid, stride, padding, prefix_tokens), (pre_norm, pre_activation, norm, activation, residual)
-    short = _at_once.trained_convolution if torch.is_grad_enabled() else _at_once.convolution
+    short = _train_at_once if torch.is_grad_enabled() else _at_once.convolution
     found = _at_once.tried(backend, short, x, weight, bias, *geometry, *around, trains=True)
     if found is not None:
         return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -82,8 +84,8 @@ def went(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that the short way answered."""
     found: list[str] = []
 
-    def noting(name: str) -> Callable[..., Any]:
-        plain = getattr(_at_once, name)
+    def noting(module: ModuleType, name: str) -> Callable[..., Any]:
+        plain = getattr(module, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             result = plain(*args, **kwargs)
@@ -92,8 +94,10 @@ def went(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for name in ("attention", "convolution", "norm_arguments", "product", "trained_convolution"):
-        monkeypatch.setattr(_at_once, name, noting(name))
+    convolution = importlib.import_module("fastvit.ops.token_depthwise_conv")
+    names = [(_at_once, name) for name in ("attention", "convolution", "norm_arguments", "product")]
+    for module, name in (*names, (convolution, "_train_at_once")):
+        monkeypatch.setattr(module, name, noting(module, name))
     return found
 
 
@@ -120,7 +124,7 @@ def test_stays_closed_where_something_is_to_be_known_of_the_call(op, went, monke
     args, kwargs = CALLS[op]()
     call = getattr(ops, op)
     call(*args, **kwargs)  # gradients could be needed
-    assert not set(went) - {"trained_convolution"}
+    assert not set(went) - {"_train_at_once"}
     went.clear()
     with torch.no_grad():
         with recording(lambda selection: None):
@@ -193,7 +197,7 @@ def _copied(arguments: dict[str, Any]) -> dict[str, Any]:
 def test_trains_as_the_long_way_does(dtype, went, monkeypatch):
     arguments = _training_arguments(dtype)
     found = _step(_copied(arguments))
-    assert went == ["trained_convolution"]
+    assert went == ["_train_at_once"]
     monkeypatch.setattr(_at_once, "is_open", lambda *_: False)
     assert _bitwise_equal(found, _step(_copied(arguments)))
 
