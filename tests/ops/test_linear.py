@@ -59,6 +59,7 @@ def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool,
     assert_as_accurate(got, functional.linear(x, weight, bias, "gelu"), exact)
 
 
+@needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sums(isa: str, dtype: torch.dtype) -> None:
     """Terms of one sign, where rounding errors of long sums grow fastest."""
