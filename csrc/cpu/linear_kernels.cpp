@@ -361,7 +361,7 @@ void multiply(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t
   for (int64_t row = row_begin; row < row_end;) {
     // Whole tiles, but for the last two, which may share what is left: few rows leave the units waiting.
     const int64_t left = row_end - row;
-    const int64_t rows = left >= kRows && left < kRows + kRows / 2 && left > kRows ? left / 2 : smaller(kRows, left);
+    const int64_t rows = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
     Tile<T, kPairs>{p, row, rows, begin, end, packed, scratch, scratch + kRows * kRowStride}.run();
     row += rows;
   }

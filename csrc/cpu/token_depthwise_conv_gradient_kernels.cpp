@@ -71,7 +71,7 @@ struct TapSums {
   static FASTVIT_INLINE Vec tap(const float* taps, int64_t dy, int64_t dx) {
     return Vec::load(taps + (3 * dy + dx) * kLanes);
   }
-  // f.operator()<whole>(c, n, taps, sums) for each vector of channels.
+  // f(c, n, taps, sums) for each vector of channels.
   template <class F>
   FASTVIT_INLINE void for_each(const F& f) const {
     int64_t c = 0;
