@@ -20,8 +20,9 @@ from fastvit.kernels._head_maps import (
     row_statistics_kernel,
 )
 from fastvit.kernels._primitives import product_kind, with_small_strides
-from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
+
+from fastvit import autotune
 
 MIN_SLOTS = 16
 """Rows that a tensor core's product wants."""
@@ -151,13 +152,13 @@ class Problem:
                 self.product,
                 heads,
                 self.head_dim,
-                token_bucket(self.num_queries),
-                token_bucket(self.num_keys),
+                autotune.token_bucket(self.num_queries),
+                autotune.token_bucket(self.num_keys),
                 self.mask_kind,
                 *(tensor is not None for tensor in self.mixes[:4]),
                 self.layer_norm,
             )
-            return launch(choose(kernel, key, candidates, launch))
+            return launch(autotune.choose(kernel, key, candidates, launch))
 
     def row_statistics(self) -> Rows:
         """Maximum and reciprocal sum of each row of the maps, and room for its delta."""

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
 from fastvit.kernels._attention import (
     Operands,
     empty_rows,
@@ -34,6 +33,8 @@ from fastvit.kernels._attention import (
 )
 from fastvit.kernels._primitives import load_key_mask, load_tile
 from torch import Tensor
+
+from fastvit import autotune
 
 LARGEST_SPLIT = 64
 """Parts a query has at most: what one program of the second step takes in."""
@@ -234,7 +235,7 @@ def _parts(q: Tensor, num_keys: int, block_n: int) -> tuple[int, int]:
     """(parts, keys per part): as many as fill the device twice, each of whole tiles."""
     rows = q.shape[0] * q.shape[1] * q.shape[2]
     tiles = triton.cdiv(num_keys, block_n)
-    wanted = min(tiles, LARGEST_SPLIT, triton.cdiv(2 * _tuning.multiprocessors(q.device), rows))
+    wanted = min(tiles, LARGEST_SPLIT, triton.cdiv(2 * autotune.multiprocessors(q.device), rows))
     tiles_per_part = triton.cdiv(tiles, wanted)
     return triton.cdiv(tiles, tiles_per_part), tiles_per_part * block_n
 
@@ -287,7 +288,7 @@ class Launches:
 
     def choose(self, name: str, run: object) -> Config:
         candidates = CONFIGS[self.arguments["BLOCK_D"]]
-        return _tuning.choose(name, (*self.key, _tuning.token_bucket(self.num_keys)), candidates, run)
+        return autotune.choose(name, (*self.key, autotune.token_bucket(self.num_keys)), candidates, run)
 
 
 def _combine(launches: Launches, config: Config, out: Tensor) -> None:

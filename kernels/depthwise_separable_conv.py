@@ -33,8 +33,9 @@ from fastvit.kernels._convolved_products import (
 )
 from fastvit.kernels._primitives import product_kind
 from fastvit.kernels._tokens import MOST_ROWS, load_vector, place_rows, with_near_rows
-from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
+
+from fastvit import autotune
 
 
 @triton.jit
@@ -208,7 +209,9 @@ def depthwise_separable_conv_forward(
 
         candidates = choose_contract(product, width, regular=regular, chip=chip())
         key = (x.dtype, precision, channels, width, kernel, stride, padding, regular, prefix_tokens > 0)
-        launch(config or choose("separable", (*key, token_bucket(batch * tokens)), candidates, launch))
+        launch(
+            config or autotune.choose("separable", (*key, autotune.token_bucket(batch * tokens)), candidates, launch)
+        )
     return out
 
 

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
 from fastvit.kernels._attention import (
     NOT_SPECIALIZED,
     Operands,
@@ -43,6 +42,8 @@ from fastvit.kernels._attention import (
 )
 from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
 from torch import Tensor
+
+from fastvit import autotune
 
 
 class Config(NamedTuple):
@@ -281,8 +282,8 @@ def masked_attention_forward(
         if config is None:
             regular = operands.regular
             candidates = choose_configs(product, head_dim, num_keys, regular=regular, amd=torch.version.hip is not None)
-            key = (product, q.dtype, heads, head_dim, _tuning.token_bucket(num_keys), operands.mask_kind, regular)
-            config = _tuning.choose(
+            key = (product, q.dtype, heads, head_dim, autotune.token_bucket(num_keys), operands.mask_kind, regular)
+            config = autotune.choose(
                 "masked_attention", key, candidates, lambda config: launch(config, torch.empty_like(out))
             )
         launch(config, out)

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
 from fastvit.kernels._attention import (
     NOT_SPECIALIZED,
     Operands,
@@ -47,6 +46,8 @@ from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, vi
 from fastvit.kernels.masked_attention import Config
 from fastvit.kernels.masked_attention_bias_gradient import bias_gradient
 from torch import Tensor
+
+from fastvit import autotune
 
 
 class Configs(NamedTuple):
@@ -394,16 +395,16 @@ def masked_attention_backward(
             regular, amd = operands.regular, torch.version.hip is not None
             configs = configurations(product, head_dim, num_keys, regular=regular, amd=amd)
             key = (q.dtype, product, heads, head_dim, operands.mask_kind, bias is not None, regular)
-            query_config = _tuning.choose(
+            query_config = autotune.choose(
                 "masked_attention_dq",
-                (*key, _tuning.token_bucket(num_keys)),
+                (*key, autotune.token_bucket(num_keys)),
                 configs.queries,
                 lambda config: launch_dq(config, torch.empty_like(dq)),
             )
             launch_dq(query_config, dq)
-            key_config = _tuning.choose(
+            key_config = autotune.choose(
                 "masked_attention_dkv",
-                (*key, _tuning.token_bucket(num_queries)),
+                (*key, autotune.token_bucket(num_queries)),
                 configs.keys,
                 lambda config: launch_dkv(config, torch.empty_like(dk), torch.empty_like(dv)),
             )

@@ -73,7 +73,7 @@ def _takes(implementation: Implementation, call: Any) -> bool:
 
 def _tuning() -> Any:
     """Imported when there is a candidate in Triton, and so Triton."""
-    return importlib.import_module("fastvit.kernels._tuning")
+    return importlib.import_module("fastvit.autotune")
 
 
 def _dtype(x: Tensor) -> torch.dtype:

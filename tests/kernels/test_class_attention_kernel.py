@@ -67,7 +67,7 @@ def test_parts_of_any_number(batch, keys):
 
 
 def test_keys_are_split_so_that_one_image_fills_the_device(monkeypatch):
-    monkeypatch.setattr(kernels._tuning, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(kernels.autotune, "multiprocessors", lambda device: 132)
     one, many = torch.empty(1, 8, 1, 48), torch.empty(64, 8, 1, 48)
     assert kernels._parts(one, 1024, 32) == (32, 32)
     assert kernels._parts(one, 197, 32) == (7, 32)
