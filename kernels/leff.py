@@ -13,7 +13,7 @@ Tile plan:
 - ``leff_expand_kernel``: one program makes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
   Programs that share their tokens are neighbours, so x comes from the cache.
 - ``leff_contract_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
-  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_convolved_products.py``): the convolution
+  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_depthwise_prologue.py``): the convolution
   of h, GELU. Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
 
 Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._convolved_products import (
+from fastvit.kernels._depthwise_prologue import (
     FOLD_BLOCK,
     Behind,
     Config,
@@ -45,7 +45,7 @@ from torch import Tensor
 
 from fastvit import autotune
 
-# Keyed and held to as the tables of _convolved_products.py.
+# Keyed and held to as the tables of _depthwise_prologue.py.
 EXPAND: dict[str, tuple[Config, ...]] = {
     "half": (Config(64, 64, 32, 4, 2), Config(128, 128, 32, 8, 3)),
     "tf32": (Config(64, 64, 32, 4, 1),),

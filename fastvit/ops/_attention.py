@@ -168,14 +168,14 @@ def _fake_triton_backward(
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    from fastvit.kernels.masked_attention import masked_attention_forward
+    from fastvit.kernels.attention_masked import masked_attention_forward
 
     return masked_attention_forward(q, k, v, mask, bias, scale, need_lse)
 
 
 @torch.library.impl("fastvit::masked_attention_triton_backward", ("cpu", "cuda"))
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastvit.kernels.masked_attention_backward import masked_attention_backward
+    from fastvit.kernels.attention_masked_backward import masked_attention_backward
 
     return masked_attention_backward(*arguments)
 

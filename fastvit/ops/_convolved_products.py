@@ -60,7 +60,7 @@ def _launch_leff(*arguments: Any) -> Tensor:
 
 @torch.library.impl("fastvit::depthwise_separable_conv_triton", ("cpu", "cuda"))
 def _launch_separable(*arguments: Any) -> Tensor:
-    from fastvit.kernels.depthwise_separable_conv import depthwise_separable_conv_operator
+    from fastvit.kernels.conv_projection import depthwise_separable_conv_operator
 
     return depthwise_separable_conv_operator(*arguments)
 

@@ -35,14 +35,14 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("fastvit::head_map_moments_triton", ("cpu", "cuda"))
 def _moments(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from fastvit.kernels.head_map_moments import head_map_moments
+    from fastvit.kernels.head_mixed_attention_moments import head_map_moments
 
     return head_map_moments(*arguments)
 
 
 @torch.library.impl("fastvit::head_map_moments_triton_backward", ("cpu", "cuda"))
 def _moments_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastvit.kernels.head_map_moments import head_map_moments_backward
+    from fastvit.kernels.head_mixed_attention_moments import head_map_moments_backward
 
     return head_map_moments_backward(*arguments)
 

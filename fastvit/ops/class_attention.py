@@ -26,14 +26,14 @@ _attention.define_attention("class_attention_triton")
 
 @torch.library.impl("fastvit::class_attention_triton", ("cpu", "cuda"))
 def _triton(*arguments: Any) -> Tensor:
-    from fastvit.kernels.class_attention import class_attention_forward
+    from fastvit.kernels.attention_class import class_attention_forward
 
     return class_attention_forward(*arguments)
 
 
 @torch.library.impl("fastvit::class_attention_triton_backward", ("cpu", "cuda"))
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastvit.kernels.class_attention_backward import class_attention_backward
+    from fastvit.kernels.attention_class_backward import class_attention_backward
 
     return class_attention_backward(*arguments)
 

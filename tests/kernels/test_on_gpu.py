@@ -248,8 +248,8 @@ def test_measured_configurations_are_found_again_by_another_process(tmp_path):
 
 @each_dtype
 def test_class_attention_kernels(dtype):
-    forward = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
-    backward = pytest.importorskip("fastvit.kernels.class_attention_backward", exc_type=ImportError)
+    forward = pytest.importorskip("fastvit.kernels.attention_class", exc_type=ImportError)
+    backward = pytest.importorskip("fastvit.kernels.attention_class_backward", exc_type=ImportError)
     for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
         q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
         k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)

@@ -2,7 +2,7 @@
 
     dbias = dS summed over bias's broadcast axes
 
-with dS as in ``masked_attention_backward.py``, whose kernels leave shift, factor and delta of every row. A program
+with dS as in ``attention_masked_backward.py``, whose kernels leave shift, factor and delta of every row. A program
 holds one tile of the bias and goes over the batch items, heads and query tiles that it was broadcast to (a bias that
 all keys share changes nothing: its gradient is zero). Where that leaves too few programs, or too long a sum, they are
 split into partial sums, added in order afterwards.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._attention import NOT_SPECIALIZED, load_row_values, logits_tile
 from fastvit.kernels._primitives import load_tile
-from fastvit.kernels.masked_attention import Config
+from fastvit.kernels.attention_masked import Config
+from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, load_row_values, logits_tile
 from torch import Tensor
 
 from fastvit import autotune

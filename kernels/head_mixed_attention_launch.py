@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import torch
 import triton
-from fastvit.kernels._head_configurations import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
-from fastvit.kernels._head_maps import (
+from fastvit.kernels._primitives import product_kind, with_small_strides
+from fastvit.kernels.head_mixed_attention_configs import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
+from fastvit.kernels.head_mixed_attention_maps import (
     FULL_MASK,
     KEY_MASK,
     NO_MASK,
@@ -19,7 +20,6 @@ from fastvit.kernels._head_maps import (
     Rows,
     row_statistics_kernel,
 )
-from fastvit.kernels._primitives import product_kind, with_small_strides
 from torch import Tensor
 
 from fastvit import autotune

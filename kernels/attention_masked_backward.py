@@ -16,7 +16,7 @@ sum in an order that only the shapes decide:
    rowsum(g * out), which is known beforehand; what is left for the others is the sum over P, nearer to their dP.
 2. dk, dv: a program holds BLOCK_N keys of one head and goes over the queries in tiles of BLOCK_M, on transposed tiles,
    so that P and dS are left operands as they come out of the products. Keys that nobody sees are zeros at once.
-3. dbias, where asked for: ``masked_attention_bias_gradient.py``.
+3. dbias, where asked for: ``attention_masked_bias_gradient.py``.
 
 Source: Dao et al. 2022, appendix B.
 """
@@ -28,7 +28,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
+from fastvit.kernels.attention_masked import Config
+from fastvit.kernels.attention_masked_bias_gradient import bias_gradient
+from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
     empty_rows,
@@ -42,9 +45,6 @@ from fastvit.kernels._attention import (
     store_row_values,
     token_rows,
 )
-from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
-from fastvit.kernels.masked_attention import Config
-from fastvit.kernels.masked_attention_bias_gradient import bias_gradient
 from torch import Tensor
 
 from fastvit import autotune

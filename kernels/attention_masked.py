@@ -1,4 +1,4 @@
-"""Masked attention, forward; the backward is in ``masked_attention_backward.py``.
+"""Masked attention, forward; the backward is in ``attention_masked_backward.py``.
 
     out[b, h] = softmax(q[b, h] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
@@ -30,7 +30,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
+from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
     empty_rows,
@@ -40,7 +41,6 @@ from fastvit.kernels._attention import (
     padded_head_dim,
     product_kind,
 )
-from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
 from torch import Tensor
 
 from fastvit import autotune

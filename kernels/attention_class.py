@@ -1,4 +1,4 @@
-"""Attention of few queries (class tokens) over all tokens, forward; the backward is in ``class_attention_backward.py``.
+"""Attention of few queries (class tokens) over all tokens, forward; the backward is in ``attention_class_backward.py``.
 
     out[b, h, i] = softmax(q[b, h, i] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import load_key_mask, load_tile
+from fastvit.kernels.attention_tiles import (
     Operands,
     empty_rows,
     finite_maximum,
@@ -31,7 +32,6 @@ from fastvit.kernels._attention import (
     named_strides,
     padded_head_dim,
 )
-from fastvit.kernels._primitives import load_key_mask, load_tile
 from torch import Tensor
 
 from fastvit import autotune
