@@ -1,6 +1,6 @@
 """Head-mixed attention (talking heads, re-attention), forward; no map is written.
 
-    P as in :mod:`fastvit.kernels._head_maps`;  X_h = sum_g post_weight[h, g] P_g + post_bias[h]
+    P as in :mod:`fastvit.kernels.head_mixed_attention_maps`;  X_h = sum_g post_weight[h, g] P_g + post_bias[h]
     M_h = X_h, or LayerNorm over the heads of X, norm_weight[h] * (X_h - mean) / sqrt(var + eps) + norm_bias[h];
           zero at masked positions
     out_h = output_scale * M_h v_h
@@ -19,9 +19,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
-from fastvit.kernels._head_maps import (
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_launch import (
+    Problem,
+    as_heads,
+    as_operand,
+    column_blocks,
+    empty_heads,
+    options,
+    programs,
+)
+from fastvit.kernels.head_mixed_attention_maps import (
     attention_tile,
     batch_entry,
     batch_entry_of_mask,

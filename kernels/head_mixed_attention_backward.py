@@ -11,7 +11,7 @@ With the forward's names, dO the gradient of the result, dM_h = output_scale * d
     dS_g = sum_h pre_weight[h, g] dS'_h
     dq_g = scale * dS_g k_g;  dk_g = scale * dS_g^T q_g;  dv_h = output_scale * M_h^T dO_h
 
-The gradient of :mod:`fastvit.kernels.head_map_moments` is the same with another dX: given dC, the gradient of
+The gradient of :mod:`fastvit.kernels.head_mixed_attention_moments` is the same with another dX: given dC, the gradient of
 C[g, g'] = sum (P_g - c)(P_g' - c), dP = (dC + dC^T)(P - c), which is a mix of X = P - c.
 
 Four kernels behind the row statistics, since delta is a row's sum over all keys and no gradient of q or k can be had
@@ -32,9 +32,23 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
-from fastvit.kernels._head_maps import (
+from fastvit.kernels.head_mixed_attention import (
+    finished_maps,
+    mean_over_heads,
+    normalised_over_heads,
+    post_mixed,
+)
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_launch import (
+    Problem,
+    as_heads,
+    as_operand,
+    column_blocks,
+    empty_heads,
+    options,
+    programs,
+)
+from fastvit.kernels.head_mixed_attention_maps import (
     Heads,
     Rows,
     attention_tile,
@@ -52,12 +66,6 @@ from fastvit.kernels._head_maps import (
     store_rows,
     this_block,
     zero_of,
-)
-from fastvit.kernels.head_mixed_attention import (
-    finished_maps,
-    mean_over_heads,
-    normalised_over_heads,
-    post_mixed,
 )
 from torch import Tensor
 

@@ -13,7 +13,7 @@ Tile plan:
 - ``leff_expand_kernel``: one program makes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
   Programs that share their tokens are neighbours, so x comes from the cache.
 - ``leff_contract_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
-  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_convolved_products.py``): the convolution
+  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_depthwise_prologue.py``): the convolution
   of h, GELU. Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
 
 Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._convolved_products import (
+from fastvit.kernels._depthwise_prologue import (
     FOLD_BLOCK,
     Behind,
     Config,
@@ -41,10 +41,11 @@ from fastvit.kernels._convolved_products import (
 )
 from fastvit.kernels._primitives import product_kind
 from fastvit.kernels._tokens import MOST_ROWS, gelu, load_vector, place_rows, with_near_rows
-from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
 
-# Keyed and held to as the tables of _convolved_products.py.
+from fastvit import autotune
+
+# Keyed and held to as the tables of _depthwise_prologue.py.
 EXPAND: dict[str, tuple[Config, ...]] = {
     "half": (Config(64, 64, 32, 4, 2), Config(128, 128, 32, 8, 3)),
     "tf32": (Config(64, 64, 32, 4, 1),),
@@ -359,7 +360,16 @@ def leff_forward(
         h = torch.empty((batch, grid[0] * grid[1], expansion), dtype=x.dtype, device=x.device)
         folded, folded_down = _fold(up_behind, dw_weight, dw_behind, down_behind, out.shape[2])
         regular, precision = is_regular(x, up_weight, down_weight, out), "tf32" if product == "tf32" else "ieee"
-        key = (x.dtype, precision, channels, expansion, out.shape[2], kernel, regular, token_bucket(batch * tokens))
+        key = (
+            x.dtype,
+            precision,
+            channels,
+            expansion,
+            out.shape[2],
+            kernel,
+            regular,
+            autotune.token_bucket(batch * tokens),
+        )
 
         def run_expand(config: Config) -> None:
             _launch_expand(config, x, up_weight, folded, h, prefix_tokens, precision)
@@ -368,9 +378,9 @@ def leff_forward(
             _launch_contract(config, h, folded, down_weight, folded_down, x, out, grid, kernel, paper, precision)
 
         candidates = choose_expand(product, regular=regular)
-        run_expand(expand or choose("leff_expand", key, candidates, run_expand))
+        run_expand(expand or autotune.choose("leff_expand", key, candidates, run_expand))
         candidates = choose_contract(product, out.shape[2], regular=regular, chip=chip())
-        run_contract(contract or choose("leff_contract", key, candidates, run_contract))
+        run_contract(contract or autotune.choose("leff_contract", key, candidates, run_contract))
     return out
 
 

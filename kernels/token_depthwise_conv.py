@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import load_vector, with_near_rows
+from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
     Geometry,
     Norm,
@@ -31,7 +32,6 @@ from fastvit.kernels._depthwise import (
     tile_at,
     tile_under_tap,
 )
-from fastvit.kernels._tokens import load_vector, with_near_rows
 from torch import Tensor
 
 

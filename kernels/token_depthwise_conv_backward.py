@@ -1,5 +1,5 @@
 """Depthwise convolution of tokens as they lie, backward; the formulas are in
-``fastvit/ops/_token_depthwise_conv_native.py``, the tile plan in ``_depthwise.py``.
+``fastvit/ops/_token_depthwise_conv_native.py``, the tile plan in ``token_depthwise_conv_tiles.py``.
 
 - ``map_backward_kernel``: the way back through activation(norm(v)), element by element.
 - ``sums_kernel``: the gradients of a norm's parameters.
@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import load_vector, with_near_rows
+from fastvit.kernels.token_depthwise_conv import convolve, mapped
+from fastvit.kernels.token_depthwise_conv_tiles import (
     NO_NORM,
     Config,
     Geometry,
@@ -35,8 +37,6 @@ from fastvit.kernels._depthwise import (
     tile_at,
     tile_under_tap,
 )
-from fastvit.kernels._tokens import load_vector, with_near_rows
-from fastvit.kernels.token_depthwise_conv import convolve, mapped
 from torch import Tensor
 
 

@@ -1,6 +1,6 @@
 """Depthwise convolution of tokens as they lie, forward in training: with batch statistics, and what backward needs.
 
-The formula and the tile plan are those of ``token_depthwise_conv.py`` and ``_depthwise.py``. ``statistics_kernel``
+The formula and the tile plan are those of ``token_depthwise_conv.py`` and ``token_depthwise_conv_tiles.py``. ``statistics_kernel``
 reduces a program's rows to a mean and the squares about it, tile by tile, so that no digits cancel.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import with_near_rows
+from fastvit.kernels.token_depthwise_conv import convolve, map_tokens, mapped
+from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
     TrainingArguments,
     as_tokens,
@@ -21,8 +23,6 @@ from fastvit.kernels._depthwise import (
     this_program,
     tile_at,
 )
-from fastvit.kernels._tokens import with_near_rows
-from fastvit.kernels.token_depthwise_conv import convolve, map_tokens, mapped
 from torch import Tensor
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from aot import Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels import _head_launch as launching
-from fastvit.kernels import head_map_moments as moments
 from fastvit.kernels import head_mixed_attention as forward
 from fastvit.kernels import head_mixed_attention_backward as backward
-from fastvit.kernels._head_configurations import (
+from fastvit.kernels import head_mixed_attention_launch as launching
+from fastvit.kernels import head_mixed_attention_moments as moments
+from fastvit.kernels.head_mixed_attention_configs import (
     AMD_SHARED,
     HEAVY,
     LIGHT,

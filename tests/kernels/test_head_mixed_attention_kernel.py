@@ -10,14 +10,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import _head_launch as launching
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels.head_map_moments import head_map_moments, head_map_moments_backward
+from fastvit.kernels import head_mixed_attention_launch as launching
 from fastvit.kernels.head_mixed_attention import head_mixed_attention_forward
 from fastvit.kernels.head_mixed_attention_backward import head_mixed_attention_backward
-from helpers import assert_as_accurate, poisoned_empty
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_moments import head_map_moments, head_map_moments_backward
 
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.jobs import JOBS, Job, parts, widened
-from fastvit import ops
+from fastvit import autotune, ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 
@@ -113,20 +113,14 @@ def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small)
 
 @each_pair
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_every_candidate_of_the_tuner_is_as_accurate(job, backend, place, monkeypatch):
+def test_every_autotune_candidate_is_as_accurate(job, backend, place, monkeypatch):
     """In inference, which has kernels of its own, and in training."""
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
     tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
-    with torch.no_grad():
-        run(job, tensors, backend)  # imports the kernels
 
     def take(name, key, candidates, run):
         return candidates[min(place, len(candidates) - 1)]
 
-    measuring = tuning.choose
-    for module in [module for name, module in sys.modules.items() if name.startswith("fastvit.kernels.")]:
-        if getattr(module, "choose", None) is measuring:
-            monkeypatch.setattr(module, "choose", take)
+    monkeypatch.setattr(autotune, "choose", take)
     with torch.no_grad():
         for each in zip(run(job, tensors, backend), plain(job, tensors), plain(job, widened(tensors)), strict=True):
             assert_as_accurate(*each)
@@ -156,13 +150,12 @@ def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backen
 @each_pair
 def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
     """Nothing may be measured then, even where nothing is known yet."""
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
     tensors = job.tensors(BATCH, torch.float16, "cuda", small=True)
     with torch.no_grad():
         eager = run(job, tensors, backend)  # compiles and loads, which a capture does not allow
         monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(tuning, "_chosen", {})
-        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured while captured"))
+        monkeypatch.setattr(autotune, "_chosen", {})
+        monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured while captured"))
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             run(job, tensors, backend)  # the first configuration, which the capture will take
@@ -221,9 +214,8 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
     "job", [job for job in JOBS if {*BACKENDS} <= {*backends_of(job.op)}], ids=lambda job: job.name
 )
 def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(autotune, "_chosen", {})
     tensors = job.tensors(BATCH, torch.float16, "cuda")
     with torch.no_grad():
         for backend in BACKENDS:
@@ -231,14 +223,14 @@ def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
         for each in zip(run(job, tensors, "auto"), plain(job, tensors), plain(job, widened(tensors)), strict=True):
             assert_as_accurate(*each)
         trains = "training" in job.name  # batch statistics, which a run to measure would move
-        assert [known[0] for known in tuning._chosen].count(job.op) == (0 if trains else 1)
-        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured again"))
+        assert [known[0] for known in autotune._chosen].count(job.op) == (0 if trains else 1)
+        monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured again"))
         run(job, tensors, "auto")
 
 
 def test_measured_configurations_are_found_again_by_another_process(tmp_path):
     program = (
-        "import sys, torch; from fastvit import ops; from fastvit.kernels import _tuning as t\n"
+        "import sys, torch; from fastvit import ops; from fastvit import autotune as t\n"
         "if sys.argv[1] == 'second': t._fastest = lambda *_: sys.exit('measured again')\n"
         "q, k, v = torch.randn(3, 2, 8, 197, 64, device='cuda', dtype=torch.float16)\n"
         "ops.masked_attention(q, k, v, backend='triton'); print(sorted(t._chosen.values()))"
@@ -256,8 +248,8 @@ def test_measured_configurations_are_found_again_by_another_process(tmp_path):
 
 @each_dtype
 def test_class_attention_kernels(dtype):
-    forward = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
-    backward = pytest.importorskip("fastvit.kernels.class_attention_backward", exc_type=ImportError)
+    forward = pytest.importorskip("fastvit.kernels.attention_class", exc_type=ImportError)
+    backward = pytest.importorskip("fastvit.kernels.attention_class_backward", exc_type=ImportError)
     for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
         q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
         k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import _depthwise
+from fastvit.kernels import token_depthwise_conv_tiles
 from fastvit.kernels._tokens import with_near_rows
 
 from fastvit.ops import token_depthwise_conv
@@ -85,7 +85,7 @@ def test_gradients_of_an_empty_batch_are_zeros():
 
 
 def test_reductions_of_several_tiles_and_programs(monkeypatch):
-    monkeypatch.setattr(_depthwise, "FLOAT", _depthwise.Config(16, 16, 1, programs=12))
+    monkeypatch.setattr(token_depthwise_conv_tiles, "FLOAT", token_depthwise_conv_tiles.Config(16, 16, 1, programs=12))
     check_step(run, with_statistics(make_arguments(Case((7, 5), 20, 3, **LEFF), torch.float32), True))
 
 

@@ -1,6 +1,6 @@
 """First and second moments of attention maps over their heads, and their gradient: BatchNorm over heads without a map.
 
-With P as in :mod:`fastvit.kernels._head_maps` and c = 1 / Nk, over every batch entry, query and key (masked ones too,
+With P as in :mod:`fastvit.kernels.head_mixed_attention_maps` and c = 1 / Nk, over every batch entry, query and key (masked ones too,
 where P = 0):
 
     sums[g] = sum (P_g - c);  moments[g, g'] = sum (P_g - c)(P_g' - c)
@@ -19,15 +19,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, empty_heads, options, programs
-from fastvit.kernels._head_maps import (
-    attention_tile,
-    batch_entry,
-    batch_entry_of_mask,
-    rows_of,
-    this_block,
-)
 from fastvit.kernels.head_mixed_attention_backward import (
     add_outer_products,
     key_gradients,
@@ -35,6 +26,15 @@ from fastvit.kernels.head_mixed_attention_backward import (
     query_gradients,
     row_gradients,
     store_matrix,
+)
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_launch import Problem, empty_heads, options, programs
+from fastvit.kernels.head_mixed_attention_maps import (
+    attention_tile,
+    batch_entry,
+    batch_entry_of_mask,
+    rows_of,
+    this_block,
 )
 from torch import Tensor
 

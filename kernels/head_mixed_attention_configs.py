@@ -25,7 +25,7 @@ ONE_HEAD, FEW_HEADS, MANY_HEADS = 1, 16, 32
 
 
 class Config(NamedTuple):
-    """How one launch is cut; the names are those of :class:`fastvit.kernels._head_maps.Plan`."""
+    """How one launch is cut; the names are those of :class:`fastvit.kernels.head_mixed_attention_maps.Plan`."""
 
     block_m: int
     block_n: int

@@ -2,7 +2,7 @@
 
     dbias = dS summed over bias's broadcast axes
 
-with dS as in ``masked_attention_backward.py``, whose kernels leave shift, factor and delta of every row. A program
+with dS as in ``attention_masked_backward.py``, whose kernels leave shift, factor and delta of every row. A program
 holds one tile of the bias and goes over the batch items, heads and query tiles that it was broadcast to (a bias that
 all keys share changes nothing: its gradient is zero). Where that leaves too few programs, or too long a sum, they are
 split into partial sums, added in order afterwards.
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
-from fastvit.kernels._attention import NOT_SPECIALIZED, load_row_values, logits_tile
 from fastvit.kernels._primitives import load_tile
-from fastvit.kernels.masked_attention import Config
+from fastvit.kernels.attention_masked import Config
+from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, load_row_values, logits_tile
 from torch import Tensor
+
+from fastvit import autotune
 
 LONGEST_SUM = 64
 """Terms that one float32 sum over broadcast axes may have: longer ones are split."""
@@ -149,7 +150,7 @@ def bias_gradient(arguments: dict[str, Any], bias: Tensor, config: Config) -> Te
     whole = (*q.shape[:2], *blocks)
     own = (*bias.shape[:2], triton.cdiv(bias.shape[2], config.block_m), blocks[1])
     programs, steps = math.prod(own), math.prod(whole) // math.prod(own)
-    filling = triton.cdiv(2 * _tuning.multiprocessors(q.device), programs)
+    filling = triton.cdiv(2 * autotune.multiprocessors(q.device), programs)
     steps_per_split = min(LONGEST_SUM, triton.cdiv(steps, filling))
     splits = triton.cdiv(steps, steps_per_split)
     partial = torch.empty((splits, *bias.shape), dtype=torch.float32, device=q.device)

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels import _attention as attention
-from fastvit.kernels import masked_attention as kernels
+from fastvit.kernels import attention_masked as kernels
+from fastvit.kernels import attention_tiles as attention
 
 pytestmark = pytest.mark.slow
 

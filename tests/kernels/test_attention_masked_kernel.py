@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import masked_attention as kernels
-from helpers import assert_as_accurate, poisoned_empty
+from fastvit.kernels import attention_masked as kernels
 
 import fastvit
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import masked_attention as forward
-from fastvit.kernels import masked_attention_backward as backward
-from fastvit.kernels import masked_attention_bias_gradient
-from fastvit.kernels.masked_attention import Config
-from helpers import assert_as_accurate, poisoned_empty
+from fastvit.kernels import attention_masked as forward
+from fastvit.kernels import attention_masked_backward as backward
+from fastvit.kernels import attention_masked_bias_gradient
+from fastvit.kernels.attention_masked import Config
 
 import fastvit
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
@@ -84,7 +84,7 @@ def test_bias_gradient_in_its_own_shape(shape):
 
 
 def test_bias_gradient_of_many_terms_is_split(monkeypatch):
-    monkeypatch.setattr(masked_attention_bias_gradient, "LONGEST_SUM", 2)
+    monkeypatch.setattr(attention_masked_bias_gradient, "LONGEST_SUM", 2)
     q, k, v = torch.randn(3, 5, 1, 5, 16)
     check(q, k, v, bias=torch.randn(1, 1, 5, 5), configs=ONE_PASS)
 

@@ -5,7 +5,7 @@ With P = softmax(q k^T * scale + bias over the keys that mask allows), out = P v
     dP = g v^T,    delta = rowsum(P * dP),    dS = P * (dP - delta)
     dq = dS k * scale,    dk = dS^T q * scale,    dv = P^T g,    dbias = dS summed over bias's broadcast axes
 
-1. rows: the parts of ``class_attention.py`` without V's product, m and l, and with it the part of delta, by split.
+1. rows: the parts of ``attention_class.py`` without V's product, m and l, and with it the part of delta, by split.
 2. tokens: a program takes one tile of keys, and for each query adds up the parts to P and delta. dk and dv are then
    complete; dq and the gradient of the logits are written by tile, and the first summed over tiles, the second over
    bias's broadcast axes, afterwards.
@@ -18,9 +18,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._attention import Operands, empty_rows, token_rows
 from fastvit.kernels._primitives import load_tile, store_rows
-from fastvit.kernels.class_attention import (
+from fastvit.kernels.attention_class import (
     NOT_SPECIALIZED,
     Config,
     Launches,
@@ -28,6 +27,7 @@ from fastvit.kernels.class_attention import (
     row_logits,
     weights_of_parts,
 )
+from fastvit.kernels.attention_tiles import Operands, empty_rows, token_rows
 from torch import Tensor
 
 

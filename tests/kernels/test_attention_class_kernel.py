@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import class_attention as kernels
-from fastvit.kernels.class_attention_backward import class_attention_backward
-from helpers import assert_as_accurate, poisoned_empty
+from fastvit.kernels import attention_class as kernels
+from fastvit.kernels.attention_class_backward import class_attention_backward
 
 from fastvit import ops
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
@@ -67,7 +67,7 @@ def test_parts_of_any_number(batch, keys):
 
 
 def test_keys_are_split_so_that_one_image_fills_the_device(monkeypatch):
-    monkeypatch.setattr(kernels._tuning, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(kernels.autotune, "multiprocessors", lambda device: 132)
     one, many = torch.empty(1, 8, 1, 48), torch.empty(64, 8, 1, 48)
     assert kernels._parts(one, 1024, 32) == (32, 32)
     assert kernels._parts(one, 197, 32) == (7, 32)

@@ -7,8 +7,9 @@ from typing import TypeVar
 
 import torch
 import triton
-from fastvit.kernels._head_configurations import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
-from fastvit.kernels._head_maps import (
+from fastvit.kernels._primitives import product_kind, with_small_strides
+from fastvit.kernels.head_mixed_attention_configs import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
+from fastvit.kernels.head_mixed_attention_maps import (
     FULL_MASK,
     KEY_MASK,
     NO_MASK,
@@ -19,9 +20,9 @@ from fastvit.kernels._head_maps import (
     Rows,
     row_statistics_kernel,
 )
-from fastvit.kernels._primitives import product_kind, with_small_strides
-from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
+
+from fastvit import autotune
 
 MIN_SLOTS = 16
 """Rows that a tensor core's product wants."""
@@ -151,13 +152,13 @@ class Problem:
                 self.product,
                 heads,
                 self.head_dim,
-                token_bucket(self.num_queries),
-                token_bucket(self.num_keys),
+                autotune.token_bucket(self.num_queries),
+                autotune.token_bucket(self.num_keys),
                 self.mask_kind,
                 *(tensor is not None for tensor in self.mixes[:4]),
                 self.layer_norm,
             )
-            return launch(choose(kernel, key, candidates, launch))
+            return launch(autotune.choose(kernel, key, candidates, launch))
 
     def row_statistics(self) -> Rows:
         """Maximum and reciprocal sum of each row of the maps, and room for its delta."""

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import depthwise_separable_conv as kernels
-from fastvit.kernels._convolved_products import Behind, Config
+from fastvit.kernels import conv_projection as kernels
+from fastvit.kernels._depthwise_prologue import Behind, Config
 
 from fastvit.ops import conv_projection, depthwise_separable_conv
 from fastvit.reference import functional

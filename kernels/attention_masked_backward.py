@@ -16,7 +16,7 @@ sum in an order that only the shapes decide:
    rowsum(g * out), which is known beforehand; what is left for the others is the sum over P, nearer to their dP.
 2. dk, dv: a program holds BLOCK_N keys of one head and goes over the queries in tiles of BLOCK_M, on transposed tiles,
    so that P and dS are left operands as they come out of the products. Keys that nobody sees are zeros at once.
-3. dbias, where asked for: ``masked_attention_bias_gradient.py``.
+3. dbias, where asked for: ``attention_masked_bias_gradient.py``.
 
 Source: Dao et al. 2022, appendix B.
 """
@@ -28,8 +28,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
+from fastvit.kernels.attention_masked import Config
+from fastvit.kernels.attention_masked_bias_gradient import bias_gradient
+from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
     empty_rows,
@@ -43,10 +45,9 @@ from fastvit.kernels._attention import (
     store_row_values,
     token_rows,
 )
-from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
-from fastvit.kernels.masked_attention import Config
-from fastvit.kernels.masked_attention_bias_gradient import bias_gradient
 from torch import Tensor
+
+from fastvit import autotune
 
 
 class Configs(NamedTuple):
@@ -394,16 +395,16 @@ def masked_attention_backward(
             regular, amd = operands.regular, torch.version.hip is not None
             configs = configurations(product, head_dim, num_keys, regular=regular, amd=amd)
             key = (q.dtype, product, heads, head_dim, operands.mask_kind, bias is not None, regular)
-            query_config = _tuning.choose(
+            query_config = autotune.choose(
                 "masked_attention_dq",
-                (*key, _tuning.token_bucket(num_keys)),
+                (*key, autotune.token_bucket(num_keys)),
                 configs.queries,
                 lambda config: launch_dq(config, torch.empty_like(dq)),
             )
             launch_dq(query_config, dq)
-            key_config = _tuning.choose(
+            key_config = autotune.choose(
                 "masked_attention_dkv",
-                (*key, _tuning.token_bucket(num_queries)),
+                (*key, autotune.token_bucket(num_queries)),
                 configs.keys,
                 lambda config: launch_dkv(config, torch.empty_like(dk), torch.empty_like(dv)),
             )

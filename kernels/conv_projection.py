@@ -6,7 +6,7 @@ Tile plan:
 
 - ``fold_kernel``: the norm, whose statistics are given, goes into the taps and an offset.
 - ``separable_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels of
-  x, whose convolution it makes in registers as the product's left operand (``_convolved_products.py``). Rows are tokens
+  x, whose convolution it makes in registers as the product's left operand (``_depthwise_prologue.py``). Rows are tokens
   with the prefix ones among them, whose operand is x itself.
 
 Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._convolved_products import (
+from fastvit.kernels._depthwise_prologue import (
     FOLD_BLOCK,
     Behind,
     Config,
@@ -33,8 +33,9 @@ from fastvit.kernels._convolved_products import (
 )
 from fastvit.kernels._primitives import product_kind
 from fastvit.kernels._tokens import MOST_ROWS, load_vector, place_rows, with_near_rows
-from fastvit.kernels._tuning import choose, token_bucket
 from torch import Tensor
+
+from fastvit import autotune
 
 
 @triton.jit
@@ -208,7 +209,9 @@ def depthwise_separable_conv_forward(
 
         candidates = choose_contract(product, width, regular=regular, chip=chip())
         key = (x.dtype, precision, channels, width, kernel, stride, padding, regular, prefix_tokens > 0)
-        launch(config or choose("separable", (*key, token_bucket(batch * tokens)), candidates, launch))
+        launch(
+            config or autotune.choose("separable", (*key, autotune.token_bucket(batch * tokens)), candidates, launch)
+        )
     return out
 
 

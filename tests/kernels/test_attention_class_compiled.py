@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels import class_attention as kernels
-from fastvit.kernels.class_attention_backward import class_attention_tokens_kernel
+from fastvit.kernels import attention_class as kernels
+from fastvit.kernels.attention_class_backward import class_attention_tokens_kernel
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Masked attention, forward; the backward is in ``masked_attention_backward.py``.
+"""Masked attention, forward; the backward is in ``attention_masked_backward.py``.
 
     out[b, h] = softmax(q[b, h] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
+from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
     empty_rows,
@@ -41,8 +41,9 @@ from fastvit.kernels._attention import (
     padded_head_dim,
     product_kind,
 )
-from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
 from torch import Tensor
+
+from fastvit import autotune
 
 
 class Config(NamedTuple):
@@ -281,8 +282,8 @@ def masked_attention_forward(
         if config is None:
             regular = operands.regular
             candidates = choose_configs(product, head_dim, num_keys, regular=regular, amd=torch.version.hip is not None)
-            key = (product, q.dtype, heads, head_dim, _tuning.token_bucket(num_keys), operands.mask_kind, regular)
-            config = _tuning.choose(
+            key = (product, q.dtype, heads, head_dim, autotune.token_bucket(num_keys), operands.mask_kind, regular)
+            config = autotune.choose(
                 "masked_attention", key, candidates, lambda config: launch(config, torch.empty_like(out))
             )
         launch(config, out)

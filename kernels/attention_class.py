@@ -1,4 +1,4 @@
-"""Attention of few queries (class tokens) over all tokens, forward; the backward is in ``class_attention_backward.py``.
+"""Attention of few queries (class tokens) over all tokens, forward; the backward is in ``attention_class_backward.py``.
 
     out[b, h, i] = softmax(q[b, h, i] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import _tuning
-from fastvit.kernels._attention import (
+from fastvit.kernels._primitives import load_key_mask, load_tile
+from fastvit.kernels.attention_tiles import (
     Operands,
     empty_rows,
     finite_maximum,
@@ -32,8 +32,9 @@ from fastvit.kernels._attention import (
     named_strides,
     padded_head_dim,
 )
-from fastvit.kernels._primitives import load_key_mask, load_tile
 from torch import Tensor
+
+from fastvit import autotune
 
 LARGEST_SPLIT = 64
 """Parts a query has at most: what one program of the second step takes in."""
@@ -234,7 +235,7 @@ def _parts(q: Tensor, num_keys: int, block_n: int) -> tuple[int, int]:
     """(parts, keys per part): as many as fill the device twice, each of whole tiles."""
     rows = q.shape[0] * q.shape[1] * q.shape[2]
     tiles = triton.cdiv(num_keys, block_n)
-    wanted = min(tiles, LARGEST_SPLIT, triton.cdiv(2 * _tuning.multiprocessors(q.device), rows))
+    wanted = min(tiles, LARGEST_SPLIT, triton.cdiv(2 * autotune.multiprocessors(q.device), rows))
     tiles_per_part = triton.cdiv(tiles, wanted)
     return triton.cdiv(tiles, tiles_per_part), tiles_per_part * block_n
 
@@ -287,7 +288,7 @@ class Launches:
 
     def choose(self, name: str, run: object) -> Config:
         candidates = CONFIGS[self.arguments["BLOCK_D"]]
-        return _tuning.choose(name, (*self.key, _tuning.token_bucket(self.num_keys)), candidates, run)
+        return autotune.choose(name, (*self.key, autotune.token_bucket(self.num_keys)), candidates, run)
 
 
 def _combine(launches: Launches, config: Config, out: Tensor) -> None:
