@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from tests.fuzz.cases import OPERATORS, draw
 from tests.fuzz.judge import Finding
@@ -31,12 +31,12 @@ def _seeds(text: str) -> range:
 
 def _summary(findings: list[Finding], cases: int) -> Table:
     """By operator and kind of failure, with the smallest case of each."""
-    table = Table("operator", "kind", "findings", "smallest case", title=f"{len(findings)} findings in {cases} cases")
+    table = Table("operator", "kind", "findings", Column("smallest case", no_wrap=True), title=f"{len(findings)} findings in {cases} cases")
     groups = defaultdict(list)
     for finding in findings:
         groups[finding.op, finding.kind].append(finding)
     for (op, kind), group in sorted(groups.items()):
-        table.add_row(op, kind, str(len(group)), min(group, key=lambda finding: finding.size).replay)
+        table.add_row(op, kind, str(len(group)), min(group, key=lambda finding: finding.size).replay.removeprefix("python -m tests.fuzz "))
     return table
 
 
