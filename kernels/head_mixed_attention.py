@@ -38,9 +38,9 @@ from fastvit.kernels.head_mixed_attention_maps import (
     load_mix,
     load_per_head,
     mix,
+    opaque_zero,
     store_heads,
     this_block,
-    zero_of,
 )
 from torch import Tensor
 
@@ -104,7 +104,7 @@ def head_mixed_attention_kernel(q, k, v, mask, mixes, rows, out, num_queries, nu
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
         )
-        maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        maps = finished_maps(p, visible, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         values = load_keys(v, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         acc = tl.dot(maps.to(values.dtype), values, acc, input_precision=PLAN.precision)
     acc *= tl.cast(mixes.output_scale, tl.float32)  # a Python float may arrive as float64

@@ -59,13 +59,13 @@ from fastvit.kernels.head_mixed_attention_maps import (
     load_mix,
     load_per_head,
     load_queries,
-    load_rows,
+    load_row_statistics,
     mix,
+    opaque_zero,
     products,
     store_heads,
-    store_rows,
+    store_row_statistics,
     this_block,
-    zero_of,
 )
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def gradient_tile(
     MOMENTS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """dP, dX, dM and Y of a tile from its P; dM and Y are P, to be ignored, where there is no such thing."""
-    zero = zero_of(first_query, first_key, PLAN)
+    zero = opaque_zero(first_query, first_key, PLAN)
     dm = p
     y = p
     if MOMENTS:
@@ -176,7 +176,7 @@ def row_gradients_kernel(
             if PLAN.layer_norm:
                 d_norm_weight += tl.sum(dm * y, 2)
                 d_norm_bias += tl.sum(dm, 2)
-    store_rows(rows.delta, delta, b, first_query, num_queries, PLAN.heads, 0, PLAN)
+    store_row_statistics(rows.delta, delta, b, first_query, num_queries, PLAN.heads, 0, PLAN)
     if not MOMENTS:
         if PLAN.post_mix:
             store_matrix(parts.post_weight, d_post_weight, PLAN)
@@ -203,7 +203,7 @@ def query_gradients_kernel(
         v = batch_entry(v, b)
         grad = batch_entry(grad, b)
     mask = batch_entry_of_mask(mask, b, 0, PLAN)
-    delta = load_rows(rows.delta, b, first_query, num_queries, PLAN)
+    delta = load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_M, BLOCK_OUT], tl.float32)
     d_pre_weight = no_outer_products(PLAN)
@@ -217,7 +217,7 @@ def query_gradients_kernel(
         ds = p * (dp - delta[:, :, None])
         if PLAN.pre_mix:
             d_pre_weight = add_outer_products(d_pre_weight, ds, scores, PLAN)
-            zero = zero_of(first_query, first_key, PLAN)
+            zero = opaque_zero(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         keys = load_keys(k, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PLAN.precision)
@@ -253,9 +253,9 @@ def key_gradients_kernel(
         dp, _dx, _dm, _y = gradient_tile(
             p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
         )
-        ds = p * (dp - load_rows(rows.delta, b, first_query, num_queries, PLAN)[:, :, None])
+        ds = p * (dp - load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)[:, :, None])
         if PLAN.pre_mix:
-            zero = zero_of(first_query, first_key, PLAN)
+            zero = opaque_zero(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
@@ -282,7 +282,7 @@ def value_gradients_kernel(q, k, grad, mask, mixes, rows, dv, num_queries, num_k
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
         )
-        maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        maps = finished_maps(p, visible, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         grads = load_queries(grad, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
         acc = tl.dot(maps, grads, acc, input_precision=PLAN.precision)

@@ -36,11 +36,11 @@ class Config(NamedTuple):
     exact: bool = False
 
 
-def _wide(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8, num_stages: int = 1) -> Config:
+def _resident(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8, num_stages: int = 1) -> Config:
     return Config(block_m, block_n, block_out, num_warps, num_stages)
 
 
-def _frugal(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8) -> Config:
+def _reloading(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8) -> Config:
     return Config(block_m, block_n, block_out, num_warps, resident=False)
 
 
@@ -52,53 +52,53 @@ Loads = tuple[Config, Config, Config]
 """A configuration for LIGHT, NORMED and HEAVY each."""
 
 # Half precision, head dimensions up to 64, 16 slots: what the models have.
-USUAL: dict[str, Loads] = {
-    "head_mixed_attention": (_wide(16, 16, 64), _wide(16, 16, 64), _wide(16, 16, 32)),
-    "row_gradients": (_wide(16, 16), _wide(16, 8), _wide(16, 8)),
-    "query_gradients": (_wide(16, 16, 32), _wide(16, 16, 32), _frugal(4, 16)),
-    "key_gradients": (_wide(16, 16, 32), _wide(16, 16), _frugal(16, 8)),
-    "value_gradients": (_wide(16, 16, 64), _wide(16, 16, 64), _wide(16, 16, 32)),
-    "head_map_moments": (_wide(16, 32), _wide(16, 32), _wide(16, 32)),
-    "row_statistics": (_wide(16, 32), _wide(16, 32), _wide(16, 32)),
+COMMON: dict[str, Loads] = {
+    "head_mixed_attention": (_resident(16, 16, 64), _resident(16, 16, 64), _resident(16, 16, 32)),
+    "row_gradients": (_resident(16, 16), _resident(16, 8), _resident(16, 8)),
+    "query_gradients": (_resident(16, 16, 32), _resident(16, 16, 32), _reloading(4, 16)),
+    "key_gradients": (_resident(16, 16, 32), _resident(16, 16), _reloading(16, 8)),
+    "value_gradients": (_resident(16, 16, 64), _resident(16, 16, 64), _resident(16, 16, 32)),
+    "head_map_moments": (_resident(16, 32), _resident(16, 32), _resident(16, 32)),
+    "row_statistics": (_resident(16, 32), _resident(16, 32), _resident(16, 32)),
 }
 
 # Everything else, by product and slots; for head dimensions up to 128.
-OTHER: dict[tuple[str, int], dict[str, Loads]] = {
+GENERAL: dict[tuple[str, int], dict[str, Loads]] = {
     ("half", FEW_HEADS): {
-        "head_mixed_attention": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(8, 16, 32)),
-        "row_gradients": (_frugal(8, 16), _exact(4, 16), _exact(4, 16)),
-        "query_gradients": (_frugal(8, 16), _frugal(8, 16), _exact(4, 16)),
-        "key_gradients": (_frugal(16, 8, 32), _frugal(16, 8), _frugal(16, 4)),
-        "value_gradients": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(16, 8, 32)),
-        "head_map_moments": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
-        "row_statistics": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+        "head_mixed_attention": (_reloading(16, 16, 32), _reloading(16, 16, 32), _reloading(8, 16, 32)),
+        "row_gradients": (_reloading(8, 16), _exact(4, 16), _exact(4, 16)),
+        "query_gradients": (_reloading(8, 16), _reloading(8, 16), _exact(4, 16)),
+        "key_gradients": (_reloading(16, 8, 32), _reloading(16, 8), _reloading(16, 4)),
+        "value_gradients": (_reloading(16, 16, 32), _reloading(16, 16, 32), _reloading(16, 8, 32)),
+        "head_map_moments": (_reloading(16, 16), _reloading(16, 16), _reloading(8, 16)),
+        "row_statistics": (_reloading(16, 16), _reloading(16, 16), _reloading(8, 16)),
     },
     ("ieee", FEW_HEADS): {
-        "head_mixed_attention": (_frugal(8, 16, 32), _frugal(16, 16, 32), _frugal(8, 16, 32)),
-        "row_gradients": (_frugal(4, 16), _frugal(8, 16), _frugal(4, 16)),
-        "query_gradients": (_frugal(4, 16), _frugal(8, 16, 32), _frugal(4, 16)),
-        "key_gradients": (_frugal(16, 8, 32), _frugal(16, 8, 32), _frugal(16, 8, 32)),
-        "value_gradients": (_frugal(16, 16, 32), _frugal(16, 16, 32), _frugal(16, 8, 32)),
-        "head_map_moments": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
-        "row_statistics": (_frugal(16, 16), _frugal(16, 16), _frugal(8, 16)),
+        "head_mixed_attention": (_reloading(8, 16, 32), _reloading(16, 16, 32), _reloading(8, 16, 32)),
+        "row_gradients": (_reloading(4, 16), _reloading(8, 16), _reloading(4, 16)),
+        "query_gradients": (_reloading(4, 16), _reloading(8, 16, 32), _reloading(4, 16)),
+        "key_gradients": (_reloading(16, 8, 32), _reloading(16, 8, 32), _reloading(16, 8, 32)),
+        "value_gradients": (_reloading(16, 16, 32), _reloading(16, 16, 32), _reloading(16, 8, 32)),
+        "head_map_moments": (_reloading(16, 16), _reloading(16, 16), _reloading(8, 16)),
+        "row_statistics": (_reloading(16, 16), _reloading(16, 16), _reloading(8, 16)),
     },
     ("half", MANY_HEADS): {
-        "head_mixed_attention": (_frugal(8, 16, 32), _frugal(8, 16), _frugal(8, 16)),
-        "row_gradients": (_frugal(4, 16), _exact(2, 16), _exact(2, 16)),
-        "query_gradients": (_frugal(2, 16, 8), _exact(2, 16), _exact(2, 16)),
-        "key_gradients": (_frugal(16, 4, 8), _frugal(16, 2), _exact(16, 2)),
-        "value_gradients": (_frugal(16, 8, 32), _frugal(16, 8, 32), _frugal(16, 8)),
-        "head_map_moments": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
-        "row_statistics": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
+        "head_mixed_attention": (_reloading(8, 16, 32), _reloading(8, 16), _reloading(8, 16)),
+        "row_gradients": (_reloading(4, 16), _exact(2, 16), _exact(2, 16)),
+        "query_gradients": (_reloading(2, 16, 8), _exact(2, 16), _exact(2, 16)),
+        "key_gradients": (_reloading(16, 4, 8), _reloading(16, 2), _exact(16, 2)),
+        "value_gradients": (_reloading(16, 8, 32), _reloading(16, 8, 32), _reloading(16, 8)),
+        "head_map_moments": (_reloading(8, 16), _reloading(8, 16), _reloading(8, 16)),
+        "row_statistics": (_reloading(8, 16), _reloading(8, 16), _reloading(8, 16)),
     },
     ("ieee", MANY_HEADS): {
-        "head_mixed_attention": (_frugal(2, 16), _frugal(8, 16), _frugal(2, 16)),
-        "row_gradients": (_frugal(1, 16), _frugal(2, 16), _frugal(2, 16)),
-        "query_gradients": (_frugal(1, 16, 8), _frugal(2, 16), _frugal(1, 16)),
-        "key_gradients": (_frugal(16, 1, 8), _frugal(16, 2), _frugal(16, 2)),
-        "value_gradients": (_frugal(16, 4), _frugal(16, 8), _frugal(16, 2)),
-        "head_map_moments": (_frugal(8, 16), _frugal(8, 16), _frugal(8, 16)),
-        "row_statistics": (_frugal(4, 16), _frugal(8, 16), _frugal(8, 16)),
+        "head_mixed_attention": (_reloading(2, 16), _reloading(8, 16), _reloading(2, 16)),
+        "row_gradients": (_reloading(1, 16), _reloading(2, 16), _reloading(2, 16)),
+        "query_gradients": (_reloading(1, 16, 8), _reloading(2, 16), _reloading(1, 16)),
+        "key_gradients": (_reloading(16, 1, 8), _reloading(16, 2), _reloading(16, 2)),
+        "value_gradients": (_reloading(16, 4), _reloading(16, 8), _reloading(16, 2)),
+        "head_map_moments": (_reloading(8, 16), _reloading(8, 16), _reloading(8, 16)),
+        "row_statistics": (_reloading(4, 16), _reloading(8, 16), _reloading(8, 16)),
     },
 }
 
@@ -106,48 +106,48 @@ OTHER: dict[tuple[str, int], dict[str, Loads]] = {
 # would spill. For head dimensions up to 128.
 AMD: dict[tuple[str, int], dict[str, Loads]] = {
     ("half", FEW_HEADS): {
-        "head_mixed_attention": (_wide(16, 16, 64), _wide(16, 16, 64, 4), _frugal(4, 16, 64, 4)),
-        "row_gradients": (_wide(16, 16), _frugal(16, 16, 16, 4), _frugal(4, 16, 16, 4)),
-        "query_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 32, 4), _frugal(2, 16, 64, 4)),
-        "key_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 64, 4), _frugal(16, 4, 32, 4)),
-        "value_gradients": (_wide(16, 16, 64), _wide(16, 16, 64, 4), _frugal(16, 16, 32, 4)),
-        "head_map_moments": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
-        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+        "head_mixed_attention": (_resident(16, 16, 64), _resident(16, 16, 64, 4), _reloading(4, 16, 64, 4)),
+        "row_gradients": (_resident(16, 16), _reloading(16, 16, 16, 4), _reloading(4, 16, 16, 4)),
+        "query_gradients": (_reloading(16, 16, 64, 4), _reloading(16, 16, 32, 4), _reloading(2, 16, 64, 4)),
+        "key_gradients": (_reloading(16, 16, 64, 4), _reloading(16, 16, 64, 4), _reloading(16, 4, 32, 4)),
+        "value_gradients": (_resident(16, 16, 64), _resident(16, 16, 64, 4), _reloading(16, 16, 32, 4)),
+        "head_map_moments": (_resident(16, 16), _resident(16, 16), _resident(16, 16)),
+        "row_statistics": (_resident(16, 16), _resident(16, 16), _resident(16, 16)),
     },
     ("ieee", FEW_HEADS): {
-        "head_mixed_attention": (_frugal(16, 16, 64), _frugal(16, 16, 64, 4), _frugal(4, 16, 64, 4)),
-        "row_gradients": (_frugal(16, 16), _frugal(8, 16, 16, 4), _frugal(4, 16, 16, 4)),
-        "query_gradients": (_frugal(16, 16, 64, 4), _frugal(4, 16, 64, 4), _frugal(2, 16, 64, 4)),
-        "key_gradients": (_frugal(16, 16, 64, 4), _frugal(16, 16, 64, 4), _frugal(16, 2, 64, 4)),
-        "value_gradients": (_wide(16, 16, 64, 4), _wide(16, 16, 64, 4), _frugal(16, 8, 64, 4)),
-        "head_map_moments": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
-        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+        "head_mixed_attention": (_reloading(16, 16, 64), _reloading(16, 16, 64, 4), _reloading(4, 16, 64, 4)),
+        "row_gradients": (_reloading(16, 16), _reloading(8, 16, 16, 4), _reloading(4, 16, 16, 4)),
+        "query_gradients": (_reloading(16, 16, 64, 4), _reloading(4, 16, 64, 4), _reloading(2, 16, 64, 4)),
+        "key_gradients": (_reloading(16, 16, 64, 4), _reloading(16, 16, 64, 4), _reloading(16, 2, 64, 4)),
+        "value_gradients": (_resident(16, 16, 64, 4), _resident(16, 16, 64, 4), _reloading(16, 8, 64, 4)),
+        "head_map_moments": (_resident(16, 16), _resident(16, 16), _resident(16, 16)),
+        "row_statistics": (_resident(16, 16), _resident(16, 16), _resident(16, 16)),
     },
     ("half", MANY_HEADS): {
-        "head_mixed_attention": (_frugal(16, 16, 16, 4), _frugal(8, 16, 32, 4), _frugal(4, 16, 32, 4)),
-        "row_gradients": (_frugal(16, 16), _frugal(4, 16, 16, 4), _frugal(2, 16, 16, 4)),
-        "query_gradients": (_frugal(4, 16, 32, 4), _frugal(4, 16, 32, 4), _frugal(2, 16, 32, 4)),
-        "key_gradients": (_frugal(16, 8, 32, 4), _frugal(16, 4, 32, 4), _frugal(16, 2, 32, 4)),
-        "value_gradients": (_frugal(16, 16, 16, 4), _frugal(16, 8, 32, 4), _frugal(16, 8, 16, 4)),
-        "head_map_moments": (_frugal(16, 16, 16, 4), _frugal(16, 16, 16, 4), _frugal(16, 16, 16, 4)),
-        "row_statistics": (_wide(16, 16), _wide(16, 16), _wide(16, 16)),
+        "head_mixed_attention": (_reloading(16, 16, 16, 4), _reloading(8, 16, 32, 4), _reloading(4, 16, 32, 4)),
+        "row_gradients": (_reloading(16, 16), _reloading(4, 16, 16, 4), _reloading(2, 16, 16, 4)),
+        "query_gradients": (_reloading(4, 16, 32, 4), _reloading(4, 16, 32, 4), _reloading(2, 16, 32, 4)),
+        "key_gradients": (_reloading(16, 8, 32, 4), _reloading(16, 4, 32, 4), _reloading(16, 2, 32, 4)),
+        "value_gradients": (_reloading(16, 16, 16, 4), _reloading(16, 8, 32, 4), _reloading(16, 8, 16, 4)),
+        "head_map_moments": (_reloading(16, 16, 16, 4), _reloading(16, 16, 16, 4), _reloading(16, 16, 16, 4)),
+        "row_statistics": (_resident(16, 16), _resident(16, 16), _resident(16, 16)),
     },
     ("ieee", MANY_HEADS): {
-        "head_mixed_attention": (_frugal(8, 16, 32, 4), _frugal(8, 16, 32, 4), _frugal(4, 16, 32, 4)),
-        "row_gradients": (_frugal(16, 16, 16, 4), _frugal(4, 16, 16, 4), _frugal(2, 16, 16, 4)),
-        "query_gradients": (_frugal(4, 16, 32, 4), _frugal(4, 16, 32, 4), _frugal(2, 16, 32, 4)),
-        "key_gradients": (_frugal(16, 4, 32, 4), _frugal(16, 4, 32, 4), _frugal(16, 2, 32, 4)),
-        "value_gradients": (_frugal(16, 8, 32, 4), _frugal(16, 8, 32, 4), _frugal(16, 8, 16, 4)),
-        "head_map_moments": (_frugal(8, 16, 16, 4), _frugal(8, 16, 16, 4), _frugal(8, 16, 16, 4)),
-        "row_statistics": (_wide(16, 16, 16, 4), _wide(16, 16, 16, 4), _frugal(16, 16)),
+        "head_mixed_attention": (_reloading(8, 16, 32, 4), _reloading(8, 16, 32, 4), _reloading(4, 16, 32, 4)),
+        "row_gradients": (_reloading(16, 16, 16, 4), _reloading(4, 16, 16, 4), _reloading(2, 16, 16, 4)),
+        "query_gradients": (_reloading(4, 16, 32, 4), _reloading(4, 16, 32, 4), _reloading(2, 16, 32, 4)),
+        "key_gradients": (_reloading(16, 4, 32, 4), _reloading(16, 4, 32, 4), _reloading(16, 2, 32, 4)),
+        "value_gradients": (_reloading(16, 8, 32, 4), _reloading(16, 8, 32, 4), _reloading(16, 8, 16, 4)),
+        "head_map_moments": (_reloading(8, 16, 16, 4), _reloading(8, 16, 16, 4), _reloading(8, 16, 16, 4)),
+        "row_statistics": (_resident(16, 16, 16, 4), _resident(16, 16, 16, 4), _reloading(16, 16)),
     },
 }
 
 # The row statistics where no mix joins the heads.
-ALONE = {"half": _wide(64, 32, 16, 4), "tf32": _frugal(32, 32), "ieee": _frugal(32, 32, 16, 4)}
+SINGLE_HEAD = {"half": _resident(64, 32, 16, 4), "tf32": _reloading(32, 32), "ieee": _reloading(32, 32, 16, 4)}
 
 
-def load_of(*, pre_mix: bool, layer_norm: bool, full_mask: bool) -> int:
+def pressure_of(*, pre_mix: bool, layer_norm: bool, full_mask: bool) -> int:
     """Which of the three loads a call is."""
     if full_mask or (pre_mix and layer_norm):
         return HEAVY
@@ -167,11 +167,11 @@ def configurations(
         load: LIGHT, NORMED or HEAVY. shared_limit: bytes of shared memory a program may have.
     """
     if heads == ONE_HEAD and kernel == "row_statistics":
-        return (ALONE[product],)
+        return (SINGLE_HEAD[product],)
     slots = FEW_HEADS if triton.next_power_of_2(heads) <= FEW_HEADS else MANY_HEADS
     if product == "half" and slots == FEW_HEADS and head_dim <= 64 and shared_limit >= SMALLEST_SHARED:
-        return (USUAL[kernel][load],)
-    table = AMD if shared_limit < SMALLEST_SHARED else OTHER
+        return (COMMON[kernel][load],)
+    table = AMD if shared_limit < SMALLEST_SHARED else GENERAL
     if product == "tf32":
         return (table["ieee", slots][kernel][load]._replace(exact=True),)
     return (table[product, slots][kernel][load],)

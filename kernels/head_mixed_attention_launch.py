@@ -8,7 +8,13 @@ from typing import TypeVar
 import torch
 import triton
 from fastvit.kernels._primitives import product_kind, with_small_strides
-from fastvit.kernels.head_mixed_attention_configs import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
+from fastvit.kernels.head_mixed_attention_configs import (
+    AMD_SHARED,
+    SMALLEST_SHARED,
+    Config,
+    configurations,
+    pressure_of,
+)
 from fastvit.kernels.head_mixed_attention_maps import (
     FULL_MASK,
     KEY_MASK,
@@ -140,7 +146,7 @@ class Problem:
     def run(self, kernel: str, launch: Callable[[Config], Result], *, one_head: bool = False) -> Result:
         """What ``launch``, which allocates its results, gives with the best of the kernel's configurations."""
         heads = 1 if one_head else self.heads
-        load = load_of(
+        load = pressure_of(
             pre_mix=self.mixes.pre_weight is not None,
             layer_norm=self.layer_norm,
             full_mask=self.mask_kind == FULL_MASK,

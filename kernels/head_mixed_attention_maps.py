@@ -208,21 +208,21 @@ def _row_offsets(b, first_query, num_queries, num_heads, first_head, PLAN: tl.co
 
 
 @triton.jit
-def load_rows(values, b, first_query, num_queries, PLAN: tl.constexpr):
+def load_row_statistics(values, b, first_query, num_queries, PLAN: tl.constexpr):
     """A number per row of a tile's maps, [SLOTS, BLOCK_M], zeros outside."""
     offsets, inside = _row_offsets(b, first_query, num_queries, PLAN.heads, 0, PLAN)
     return tl.load(values + offsets, mask=inside, other=0)
 
 
 @triton.jit
-def store_rows(values, tile, b, first_query, num_queries, num_heads, first_head, PLAN: tl.constexpr):
+def store_row_statistics(values, tile, b, first_query, num_queries, num_heads, first_head, PLAN: tl.constexpr):
     """Write a number per row of a tile's maps, [SLOTS, BLOCK_M]."""
     offsets, inside = _row_offsets(b, first_query, num_queries, num_heads, first_head, PLAN)
     tl.store(values + offsets, tile, mask=inside)
 
 
 @triton.jit
-def zero_of(first_query, first_key, PLAN: tl.constexpr):
+def opaque_zero(first_query, first_key, PLAN: tl.constexpr):
     """0, to be added to the address of what a loop does not change.
 
     Where a program's tiles leave few registers, it is a 0 the compiler cannot know, so that it does not keep over the
@@ -326,10 +326,10 @@ def visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN: tl.c
 def attention_tile(q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr):
     """S, P and what is visible of one tile."""
     scores = products(q, k, first_query, num_queries, first_key, num_keys, PLAN) * tl.cast(mixes.scale, tl.float32)
-    logits = mixed_logits(scores, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+    logits = mixed_logits(scores, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
     visible = visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN)
-    maximum = load_rows(rows.maximum, b, first_query, num_queries, PLAN)[:, :, None]
-    inverse = load_rows(rows.inverse, b, first_query, num_queries, PLAN)[:, :, None]
+    maximum = load_row_statistics(rows.maximum, b, first_query, num_queries, PLAN)[:, :, None]
+    inverse = load_row_statistics(rows.inverse, b, first_query, num_queries, PLAN)[:, :, None]
     p = tl.exp(tl.where(visible, logits, float("-inf")) - maximum) * inverse
     return scores, p, visible
 
@@ -362,7 +362,7 @@ def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_k
     for first_key in range(0, num_keys, PLAN.block_n):
         scores = products(q, k, first_query, num_queries, first_key, num_keys, PLAN)
         scores *= tl.cast(mixes.scale, tl.float32)
-        logits = mixed_logits(scores, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        logits = mixed_logits(scores, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         visible = visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN)
         logits = tl.where(visible, logits, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(logits, 2))
@@ -372,5 +372,7 @@ def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_k
         largest = new_largest
     empty = largest == float("-inf")
     inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    store_rows(rows.maximum, tl.where(empty, 0.0, largest), b, first_query, num_queries, num_heads, head, PLAN)
-    store_rows(rows.inverse, inverse, b, first_query, num_queries, num_heads, head, PLAN)
+    store_row_statistics(
+        rows.maximum, tl.where(empty, 0.0, largest), b, first_query, num_queries, num_heads, head, PLAN
+    )
+    store_row_statistics(rows.inverse, inverse, b, first_query, num_queries, num_heads, head, PLAN)

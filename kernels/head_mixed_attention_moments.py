@@ -82,8 +82,8 @@ def head_map_moments(
         )  # fmt: skip
         return problem.sum_of_parts(parts, plan)
 
-    empty_rows = (rows.inverse == 0).sum((0, 2))
-    return -empty_rows.float(), problem.run("head_map_moments", launch)
+    empty_heads_last = (rows.inverse == 0).sum((0, 2))
+    return -empty_heads_last.float(), problem.run("head_map_moments", launch)
 
 
 def head_map_moments_backward(

@@ -43,7 +43,7 @@ def build(case: Case) -> Build:
         "D": case.block_d - 15,
         "BLOCK_N": config.block_n,
         "BLOCK_D": case.block_d,
-        "PARTS": kernels.LARGEST_SPLIT,
+        "PARTS": kernels.MAX_PARTS,
         "HAS_MASK": True,
         "HAS_BIAS": True,
         "BACKWARD": case.kernel == "backward_parts",

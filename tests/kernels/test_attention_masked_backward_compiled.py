@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked_backward as kernels
-from fastvit.kernels import attention_tiles as attention
 from fastvit.kernels.attention_masked import Config
 from fastvit.kernels.attention_masked_bias_gradient import masked_attention_dbias_kernel
 
@@ -51,7 +51,7 @@ def build(case: Case) -> Build:
         "BLOCK_N": config.block_n,
         "BLOCK_D": case.block_d,
         "ONE_PASS": config.one_pass,
-        "MASK_KIND": attention.KEY_MASK if regular else attention.FULL_MASK,
+        "MASK_KIND": primitives.KEY_MASK if regular else primitives.FULL_MASK,
         "HAS_BIAS": not regular,
         "PRECISION": "tf32" if case.product == "tf32" else "ieee",
         "stride_mk": 1,

@@ -84,7 +84,7 @@ def test_bias_gradient_in_its_own_shape(shape):
 
 
 def test_bias_gradient_of_many_terms_is_split(monkeypatch):
-    monkeypatch.setattr(attention_masked_bias_gradient, "LONGEST_SUM", 2)
+    monkeypatch.setattr(attention_masked_bias_gradient, "MAX_TERMS_PER_SUM", 2)
     q, k, v = torch.randn(3, 5, 1, 5, 16)
     check(q, k, v, bias=torch.randn(1, 1, 5, 5), configs=ONE_PASS)
 

@@ -51,7 +51,7 @@ ALL = [
     for target in TARGETS
     for product, dtypes in DTYPES.items()
     for regular in (True, False)
-    for config in products.choose_contract(product, 384, regular=regular, chip=CHIPS[target])
+    for config in products.choose_configs(product, 384, regular=regular, chip=CHIPS[target])
     for stride in (1, 2)
     for prefix in (True, False)
     for dtype in (dtypes if target == "sm_80" else dtypes[:1])
@@ -72,6 +72,6 @@ def test_configuration_fits_the_chip(case, reports):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_fold_fits_the_chip(target):
     vector = "*fp32:16"
-    types = {"taps": "*bf16:16", "behind": products.Behind(*[vector] * 5, "fp32"), "folded": vector, "C": "i32:16"}
+    types = {"taps": "*bf16:16", "epilogue": products.Epilogue(*[vector] * 5, "fp32"), "folded": vector, "C": "i32:16"}
     constants = {"TAPS": 9, "BLOCK": products.FOLD_BLOCK}
     assert_fits(compile_kernel(Build(kernels.fold_kernel, target, types, constants, 4, 2)), target, tensor_cores=False)

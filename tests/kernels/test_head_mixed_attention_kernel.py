@@ -114,8 +114,8 @@ def check(q, k, v, parts, mask=None, scale=None, grad=None):
 # The interpreter takes its time per program and tile, not per element.
 WHOLE = Config(block_m=32, block_n=64, block_out=64, num_warps=1)
 RESIDENT = Config(block_m=16, block_n=16, block_out=32, num_warps=1)
-FRUGAL = RESIDENT._replace(resident=False)
-EXACT = FRUGAL._replace(block_m=2, exact=True)
+RELOADING = RESIDENT._replace(resident=False)
+EXACT = RELOADING._replace(block_m=2, exact=True)
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_every_kind(kind, heads):
     check(*make_qkv(1, heads, 21, 21, 16), make_parts(kind, heads))
 
 
-@pytest.mark.parametrize(("kind", "config"), [("talking", FRUGAL), ("norm", RESIDENT)], ids=["frugal", "resident"])
+@pytest.mark.parametrize(("kind", "config"), [("talking", RELOADING), ("norm", RESIDENT)], ids=["frugal", "resident"])
 def test_several_tiles_and_column_blocks(kind, config, tiles):
     tiles(config)
     check(*make_qkv(1, 6, 35, 19, 33), make_parts(kind, 6))
@@ -248,7 +248,7 @@ def moments_with_gradients(inputs: list[Tensor | None], mask: Tensor | None, gra
     ("heads", "pre_mix", "dtype"), [(5, False, torch.float32), (6, True, torch.float32), (6, True, torch.float16)]
 )
 def test_moments(heads, pre_mix, masked, dtype, tiles):
-    tiles(FRUGAL if pre_mix else RESIDENT)
+    tiles(RELOADING if pre_mix else RESIDENT)
     q, k, _ = make_qkv(2, heads, 19, 23, 16, dtype)
     parts = make_parts("pre" if pre_mix else "plain", heads, dtype)
     mask = torch.rand(2, 1, 19, 23) > 0.4 if masked else None

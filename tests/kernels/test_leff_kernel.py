@@ -23,8 +23,8 @@ WIDE = kernels.Config(64, 64, 32, 1, 1), kernels.Config(64, 32, 32, 1, 1, 16)
 
 @pytest.fixture
 def wide(monkeypatch):
-    monkeypatch.setattr(kernels, "choose_expand", lambda *_, **__: WIDE[:1])
-    monkeypatch.setattr(kernels, "choose_contract", lambda *_, **__: WIDE[1:])
+    monkeypatch.setattr(kernels, "choose_expand_configs", lambda *_, **__: WIDE[:1])
+    monkeypatch.setattr(kernels, "choose_configs", lambda *_, **__: WIDE[1:])
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +116,8 @@ def test_maps_beyond_32_bit_offsets_are_not_taken():
     up, dw, down = (torch.empty(size, device="meta") for size in ((1024, 16), (1024, 1, 3, 3), (16, 1024)))
     assert not _convolved_products.leff_fits(meta, up, dw, down)
     assert _convolved_products.leff_fits(meta[:, :21], up, dw, down)
-    bare = kernels.Behind(None, None, None, None, None, 0.0)
-    with pytest.raises(ValueError, match="accepted are up to"):
+    bare = kernels.Epilogue(None, None, None, None, None, 0.0)
+    with pytest.raises(ValueError, match="expected at most 2"):
         kernels.leff_forward(meta, up, bare, dw, bare, down, bare, (2**11, 2**10), 0, False)
 
 

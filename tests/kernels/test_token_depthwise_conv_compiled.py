@@ -11,8 +11,12 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 import torch
 from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels.token_depthwise_conv import convolve_kernel, map_kernel
-from fastvit.kernels.token_depthwise_conv_backward import map_backward_kernel, sums_kernel, weight_gradient_kernel
+from fastvit.kernels.token_depthwise_conv import convolve_kernel, norm_activation_kernel
+from fastvit.kernels.token_depthwise_conv_backward import (
+    norm_activation_backward_kernel,
+    sums_kernel,
+    weight_gradient_kernel,
+)
 from fastvit.kernels.token_depthwise_conv_tiles import Statistics, Tokens, choose_config
 from fastvit.kernels.token_depthwise_conv_training import statistics_kernel
 
@@ -20,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
-    "map": map_kernel,
-    "map_backward": map_backward_kernel,
+    "map": norm_activation_kernel,
+    "norm_activation_backward": norm_activation_backward_kernel,
     "convolve": convolve_kernel,
     "statistics": statistics_kernel,
     "sums": sums_kernel,
@@ -66,8 +70,8 @@ def shape(kernel: int, stride: int) -> dict[str, int]:
 NO_NORM = {"norm": None, "bias": None}
 KINDS = [
     ("map", constants(ACTIVATION=GELU)),
-    ("map_backward", constants(ACTIVATION=GELU)),
-    ("map_backward", constants(ACTIVATION=SILU, constant=None, slope=None)),
+    ("norm_activation_backward", constants(ACTIVATION=GELU)),
+    ("norm_activation_backward", constants(ACTIVATION=SILU, constant=None, slope=None)),
     ("convolve", constants(ACTIVATION=GELU, TRANSPOSED=False, **shape(3, 1))),
     ("convolve", constants(ACTIVATION=0, TRANSPOSED=False, conv=None, **NO_NORM, **shape(3, 2))),
     ("convolve", constants(ACTIVATION=0, TRANSPOSED=False, conv=None, **NO_NORM, **shape(7, 1))),
