@@ -216,7 +216,7 @@ def depthwise_separable_conv_forward(
 def depthwise_separable_conv_operator(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, pw_bias: Tensor | None, *rest: Tensor | float | int | None
 ) -> Tensor:
-    """The operator ``fastvit::depthwise_separable_conv_triton``; ``rest``: the convolution's epilogue, geometry."""
+    """The operator ``fastvit::depthwise_separable_conv_triton``."""
     height, width, stride, padding, prefix_tokens = rest[6:]
     geometry = (height, width), stride, padding, prefix_tokens
     return depthwise_separable_conv_forward(x, dw_weight, Epilogue(*rest[:6]), pw_weight, pw_bias, *geometry)

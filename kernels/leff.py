@@ -382,7 +382,7 @@ def leff_operator(
     down_weight: Tensor,
     *rest: Tensor | float | int | bool | None,
 ) -> Tensor:
-    """The operator ``fastvit::leff_triton``; ``rest``: the three epilogues, grid, prefix tokens and form."""
+    """The operator ``fastvit::leff_triton``."""
     epilogues = [Epilogue(*rest[start : start + 6]) for start in (0, 6, 12)]
     height, width, prefix_tokens, paper = rest[18:]
     weights = (up_weight, dw_weight, down_weight)

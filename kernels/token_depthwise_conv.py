@@ -152,7 +152,7 @@ def convolve(
 def token_depthwise_conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
 ) -> Tensor:
-    """The operator ``fastvit::token_depthwise_conv_triton``; ``rest``: both norms with activations, geometry."""
+    """The operator ``fastvit::token_depthwise_conv_triton``."""
     pre_norm, norm, geometry = Norm(*rest[:6]), Norm(*rest[6:12]), Geometry(*rest[12:])
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)

@@ -253,7 +253,7 @@ def token_depthwise_conv_backward(
     bias: Tensor | None,
     *rest: Tensor | float | int | bool | None,
 ) -> tuple[Tensor, ...]:
-    """The operator ``fastvit::token_depthwise_conv_triton_backward``; ``rest``: as in training, x_grad, parameter_grads."""
+    """The operator ``fastvit::token_depthwise_conv_triton_backward``."""
     arguments = TrainingArguments.of(rest)
     pre_norm, _, norm, batch, geometry = arguments
     x_grad, parameter_grads = rest[20:]

@@ -66,7 +66,7 @@ def channel_statistics(v: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def token_depthwise_conv_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
 ) -> tuple[Tensor, ...]:
-    """The operator ``fastvit::token_depthwise_conv_triton_training``; conv is empty where no norm or activation follows."""
+    """The operator ``fastvit::token_depthwise_conv_triton_training``; conv is empty where nothing follows it."""
     pre_norm, pre_batch, norm, batch, geometry = TrainingArguments.of(rest)
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)

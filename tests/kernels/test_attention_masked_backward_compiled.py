@@ -1,4 +1,4 @@
-"""The backward kernels of masked attention, compiled ahead of time for three chips."""
+"""The backward kernels of masked attention, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """The costliest launch: aligned rows and a key padding mask, or an odd head dimension without alignment, a mask of
-    (queries, keys) and a bias."""
+    """The launch with the most register pressure: aligned rows and a key padding mask, or for irregular cases unaligned
+    rows, a mask of (queries, keys) and a bias."""
     regular, config = case.regular, case.config
     kernel = KERNELS[case.kernel]
     constants = {
@@ -85,15 +85,15 @@ def configurations(configs: kernels.Configs) -> list[tuple[str, Config]]:
 
 
 def cases() -> list[Case]:
-    """Every configuration for every chip, dtype and way of reading that it is meant for."""
+    """Every configuration for every GPU, dtype and alignment that it is for."""
     found = []
-    for table, ways in ((kernels.CONFIGS, (True, False)), (kernels.REGULAR_CONFIGS, (True,))):
+    for table, alignments in ((kernels.CONFIGS, (True, False)), (kernels.REGULAR_CONFIGS, (True,))):
         for (product, block_d), configs in table.items():
             for kernel, config in configurations(configs):
                 for target in TARGETS:
                     if table is kernels.REGULAR_CONFIGS and TARGETS[target].backend != "cuda":
                         continue
-                    for regular in ways:
+                    for regular in alignments:
                         for dtype in ["bf16", "fp16"] if product == "half" else ["fp32"]:
                             found.append(Case(target, dtype, kernel, product, block_d, config, regular))
     return list(dict.fromkeys(found))
@@ -108,7 +108,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 

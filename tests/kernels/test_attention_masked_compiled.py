@@ -1,4 +1,4 @@
-"""Every shipped configuration of the masked attention kernel, compiled ahead of time for three chips."""
+"""Every shipped configuration of the masked attention kernel, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """The costliest launch that the case's table is for: aligned rows and a key padding mask, or an odd head dimension
-    without alignment, a mask of (queries, keys) and a bias."""
+    """The launch with the most register pressure: aligned rows and a key padding mask, or for irregular cases unaligned
+    rows, a mask of (queries, keys) and a bias."""
     regular, config = case.regular, case.config
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{case.dtype}:16")
     types |= dict.fromkeys(("H", "num_queries", "num_keys"), "i32") | {"scale": "fp32", "lse": "*fp32:16"}
@@ -58,7 +58,7 @@ def build(case: Case) -> Build:
 
 
 def dtypes(product: str, target: str) -> list[str]:
-    """float16 and bfloat16 differ in the instruction alone: one chip for the second of them."""
+    """float16 and bfloat16 differ in the instruction only: the second is compiled for one GPU."""
     return ["fp32"] if product != "half" else ["bf16", "fp16"] if target == "sm_80" else ["bf16"]
 
 
@@ -80,7 +80,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 

@@ -24,13 +24,13 @@ TWIN = functional.depthwise_separable_conv
 
 @pytest.fixture
 def wide(monkeypatch):
-    """The interpreter takes its time per program: tiles that are wide for the sizes here."""
+    """Wide tiles, since the interpreter's time depends on programs."""
     monkeypatch.setattr(kernels, "choose_configs", lambda *_, **__: (Config(64, 16, 32, 1, 1, 16),))
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How often the kernels ran."""
+    """One entry per call of the kernels."""
     found = []
     operator = kernels.depthwise_separable_conv_operator
     monkeypatch.setattr(kernels, "depthwise_separable_conv_operator", lambda *a: found.append(a) or operator(*a))

@@ -1,4 +1,4 @@
-"""Every shipped configuration of CeiT's feed-forward kernels, compiled ahead of time for three chips."""
+"""Every shipped configuration of CeiT's feed-forward kernels, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ SHIPPED = [
     for kernel in ("expand", "contract")
     for target in TARGETS
     for product, dtypes in DTYPES.items()
-    for regular in ((True, False) if target != "sm_90" else (True,))  # what fits sm_80 has fitted sm_90
+    for regular in ((True, False) if target != "sm_90" else (True,))  # what fits sm_80 fits sm_90
     for config in configurations(kernel, product, target, regular)
-    # float16 and bfloat16 differ in the instruction alone: one chip for the second of them.
+    # float16 and bfloat16 differ in the instruction only: the second is compiled for one GPU.
     for dtype in (dtypes if target == "sm_80" else dtypes[:1])
 ]
 ALL = [
@@ -103,7 +103,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 
