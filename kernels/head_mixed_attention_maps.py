@@ -8,8 +8,8 @@ as one tensor [SLOTS, BLOCK_M, BLOCK_N]: a batched product over the slots gives 
 [SLOTS, SLOTS] x [SLOTS, BLOCK_M * BLOCK_N].
 
 Slots: a tensor core instruction has 16 rows, which few heads do not fill. So the slots hold groups of all heads
-(padded to a power of two), each for different queries of the same batch element (different keys in the kernels that
-loop over queries). Four heads fill 16 slots with four blocks of queries; the matrix of the mix is then block diagonal.
+(padded to a power of two), each for different queries of the same batch element (different keys in the kernels
+that loop over queries). Four heads fill 16 slots with four blocks of queries; the matrix of the mix is then block diagonal.
 Above 16 heads there is one group. Everything out of bounds, padded heads included, is loaded as zero.
 
 The softmax takes two passes: :func:`row_statistics_kernel` computes the maximum and the reciprocal sum of each row, from

@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         tile = "x".join(map(str, self.config[:4]))
-        return f"{self.kernel}-{self.target}-{self.dtype}-{self.product}-{self.heads}x{self.head_dim}-{self.pressure}-{tile}"
+        return "-".join((*self[:4], f"{self.heads}x{self.head_dim}", str(self.pressure), tile))
 
 
 class Recorder:
