@@ -428,20 +428,20 @@ def test_the_kernel_itself_checks() -> None:
     good = dict(zip(names, low_level_arguments(GOOD), strict=False))
     run(**good)
     bad = {
-        "x must be float32, bfloat16 or float16": {"x": GOOD["x"].double()},
-        "take float32 and bfloat16, got float16": {"x": GOOD["x"].half()},
+        "x must be float32 or bfloat16 on the CPU, got float64": {"x": GOOD["x"].double()},
+        "x must be float32 or bfloat16 on the CPU, got float16": {"x": GOOD["x"].half()},
         "x must have adjacent channels": {"x": torch.zeros(2, 21, 16)[:, :, ::2]},
         "weight must be float32 or of x's dtype": {"weight": GOOD["weight"].half()},
         "weight must be (C, 1, k, k)": {"weight": torch.zeros(8, 1, 3, 5)},
         "bias must be contiguous with 8 elements": {"bias": torch.zeros(7)},
         "norm_mean must be contiguous": {"norm_mean": torch.zeros(16)[::2], "norm_var": torch.ones(8)},
-        "a norm needs both": {"norm_mean": torch.zeros(8)},
-        "x has 21 tokens, expected are 1 + 5 * 5": {"width": 5},
-        "activation has codes 0 to 4, got 5": {"activation": 5},
-        "stride 0": {"stride": 0},
+        "norm_mean and norm_var must be given together": {"norm_mean": torch.zeros(8)},
+        "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
+        "activation must be a code from 0 to 4, got 5": {"activation": 5},
+        "stride must be at least 1, got 0": {"stride": 0},
         "does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
         "keeps the grid": {"residual": True, "stride": 2},
     }
     for message, change in bad.items():
-        with pytest.raises(RuntimeError, match=re.escape(message)):
+        with pytest.raises(RuntimeError, match=re.escape(f"token_depthwise_conv: {message}")):
             run(**good | change)

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "token_depthwise_conv_passes.h"
+#include "token_depthwise_conv/cuda_passes.h"
 
 using namespace fastvit;
 

@@ -1,0 +1,320 @@
+// The parts that attention kernels are made of, for one instruction set. Queries are the lanes of every vector:
+// products are of broadcast scalars (keys, values) with vectors of queries, softmax needs no reduction inside a vector,
+// and neither head size nor key count is padded.
+//
+// With the bfloat16 dot product (two terms a lane and instruction: kPairs) words hold pairs: of channels in q and k, of
+// keys in the map and v.
+#pragma once
+
+#include "attention/args.h"
+#include "common/vec.h"
+#include "common/vec_transpose.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kLanes = Vec::lanes;
+constexpr int kTileVectors = 2;  // at most, of the queries of a tile
+// Blocks of a product: rows (broadcast scalars) times columns (vectors), as many sums as registers hold beside
+// operands.
+constexpr int kRows = Vec::lanes == 16 ? 12 : 6;
+// Terms summed in one go: longer sums are made of partial sums, whose rounding errors are smaller.
+#if defined(__FMA__) || !defined(__SSE__)
+constexpr int64_t kPartialSum = 64;
+#else
+constexpr int64_t kPartialSum = 8;  // every product is rounded, too
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// f(Int<n>) for a run-time n in [1, N].
+template <int N, class F>
+inline void with_constant(int64_t n, const F& f) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, f);
+  }
+  f(Int<N>{});
+}
+
+// n things in the fewest blocks of at most `largest`, as even as can be.
+struct Split {
+  int64_t n, blocks;
+  Split(int64_t n, int64_t largest) : n(n), blocks((n + largest - 1) / largest) {}
+  int64_t begin(int64_t block) const { return block * n / blocks; }
+  int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// --- Products -------------------------------------------------------------------------------------------------------
+
+// a * b + c on floats, or c + the sum of two products of bfloat16 where a lane holds a pair.
+template <bool kPairs>
+FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#endif
+  return fma(a, b, c);
+}
+
+// sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
+template <bool kPairs, int kR, int kC, class F>
+FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, const F& column, Vec (&sums)[kR][kC]) {
+  for (int64_t k = 0; k < depth; ++k, a += a_stride) {
+    Vec columns[kC];
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) columns[c] = column(k, c);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const Vec row = Vec::fill(a[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
+    }
+  }
+}
+
+// out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out;
+// added to what is there, if asked for. kPartial terms are summed in one go.
+template <bool kPairs, int kR, int kC, int64_t kPartial = kPartialSum>
+FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Vec factor, float* out,
+                               bool add = false) {
+  for (int64_t first = 0; first < depth || first == 0; first += kPartial) {
+    const int64_t terms = depth - first < kPartial ? depth - first : kPartial;
+    const float* rows = b + first * kC * kLanes;
+    Vec sums[kR][kC];
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
+    }
+    product<kPairs>(
+        terms, a + first * kRows, kRows, [&](int64_t k, int c) { return Vec::load(rows + (k * kC + c) * kLanes); },
+        sums);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) {
+        float* to = out + (r * kC + c) * kLanes;
+        const Vec before = first == 0 && !add ? Vec::fill(0.0f) : Vec::load(to);
+        fma(sums[r][c], factor, before).store(to);
+      }
+    }
+  }
+}
+
+// --- Packing --------------------------------------------------------------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float widened;
+  __builtin_memcpy(&widened, &bits, 4);
+  return widened;
+}
+
+inline float pair(bf16 low, bf16 high) {
+  const uint32_t bits = low.bits | uint32_t{high.bits} << 16;
+  float word;
+  __builtin_memcpy(&word, &bits, 4);
+  return word;
+}
+
+// The words of one row of `dim` elements: in place where they lie so already, else written to `buffer`.
+template <class T, bool kPairs>
+inline const float* row_words(const T* row, int64_t dim, float* buffer) {
+  if constexpr (sizeof(T) == 4) {
+    return row;
+  } else if constexpr (kPairs) {
+    __builtin_memcpy(buffer, row, dim * 2);
+    if (dim % 2) buffer[dim / 2] = pair(row[dim - 1], bf16{0});
+    return buffer;
+  } else {
+    for (int64_t d = 0; d < dim; ++d) buffer[d] = to_float(row[d]);
+    return buffer;
+  }
+}
+
+// out[d * stride + i] = word d of row i, for the rows i < count that row(i) gives; zeros up to a multiple of four rows.
+template <class T, bool kPairs, class F>
+inline void transpose_rows(int64_t count, int64_t dim, int64_t words, const F& row, float* out, int64_t stride) {
+  float buffers[4][kAttentionMaxDim];
+  static constexpr float zeros[kAttentionMaxDim] = {};
+  for (int64_t first = 0; first < count; first += 4) {
+    const float* rows[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      rows[i] = first + i < count ? row_words<T, kPairs>(row(first + i), dim, buffers[i]) : zeros;
+    }
+    transpose4(rows, words, out + first, stride);
+  }
+}
+
+// The packed keys and values of one head. Words are 32 bits: floats, or (kPairs) two bfloat16.
+// Keys: panels of up to kRows keys, [panel][word of channels][key]; values behind them: panels of up to kRows channels,
+// [panel][word of keys][channel]. Every panel is kRows wide.
+template <class T, bool kPairs>
+struct Packed {
+  int64_t dim, count;
+  Split key_panels, value_panels;
+  int64_t key_words, value_words;  // of a panel
+  int64_t head_words;
+
+  static int64_t words(int64_t elements) { return kPairs ? (elements + 1) / 2 : elements; }
+
+  Packed(int64_t dim, int64_t count)
+      : dim(dim),
+        count(count),
+        key_panels(count, kRows),
+        value_panels(dim, kRows),
+        key_words(words(dim) * kRows),
+        value_words(words(count) * kRows),
+        head_words(key_panels.blocks * key_words + value_panels.blocks * value_words) {}
+
+  int64_t key_panel(int64_t panel) const { return panel * key_words; }
+  int64_t value_panel(int64_t panel) const { return key_panels.blocks * key_words + panel * value_words; }
+};
+
+// The tokens of one head.
+template <class T>
+struct Rows {
+  const T* first;
+  int64_t stride;
+
+  Rows(const AttentionOperand& operand, int64_t b, int64_t h)
+      : first(static_cast<const T*>(operand.data) + b * operand.batch_stride + h * operand.head_stride),
+        stride(operand.token_stride) {}
+  const T* operator[](int64_t token) const { return first + token * stride; }
+};
+
+// Rows lie far apart, on pages of their own: asked for early, they do not arrive late.
+template <int kForWriting = 0, class T>
+inline void prefetch(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, kForWriting);
+}
+
+// One panel of a head's keys.
+template <class T, bool kPairs>
+void pack_key_panel(Rows<T> k, const Packed<T, kPairs>& layout, const int32_t* keys, int64_t panel, float* packed) {
+  constexpr int64_t kGroups = round_up(kRows, 4);  // of four keys are transposed at a time
+  float wide[kAttentionMaxDim * kGroups];
+  const int64_t begin = layout.key_panels.begin(panel), count = layout.key_panels.size(panel);
+  const int64_t words = layout.words(layout.dim);
+  const int64_t last_ahead = layout.count < begin + 2 * kRows ? layout.count : begin + 2 * kRows;
+  for (int64_t j = begin + count; j < last_ahead; ++j) prefetch(k[keys[j]], layout.dim);
+  float* out = packed + layout.key_panel(panel);
+  float* to = kGroups == kRows ? out : wide;
+  transpose_rows<T, kPairs>(count, layout.dim, words, [&](int64_t i) { return k[keys[begin + i]]; }, to, kGroups);
+  if constexpr (kGroups != kRows) {
+    for (int64_t d = 0; d < words; ++d) __builtin_memcpy(out + d * kRows, wide + d * kGroups, kRows * sizeof(float));
+  }
+}
+
+// Word `word` of a head's values: one key, or two.
+template <class T, bool kPairs>
+void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* keys, int64_t word, float* packed) {
+  const int64_t j = kPairs ? 2 * word : word;
+  constexpr int64_t kAhead = 8;
+  float row[kAttentionMaxDim + kRows];
+  const T* first = v[keys[j]];
+  if (j + kAhead < layout.count) prefetch(v[keys[j + kAhead]], layout.dim);
+  if constexpr (kPairs) {
+    const T* second = j + 1 < layout.count ? v[keys[j + 1]] : nullptr;
+    for (int64_t d = 0; d < layout.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
+  } else {
+    for (int64_t d = 0; d < layout.dim; ++d) row[d] = to_float(first[d]);
+  }
+  for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
+    __builtin_memcpy(packed + layout.value_panel(panel) + word * kRows, row + layout.value_panels.begin(panel),
+                     kRows * sizeof(float));  // a panel of fewer channels takes the next one's along
+  }
+}
+
+// --- A tile's edges -------------------------------------------------------------------------------------------------
+
+// The words of four queries of one head, of which the first `left` exist, become lanes: [word][lane], `width` lanes.
+template <class T, bool kPairs>
+void load_four_queries(Rows<T> q, int64_t first, int64_t left, int64_t dim, float* out, int64_t width) {
+  const int64_t words = Packed<T, kPairs>::words(dim);
+  for (int64_t i = 8; i < 12 && i < left; ++i) prefetch(q[first + i], dim);
+  if (left > 0) {
+    transpose_rows<T, kPairs>(left < 4 ? left : 4, dim, words, [&](int64_t i) { return q[first + i]; }, out, width);
+  } else {
+    for (int64_t d = 0; d < words; ++d) __builtin_memset(out + d * width, 0, 4 * sizeof(float));
+  }
+}
+
+// Lanes i .. i + 3 of [channel][lane], of which the first `left` exist, become rows; the channels' memory reaches to a
+// multiple of four.
+template <class T>
+void store_four_queries(const float* channels, int64_t width, int64_t left, int64_t dim, T* out, int64_t stride) {
+  float buffer[4 * kAttentionMaxDim];
+  const int64_t rows = left < 4 ? left : 4;
+  for (int64_t i = 4; i < 8 && i < left; ++i) prefetch<1>(out + i * stride, dim);
+  for (int64_t d = 0; d < dim; d += 4) {
+    const float* in[4];
+    for (int64_t k = 0; k < 4; ++k) in[k] = channels + (d + k) * width;
+    transpose4(in, 4, buffer + d, kAttentionMaxDim);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = buffer + i * kAttentionMaxDim;
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) Vec::load(row + d).store(out + i * stride + d);
+    if (d < dim) Vec::load(row + d, dim - d).store(out + i * stride + d, dim - d);
+  }
+}
+
+// The mask of one head as [key][lane]: +inf where attended to, -inf elsewhere; lanes from `queries` on repeat the
+// first.
+inline void expand_mask(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t queries,
+                        AttentionKeys keys, float* out, int64_t width) {
+  constexpr int kGroup = kLanes < 8 ? kLanes : 8;  // of queries at a time, by eight keys: bytes of one word
+  typedef int32_t Ints __attribute__((vector_size(kGroup * sizeof(int32_t))));
+  Ints lane_bit;
+  for (int r = 0; r < kGroup; ++r) lane_bit[r] = 1 << r;
+  // All keys are in the list, in order: a mask beside it is not one over keys alone.
+  const bool* head = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride +
+                     (keys.count > 0 ? keys.indices[0] : 0) * p.mask_key_stride;
+  const bool whole_words = p.mask_key_stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  for (int64_t i = 0; i < width; i += kGroup) {
+    for (int64_t j = 0; j < keys.count; j += 8) {
+      const int64_t count = keys.count - j < 8 ? keys.count - j : 8;
+      uint64_t bits = 0;  // bit r of byte n: whether query i + r attends to key j + n
+      for (int r = 0; r < kGroup; ++r) {
+        const bool* row = head + (first_query + (i + r < queries ? i + r : 0)) * p.mask_query_stride;
+        uint64_t bytes = 0;
+        if (whole_words && count == 8) {
+          __builtin_memcpy(&bytes, row + j, 8);
+        } else {
+          for (int64_t n = 0; n < count; ++n) bytes |= uint64_t{row[(j + n) * p.mask_key_stride]} << 8 * n;
+        }
+        bits |= bytes << r;
+      }
+      for (int64_t n = 0; n < count; ++n, bits >>= 8) {
+        const Ints masked = (lane_bit & static_cast<int32_t>(bits & 0xff)) == 0;
+        const Ints limit = (masked & INT32_MIN) | 0x7f800000;  // infinity's bits, and the sign
+        __builtin_memcpy(out + (j + n) * width + i, &limit, sizeof limit);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Lane by lane the pair of two floats, rounded.
+FASTVIT_INLINE Vec round_to_pairs(Vec low, Vec high) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, halves))};
+}
+#endif
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA

@@ -1,0 +1,86 @@
+// From an attention operator's tensors to its kernel: checks, lists of keys, memory, and the division of the work.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "attention/args.h"
+#include "common/torch_abi.h"
+#include "common/workspace.h"
+
+namespace fastvit {
+
+// Throws unless the tensor is on the CPU and of that shape.
+void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected);
+
+// The tensor (B, H, N, D) as the kernels read it; throws unless it is of that dtype and its last axis contiguous.
+AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype);
+
+// The parameters of attention over these tensors, output and mask left out; throws naming what is not accepted.
+AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale);
+
+// Takes the mask, (B or 1, H or 1, Nq or 1, Nk or 1), into the parameters. Returns true, and leaves it to the list of
+// keys, if it is one over keys alone; throws naming what is not accepted.
+bool take_mask(const char* op, const Tensor& mask, AttentionParams& p);
+
+// An uninitialised (B, H, Nq, D) that lies as a contiguous (B, Nq, H, D).
+Tensor attention_output(const AttentionParams& p, const Tensor& like);
+// The same for the gradient of k or v: (B, H, Nk, D).
+Tensor attention_key_gradient(const AttentionParams& p, const Tensor& like);
+
+// The keys each batch element attends to: all, or those a mask over keys alone leaves.
+class KeyLists {
+ public:
+  KeyLists(int64_t batch, int64_t keys, const Tensor* mask);
+  AttentionKeys of(int64_t b) const;
+
+ private:
+  std::vector<int32_t> indices_;
+  std::vector<size_t> begins_;
+};
+
+// Multiply-adds below which waking another thread costs more than it saves.
+inline constexpr int64_t kSerialProducts = 1 << 19;
+
+// Runs the kernel over all queries of all problems; keys(problem) gives the keys of one.
+template <class Params, class Keys>
+void run_attention(const Params& p, const AttentionKernel<Params>& kernel, int64_t problems, int64_t products_per_query,
+                   const Keys& keys) {
+  const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
+  const int64_t packed_floats = whole_lines(kernel.packed_floats), scratch_floats = whole_lines(kernel.scratch_floats);
+  const int64_t units = (p.queries + kernel.lanes - 1) / kernel.lanes;
+  const int64_t grain = std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products_per_query * kernel.lanes));
+
+  // Where many threads need the same keys and values, pack them once for all; two do better with a copy each, and
+  // without the wait for each other.
+  const int64_t parts = num_threads();
+  const bool shared = 2 * problems < parts && units > grain;
+  float* packed_by_all = shared ? Workspace::of_call().take(problems * packed_floats) : nullptr;
+  if (shared) {
+    parallel_for(0, problems * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t problem = i / parts;
+        kernel.pack(p, problem, keys(problem), i % parts, parts, packed_by_all + problem * packed_floats);
+      }
+    });
+  }
+  parallel_for(0, problems * units, grain, [&](int64_t begin, int64_t end) {
+    float* scratch = Workspace::of_thread().take(scratch_floats + (shared ? 0 : packed_floats) + 16);
+    float* packed_here = scratch + scratch_floats;
+    for (int64_t problem = begin / units; begin < end; ++problem) {
+      const int64_t last = std::min(end, (problem + 1) * units);
+      const float* packed = shared ? packed_by_all + problem * packed_floats : packed_here;
+      if (!shared) kernel.pack(p, problem, keys(problem), 0, 1, packed_here);
+      kernel.attend(p, problem, (begin - problem * units) * kernel.lanes,
+                    std::min(p.queries, (last - problem * units) * kernel.lanes), keys(problem), packed, scratch);
+      begin = last;
+    }
+    Workspace::of_thread().give_back();
+  });
+  Workspace::of_call().give_back();
+}
+
+}  // namespace fastvit

@@ -1,0 +1,255 @@
+// fastvit::masked_attention_cpp and its backward on CPU: checks, division of the work, registration.
+#include "attention/args_masked.h"
+
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <tuple>
+
+#include "attention/args_class.h"
+#include "attention/op.h"
+
+namespace fastvit {
+namespace {
+
+// Takes the bias, (B or 1, H or 1, Nq or 1, Nk or 1), into the parameters; throws naming what is not accepted.
+void take_bias(const char* op, const Tensor& bias, MaskedAttentionParams& p) {
+  check(bias.is_cpu(), op, ": bias must be on the CPU");
+  const Dtype dtype = p.bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+  check(bias.dtype() == dtype, op, ": bias is ", bias.dtype(), ", q is ", dtype);
+  const int64_t full[4] = {p.batch, p.heads, p.queries, p.keys};
+  bool broadcasts = bias.dim() == 4;
+  for (int axis = 0; broadcasts && axis < 4; ++axis) broadcasts = bias.size(axis) == 1 || bias.size(axis) == full[axis];
+  if (!broadcasts) {
+    check(false, op, ": bias has shape ", shape_of(bias), ", expected is one that broadcasts to (", full[0], ", ",
+          full[1], ", ", full[2], ", ", full[3], ")");
+  }
+  p.bias = bias.data<void>();
+  int64_t* strides[] = {&p.bias_batch_stride, &p.bias_head_stride, &p.bias_query_stride, &p.bias_key_stride};
+  for (int axis = 0; axis < 4; ++axis) *strides[axis] = bias.size(axis) == 1 ? 0 : bias.stride(axis);
+}
+
+Tensor masked_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                            const std::optional<Tensor>& bias, double scale) {
+  constexpr char kOp[] = "masked_attention_cpp";
+  MaskedAttentionParams p{attention_params(kOp, q, k, v, scale)};
+  const bool over_keys = mask && take_mask(kOp, *mask, p);
+  if (bias) take_bias(kOp, *bias, p);
+  Tensor out = attention_output(p, q);
+  if (out.numel() == 0) return out;
+  p.out = out.mutable_data<void>();
+  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
+  if (p.queries <= kClassQueries) {
+    run_class_attention(p, keys);
+    return out;
+  }
+  run_attention(p, FASTVIT_PER_ISA(masked_attention_kernel)(p), p.batch * p.heads, 2 * p.dim * p.keys,
+                [&](int64_t problem) { return keys.of(problem / p.heads); });
+  return out;
+}
+
+FASTVIT_REGISTER(masked_attention_cpp, "CPU", masked_attention_cpu);
+
+// --- Backward -------------------------------------------------------------------------------------------------------
+
+// The gradient of the bias, summed over what the bias was broadcast over. A group is the problems whose bias is the
+// same: a thread takes a tile of all of them before the next tile, so that it adds up their shares in one order.
+struct BiasGradient {
+  bool wanted = false, over_batch = false, over_heads = false, over_queries = false;
+  int64_t group_floats = 1;  // numbers of a group's bias
+  float* out = nullptr;
+
+  explicit BiasGradient(const Tensor* bias) {
+    if (bias == nullptr) return;
+    wanted = true;
+    over_batch = bias->size(0) == 1, over_heads = bias->size(1) == 1;
+    over_queries = bias->size(2) == 1;
+    group_floats = bias->size(2) * bias->size(3);
+  }
+};
+
+class Backward {
+ public:
+  Backward(const MaskedAttentionGradients& p, const KeyLists& keys, const BiasGradient& bias)
+      : p_(p),
+        keys_(keys),
+        bias_(bias),
+        kernel_(FASTVIT_PER_ISA(masked_attention_backward_kernel)(p)),
+        groups_((bias.over_batch ? 1 : p.batch) * (bias.over_heads ? 1 : p.heads)),
+        members_(p.batch * p.heads / groups_),
+        tiles_((p.queries + kernel_.tile - 1) / kernel_.tile),
+        parts_(parts()) {}
+
+  void run() {
+    const int64_t problems = groups_ * members_;
+    const bool together = members_ == 1 && parts_ == 1;  // sums are finished by the thread that made them
+    const int64_t sums = whole_lines(kernel_.sums_floats),
+                  packed = members_ == 1 ? 0 : whole_lines(kernel_.packed_floats);
+    const int64_t row = bias_.wanted && bias_.over_queries ? whole_lines(p_.keys) : 0;
+    float* shared = Workspace::of_call().take((together ? 0 : problems * parts_ * sums) + problems * packed +
+                                              groups_ * parts_ * row + kLine);
+    sums_ = shared;
+    packed_ = sums_ + (together ? 0 : problems * parts_ * sums);
+    bias_rows_ = packed_ + problems * packed;
+    if (members_ > 1) {
+      parallel_for(0, problems, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernel_.pack(p_, i, keys_.of(i / p_.heads), packed_ + i * packed);
+      });
+    }
+    const int64_t products = 5 * p_.dim * p_.keys * kernel_.tile * members_ * std::max<int64_t>(1, tiles_ / parts_);
+    parallel_for(0, groups_ * parts_, std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t unit = begin; unit < end; ++unit) run_unit(unit / parts_, unit % parts_, together);
+                   Workspace::of_thread().give_back();
+                 });
+    if (!together) {
+      const int64_t grain = std::max<int64_t>(1, kSerialProducts / (8 * kernel_.sums_floats * parts_ + 1));
+      parallel_for(0, problems, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          kernel_.finish(p_, i, keys_.of(i / p_.heads), sums_ + i * parts_ * sums, parts_, sums);
+        }
+      });
+    }
+    if (row > 0) add_bias_rows(row);
+    Workspace::of_call().give_back();
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;
+  static int64_t whole_lines(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
+
+  // Tiles of a group are divided between threads where there are few groups; results are the same for the same number
+  // of threads.
+  int64_t parts() const {
+    const int64_t threads = num_threads();
+    if (groups_ >= 4 * threads) return 1;
+    return std::min(tiles_, threads / std::gcd(groups_, threads));
+  }
+
+  int64_t problem(int64_t group, int64_t member) const {
+    const int64_t heads = bias_.over_heads ? 1 : p_.heads;  // of a group's index
+    const int64_t member_heads = p_.heads / heads;
+    const int64_t b = bias_.over_batch ? member / member_heads : group / heads;
+    return b * p_.heads + (bias_.over_heads ? member % member_heads : group % heads);
+  }
+
+  void run_unit(int64_t group, int64_t part, bool together) const {
+    const int64_t sums_floats = whole_lines(kernel_.sums_floats), packed_floats = whole_lines(kernel_.packed_floats);
+    const int64_t bias_floats = bias_.wanted ? whole_lines(kernel_.bias_floats) : 0;
+    float* scratch = Workspace::of_thread().take(whole_lines(kernel_.scratch_floats) + bias_floats +
+                                                 (members_ == 1 ? packed_floats : 0) + (together ? sums_floats : 0));
+    float* bias_sums = bias_.wanted ? scratch + whole_lines(kernel_.scratch_floats) : nullptr;
+    float* packed_here = scratch + whole_lines(kernel_.scratch_floats) + bias_floats;
+    float* sums_here = packed_here + (members_ == 1 ? packed_floats : 0);
+    const auto sums_of = [&](int64_t i) { return together ? sums_here : sums_ + (i * parts_ + part) * sums_floats; };
+    for (int64_t member = 0; member < members_; ++member) {
+      std::memset(sums_of(problem(group, member)), 0, kernel_.sums_floats * sizeof(float));
+    }
+    if (members_ == 1) {
+      const int64_t i = problem(group, 0);
+      kernel_.pack(p_, i, keys_.of(i / p_.heads), packed_here);
+    }
+    const int64_t first = part * tiles_ / parts_, last = (part + 1) * tiles_ / parts_;
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t query = tile * kernel_.tile, queries = std::min(kernel_.tile, p_.queries - query);
+      const bool anew = !bias_.over_queries || tile == first;
+      if (bias_sums != nullptr && anew) std::memset(bias_sums, 0, kernel_.bias_floats * sizeof(float));
+      for (int64_t member = 0; member < members_; ++member) {
+        const int64_t i = problem(group, member);
+        const float* packed = members_ == 1 ? packed_here : packed_ + i * packed_floats;
+        kernel_.attend(p_, i, query, keys_.of(i / p_.heads), packed, sums_of(i), bias_sums, scratch);
+      }
+      if (bias_sums != nullptr && !bias_.over_queries) {
+        kernel_.read_bias(p_, queries, bias_sums, bias_.out + group * bias_.group_floats + query * p_.keys, p_.keys);
+      }
+    }
+    if (bias_sums != nullptr && bias_.over_queries) {
+      kernel_.read_bias(p_, std::min(kernel_.tile, p_.queries), bias_sums,
+                        bias_rows_ + (group * parts_ + part) * whole_lines(p_.keys), 0);
+    }
+    if (together) {
+      const int64_t i = problem(group, 0);
+      kernel_.finish(p_, i, keys_.of(i / p_.heads), sums_here, 1, 0);
+    }
+  }
+
+  // A bias that is the same for all queries: what the parts of a group gathered, together.
+  void add_bias_rows(int64_t row) const {
+    for (int64_t group = 0; group < groups_; ++group) {
+      for (int64_t j = 0; j < p_.keys; ++j) {
+        double total = 0.0;
+        for (int64_t part = 0; part < parts_; ++part) total += bias_rows_[(group * parts_ + part) * row + j];
+        bias_.out[group * p_.keys + j] = static_cast<float>(total);
+      }
+    }
+  }
+
+  const MaskedAttentionGradients& p_;
+  const KeyLists& keys_;
+  const BiasGradient& bias_;
+  const MaskedAttentionBackwardKernel kernel_;
+  const int64_t groups_, members_, tiles_, parts_;
+  float *sums_ = nullptr, *packed_ = nullptr, *bias_rows_ = nullptr;
+};
+
+void zero(Tensor& tensor, int64_t element_size) {
+  if (tensor.numel() > 0) std::memset(tensor.mutable_data<void>(), 0, tensor.numel() * element_size);
+}
+
+// To nearest, ties to even.
+void round_to_bfloat16(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    to[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const Tensor& grad, const Tensor& q,
+                                                                         const Tensor& k, const Tensor& v,
+                                                                         const std::optional<Tensor>& mask,
+                                                                         const std::optional<Tensor>& bias,
+                                                                         double scale, bool bias_grad) {
+  constexpr char kOp[] = "masked_attention_cpp_backward";
+  MaskedAttentionGradients p{{attention_params(kOp, q, k, v, scale)}};
+  const bool over_keys = mask && take_mask(kOp, *mask, p);
+  if (bias) take_bias(kOp, *bias, p);
+  check(bias || !bias_grad, kOp, ": the gradient of a bias is asked for, and there is none");
+  check_cpu_shape(kOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
+  check(grad.dtype() == q.dtype(), kOp, ": grad is ", grad.dtype(), ", q is ", q.dtype());
+  check(p.dim <= 1 || grad.stride(3) == 1 || grad.numel() == 0, kOp, ": grad must have a contiguous last axis");
+  p.grad = {grad.data<void>(), grad.stride(0), grad.stride(1), grad.stride(2)};
+
+  AttentionParams of_keys = p;
+  of_keys.queries = p.keys;
+  Tensor dq = attention_output(p, q), dk = attention_output(of_keys, k), dv = attention_output(of_keys, v);
+  Tensor dbias = empty(bias_grad ? std::vector<int64_t>(bias->sizes(), bias->sizes() + 4) : std::vector<int64_t>{0}, q);
+  const int64_t element_size = p.bfloat16 ? 2 : 4;
+  if (dq.numel() == 0 || dk.numel() == 0) {
+    for (Tensor* tensor : {&dq, &dk, &dv, &dbias}) zero(*tensor, element_size);
+    return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias)};
+  }
+  p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>(), p.dv = dv.mutable_data<void>();
+  // What all keys of a row share, the softmax cancels.
+  const bool wanted = bias_grad && bias->size(3) > 1;
+  if (!wanted) zero(dbias, element_size);
+  BiasGradient of_bias(wanted ? &*bias : nullptr);
+  std::optional<Tensor> wide;
+  if (wanted) {
+    if (p.bfloat16) wide = empty({dbias.numel()}, q, Dtype::float32);
+    of_bias.out = (wide ? *wide : dbias).mutable_data<float>();
+  }
+  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
+  if (p.queries <= kClassQueries && !wanted) {
+    run_class_attention_backward(p, keys);
+  } else {
+    Backward(p, keys, of_bias).run();
+  }
+  if (wide) round_to_bfloat16(wide->data<float>(), dbias.numel(), dbias.mutable_data<uint16_t>());
+  return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias)};
+}
+
+FASTVIT_REGISTER(masked_attention_cpp_backward, "CPU", masked_attention_backward_cpu);
+
+}  // namespace
+}  // namespace fastvit

@@ -1,0 +1,290 @@
+// The maps of one tile of queries, all heads of them, for one instruction set: what the forward and backward kernels of
+// head-mixed attention share.
+//
+// Queries are the lanes of every vector, so that
+//   S_h[j] = sum_d k_h[j][d] q_h[d]       P_h[j] = exp(S_h[j] - max) / sum       M_h[j] = b_h + sum_g A[h][g] P_g[j]
+// are one product each of broadcast scalars (keys, mixing matrix) with vectors of queries; softmax needs no reduction
+// inside a vector; and neither head size nor key count is padded. A bias starts the sums of the mix, where it costs
+// nothing. Maps are (H, keys, lanes) floats.
+#pragma once
+
+#include "attention/cpu_tiles.h"
+#include "common/vec.h"
+#include "head_mixed_attention/args.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kMaxWidth = kTileVectors * kLanes;  // lanes of a tile, at most
+constexpr int kStagedKeys = 4;                        // that a mix in two steps handles at a time
+constexpr int kMapPadding = 4;                        // keys that a mix may reach past the last
+// Exponentials summed in one go: about the root of how many there are. All of a row share the error of their sum.
+constexpr int64_t kSoftmaxTerms = 16;
+
+// Hands out memory; of none it counts only.
+struct Arena {
+  float* memory;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* taken = memory == nullptr ? nullptr : memory + used;
+    used += round_up(floats, kMaxLanes);
+    return taken;
+  }
+};
+
+// A thread's scratch for the maps of a tile.
+struct MapScratch {
+  int64_t map_stride;   // of heads, which are shifted against each other in the cache's sets
+  int64_t word_stride;  // of heads in [head][word of channels][lane]
+  int64_t mask_heads;
+  float* mask;     // [head or 1][key][lane]: +inf where attended to, -inf elsewhere
+  float* inverse;  // [head][lane]: 1 / sum of exponentials
+
+  MapScratch(const HeadMapParams& p, Arena& arena)
+      : map_stride((p.keys + kMapPadding) * kMaxWidth + kLanes),
+        word_stride(round_up(p.dim, 4) * kMaxWidth),
+        mask_heads(p.mask == nullptr         ? 0
+                   : p.mask_head_stride == 0 ? 1
+                                             : p.heads),
+        mask(arena.take(mask_heads * map_stride)),
+        inverse(arena.take(p.heads * kMaxWidth)) {}
+};
+
+// --- Steps that depend on little, each compiled once ----------------------------------------------------------------
+
+// out[r] = factor * sum_k a[r][k] b[k] for all rows of all panels, as Packed has them; rows of b and out are kV
+// vectors.
+template <bool kPairs, int kV>
+void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const float* a, const float* b, float factor,
+                     float* out) {
+  for (int64_t panel = 0; panel < panels.blocks; ++panel) {
+    with_constant<kRows>(panels.size(panel), [&](auto rows) {
+      product_to<kPairs, rows.value, kV>(depth, a + panel * panel_words, b, Vec::fill(factor),
+                                         out + panels.begin(panel) * kV * kLanes);
+    });
+  }
+}
+
+// Vectors that a block of a mix of kR heads takes at a time.
+template <int kR>
+constexpr int kMixColumns = kR <= kRows / 2 ? 4 : 2;
+
+// sums[r][c] = bias[r] + sum_g weight[g * heads + r] column(g, c).
+template <int kR, class F>
+FASTVIT_INLINE void mix_columns(int64_t heads, const float* weight, const float* bias, const F& column,
+                                Vec (&sums)[kR][kMixColumns<kR>]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c] = Vec::fill(bias[r]);
+  }
+  product<false>(heads, weight, heads, column, sums);
+}
+
+template <int kR>
+void mix_and_store(int64_t heads, const float* weight, const float* bias, const float* x, int64_t x_stride, float* y,
+                   int64_t y_stride) {
+  Vec sums[kR][kMixColumns<kR>];
+  mix_columns<kR>(
+      heads, weight, bias, [&](int64_t g, int c) { return Vec::load(x + g * x_stride + c * kLanes); }, sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c].store(y + r * y_stride + c * kLanes);
+  }
+}
+
+// y_h[i] = bias[h] + sum_g weight[g][h] x_g[i] for `count` vectors of every head, and for up to three behind them.
+// Strides are of heads; x and y may be the same.
+inline void mix_heads(int64_t heads, int64_t count, const float* weight, const float* bias, const float* x,
+                      int64_t x_stride, float* y, int64_t y_stride) {
+  if (heads <= kRows) {
+    with_constant<kRows>(heads, [&](auto rows) {
+      for (int64_t i = 0; i < count; i += kMixColumns<rows.value>) {
+        mix_and_store<rows.value>(heads, weight, bias, x + i * kLanes, x_stride, y + i * kLanes, y_stride);
+      }
+    });
+    return;
+  }
+  constexpr int kColumns = 4;  // several blocks of heads from one copy of these columns
+  float copy[kHeadMixMaxHeads * kColumns * kLanes];
+  const Split blocks(heads, kRows);
+  for (int64_t i = 0; i < count; i += kColumns) {
+    for (int64_t g = 0; g < heads; ++g) {
+      __builtin_memcpy(copy + g * kColumns * kLanes, x + g * x_stride + i * kLanes, kColumns * kLanes * sizeof(float));
+    }
+    for (int64_t block = 0; block < blocks.blocks; ++block) {
+      const int64_t h = blocks.begin(block);
+      with_constant<kRows>(blocks.size(block), [&](auto rows) {
+        for (int c = 0; c < kColumns; c += kMixColumns<rows.value>) {
+          mix_and_store<rows.value>(heads, weight + h, bias + h, copy + c * kLanes, kColumns * kLanes,
+                                    y + h * y_stride + (i + c) * kLanes, y_stride);
+        }
+      });
+    }
+  }
+}
+
+// 1 / sqrt(mean over heads of x^2 + eps), of one vector of each.
+FASTVIT_INLINE Vec inverse_deviation(int64_t heads, const float* x, int64_t head_stride, float eps) {
+  Vec squares = Vec::fill(0.0f);
+  for (int64_t h = 0; h < heads; ++h) {
+    const Vec value = Vec::load(x + h * head_stride);
+    squares = fma(value, value, squares);
+  }
+  return Vec::fill(1.0f) / sqrt(squares * Vec::fill(1.0f / static_cast<float>(heads)) + Vec::fill(eps));
+}
+
+// --- A tile ---------------------------------------------------------------------------------------------------------
+
+// x where `limit` is +inf, zero where it is -inf.
+FASTVIT_INLINE Vec where_attended(Vec limit, Vec x) {
+  typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
+  Ints masked, bits;
+  __builtin_memcpy(&masked, &limit, sizeof limit);
+  __builtin_memcpy(&bits, &x, sizeof x);
+  bits &= ~(masked >> 31);
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class T, bool kPairs, int kV>  // kV vectors of queries
+struct MapTile {
+  static constexpr int64_t kWidth = kV * kLanes;
+
+  const HeadMapParams& p;
+  const MapScratch& s;
+  int64_t b, first_query, queries;  // queries <= kWidth
+  AttentionKeys keys;
+  const Packed<T, kPairs> layout{p.dim, keys.count};
+
+  static int64_t at(int64_t j, int v) { return j * kWidth + v * kLanes; }  // in a map
+  const float* mask(int64_t h) const { return s.mask_heads == 1 ? s.mask : s.mask + h * s.map_stride; }
+
+  void load_mask() const {
+    for (int64_t h = 0; h < s.mask_heads; ++h) {
+      expand_mask(p, b, h, first_query, queries, keys, s.mask + h * s.map_stride, kWidth);
+    }
+  }
+
+  // out[h][word of channels][lane] of q, or of what lies like it.
+  void load_lanes(const AttentionOperand& q, float* out) const {
+    for (int64_t first = 0; first < kWidth; first += 4) {
+      for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a query lie side by side
+        load_four_queries<T, kPairs>(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
+                                     out + h * s.word_stride + first, kWidth);
+      }
+    }
+  }
+
+  // out[j] = factor * sum_d k[j][d] q[d] for all keys; `packed` are key panels.
+  void products_with_keys(const float* packed, const float* q, float factor, float* out) const {
+    multiply_panels<kPairs, kV>(layout.key_panels, layout.key_words, layout.words(p.dim), packed, q, factor, out);
+  }
+
+  // out[d] = factor * sum_j v[j][d] map[j] for all channels; `packed` is a head of keys and values.
+  void products_with_values(const float* packed, const float* map, float factor, float* out) const {
+    multiply_panels<kPairs, kV>(layout.value_panels, layout.value_words, layout.words(keys.count),
+                                packed + layout.value_panel(0), map, factor, out);
+  }
+
+  // The mix before the softmax, of all keys; `from` and `to` may be the same.
+  void mix_logits(const float* from, float* to) const {
+    mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to, s.map_stride);
+  }
+
+  // exp(S_h - max) in place, and 1 / its sum over keys; a row with no key left gets zeros.
+  void softmax(int64_t h, float* map) const {
+    // With a mask, a row may have no key left; its largest logit must be finite for the difference to be.
+    const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
+    Vec largest[kV], sum[kV];
+    for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
+    for (int64_t j = 0; j < keys.count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        Vec x = Vec::load(map + at(j, v));
+        if (p.mask != nullptr) {
+          x = min(x, Vec::load(mask(h) + at(j, v)));
+          x.store(map + at(j, v));
+        }
+        largest[v] = max(x, largest[v]);
+      }
+    }
+    for (int64_t first = 0; first < keys.count; first += kSoftmaxTerms) {
+      const int64_t end = keys.count - first < kSoftmaxTerms ? keys.count : first + kSoftmaxTerms;
+      Vec part[kV];
+      for (int v = 0; v < kV; ++v) part[v] = Vec::fill(0.0f);
+      for (int64_t j = first; j < end; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          const Vec e = exp(Vec::load(map + at(j, v)) - largest[v]);
+          part[v] += e;
+          e.store(map + at(j, v));
+        }
+      }
+      for (int v = 0; v < kV; ++v) sum[v] += part[v];
+    }
+    for (int v = 0; v < kV; ++v) {
+      // The sum is zero only where every exponential is: any finite inverse will do.
+      (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v])).store(s.inverse + h * kWidth + v * kLanes);
+    }
+  }
+
+  Vec inverse(int64_t h, int v) const { return Vec::load(s.inverse + h * kWidth + v * kLanes); }
+
+  // [head][channel][lane] become rows of a contiguous (B, N, H, D).
+  void store_lanes(const float* channels, void* to) const {
+    const int64_t stride = p.heads * p.dim;
+    T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
+    for (int64_t i = 0; i < queries; i += 4) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        store_four_queries(channels + h * s.word_stride + i, kWidth, queries - i, p.dim, out + i * stride + h * p.dim,
+                           stride);
+      }
+    }
+  }
+
+  // Zero where the mask says so.
+  template <int kKeys>
+  FASTVIT_INLINE void leave_attended(int64_t h, int64_t j, int v, Vec (&x)[kKeys]) const {
+    if (p.mask == nullptr) return;
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) x[key] = where_attended(Vec::load(mask(h) + at(j + key, v)), x[key]);
+  }
+
+  // Keys j on of a map as the product with values reads them; those past the last land in the padding. But a pair's
+  // second key that does not exist must be zero.
+  template <int kKeys>
+  FASTVIT_INLINE void store_words(float* map, int64_t j, int v, const Vec (&x)[kKeys]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+#pragma GCC unroll 8
+      for (int key = 0; key < kKeys; key += 2) {
+        const Vec second = j + key + 1 < keys.count ? x[key + 1] : Vec::fill(0.0f);
+        round_to_pairs(x[key], second).store(map + at((j + key) / 2, v));  // at or before what has been read
+      }
+      return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) x[key].store(map + at(j + key, v));
+  }
+};
+
+// tile(width in vectors, first query, queries) for queries [begin, end), in tiles of one or two vectors.
+template <class F>
+void for_tiles(int64_t begin, int64_t end, const F& tile) {
+  for (int64_t query = begin; query < end;) {
+    const int64_t left = end - query;
+    if (left > kLanes) {
+      tile(Int<2>{}, query, left < 2 * kLanes ? left : 2 * kLanes);
+      query += 2 * kLanes;
+    } else {
+      tile(Int<1>{}, query, left);
+      query += kLanes;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA

@@ -1,0 +1,89 @@
+// fastvit::head_map_moments and its backward on CPU: checks, the masked keys no kernel sees, registration.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "head_mixed_attention/op.h"
+#include "head_mixed_attention/op_parameters.h"
+
+namespace fastvit {
+namespace {
+
+std::tuple<Tensor, Tensor> head_map_moments_cpu(const Tensor& q, const Tensor& k,
+                                                const std::optional<Tensor>& pre_weight,
+                                                const std::optional<Tensor>& pre_bias,
+                                                const std::optional<Tensor>& mask, double scale) {
+  constexpr char kOp[] = "head_map_moments";
+  HeadMapParams p{attention_params(kOp, q, k, k, scale)};
+  check_heads(kOp, p);
+  const PreMix pre(kOp, pre_weight, pre_bias, p);
+  const bool over_keys = mask && take_mask(kOp, *mask, p);
+  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
+  const std::vector<double> totals =
+      run_head_maps(p, FASTVIT_PER_ISA(head_moments_kernel)(p), p.heads * (p.dim + p.heads) * p.keys,
+                    [&](int64_t b) { return keys.of(b); });
+
+  // Keys left out of the lists have P = 0 in all heads.
+  int64_t left_out = 0;
+  for (int64_t b = 0; b < p.batch; ++b) left_out += p.keys - keys.of(b).count;
+  const double share = p.keys == 0 ? 0.0 : 1.0 / static_cast<double>(p.keys);
+  const double of_left_out = static_cast<double>(left_out * p.queries) * share * share;
+  const HeadMapTotals at{p.heads};
+  std::vector<double> moments;
+  for (int64_t g = 0; g < p.heads; ++g) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int64_t upper = std::min(g, h) * p.heads + std::max(g, h);
+      moments.push_back(totals[static_cast<size_t>(at.map_products() + upper)] + of_left_out);
+    }
+  }
+  const std::vector<double> sums(totals.begin() + at.mixed(), totals.begin() + at.norm_factor());
+  return {small_result(sums, {p.heads}, true, q), small_result(moments, {p.heads, p.heads}, true, q)};
+}
+
+FASTVIT_REGISTER(head_map_moments, "CPU", head_map_moments_cpu);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const Tensor& dsums, const Tensor& dmoments,
+                                                                         const Tensor& q, const Tensor& k,
+                                                                         const std::optional<Tensor>& pre_weight,
+                                                                         const std::optional<Tensor>& pre_bias,
+                                                                         const std::optional<Tensor>& mask,
+                                                                         double scale) {
+  constexpr char kOp[] = "head_map_moments_backward";
+  HeadMapGradientParams p{{{attention_params(kOp, q, k, k, scale)}}};
+  check_heads(kOp, p);
+  check_cpu_shape(kOp, dsums, "dsums", {p.heads});  // and no more: the sums are what they are for all q and k
+  const PreMix pre(kOp, pre_weight, pre_bias, p);
+  const std::vector<double> gradient = head_matrix(kOp, dmoments, "dmoments", p.heads);
+  const std::vector<float> zeros(static_cast<size_t>(p.heads), 0.0f);
+  const double share = p.keys == 0 ? 0.0 : 1.0 / static_cast<double>(p.keys);
+  std::vector<float> both, centre;
+  for (int64_t g = 0; g < p.heads; ++g) {
+    double row = 0.0;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const double value =
+          gradient[static_cast<size_t>(g * p.heads + h)] + gradient[static_cast<size_t>(h * p.heads + g)];
+      both.push_back(static_cast<float>(value));
+      row += value;
+    }
+    centre.push_back(static_cast<float>(-share * row));
+  }
+  p.map_gradient = both.data(), p.map_gradient_bias = centre.data();
+  p.pre_gradient = pre.back.data(), p.zeros = zeros.data();
+
+  const bool over_keys = mask && take_mask(kOp, *mask, p);
+  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
+  Tensor dq = attention_output(p, q), dk = attention_key_gradient(p, k);
+  p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>();
+  const std::vector<double> totals =
+      run_head_maps(p, FASTVIT_PER_ISA(head_moments_backward_kernel)(p), p.heads * (3 * p.dim + 2 * p.heads) * p.keys,
+                    [&](int64_t b) { return keys.of(b); });
+  const HeadMapTotals at{p.heads};
+  const std::vector<double> dpre(totals.begin() + at.pre_products(), totals.begin() + at.mixed());
+  return {std::move(dq), std::move(dk), small_result(dpre, {p.heads, p.heads}, pre_weight.has_value(), q),
+          small_result(std::vector<double>(zeros.size(), 0.0), {p.heads}, pre_bias.has_value(), q)};
+}
+
+FASTVIT_REGISTER(head_map_moments_backward, "CPU", head_map_moments_backward_cpu);
+
+}  // namespace
+}  // namespace fastvit

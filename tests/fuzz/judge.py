@@ -1,0 +1,278 @@
+"""Runs one case, and says what is wrong with the result."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit import ops
+from fastvit.accuracy import NONE, ULPS, Deviation, deviation
+from fastvit.reference import functional
+from tests.fuzz.cases import Case, Foreign, draw
+from tests.fuzz.memory import Spec, leaves, mapped
+from tests.helpers import poisoned_empty
+
+EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError)
+DRAWS = 8
+"""How many draws of a case's values a result is judged by that is too far off at the first."""
+
+
+class Finding(NamedTuple):
+    """Something wrong. ``kind``: one word."""
+
+    op: str
+    seed: int
+    isa: str
+    kind: str
+    detail: str
+    case: str
+    size: int
+
+    @property
+    def replay(self) -> str:
+        return f"python -m tests.fuzz --op {self.op} --isa {self.isa} --replay {self.seed}"
+
+
+class WrongError(Exception):
+    """Ends a case with a finding of this kind."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class Memory:
+    """The tensors of a call in guarded memory, and what must not change of them."""
+
+    def __init__(self, case: Case, redraw: int = 0) -> None:
+        self._held: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def place(path: str, leaf: Any) -> Any:
+            if isinstance(leaf, Foreign):
+                return _foreign(leaf.spec.storage_and_tensor()[1], leaf.kind)
+            if not isinstance(leaf, Spec):
+                return leaf
+            storage, tensor = leaf.storage_and_tensor(redraw)
+            self._held[path] = storage, storage.clone(), tensor
+            return tensor.requires_grad_() if case.mode == "backward" and path in case.trained else tensor
+
+        self.arguments = mapped(case.arguments, place)
+
+    def check(self, unmoved: Sequence[str] = ()) -> None:
+        """Only running statistics may have changed, and nothing between their elements; those ``unmoved`` neither."""
+        for path, (storage, before, tensor) in self._held.items():
+            if ".running" in path and path not in unmoved and 0 not in tensor.stride():
+                before.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(tensor)
+            if not torch.equal(_bits(storage), _bits(before)):
+                raise WrongError("modified", f"{path} was written to")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _foreign(tensor: Tensor, kind: str) -> Any:
+    if kind in ("numpy", "list"):
+        array = tensor.float().numpy()
+        return array if kind == "numpy" else array.tolist()
+    if kind == "str":
+        return "tensor"
+    return tensor.to("meta") if kind == "meta" else tensor.nan_to_num(0, 0, 0).to(getattr(torch, kind))
+
+
+Results = dict[str, Tensor]
+
+
+def _execute(function: Callable[..., Any], case: Case, arguments: dict[str, Any], upstream: Callable[..., Tensor]) -> Results:
+    """The outputs, the gradients of what is trained and the running statistics, by name."""
+    context = {"inference": torch.inference_mode, "no grad": torch.no_grad}.get(case.mode, torch.enable_grad)
+    with context():
+        outputs = function(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    leaf = {path: tensor for path, tensor in leaves(arguments, Tensor) if tensor.requires_grad}
+    if leaf and case.mode == "backward":
+        if case.upstream == "sum":
+            gradients = torch.autograd.grad([o.sum() for o in outputs], list(leaf.values()), allow_unused=True)
+        else:
+            wanted = [upstream(i, output) for i, output in enumerate(outputs)]
+            gradients = torch.autograd.grad(outputs, list(leaf.values()), wanted, allow_unused=True)
+        for (path, tensor), gradient in zip(leaf.items(), gradients, strict=True):
+            results[f"gradient of {path}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    moved = {path: tensor.clone() for path, tensor in leaves(arguments, Tensor) if ".running" in path}
+    return results | moved
+
+
+class Plain:
+    """The plain form of a case's values, contiguous and in memory of its own."""
+
+    def __init__(self, case: Case, arguments: dict[str, Any], redraw: int = 0) -> None:
+        self.case, self.redraw = case, redraw
+        self.arguments = {name: value for name, value in arguments.items() if name != "backend"}
+        self.first = next(tensor for _, tensor in leaves(arguments, Tensor)).dtype
+
+    def __call__(self, dtype: torch.dtype, threads: int = 1) -> Results:
+        def copied(path: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            of_norm = "norm." in path and dtype != torch.float64  # torch's norms take parameters in float32, too
+            kind = leaf.dtype if leaf.dtype == torch.bool or of_norm else dtype
+            copy = leaf.detach().to(kind, copy=True).contiguous()
+            return copy.requires_grad_(leaf.requires_grad)
+
+        def upstream(index: int, output: Tensor) -> Tensor:
+            spec = self.case.gradient(index, output.shape, self.first)
+            return spec.storage_and_tensor(self.redraw)[1].to(output.dtype).contiguous()
+
+        torch.set_num_threads(threads)
+        function = getattr(functional, self.case.op)
+        return _execute(function, self.case, mapped(self.arguments, copied), upstream)
+
+
+def _run_fused(case: Case, memory: Memory, redraw: int) -> Results:
+    def upstream(index: int, output: Tensor) -> Tensor:
+        return case.gradient(index, output.shape, output.dtype).storage_and_tensor(redraw)[1]
+
+    torch.set_num_threads(case.threads)
+    with poisoned_empty():
+        return _execute(getattr(ops, case.op), case, memory.arguments, upstream)
+
+
+# --- What a result has to be ----------------------------------------------------------------------------------------
+
+
+def measure(name: str, fused: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype) -> Deviation:
+    """How far off a result is; WrongError where its NaN and infinities are not where the plain form puts them.
+
+    Sums of huge numbers overflow in one order or precision and not in another: float64's are right, too, and where they
+    differ nothing is measured.
+    """
+    if fused.shape != exact.shape or fused.dtype != dtype:
+        raise WrongError("shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}")
+    candidates = [*plain, exact.to(dtype)]
+    alike = torch.zeros(exact.shape, dtype=torch.bool)
+    finite = fused.isfinite()
+    for tensor in candidates:
+        alike |= (fused == tensor) | (fused.isnan() & tensor.isnan()) | (fused.isfinite() & tensor.isfinite())
+        finite &= tensor.isfinite()
+    if not alike.all():
+        at = tuple(int(i) for i in (~alike).nonzero()[0])
+        values = f"fused {fused[at]:g}, plain {plain[0][at]:g}, exact {exact[at]:g}"
+        raise WrongError("special", f"{name}: {int((~alike).sum())} of {fused.numel()} elements, at {at} {values}")
+    ulps = 16.0 if dtype == torch.float64 else ULPS  # in float64 the oracle errs as much as what it judges
+    # Gradients of float32 parameters beside 16-bit activations have passed through those.
+    coarsest = max((dtype, plain[0].dtype), key=lambda kind: torch.finfo(kind).eps)
+    fused, exact, *plain = (t.where(finite, 0.0) for t in (fused.to(coarsest), exact, *plain))
+    return deviation(fused, plain, exact, ulps=ulps)
+
+
+def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, Deviation]:
+    """Of every result, for one draw of the values; the plain form's is the worst over these numbers of threads."""
+    memory = Memory(case, redraw)
+    plain = Plain(case, memory.arguments, redraw)
+    exact: Results = {}
+    same: list[Results] = []
+    refusal: Exception | None = None
+    try:
+        exact, same = plain(torch.float64), [plain(plain.first, count) for count in threads]
+    except Exception as error:  # it is torch's, of any kind
+        refusal = error
+    everything = tuple(path for path, _ in leaves(memory.arguments, Tensor))
+    try:
+        fused = _run_fused(case, memory, redraw)
+    except Exception as error:
+        if refusal is None and f"backend {case.arguments['backend']!r} cannot run this call" not in str(error):
+            raise
+        memory.check(unmoved=everything)
+        return {}
+    memory.check()
+    if refusal is not None:
+        if any(result.numel() for result in fused.values()):
+            raise WrongError("lenient", f"the plain form raises {type(refusal).__name__}: {refusal}")
+        return {}
+    if case.arguments.get("dropout_p"):
+        return {}
+    torch.set_num_threads(1)
+    dtypes = {path: tensor.dtype for path, tensor in leaves(memory.arguments, Tensor)}
+    return {
+        name: measure(
+            name, fused[name], [s[name] for s in same], exact[name], dtypes.get(name.rpartition(" ")[2], same[0][name].dtype)
+        )
+        for name in exact
+    }
+
+
+def _check_accuracy(case: Case) -> None:
+    """A result too far off is judged again by the worst of several draws, since at one the plain form may be lucky."""
+    suspects = [name for name, each in _deviations(case, 0, threads=(1,)).items() if not each.is_accurate]
+    if not suspects:
+        return
+    draws = [_deviations(case, redraw, threads=(1, 2)) for redraw in range(DRAWS)]
+    for name in suspects:
+        each = [deviations[name] for deviations in draws if name in deviations]
+        pooled = functools.reduce(Deviation.pooled, each, NONE)
+        failing = sum(not part.is_accurate for part in each)
+        if not pooled.is_accurate and failing > 1:  # one: an activation's derivative steps between two roundings
+            errors = f"{pooled.excess:.3g} beyond rounding, the plain form's error {pooled.plain_error:.3g}"
+            raise WrongError("accuracy", f"{name}: {errors}, {failing} of {len(each)} draws")
+
+
+def _check_refusal(case: Case) -> None:
+    """A wrong argument: an error that names it, with nothing changed."""
+    assert case.wrong is not None
+    memory = Memory(case)
+    torch.set_num_threads(case.threads)
+    try:
+        result = _execute(getattr(ops, case.op), case, memory.arguments, lambda _, output: torch.ones_like(output))
+    except EXPECTED_ERRORS as error:
+        memory.check(unmoved=tuple(path for path, _ in leaves(memory.arguments, Tensor)))
+        names = {case.wrong, case.wrong.partition(".")[0]}
+        if _may_be_seen_elsewhere(case):
+            names |= set(case.arguments)
+        if not any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names):
+            raise WrongError("message", f"{case.wrong} is not named: {type(error).__name__}: {error}") from None
+    else:
+        shapes = ", ".join(f"{name} {tuple(r.shape)}" for name, r in result.items())
+        raise WrongError("silent", f"{case.wrong} was taken; {shapes}")
+
+
+def _may_be_seen_elsewhere(case: Case) -> bool:
+    """Whether another argument is as likely to be the wrong one: their sizes, devices or dtypes do not go together."""
+    spoilt = dict(leaves(case.arguments, object)).get(case.wrong or "")
+    kinds = ("meta", "int64", "complex64", "bool")
+    return isinstance(spoilt, Spec) or (isinstance(spoilt, Foreign) and spoilt.kind in kinds) or case.wrong in (
+        "grid", "padding", "stride", "prefix_tokens"
+    )
+
+
+def judge(op: str, seed: int, isa: str) -> Finding | None:
+    """Run the case of a seed on a thread of its own, whose workspaces are fresh; a finding, or None."""
+    case = draw(op, seed)
+    found: list[tuple[str, str]] = []
+
+    def run() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.manual_seed(seed)
+                _check_refusal(case) if case.wrong else _check_accuracy(case)
+        except WrongError as error:
+            found.append((error.kind, str(error)))
+        except Exception as error:  # whatever it is, it is what was looked for
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+            found.append(("error", f"{type(error).__name__}: {error} ({where})"))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return Finding(op, seed, isa, *found[0], str(case), case.size) if found else None
