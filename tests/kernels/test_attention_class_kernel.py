@@ -73,7 +73,7 @@ def test_keys_are_split_so_that_one_image_fills_the_device(monkeypatch):
     assert kernels._parts(one, 197, 32) == (7, 32)
     assert kernels._parts(many, 197, 32) == (1, 224)
     parts, keys = kernels._parts(torch.empty(1, 1, 1, 48), 10_000, 32)
-    assert parts <= kernels.LARGEST_SPLIT
+    assert parts <= kernels.MAX_PARTS
     assert parts * keys >= 10_000
 
 
