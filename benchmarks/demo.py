@@ -28,12 +28,13 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 import fastvit  # noqa: E402
 from benchmarks.lived_in import lived_in  # noqa: E402
 from benchmarks.photos import bundled_photographs, open_photograph, photo_batch  # noqa: E402
 from benchmarks.timing import interleaved  # noqa: E402
+from fastvit.accuracy import deviation  # noqa: E402
 
 MODELS = (
     "vit_tiny_patch16_224",
@@ -65,16 +66,6 @@ class Outcome:
     replaced: dict[str, int]
 
 
-def relative_error(logits: Tensor, oracle: Tensor) -> float:
-    """Largest deviation from the float64 logits, relative to the largest of them."""
-    return ((logits.double() - oracle).abs().max() / oracle.abs().max()).item()
-
-
-def is_accurate(error_after: float, error_before: float, dtype: torch.dtype) -> bool:
-    """The accuracy rule: at most twice the plain model's own rounding error, plus a few units in the last place."""
-    return error_after <= 2 * error_before + 4 * torch.finfo(dtype).eps
-
-
 def replaced_blocks(model: nn.Module) -> dict[str, int]:
     """How many blocks of a patched model run on which operator and backend."""
     rows = fastvit.report(model).rows
@@ -95,8 +86,7 @@ def measure(
         oracle = copy.deepcopy(plain).double()(few.double())
         plain = plain.to(dtype)
         patched = fastvit.patch(copy.deepcopy(plain))
-        error_before = relative_error(plain(few.to(dtype)), oracle)
-        error_after = relative_error(patched(few.to(dtype)), oracle)
+        found = deviation(patched(few.to(dtype)), plain(few.to(dtype)), oracle)
         batches = [images.roll(i, 0).to(device, dtype) for i in range(min(rounds, batch))]
         before, after = interleaved([plain, patched], batches, rounds=rounds, device=device)
     ratios = [b / a for b, a in zip(before, after, strict=True)]
@@ -108,9 +98,9 @@ def measure(
         speedup=statistics.median(ratios),
         speedup_low=low,
         speedup_high=high,
-        error_before=error_before,
-        error_after=error_after,
-        accurate=is_accurate(error_after, error_before, dtype),
+        error_before=found.plain,
+        error_after=found.fused,
+        accurate=found.is_accurate,
         replaced=replaced_blocks(patched),
     )
 

@@ -36,8 +36,9 @@ from benchmarks.gpu_goals import describe_goal, judge
 from benchmarks.gpu_models import MODELS, describe_steps, measure_steps, peak_mebibytes
 from benchmarks.gpu_peers import Call, floors, library_ways, traffic
 from benchmarks.jobs import JOBS, Job, Result, Tensors, images, parts, widened
-from benchmarks.ops._timing import compare, is_accurate
+from benchmarks.ops._timing import compare
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.ops import _table
 from benchmarks.ops._table import Row, Table, Times, make_row
-from benchmarks.ops._timing import Call, compare, fresh, is_accurate
+from benchmarks.ops._timing import Call, compare, fresh
+from fastvit.accuracy import is_accurate
 from fastvit.reference.functional import BatchNorm, activate
 
 Makers = Mapping[str, Callable[[dict[str, Any]], Call]]

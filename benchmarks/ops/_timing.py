@@ -69,9 +69,3 @@ def compare(
     timed = list(map(_each, calls.values()))
     seconds = interleaved(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
     return {name: _measured(times, repeats) for name, times in zip(calls, seconds, strict=True)}
-
-
-def is_accurate(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:
-    """At most twice the plain result's own error against float64, plus a few units in the last place."""
-    error, own = ((tensor.double() - exact).abs().max() for tensor in (got, plain))
-    return bool(error <= 2 * own + 4 * torch.finfo(got.dtype).eps * exact.abs().max())

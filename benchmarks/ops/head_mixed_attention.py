@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import fresh, is_accurate
+from benchmarks.ops._timing import fresh
 from benchmarks.timing import interleaved, keep_memory
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
 

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.ops._timing import Call, Measured, compare, fresh, is_accurate
+from benchmarks.ops._timing import Call, Measured, compare, fresh
 from benchmarks.timing import keep_memory
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 
 

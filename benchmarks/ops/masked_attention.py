@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import Measured, compare, fresh, is_accurate
+from benchmarks.ops._timing import Measured, compare, fresh
 from benchmarks.timing import keep_memory
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 
 

@@ -29,8 +29,9 @@ from torch import Tensor
 from benchmarks.ops import _composed, _table
 from benchmarks.ops._composed import converted, folded, random_norm
 from benchmarks.ops._table import Row, Table, make_row
-from benchmarks.ops._timing import Call, compare, fresh, is_accurate
+from benchmarks.ops._timing import Call, compare, fresh
 from benchmarks.timing import keep_memory
+from fastvit.accuracy import is_accurate
 from fastvit.ops import token_depthwise_conv
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, activate

@@ -1,9 +1,8 @@
 """Is a fused model as accurate as the plain one? Measured on an example, per module and end to end.
 
-The rule: against a float64 run of the plain model, the fused error is at most twice the plain model's own error in the
-same dtype, plus a few units in the last place. The plain model's error on few numbers, such as two logits, can be small
-by luck: what breaks the rule on the example is judged anew on the example and some that differ a little from it, as if
-they were one batch. What is wrong breaks it there too.
+The rule is that of ``fastvit.accuracy``, with a float64 copy of the plain model as the oracle. The plain model's error
+on few numbers, such as two logits, can be small by luck: what breaks the rule on the example is judged anew on the
+example and some that differ a little from it, as if they were one batch. What is wrong breaks it there too.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastvit.accuracy import FACTOR, NONE, ULPS, Deviation, deviation
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import Finding, apply
 from fastvit.reference.layers import WATCHES
 
-FACTOR = 2.0
-ULPS = 4.0
 MORE_DRAWS = 3
 JITTER = 2.0**-6
 """Relative; every rounding falls differently, and the model sees what it saw."""
@@ -36,32 +34,6 @@ class Error(NamedTuple):
     fused: float
     plain: float
     within_budget: bool
-
-
-class _Deviation(NamedTuple):
-    """How one tensor of an output deviates from the exact one, or several of the same place, each the worst."""
-
-    fused: float
-    plain: float
-    excess: float
-    """The largest fused error once a few ulp are taken off; absolute."""
-    plain_error: float
-    sound: bool
-    """The same infinities and NaN."""
-
-    @property
-    def within_budget(self) -> bool:
-        return self.sound and self.excess <= FACTOR * self.plain_error
-
-    def joined(self, other: _Deviation) -> _Deviation:
-        """Of both, as if they were one batch."""
-        return _Deviation(
-            max(self.fused, other.fused),
-            max(self.plain, other.plain),
-            max(self.excess, other.excess),
-            max(self.plain_error, other.plain_error),
-            self.sound and other.sound,
-        )
 
 
 _Call = tuple[str | None, int]
@@ -86,7 +58,7 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
             again = _draw(model, more_args, more_kwargs, fused, looked_at, backend)
             for call, deviations in again.items():
                 if call[0] in suspects and len(deviations) == len(found.get(call, [])):
-                    found[call] = [one.joined(other) for one, other in zip(found[call], deviations, strict=True)]
+                    found[call] = [one.pooled(other) for one, other in zip(found[call], deviations, strict=True)]
     errors: dict[str | None, Error] = {}
     for (name, _), deviations in found.items():
         error, worst = _summary(deviations), errors.get(name, Error(0.0, 0.0, True))
@@ -102,10 +74,10 @@ def _draw(
     fused: Sequence[Finding],
     looked_at: Sequence[Finding],
     backend: str,
-) -> dict[_Call, list[_Deviation]]:
+) -> dict[_Call, list[Deviation]]:
     """Deviations of the modules looked at, and of the model with all that is fused; it is left fused."""
     exact = _in_float64(model, args, kwargs)
-    found: dict[_Call, list[_Deviation]] = {}
+    found: dict[_Call, list[Deviation]] = {}
     busy: list[str] = []
     hooks = {f.module: _measuring(f.name, f.fused, backend, found, busy) for f in looked_at if f.fused is not None}
     with watching(hooks):
@@ -174,17 +146,17 @@ def compare(fused: Any, plain: Any, exact: Any) -> Error:
     return _summary(_deviations(fused, plain, exact))
 
 
-def _summary(deviations: Sequence[_Deviation]) -> Error:
-    fused = max((deviation.fused for deviation in deviations), default=0.0)
-    plain = max((deviation.plain for deviation in deviations), default=0.0)
+def _summary(deviations: Sequence[Deviation]) -> Error:
+    fused = max((each.fused for each in deviations), default=0.0)
+    plain = max((each.plain for each in deviations), default=0.0)
     return Error(fused, plain, _within(deviations))
 
 
-def _within(deviations: Sequence[_Deviation]) -> bool:
-    return all(deviation.within_budget for deviation in deviations)
+def _within(deviations: Sequence[Deviation]) -> bool:
+    return all(each.is_accurate for each in deviations)
 
 
-def _deviations(fused: Any, plain: Any, exact: Any) -> list[_Deviation]:
+def _deviations(fused: Any, plain: Any, exact: Any) -> list[Deviation]:
     outputs = [pytree.tree_leaves(output) for output in (fused, plain, exact)]
     if len(outputs[0]) == len(outputs[1]) == len(outputs[2]):
         given = [leaf is not None for leaf in outputs[0]]
@@ -192,31 +164,8 @@ def _deviations(fused: Any, plain: Any, exact: Any) -> list[_Deviation]:
     leaves = [_floating(output) for output in outputs]
     shapes = [[tensor.shape for tensor in output] for output in leaves]
     if not shapes[0] == shapes[1] == shapes[2]:
-        return [_Deviation(float("inf"), 0.0, float("inf"), 0.0, False)]
-    return [_deviation(*tensors) for tensors in zip(*leaves, strict=True) if tensors[0].numel()]
-
-
-def _deviation(fused: Tensor, plain: Tensor, exact: Tensor) -> _Deviation:
-    dtype = fused.dtype
-    fused, plain, exact = fused.double(), plain.double(), exact.double()
-    finite = exact.isfinite() & plain.isfinite()
-    same = (fused == plain) | (fused.isnan() & plain.isnan())
-    sound = bool(same[~finite].all())
-    fused, plain, exact = fused[finite], plain[finite], exact[finite]
-    if exact.numel() == 0:
-        return _Deviation(0.0, 0.0, 0.0, 0.0, sound)
-    fused_error, plain_error = (fused - exact).abs(), (plain - exact).abs().max()
-    # An element far smaller than its neighbours is a sum that cancelled: it has no digits of its own.
-    size = exact.abs().clamp_min(exact.square().mean().sqrt())
-    excess = (fused_error - ULPS * torch.finfo(dtype).eps * size).max()
-    largest = exact.abs().max().clamp_min(torch.finfo(dtype).tiny)
-    return _Deviation(
-        float(fused_error.max() / largest),
-        float(plain_error / largest),
-        float(excess),
-        float(plain_error),
-        sound and not bool(fused_error.isnan().any()),
-    )
+        return [NONE._replace(fused=float("inf"), excess=float("inf"))]
+    return [deviation(*tensors) for tensors in zip(*leaves, strict=True)]
 
 
 def _floating(leaves: list[Any]) -> list[Tensor]:
@@ -227,7 +176,7 @@ def _measuring(
     name: str,
     fused_class: type[nn.Module],
     backend: str,
-    found: dict[_Call, list[_Deviation]],
+    found: dict[_Call, list[Deviation]],
     busy: list[str],
 ) -> Callable[..., None]:
     """A forward hook, the module's first, that runs the fused class and the plain one in float64 on the same input.

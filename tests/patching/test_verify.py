@@ -9,6 +9,7 @@ import torch
 from tiny import build, images
 from torch import Tensor, nn
 
+from fastvit import accuracy
 from fastvit.patching import is_patched, patch, report, verification
 from fastvit.patching import reference as table
 from fastvit.patching.verification import Error, compare
@@ -60,14 +61,12 @@ def test_a_wrong_fused_class_is_caught_and_the_model_untouched(monkeypatch, wron
 def test_an_error_that_was_bad_luck_is_drawn_again(monkeypatch):
     """As where the plain model is exact by chance: judged with further draws, as if they were one batch."""
     plain = iter([1e-9, 1.0, 1.0, 1.0])
-    measured = verification._deviation
 
-    def lucky(*tensors: Tensor) -> verification._Deviation:
-        found = measured(*tensors)
+    def lucky(*tensors: Tensor) -> accuracy.Deviation:
+        found = accuracy.deviation(*tensors, ulps=0.0)
         return found._replace(plain_error=found.plain_error * (next(plain) if tensors[0].shape[-1] == 2 else 1.0))
 
-    monkeypatch.setattr(verification, "_deviation", lucky)
-    monkeypatch.setattr(verification, "ULPS", 0.0)
+    monkeypatch.setattr(verification, "deviation", lucky)
     model = build("vit")
     model.head = nn.Linear(48, 2)
     assert is_patched(patch(model, ops="masked_attention", verify=images("vit")))
