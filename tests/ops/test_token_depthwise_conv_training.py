@@ -362,12 +362,12 @@ def test_the_kernels_themselves_check() -> None:
         backward(grad, x, conv, arguments["weight"], None, *norm, False, 0, *with_norm, True, 0, *geometry, True, True)
 
     bad: dict[str, Callable[[], Any]] = {
-        "statistics are given, or found in the batch": lambda: training(
+        "statistics are either given or the batch's, got both": lambda: training(
             x, arguments["weight"], None, *norm, False, 0, *given, True, 0, *geometry
         ),
         "grad must be (2, 21, 8)": lambda: go(torch.zeros(2, 20, 8), x.new_empty(0)),
         "conv must be what": lambda: go(torch.zeros(2, 21, 8), torch.zeros(5)),
-        "needs the statistics": lambda: go(torch.zeros(2, 21, 8), x.new_empty(0), norm),
+        "the statistics of the forward pass are missing": lambda: go(torch.zeros(2, 21, 8), x.new_empty(0), norm),
     }
     for message, run in bad.items():
         with pytest.raises(RuntimeError, match=re.escape(message)):
