@@ -31,9 +31,9 @@ from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
 import fastvit  # noqa: E402
-from benchmarks.lived_in import lived_in  # noqa: E402
 from benchmarks.photos import bundled_photographs, open_photograph, photo_batch  # noqa: E402
-from benchmarks.timing import interleaved  # noqa: E402
+from benchmarks.randomize import randomize_like_trained  # noqa: E402
+from benchmarks.timing import on_inputs  # noqa: E402
 from fastvit.accuracy import deviation  # noqa: E402
 
 MODELS = (
@@ -79,7 +79,7 @@ def measure(
     torch.manual_seed(0)
     plain = fastvit.create_model(name, fused=False)
     images = photo_batch(photos, batch, plain.default_cfg)
-    lived_in(plain, images)
+    randomize_like_trained(plain, images)
     plain = plain.eval().to(device)
     few = images[:ORACLE_BATCH].to(device)
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def measure(
         patched = fastvit.patch(copy.deepcopy(plain))
         found = deviation(patched(few.to(dtype)), plain(few.to(dtype)), oracle)
         batches = [images.roll(i, 0).to(device, dtype) for i in range(min(rounds, batch))]
-        before, after = interleaved([plain, patched], batches, rounds=rounds, device=device)
+        before, after = on_inputs([plain, patched], batches, rounds=rounds, device=device)
     ratios = [b / a for b, a in zip(before, after, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Outcome(

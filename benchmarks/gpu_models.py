@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastvit
-from benchmarks.timing import interleaved
+from fastvit.patching.timing import interleaved
 
 MODELS: dict[str, dict[str, Any]] = {
     "deepvit_s": {"img_size": 32, "depth": 2, "transformed_blocks": 1},
@@ -72,8 +72,7 @@ def measure_steps(name: str, batch: int, device: torch.device, *, rounds: int, s
         peaks[which] = peak_mebibytes(step, device)
         del step
     steps = [_step(name, fused, batch, device, options) for fused in (False, True)]
-    calls = [lambda _, step=step: step() for step in steps]
-    seconds = interleaved(calls, [None], rounds=rounds, device=device)
+    seconds = interleaved(steps, device, rounds=rounds)
     return {
         "model": name,
         "batch": batch,

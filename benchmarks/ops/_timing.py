@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import as_it_is, interleaved
+from benchmarks.timing import on_inputs, unchanged
 
 Call = Callable[[Any], Any]
 FRESH_BYTES = 64 << 20  # more than the caches of the machines at hand hold
@@ -65,7 +65,7 @@ def compare(
     ``prepare`` makes of an input, for the candidates it names, is made untimed in front of the round.
     """
     groups = [[inputs[(i * repeats + j) % len(inputs)] for j in range(repeats)] for i in range(len(inputs))]
-    first = [_all(prepare[name]) if prepare and name in prepare else as_it_is for name in calls]
+    first = [_all(prepare[name]) if prepare and name in prepare else unchanged for name in calls]
     timed = list(map(_each, calls.values()))
-    seconds = interleaved(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
+    seconds = on_inputs(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
     return {name: _measured(times, repeats) for name, times in zip(calls, seconds, strict=True)}

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import fresh
-from benchmarks.timing import interleaved, keep_memory
+from benchmarks.ops._timing import Call, compare, fresh
+from benchmarks.timing import keep_memory
 from fastvit import backends, ops
 from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
@@ -100,26 +99,23 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds
     weights = torch.randn(batch, shape.heads, shape.tokens, shape.dim).to(dtype) if training else None
     parameters = {name: tensor.to(dtype) for name, tensor in make_parameters(shape).items()}
     step, exact = (Step(shape, parameters, weights, numbers) for numbers in (dtype, torch.float64))
-    calls: list[Callable[[Any], list[Tensor]]] = [
-        lambda qkv: step(ops.head_mixed_attention, qkv),
-        lambda qkv: step(functional.head_mixed_attention, qkv),
-        lambda qkv: step(F.scaled_dot_product_attention, qkv, mixed=False),
-    ]
+    calls: dict[str, Call] = {
+        "fused_ms": lambda qkv: step(ops.head_mixed_attention, qkv),
+        "plain_ms": lambda qkv: step(functional.head_mixed_attention, qkv),
+        "sdpa_ms": lambda qkv: step(F.scaled_dot_product_attention, qkv, mixed=False),
+    }
     with torch.set_grad_enabled(training):
-        results = calls[0](inputs[0]), calls[1](inputs[0])
+        results = calls["fused_ms"](inputs[0]), calls["plain_ms"](inputs[0])
         oracle = exact(functional.head_mixed_attention, [tensor.double() for tensor in inputs[0]])
         names = ["out", *"qkv", *step.leaves]
         wrong = [name for name, *tensors in zip(names, *results, oracle, strict=False) if not is_accurate(*tensors)]
-        seconds = interleaved(calls, inputs, rounds=rounds)
-    fused, plain, sdpa = (1e3 * statistics.median(times) for times in seconds)
+        times = compare(calls, inputs, rounds=rounds)
     return {
         "model": shape.model,
         "pass": PASSES[training],
         "shape": [batch, shape.heads, shape.tokens, shape.dim],
         "dtype": str(dtype).removeprefix("torch."),
-        "fused_ms": fused,
-        "plain_ms": plain,
-        "sdpa_ms": sdpa,
+        **{name: measured.median for name, measured in times.items()},
         "inaccurate": wrong,
     }
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from benchmarks.ops._timing import is_accurate
 from benchmarks.overhead.cases import CALLS, backend_of, kernels_of, runner
 from benchmarks.overhead.report import MODES, WAYS
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -56,6 +56,7 @@ def test_overhead(op: str, mode: str, way: str, benchmark: Any, monkeypatch, cap
                 benchmark(lambda: [kernel() for kernel in kernels])
             return
         outputs = pytree.tree_leaves(benchmark(run))
+    # The gradients behind the outputs are checked in tests/ops.
     twin = getattr(functional, op)
     plain, exact = (pytree.tree_leaves(twin(*each.args, **each.kwargs)) for each in (call, call.to(torch.float64)))
-    assert all(map(is_accurate, outputs, plain, exact))  # of the gradients behind the outputs, tests/ops is the judge
+    assert all(map(is_accurate, outputs, plain, exact))

@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import demo
-from benchmarks.lived_in import lived_in
 from benchmarks.photos import bundled_photographs, photo_batch, prepare
+from benchmarks.randomize import randomize_like_trained
 from fastvit.reference import create_model
 
 CFG = {"input_size": (3, 32, 48), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0), "crop_pct": 0.875}
@@ -37,12 +37,12 @@ def test_every_view_of_a_batch_is_another_picture():
     assert len({view.numpy().tobytes() for view in batch}) == 3 * len(paths)
 
 
-def test_lived_in_models_have_logits_and_branches_that_count():
+def test_every_branch_of_a_randomized_model_reaches_its_logits():
     images = torch.randn(2, 3, 32, 32)
     vit = create_model("vit_tiny_patch16_224", img_size=32)
     assert not vit(images).any()
-    assert lived_in(vit, images)(images).std() > 0.01
-    cait = lived_in(create_model("cait_xxs24_224", img_size=32), images)
+    assert randomize_like_trained(vit, images)(images).std() > 0.01
+    cait = randomize_like_trained(create_model("cait_xxs24_224", img_size=32), images)
     assert cait.blocks[0].gamma_1.min() >= 0.1
 
 

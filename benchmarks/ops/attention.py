@@ -1,6 +1,6 @@
 """Masked and class attention on CPU beside torch's SDPA and the plain form, on the packed qkv that a projection gives.
 
-    python -m benchmarks.ops.masked_attention [--task inference training] [--dtype float32 bfloat16] [--batch 8 1]
+    python -m benchmarks.ops.attention [--task inference training] [--dtype float32 bfloat16] [--batch 8 1]
         [--mask none padding] [--backend auto] [--rounds 15] [--json PATH]
 
 One line a shape: median milliseconds of the operator, of SDPA on the same views and of the plain form, all timed in
