@@ -8,7 +8,7 @@ Columns, all timed in turn in one run:
     nchw            the library's convolution on NCHW, the norm folded into its weight beforehand
     channels-last   the same in channels-last layout, the image converted in every call
 
-No ratio is printed where the result fails the accuracy rule.
+No ratio is printed for a result that fails the accuracy rule.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Microseconds of a call of every public operator, however its backend is chosen or observed, beside its bare kernels.
+"""The time of a call of every public operator, by how its backend is chosen and observed, and of its bare kernels.
 
-``make overhead`` times them. Without ``--benchmark-enable`` each runs once, and its outputs are checked.
+``make overhead`` times the calls. Without ``--benchmark-enable`` each runs once. Outputs are checked either way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(b
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Waking others would cost more than the arithmetic."""
+    """Waking further threads would take longer than the arithmetic."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
