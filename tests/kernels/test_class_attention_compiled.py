@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import class_attention as kernels
 from fastvit.kernels.class_attention_backward import class_attention_tokens_kernel
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 

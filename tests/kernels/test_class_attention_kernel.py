@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import class_attention as kernels
 from fastvit.kernels.class_attention_backward import class_attention_backward
-from helpers import assert_as_accurate, poisoned_empty
 
 from fastvit import ops
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -15,9 +15,9 @@ from fastvit.kernels._head_configurations import Config
 from fastvit.kernels.head_map_moments import head_map_moments, head_map_moments_backward
 from fastvit.kernels.head_mixed_attention import head_mixed_attention_forward
 from fastvit.kernels.head_mixed_attention_backward import head_mixed_attention_backward
-from helpers import assert_as_accurate, poisoned_empty
 
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from helpers import assert_as_accurate
-
 from fastvit.ops import head_mixed_attention
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
+from tests.helpers import assert_as_accurate
 
 HEADS = 3
 

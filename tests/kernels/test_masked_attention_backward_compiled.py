@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import _attention as attention
 from fastvit.kernels import masked_attention_backward as kernels
 from fastvit.kernels.masked_attention import Config
 from fastvit.kernels.masked_attention_bias_gradient import masked_attention_dbias_kernel
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from fastvit.kernels import masked_attention as forward
 from fastvit.kernels import masked_attention_backward as backward
 from fastvit.kernels import masked_attention_bias_gradient
 from fastvit.kernels.masked_attention import Config
-from helpers import assert_as_accurate, poisoned_empty
 
 import fastvit
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import masked_attention as kernels
-from helpers import assert_as_accurate, poisoned_empty
 
 import fastvit
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 

@@ -10,11 +10,12 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 import torch
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels._depthwise import Statistics, Tokens, choose_config
 from fastvit.kernels.token_depthwise_conv import convolve_kernel, map_kernel
 from fastvit.kernels.token_depthwise_conv_backward import map_backward_kernel, sums_kernel, weight_gradient_kernel
 from fastvit.kernels.token_depthwise_conv_training import statistics_kernel
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 

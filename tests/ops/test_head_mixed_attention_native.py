@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.reference.functional import attention_probabilities
-from tests.helpers import assert_as_accurate, on_most_draws, poisoned_empty
+from tests.helpers import assert_as_accurate, on_pooled_draws, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
@@ -184,7 +184,7 @@ def check_gradients(
         for name in got[0]:
             assert_as_accurate(*(torch.stack([g[name] for g in each]) for each in (got, reference, exact)), name=name)
 
-    on_most_draws(compare)
+    on_pooled_draws(compare)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

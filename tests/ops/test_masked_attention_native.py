@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
-import attention_checks
 import pytest
 import torch
-from attention_checks import packed
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,6 +14,9 @@ from fastvit import backends
 from fastvit.ops import _attention, _dispatch, masked_attention
 from fastvit.ops._attention import CPP_DTYPES
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.ops import attention_checks
+from tests.ops.attention_checks import packed
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fastvit.ops import _token_depthwise_conv_native as native
 from fastvit.ops import token_depthwise_conv
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
-from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.helpers import assert_as_accurate, at_thread_counts, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 
@@ -142,29 +142,11 @@ def check(run: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
             got = run(**arguments)
         same = {name: to(value, arguments["x"].dtype) for name, value in arguments.items()}
         oracle = {name: to(value, torch.float64) for name, value in arguments.items()}
-        plain, exact = functional.token_depthwise_conv(**same), functional.token_depthwise_conv(**oracle)
-    assert_as_accurate(got, plain, exact)
+        plains = at_thread_counts(lambda: functional.token_depthwise_conv(**same))
+        exact = functional.token_depthwise_conv(**oracle)
+    assert_as_accurate(got, plains, exact)
     prefix = arguments["prefix_tokens"]
     assert torch.equal(got[:, :prefix], arguments["x"][:, :prefix])
-
-
-def supported_isas() -> list[str]:
-    if backends.cpp_reasons():
-        return []
-    from fastvit import _C
-
-    return list(_C.cpu_info()["supported"])
-
-
-@pytest.fixture(params=supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each instruction set this CPU has."""
-    from fastvit import _C
-
-    before = _C.cpu_info()["in_use"]
-    _C._set_cpu_capability(request.param)
-    yield request.param
-    _C._set_cpu_capability(before)
 
 
 def run_cpp(**arguments: Any) -> Tensor:
