@@ -81,10 +81,11 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Time of one call, work on the device included."""
     _wait_for(device)
     if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
