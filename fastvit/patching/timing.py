@@ -47,7 +47,7 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds of each call in each round; entry i of every list belongs to round i.
 
-    The order within a round is drawn, so that no candidate always finds the caches as the same other one leaves them.
+    The order within a round is random, so that no candidate always finds the caches as the same other one left them.
 
     Args:
         calls: the candidates.

@@ -162,7 +162,7 @@ def test_losing_takes_the_median_and_three_rounds_of_four():
     assert Times.of([3.0], [2.0]) == Times(3.0, 2.0, (1.5, 1.5, 1.5))
 
 
-def test_candidates_take_turns_in_an_order_that_is_drawn():
+def test_candidates_take_turns_in_random_order():
     played: list[str] = []
     seconds = interleaved(
         [lambda: played.append("a"), lambda: played.append("b")],
