@@ -1,4 +1,4 @@
-"""Every public operator on sizes so small that a call costs more than its arithmetic."""
+"""Calls of every public operator on tensors so small that the call takes longer than the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastvit.reference.functional import BatchNorm, Projection
 BATCH, GRID, CHANNELS, HEADS, HEAD_DIM = 1, (4, 4), 16, 2, 8
 TOKENS = 1 + GRID[0] * GRID[1]
 PRODUCTS = frozenset({"addmm", "mm", "bmm", "convolution", "convolution_backward"})
-"""The library's operators that do the arithmetic of a call where no kernel of ``fastvit`` does."""
+"""The library's operators that count as kernels of a call."""
 
 
 class Call(NamedTuple):
@@ -29,7 +29,7 @@ class Call(NamedTuple):
         return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, self)
 
     def leaves(self) -> list[Tensor]:
-        """What a training step asks gradients of: every floating tensor but running statistics."""
+        """The tensors that a training step has gradients of: all floating ones except running statistics."""
         named = pytree.tree_leaves_with_path(self)
         return [
             leaf
@@ -104,18 +104,18 @@ CALLS: dict[str, Callable[[bool], Call]] = {
         {"stride": 2, "padding": 1},
     ),
 }
-"""By public operator, what makes the arguments of an inference call or, with True, of a training call."""
+"""By public operator, a function that makes the arguments of an inference call or, given True, of a training call."""
 
 
 def backend_of(op: str, training: bool = False) -> str:
-    """The fast back end of an operator on a CPU, as ``backend=`` and FASTVIT_BACKEND name it."""
+    """The fast implementation of an operator on a CPU, as ``backend=`` and FASTVIT_BACKEND name it."""
     if op != "conv_batch_norm":
         return "cpp"
     return "reference" if training else "channels_last"
 
 
 def runner(function: Callable[..., Any], call: Call, training: bool, **options: Any) -> Callable[[], Any]:
-    """What is to be timed: ``function`` on the arguments, or a training step, which returns outputs and gradients."""
+    """A function of no arguments: the call or, in training, a step that returns outputs and gradients."""
     forward = functools.partial(function, *call.args, **call.kwargs, **options)
     if not training:
         return forward
@@ -133,7 +133,7 @@ Kernel = Callable[[], Any]
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the kernels that are called, each with its arguments."""
+    """Records the kernels that are called, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def kernels_of(run: Callable[[], Any]) -> list[Kernel]:
-    """The bare operators that ``run`` ends in, as calls without arguments."""
-    run()  # what is found out once only
+    """The kernels that ``run`` calls, as functions of no arguments."""
+    run()  # warm up
     with _Recorder() as recorder:
         run()
     return recorder.kernels

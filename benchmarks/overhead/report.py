@@ -1,13 +1,13 @@
-"""The table of ``make overhead``: ``python -m benchmarks.overhead.report FILE ...``; of several files, cell by cell.
+"""The table of ``make overhead``: ``python -m benchmarks.overhead.report FILE ...``.
 
-Microseconds of the fastest round. Columns:
-    default     as a model calls it
-    named       with ``backend="cpp"`` (``conv_batch_norm``: "channels_last"; in training "reference")
+Microseconds of the fastest round; for several files, such as one before and one after a change, side by side. Columns:
+    default     the call as models make it
+    named       with ``backend="cpp"`` (``conv_batch_norm``: "channels_last", in training "reference")
     requested   with FASTVIT_BACKEND set to that
     logged      with the log at DEBUG
-    float16     which falls back to the plain form on a CPU
-    kernels     the bare operators that the named call ends in, one after the other
-    less        default less kernels: Python, checks, dispatch and autograd
+    float16     which on a CPU falls back to the plain form
+    kernels     the bare kernels of the named call, one after another
+    overhead    default less kernels: Python, checks, dispatch and autograd
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from pathlib import Path
 
 MODES = ("inference", "training")
 WAYS = ("default", "named", "requested", "logged", "float16", "kernels")
-COLUMNS = (*WAYS, "less")
+COLUMNS = (*WAYS, "overhead")
 
 Times = Mapping[tuple[str, str, str], float]
 """Microseconds by mode, operator and way."""
 
 
 def read(path: Path) -> Times:
-    """The fastest round of every benchmark in a file that pytest-benchmark saved."""
+    """The fastest round of every benchmark in a JSON file of pytest-benchmark."""
     times = {}
     for each in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
         info = each["extra_info"]
         times[info["mode"], info["op"], info["way"]] = 1e6 * each["stats"]["min"]
     for mode, op, _ in list(times):
         default, kernels = (times.get((mode, op, way), math.nan) for way in ("default", "kernels"))
-        times[mode, op, "less"] = default - kernels
+        times[mode, op, "overhead"] = default - kernels
     return times
 
 
 def table(files: Sequence[Times]) -> str:
-    """A row an operator and mode; the figures of several files side by side in each cell."""
+    """One row for each operator and mode; each cell has the figures of all files."""
     width = 8 * len(files) + 2
     lines = []
     for mode in MODES:

@@ -1,6 +1,6 @@
-"""Microseconds of a call of every public operator, however its backend is chosen or observed, beside its bare kernels.
+"""The time of a call of every public operator, by how its backend is chosen and observed, and of its bare kernels.
 
-``make overhead`` times them. Without ``--benchmark-enable`` each runs once, and its outputs are checked.
+``make overhead`` times the calls. Without ``--benchmark-enable`` each runs once. Outputs are checked either way.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from benchmarks.ops._timing import is_accurate
 from benchmarks.overhead.cases import CALLS, backend_of, kernels_of, runner
 from benchmarks.overhead.report import MODES, WAYS
 from fastvit import backends, ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(b
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Waking others would cost more than the arithmetic."""
+    """Waking further threads would take longer than the arithmetic."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,6 +56,7 @@ def test_overhead(op: str, mode: str, way: str, benchmark: Any, monkeypatch, cap
                 benchmark(lambda: [kernel() for kernel in kernels])
             return
         outputs = pytree.tree_leaves(benchmark(run))
+    # The gradients behind the outputs are checked in tests/ops.
     twin = getattr(functional, op)
     plain, exact = (pytree.tree_leaves(twin(*each.args, **each.kwargs)) for each in (call, call.to(torch.float64)))
-    assert all(map(is_accurate, outputs, plain, exact))  # of the gradients behind the outputs, tests/ops is the judge
+    assert all(map(is_accurate, outputs, plain, exact))

@@ -1,4 +1,4 @@
-"""benchmarks/results/README.md says of everything in it what it is, and of GPU code whether it ever ran on one."""
+"""benchmarks/results/README.md lists every result with its command, and the GPU code that has not run on a GPU."""
 
 from __future__ import annotations
 

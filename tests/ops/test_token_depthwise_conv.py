@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,25 +147,6 @@ def check(run: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
     assert_as_accurate(got, plains, exact)
     prefix = arguments["prefix_tokens"]
     assert torch.equal(got[:, :prefix], arguments["x"][:, :prefix])
-
-
-def supported_isas() -> list[str]:
-    if backends.cpp_reasons():
-        return []
-    from fastvit import _C
-
-    return list(_C.cpu_info()["supported"])
-
-
-@pytest.fixture(params=supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each instruction set this CPU has."""
-    from fastvit import _C
-
-    before = _C.cpu_info()["in_use"]
-    _C._set_cpu_capability(request.param)
-    yield request.param
-    _C._set_cpu_capability(before)
 
 
 def run_cpp(**arguments: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""Weights that behave like trained ones, where no checkpoint is at hand.
+"""Random weights that behave like trained ones, for want of a checkpoint.
 
-Freshly initialised models hide errors: CaiT's LayerScale of 1e-5 and its near-zero head mixers would make a wrong
-attention invisible in the logits, BatchNorms that never saw an image are the identity, and ViT's head starts at zero.
+Freshly initialised models hide errors: CaiT's LayerScale of 1e-5 and its head mixers near zero keep a wrong attention
+out of the logits, a BatchNorm that has seen no image is the identity, and ViT's head starts at zero.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-def lived_in(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Give ``model`` residual branches that count, logits, and BatchNorm statistics of ``images``, in place.
+def randomize_like_trained(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
+    """Change ``model`` in place so that every residual branch reaches the logits, and return it.
 
-    LayerScales become 0.1 to 0.5, head mixers the identity plus noise, BatchNorm scales and shifts vary around 1 and 0,
-    and their running statistics are those of one pass over ``images`` (B, 3, H, W).
+    LayerScale becomes 0.1 to 0.5, head mixers the identity plus noise, a head of zeros noise; the weights and biases of
+    BatchNorm vary around 1 and 0, and its running statistics are those of ``images`` (B, 3, H, W).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def lived_in(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
         for norm in norms:
             norm.weight.uniform_(0.8, 1.2, generator=generator)
             norm.bias.uniform_(-0.1, 0.1, generator=generator)
-            norm.momentum = None  # one pass then gives the plain mean over the photographs
+            norm.momentum = None  # one pass then gives the statistics of these images
         was_training = model.training
         model.train()
         model(images)

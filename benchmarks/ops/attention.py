@@ -1,15 +1,15 @@
-"""Masked and class attention on CPU beside torch's SDPA and the plain form, on the packed qkv that a projection gives.
+"""Masked and class attention on CPU, compared with torch's SDPA and the plain form, on views of a packed qkv.
 
-    python -m benchmarks.ops.masked_attention [--task inference training] [--dtype float32 bfloat16] [--batch 8 1]
+    python -m benchmarks.ops.attention [--task inference training] [--dtype float32 bfloat16] [--batch 8 1]
         [--mask none padding] [--backend auto] [--rounds 15] [--json PATH]
 
-One line a shape: median milliseconds of the operator, of SDPA on the same views and of the plain form, all timed in
-turn within one run; the time relative to SDPA (its spread: 20th and 80th percentile of the operator over SDPA's median)
-and how many times faster than the plain form. "padding" is a mask over keys, (B, Nk), that leaves four fifths; "full"
-is one of its own for every query, (B, 1, Nq, Nk); "bias" is an additive one, (1, H, Nq, Nk), whose gradient is asked
-for in training. "training" is the forward and the gradients of everything. Shapes named "class" have one query or a few
-and run ``class_attention``. A row whose result is not as accurate as the plain form's says so
-and prints no speed. ``--backend cpp`` shows the C++ kernel where the automatic choice is SDPA, too.
+One line for each shape: median milliseconds of the operator, of SDPA on the same views and of the plain form, all timed
+in turn within one run; the time relative to SDPA (and the 20th and 80th percentile of the operator over SDPA's median);
+and the speed-up over the plain form. Masks: "padding" is a mask over keys, (B, Nk), that keeps four fifths; "full" is a
+mask for each query, (B, 1, Nq, Nk); "bias" is an additive bias, (1, H, Nq, Nk), which has a gradient in training. The
+task "training" is the forward pass and all gradients. Shapes with up to four queries run ``class_attention``. A row
+that fails the accuracy rule says so and has no times. ``--backend cpp`` measures the C++ kernel even where the
+automatic choice is SDPA.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | No
 
 
 def results(attention: Attention, leaves: list[Tensor], mask: Tensor | None, grad: Tensor | None) -> list[Tensor]:
-    """The output, and in training the gradient of every leaf: q, k, v and perhaps a bias."""
+    """The output, and in training the gradient of every leaf: q, k, v and the bias if there is one."""
     q, k, v, *bias = leaves
     out = attention(q, k, v, mask, bias[0] if bias else None)
     return [out] if grad is None else [out, *torch.autograd.grad(out, leaves, grad)]
@@ -94,7 +94,7 @@ def results(attention: Attention, leaves: list[Tensor], mask: Tensor | None, gra
 def measure(
     shape: Shape, batch: int, dtype: torch.dtype, mask_kind: str, backend: str, rounds: int, training: bool
 ) -> dict[str, Any]:
-    """Times one row; its errors are against float64."""
+    """Measure one row; its errors are those against float64."""
     bias = [torch.randn(1, shape.heads, shape.queries, shape.keys).to(dtype)] if mask_kind == "bias" else []
 
     def make_leaves() -> list[Tensor]:
@@ -114,7 +114,6 @@ def measure(
     wide = [leaf.detach().double().requires_grad_(training) for leaf in leaves]
     exact = results(functional.masked_attention, wide, mask, None if grad is None else grad.double())
     products = (7 if training else 2) * batch * shape.heads * shape.queries * shape.keys * shape.dim
-    # At most 50 calls a round, so that what a call costs beside the products counts, too.
     repeats = max(1, min(50, PRODUCTS_PER_ROUND // products))
     inputs = fresh(make_leaves, sum(leaf.nbytes for leaf in leaves[:3]))
     times = compare(calls, inputs, rounds=rounds, repeats=repeats)
@@ -132,7 +131,7 @@ def measure(
 def describe_row(row: dict[str, Any]) -> str:
     name = f"{row['model']:<16} {tuple(row['shape'])!s:<24} {row['task']:<9} {row['dtype']:<8} {row['mask']:<7}"
     if not row["accurate"]:
-        return f"{name} WRONG: less accurate than the plain form"
+        return f"{name} WRONG: less accurate than the rule allows"
     fused, sdpa, plain = (Measured(**row[key]) for key in ("fused", "sdpa", "plain"))
     spread = f"({fused.low / sdpa.median:.2f} to {fused.high / sdpa.median:.2f})"
     return (
@@ -142,7 +141,7 @@ def describe_row(row: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran."""
+    """Description of the machine."""
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
