@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked as kernels
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, compile_kernel, sample
 from fastvit.kernels import _depthwise_prologue as products
 from fastvit.kernels import conv_projection as kernels
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, compile_kernel, sample
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import head_mixed_attention as forward
 from fastvit.kernels import head_mixed_attention_backward as backward
 from fastvit.kernels import head_mixed_attention_launch as launching
@@ -29,6 +28,8 @@ from fastvit.kernels.head_mixed_attention_configs import (
     Config,
     configurations,
 )
+
+from tests.kernels.aot import Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 

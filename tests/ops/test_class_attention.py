@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import attention_checks
 import pytest
 import torch
-from attention_checks import packed
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,6 +14,8 @@ from fastvit.ops import _attention, _dispatch, class_attention
 from fastvit.ops._attention import CPP_DTYPES
 from fastvit.ops.class_attention import IMPLEMENTATIONS
 from fastvit.reference import functional
+from tests.ops import attention_checks
+from tests.ops.attention_checks import packed
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 check_cpp = functools.partial(attention_checks.check, functools.partial(class_attention, backend="cpp"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_as_accurate
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
+from tests.helpers import assert_as_accurate
 
 
 def _stem(dtype: torch.dtype, bias: bool = False, affine: bool = True) -> tuple[Tensor, nn.Conv2d, nn.BatchNorm2d]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,7 @@ from fastvit import backends
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import head_mixed_plain_engine as plain_engine
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fastvit.ops._head_mixing import Call, attend
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm, recomputing
+from tests.ops import head_mixed_plain_engine as plain_engine
 
 HEADS = 4
 MIXES = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor
 
 from fastvit import backends, ops
 from fastvit.ops import _dispatch, _products
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)

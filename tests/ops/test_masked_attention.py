@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import attention_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import outputs_and_gradients, packed
-from helpers import assert_as_accurate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -18,6 +15,9 @@ from fastvit import backends
 from fastvit.ops import masked_attention
 from fastvit.ops.masked_attention import IMPLEMENTATIONS
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate
+from tests.ops import attention_checks
+from tests.ops.attention_checks import outputs_and_gradients, packed
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import math
 
-import attention_checks
 import pytest
 import torch
-from attention_checks import packed
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,6 +14,9 @@ from fastvit import backends
 from fastvit.ops import _attention, _dispatch, masked_attention
 from fastvit.ops._attention import CPP_DTYPES
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.ops import attention_checks
+from tests.ops.attention_checks import packed
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 
@@ -342,7 +342,7 @@ LOW_LEVEL_BAD = {
     "k has shape": {"k": lambda tensor: tensor[:, :3]},
     "v is bfloat16, q is float32": {"v": lambda tensor: tensor.bfloat16()},
     "k must have a contiguous last axis": {"k": lambda tensor: tensor.mT.contiguous().mT},
-    "head dimensions up to 128": {name: lambda _: torch.ones(1, 1, 2, 129) for name in "qkv"},
+    "expected head dimensions up to 128, got 129": {name: lambda _: torch.ones(1, 1, 2, 129) for name in "qkv"},
     "mask must be bool": {"mask": lambda _: torch.ones(1, 1, 1, 9)},
     "mask has shape": {"mask": lambda _: torch.ones(1, 1, 8, 9, dtype=torch.bool)},
     "bias has shape": {"bias": lambda _: torch.ones(1, 1, 8, 9)},

@@ -10,13 +10,13 @@ import weakref
 
 import pytest
 import torch
-from tiny import build, images
 from torch import nn
 
 from fastvit import backends, ops
 from fastvit.ops import _products
 from fastvit.patching import explain, parts, patch, preference, report, reporting, unpatch
 from fastvit.reference.layers import Mlp
+from tests.tiny import build, images
 
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 """The backend of attention on the CPU, inference in float32 or bfloat16."""
