@@ -15,6 +15,7 @@ from fastvit.kernels.attention_masked import Config
 import fastvit
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.kernels.test_attention_masked_kernel import packed
 
 pytestmark = pytest.mark.interpreter
 
@@ -23,12 +24,6 @@ OTHERS = ((Config(16, 32, 1),), Config(16, 32, 1))
 STREAMING = backward.Configs((Config(32, 16, 1),), *OTHERS)
 ONE_PASS = backward.Configs((Config(32, 64, 1, one_pass=True),), *OTHERS)
 both_forms = pytest.mark.parametrize("configs", [STREAMING, ONE_PASS], ids=["streaming", "one_pass"])
-
-
-def packed(batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, size: float = 1.0):
-    """q, k, v as the views of a packed projection (B, N, 3, H, D)."""
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim) * size
-    return qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def reference_gradients(grad, q, k, v, mask, bias, scale, dtype):

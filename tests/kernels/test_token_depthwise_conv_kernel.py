@@ -90,7 +90,7 @@ def test_reductions_of_several_tiles_and_programs(monkeypatch):
 
 
 def test_opcheck():
-    """Schema, fakes and outputs that share no memory."""
+    """Schemas and fakes, and that outputs share no memory."""
     x, weight, vector = torch.randn(2, 13, 8), torch.randn(8, 1, 3, 3), torch.rand(8) + 0.5
     norm, geometry = (vector, vector, vector, vector, 1e-5), (4, 3, 1, 1, 1, True)
     batch = (vector, vector, None, None, 1e-5)
