@@ -323,12 +323,12 @@ def configurations(product: str, head_dim: int, num_keys: int, *, regular: bool,
 
 
 def masked_attention_backward(
+    out: Tensor,
+    lse: Tensor,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -339,9 +339,9 @@ def masked_attention_backward(
     """Launch the kernels.
 
     Args:
+        out, lse: the forward's results, with need_lse.
         grad: gradient of out, (B, H, Nq, D) in q's dtype, any strides.
         q, k, v, mask, bias, scale: the forward's arguments.
-        out, lse: the forward's results, with need_lse.
         bias_grad: whether to compute dbias.
         configs: instead of the autotuned ones; the first of ``queries`` and of ``keys`` is taken.
 
