@@ -14,7 +14,7 @@ CUDA graph is captured, while torch.compile traces or a model is exported, and u
 Environment:
     FASTVIT_AUTOTUNE    "0" takes the first candidate everywhere; "1" (the default) measures. Read at import.
     FASTVIT_CACHE_DIR   the directory results are kept in; by default ``fastvit`` in the user's cache directory. Read
-                        when a key is first met.
+                        when a key is first seen.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def masked_attention_dq_kernel(
     else:
         out += b * stride_ob + h * stride_oh
         o_tile = load_tile(out, first_query, 0, num_queries, D, stride_on, 1, BLOCK_M, BLOCK_D, EXACT_D)
-        near_delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+        forward_delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
         row_shift = finite_maximum(load_row_values(lse + head * num_queries, first_query, num_queries, BLOCK_M))
         if MASK_KIND == 1:
             first, end = visible_range(mask, num_keys, stride_mk, 1024)
@@ -207,7 +207,7 @@ def masked_attention_dq_kernel(
             v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
             dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
             delta_sum += tl.sum(p * dp, 1)
-            ds = p * (dp - near_delta[:, None])
+            ds = p * (dp - forward_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
         row_factor = inverse_of_sum(row_sum)
         row_delta = delta_sum * row_factor
@@ -323,12 +323,12 @@ def configurations(product: str, head_dim: int, num_keys: int, *, regular: bool,
 
 
 def masked_attention_backward(
+    out: Tensor,
+    lse: Tensor,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -339,9 +339,9 @@ def masked_attention_backward(
     """Launch the kernels.
 
     Args:
+        out, lse: the forward's results, with need_lse.
         grad: gradient of out, (B, H, Nq, D) in q's dtype, any strides.
         q, k, v, mask, bias, scale: the forward's arguments.
-        out, lse: the forward's results, with need_lse.
         bias_grad: whether to compute dbias.
         configs: instead of the autotuned ones; the first of ``queries`` and of ``keys`` is taken.
 

@@ -8,13 +8,13 @@ as one tensor [SLOTS, BLOCK_M, BLOCK_N]: a batched product over the slots gives 
 [SLOTS, SLOTS] x [SLOTS, BLOCK_M * BLOCK_N].
 
 Slots: a tensor core instruction has 16 rows, which few heads do not fill. So the slots hold groups of all heads
-(padded to a power of two), each for different queries of the same batch element (different keys in the kernels
-that loop over queries). Four heads fill 16 slots with four blocks of queries; the matrix of the mix is then block diagonal.
-Above 16 heads there is one group. Everything out of bounds, padded heads included, is loaded as zero.
+(padded to a power of two), each for different queries of the same batch element, or for different keys in the kernels
+that loop over queries. Four heads fill 16 slots with four blocks of queries; the matrix of the mix is then block
+diagonal. Above 16 heads there is one group. Everything out of bounds, padded heads included, is loaded as zero.
 
-The softmax takes two passes: :func:`row_statistics_kernel` computes the maximum and the reciprocal sum of each row, from
-S alone; with these every other kernel computes normalised tiles of P, in any order. A row without visible keys has the
-reciprocal 0, which makes its P zero.
+The softmax takes two passes: :func:`row_statistics_kernel` computes the maximum and the reciprocal sum of each row,
+from S alone; with these every other kernel computes normalised tiles of P, in any order. A row without visible keys has
+the reciprocal 0, which makes its P zero.
 
 Inputs are multiplied in their own dtype (float32 as true float32, or TF32 where PyTorch's setting allows it); maps are
 float32, mixed in TF32 unless products are to be exact.

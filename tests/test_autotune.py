@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastvit import autotune
+from fastvit.ops._operator import Operator
+from fastvit.patching import preference
 from fastvit.reference.functional import BatchNorm
 
 
@@ -361,6 +363,21 @@ def test_a_key_holds_dtype_sizes_settings_and_the_token_bucket(fastest):
         assert len(fastest.ran) == 2 * number
     fastest(make(tokens=21), *BOTH)
     assert len(fastest.ran) == 2 * len(calls), "another grid of as many tokens, about"
+
+
+def test_queries_of_the_choice_measure_nothing(monkeypatch):
+    unmeasured = []
+    call = Operator.__call__
+
+    def record(self: Operator, *arguments: Any, **options: Any) -> Any:
+        unmeasured.append(autotune._unmeasured.get())
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(Operator, "__call__", record)
+    for op in preference.CALLS:
+        preference.backend_for(op, "auto", torch.float32, torch.device("cpu"))
+    assert len(unmeasured) >= len(preference.CALLS)
+    assert all(unmeasured)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")

@@ -20,7 +20,7 @@ CONFIG = kernels.Config(16, 1)
 
 
 def tokens(batch: int, heads: int, queries: int, keys: int, head_dim: int, dtype=torch.float32, size: float = 1.0):
-    """q on its own, k and v as the views of a packed projection."""
+    """q contiguous, k and v as views of a packed projection."""
     q = (torch.randn(batch, queries, heads, head_dim) * size).to(dtype).transpose(1, 2)
     k, v = (torch.randn(batch, keys, 2, heads, head_dim) * size).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
@@ -34,7 +34,7 @@ def results(q, k, v, mask, bias, scale, grad, dtype):
 
 
 def check(q, k, v, mask=None, bias=None, scale=None, grad=None, config=CONFIG):
-    """Hold one forward and backward on poisoned memory to the accuracy rule; returns what they gave."""
+    """Check one forward and backward on poisoned memory against the accuracy rule; returns the results."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     four_axes = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
@@ -62,7 +62,7 @@ def test_few_queries(queries, head_dim, dtype):
 
 @pytest.mark.parametrize(("batch", "keys"), [(1, 1), (1, 16), (1, 97), (5, 97)], ids=str)
 def test_parts_of_any_number(batch, keys):
-    """One image has its keys split, several have not; one part of many tiles, many parts of one."""
+    """The keys of one image are split, those of several are not: one part of many tiles, many parts of one tile."""
     check(*tokens(batch, 2, 1, keys, 16))
 
 

@@ -15,6 +15,7 @@ from fastvit.kernels.attention_masked import Config
 import fastvit
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.kernels.test_attention_masked_kernel import packed
 
 pytestmark = pytest.mark.interpreter
 
@@ -23,12 +24,6 @@ OTHERS = ((Config(16, 32, 1),), Config(16, 32, 1))
 STREAMING = backward.Configs((Config(32, 16, 1),), *OTHERS)
 ONE_PASS = backward.Configs((Config(32, 64, 1, one_pass=True),), *OTHERS)
 both_forms = pytest.mark.parametrize("configs", [STREAMING, ONE_PASS], ids=["streaming", "one_pass"])
-
-
-def packed(batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype, size: float = 1.0):
-    """q, k, v as the views of a packed projection (B, N, 3, H, D)."""
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim) * size
-    return qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def reference_gradients(grad, q, k, v, mask, bias, scale, dtype):
@@ -45,7 +40,7 @@ def check(q, k, v, mask=None, bias=None, scale=None, configs=None, grad=None):
     grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
     with poisoned_empty():
         out, lse = forward.masked_attention_forward(q, k, v, four_axes, bias, scale, need_lse=True)
-        arguments = (grad, q, k, v, out, lse, four_axes, bias, scale, bias is not None)
+        arguments = (out, lse, grad, q, k, v, four_axes, bias, scale, bias is not None)
         gradients = backward.masked_attention_backward(*arguments, configs=configs)
     plain = reference_gradients(grad, q, k, v, mask, bias, scale, q.dtype)
     oracle = reference_gradients(grad, q, k, v, mask, bias, scale, torch.float64)
@@ -96,7 +91,7 @@ def test_transposed_bias_of_another_dtype_with_masked_keys():
     gradients = check(q, k, v, bias=bias, configs=ONE_PASS)
     assert gradients[3][..., 3].eq(0).all()
     out, lse = forward.masked_attention_forward(q, k, v, None, bias.half(), 0.25, True)
-    arguments = (torch.randn_like(q), q, k, v, out, lse, None, bias.half(), 0.25)
+    arguments = (out, lse, torch.randn_like(q), q, k, v, None, bias.half(), 0.25)
     assert backward.masked_attention_backward(*arguments, True)[3].dtype == torch.float16
     assert backward.masked_attention_backward(*arguments, False)[3].numel() == 0
 
@@ -187,7 +182,7 @@ def test_operator():
     q, k, v = packed(1, 2, 9, 16, torch.float32)
     mask, bias = torch.rand(1, 1, 1, 9) > 0.3, torch.randn(1, 2, 9, 9)
     out, lse = torch.ops.fastvit.masked_attention_triton.default(q, k, v, mask, bias, 0.25, True)
-    arguments = (torch.randn_like(out), q, k, v, out, lse, mask, bias, 0.25)
+    arguments = (out, lse, torch.randn_like(out), q, k, v, mask, bias, 0.25)
     for bias_grad in (True, False):
         torch.library.opcheck(
             torch.ops.fastvit.masked_attention_triton_backward.default,

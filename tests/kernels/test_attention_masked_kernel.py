@@ -126,7 +126,7 @@ def test_large_logits(dtype, config):
 
 @pytest.mark.parametrize("config", [STREAMING, ONE_PASS], ids=["streaming", "one_pass"])
 def test_maximum_that_rises_with_every_tile(config):
-    """Every tile of the streaming form then rescales what was gathered."""
+    """Every tile of the streaming form then rescales the accumulator."""
     q = torch.ones(1, 1, 3, 16)
     k = torch.arange(50.0)[None, None, :, None].expand(1, 1, 50, 16) / 4
     check(q, k, torch.randn(1, 1, 50, 16), config=config)

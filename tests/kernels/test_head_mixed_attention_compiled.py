@@ -135,7 +135,7 @@ def cases() -> list[Case]:
     found = []
     for target, limit in LIMITS.items():
         for product, dtype in (("half", "bf16"), ("ieee", "fp32"), ("tf32", "fp32"), ("half", "fp16")):
-            # float16 and bfloat16 differ in the instruction alone.
+            # float16 and bfloat16 differ in the instruction only.
             shapes = {"bf16": SHAPES + MORE_SHAPES, "fp32": SHAPES, "fp16": SHAPES[:1]}[dtype]
             for kernel, (heads, head_dim), pressure in itertools.product(KERNELS, shapes, (LIGHT, NORMED, HEAVY)):
                 if kernel == "head_map_moments" and pressure == NORMED:  # moments have no norm

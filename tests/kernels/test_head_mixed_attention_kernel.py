@@ -90,7 +90,7 @@ def with_gradients(q, k, v, parts, mask, scale, grad, dtype):
 
 
 def check(q, k, v, parts, mask=None, scale=None, grad=None):
-    """Hold forward and backward on poisoned memory to the accuracy rule; returns the results by name."""
+    """Check forward and backward on poisoned memory against the accuracy rule; returns the results by name."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grad = torch.randn_like(q) if grad is None else grad
     before = [parts[name] for name in NAMES]

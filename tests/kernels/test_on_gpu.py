@@ -28,7 +28,7 @@ BATCH = 3
 
 
 def backends_of(op: str) -> list[str]:
-    return [entry.name for entry in ops.IMPLEMENTATIONS[op] if entry.name in BACKENDS]
+    return [entry.name for entry in ops.OPERATORS[op].implementations if entry.name in BACKENDS]
 
 
 PAIRS = [(job, backend) for job in JOBS for backend in backends_of(job.op)]
@@ -230,7 +230,7 @@ def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
 
 def test_measured_configurations_are_found_again_by_another_process(tmp_path):
     program = (
-        "import sys, torch; from fastvit import ops; from fastvit import autotune as t\n"
+        "import sys, torch; from fastvit import autotune as t, ops\n"
         "if sys.argv[1] == 'second': t._fastest = lambda *_: sys.exit('measured again')\n"
         "q, k, v = torch.randn(3, 2, 8, 197, 64, device='cuda', dtype=torch.float16)\n"
         "ops.masked_attention(q, k, v, backend='triton'); print(sorted(t._chosen.values()))"

@@ -13,7 +13,7 @@ from fastvit.kernels import token_depthwise_conv_tiles
 from fastvit.kernels._tokens import with_small_row_strides
 
 from fastvit.ops import token_depthwise_conv
-from fastvit.ops._token_depthwise_conv_native import TRITON
+from fastvit.ops.token_depthwise_conv import TRITON
 from fastvit.reference import functional
 from tests.ops.test_token_depthwise_conv import LEFF, Case, check, make_arguments
 from tests.ops.test_token_depthwise_conv_cuda import NORMS, check_step, with_statistics
@@ -90,7 +90,7 @@ def test_reductions_of_several_tiles_and_programs(monkeypatch):
 
 
 def test_opcheck():
-    """Schema, fakes and outputs that share no memory."""
+    """Schemas and fakes, and that outputs share no memory."""
     x, weight, vector = torch.randn(2, 13, 8), torch.randn(8, 1, 3, 3), torch.rand(8) + 0.5
     norm, geometry = (vector, vector, vector, vector, 1e-5), (4, 3, 1, 1, 1, True)
     batch = (vector, vector, None, None, 1e-5)
@@ -105,7 +105,7 @@ def test_opcheck():
         (TRITON.backward, backward),
         (TRITON.backward, (x, x, x[:0], weight, None, *bare, *bare, *geometry, True, False)),
     ):
-        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_float32_parameters_beside_bfloat16_tokens():
