@@ -15,7 +15,7 @@ from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
 from tests.ops import test_conv_projection as projections
 from tests.ops.composed import check_inference, check_training, converted, random_norm
-from tests.ops.test_depthwise_separable_conv import CASES, make
+from tests.ops.test_conv_projection_separable import CASES, make
 
 pytestmark = pytest.mark.interpreter
 

@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import leff as kernels
 
-from fastvit.ops import _convolved_products, leff
+from fastvit.ops import leff
+from fastvit.ops.leff import Call, _fits
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
 from tests.ops.composed import check_inference, check_training, converted
@@ -114,8 +115,9 @@ def test_what_the_kernels_do_not_take_is_composed(wide, calls):
 def test_maps_beyond_32_bit_offsets_are_not_taken():
     meta = torch.empty(1, 1, 16, device="meta").expand(1, 2**21, 16)
     up, dw, down = (torch.empty(size, device="meta") for size in ((1024, 16), (1024, 1, 3, 3), (16, 1024)))
-    assert not _convolved_products.leff_fits(meta, up, dw, down)
-    assert _convolved_products.leff_fits(meta[:, :21], up, dw, down)
+    call = Call(meta, up, None, dw, None, down, None, (2**11, 2**10), None, None, None, 0, "official")
+    assert not _fits(call)
+    assert _fits(call._replace(x=meta[:, :21]))
     bare = kernels.Behind(None, None, None, None, None, 0.0)
     with pytest.raises(ValueError, match="accepted are up to"):
         kernels.leff_forward(meta, up, bare, dw, bare, down, bare, (2**11, 2**10), 0, False)

@@ -28,7 +28,7 @@ BATCH = 3
 
 
 def backends_of(op: str) -> list[str]:
-    return [entry.name for entry in ops.IMPLEMENTATIONS[op] if entry.name in BACKENDS]
+    return [entry.name for entry in ops.OPERATORS[op].implementations if entry.name in BACKENDS]
 
 
 PAIRS = [(job, backend) for job in JOBS for backend in backends_of(job.op)]

@@ -13,7 +13,7 @@ from fastvit.kernels import token_depthwise_conv_tiles
 from fastvit.kernels._tokens import with_near_rows
 
 from fastvit.ops import token_depthwise_conv
-from fastvit.ops._token_depthwise_conv_native import TRITON
+from fastvit.ops.token_depthwise_conv import TRITON
 from fastvit.reference import functional
 from tests.ops.test_token_depthwise_conv import LEFF, Case, check, make_arguments
 from tests.ops.test_token_depthwise_conv_cuda import NORMS, check_step, with_statistics

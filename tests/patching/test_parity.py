@@ -12,7 +12,7 @@ from tiny import FAMILIES, TIMM, build, images
 from torch import Tensor, nn
 
 from fastvit import backends
-from fastvit.ops import _dispatch, _products
+from fastvit.ops._operator import recording
 from fastvit.patching import explain, parts, patch, report, unpatch
 
 EVERY = (*FAMILIES, *TIMM)
@@ -126,7 +126,7 @@ def test_training(name, dtype):
 @pytest.mark.parametrize("name", ["deepvit", "cait", "timm_cait"])
 def test_head_mixing_is_fused_in_training_too(name):
     model, choices = patch(build(name)).train(), []
-    with _dispatch.recording(choices.append):
+    with recording(choices.append):
         training_step(model, images(name))
     assert [choice.backend for choice in choices if choice.op == "head_mixed_attention"] == ["cpp", "cpp"]
 
