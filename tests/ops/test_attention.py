@@ -121,7 +121,9 @@ def test_what_stands_at_masked_keys_has_no_influence():
     assert all(map(torch.equal, run(q, k, v), before))
 
 
-@pytest.mark.parametrize("options", [{"mask": torch.ones(1, 5, dtype=torch.bool)}, {"bias": torch.zeros(5, 5)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"mask": torch.ones(1, 5, dtype=torch.bool)}, {"bias": torch.zeros(5, 5)}], ids=str
+)
 def test_sdpa_takes_no_mask_and_no_bias(options):
     with pytest.raises(RuntimeError, match="backend 'sdpa' cannot run this call: it lets a NaN or inf at a masked key"):
         masked_attention(*packed(1, 2, 5, 16, torch.float32), **options, backend="sdpa")

@@ -35,9 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BatchNorm, Tensor], Tensor]
 
 
-def _algebra(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, norm: BatchNorm, mask: Tensor
-) -> Tensor:
+def _algebra(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, norm: BatchNorm, mask: Tensor) -> Tensor:
     call = Call(q, k, v, None, None, weight, bias, norm, 1.0, mask[:, None, None], 0.5, 0.0, False)
     return attend(head_mixed_attention_plain.PLAIN, call)
 

@@ -382,6 +382,8 @@ def test_reference_takes_what_the_kernels_do_not() -> None:
 # --- Refusals -------------------------------------------------------------------------------------------------------
 
 GOOD = make_arguments(Case((5, 4), 8, prefix=1), torch.float32)
+
+
 def test_backend_asked_for_gives_every_reason() -> None:
     arguments = make_arguments(Case((5, 4), norm=True), torch.float16)
     arguments["norm"] = arguments["norm"]._replace(layer=torch.nn.Identity())
