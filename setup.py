@@ -111,7 +111,7 @@ def extension_mode() -> str:
     """FASTVIT_BUILD_EXT: "0", "1" or "" (try)."""
     mode = os.environ.get("FASTVIT_BUILD_EXT", "")
     if mode not in ("", "0", "1"):
-        raise SystemExit(f"FASTVIT_BUILD_EXT: got {mode!r}, accepted are 0, 1 or unset")
+        raise SystemExit(f"FASTVIT_BUILD_EXT: expected 0, 1 or unset, got {mode!r}")
     return mode
 
 
@@ -167,7 +167,7 @@ def find_isas(cxx: list[str]) -> list[str]:
     """The instruction sets of this architecture that the compiler can build, as far as they are asked for."""
     asked = re.split(r"[;,\s]+", os.environ.get("FASTVIT_ISA_LIST", "").strip())
     if unknown := [isa for isa in asked if isa and isa not in ISA_FLAGS]:
-        raise BuildError(f"FASTVIT_ISA_LIST: got {unknown}, accepted are {list(ISA_FLAGS)}")
+        raise BuildError(f"FASTVIT_ISA_LIST: expected some of {list(ISA_FLAGS)}, got {unknown}")
     wanted = {"portable", *(isa for isa in asked if isa)} if any(asked) else set(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["portable"]
@@ -193,7 +193,7 @@ def cuda_archs(known: list[str]) -> list[str]:
     for word in re.split(r"[;,\s]+", asked.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
         if match is None:
-            raise BuildError(f"CUDA architecture {word!r} is not of the form 8.0, 80 or 9.0+PTX")
+            raise BuildError(f"CUDA architecture: expected a form such as 8.0, 80 or 9.0+PTX, got {word!r}")
         number = match[1] + match[2] + match[3]
         archs += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
     return list(dict.fromkeys(archs))

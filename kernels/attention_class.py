@@ -1,49 +1,45 @@
-"""Attention of few queries (class tokens) over all tokens, forward; the backward is in ``attention_class_backward.py``.
+"""Class attention, one query or a few over all tokens, forward. The backward is in ``attention_class_backward.py``.
 
     out[b, h, i] = softmax(q[b, h, i] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
-Shapes: q (B, H, Nq, D) with few queries, k and v (B, H, Nk, D), any strides as long as the last axis is adjacent; mask
-and bias are read through the strides of their broadcast to (B, H, Nq, Nk). Results have the memory order of
-(B, N, H, D). A query that may see no key gives zeros, in both directions.
+Shapes: q (B, H, Nq, D) with few queries, k and v (B, H, Nk, D), any strides with stride 1 in the last axis; mask and
+bias are read through the strides of their broadcast to (B, H, Nq, Nk). The result has the strides of a contiguous
+(B, Nq, H, D). A query without visible keys gives zeros, and zero gradients.
 
-With so few queries nothing is multiplied twice: reading K and V once is all the time it can take. So there are no
-matrix products, and to have every multiprocessor read, even for one image, the keys of a head are split:
+With few queries there is little arithmetic per key, and the time is that of reading K and V once. So there are no
+matrix products, and to keep every multiprocessor reading, even for one image, the keys of a head are split:
 
-1. parts: a program takes one query and a run of keys, in tiles [BLOCK_N, BLOCK_D] with running maximum m, sum l and
-   accumulator. Programs that share keys are neighbours, so that the second one finds them in the cache.
+1. parts: a program takes one query and a range of keys, in tiles [BLOCK_N, BLOCK_D] with a running maximum m, a running
+   sum l and an accumulator. Programs that share keys are adjacent, so that all but the first find them in the cache.
 2. combine: a program adds the parts of one query, in order: out = sum(acc exp(m - M)) / sum(l exp(m - M)), M = max(m).
 
-Every number is float32 between input and output, and every sum has one order: there are no atomics.
+Everything between input and output is float32. There are no atomics: every sum has a fixed order.
+
+Source: Touvron et al. 2021 (CaiT), section 3; Dao et al. 2023 (Flash-Decoding: keys split between programs).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import load_key_mask, load_tile
-from fastvit.kernels.attention_tiles import (
-    Operands,
-    empty_rows,
-    finite_maximum,
-    inverse_of_sum,
-    named_strides,
-    padded_head_dim,
-)
+from fastvit.kernels._primitives import empty_heads_last, finite_maximum, inverse_of_sum, load_key_mask, load_tile
+from fastvit.kernels.attention_tiles import Operands, named_strides
 from torch import Tensor
 
 from fastvit import autotune
 
-LARGEST_SPLIT = 64
-"""Parts a query has at most: what one program of the second step takes in."""
+MAX_PARTS = 64
+"""The most parts of a query: one program combines them all."""
 
 COMBINE_WARPS = 4
 
 
 class Config(NamedTuple):
-    """Keys in a tile, and the warps that share it."""
+    """A launch configuration: keys in a tile, and warps."""
 
     block_n: int
     num_warps: int
@@ -54,14 +50,14 @@ CONFIGS: dict[int, tuple[Config, ...]] = {
     64: (Config(32, 4), Config(64, 8)),
     128: (Config(16, 4), Config(32, 8)),
 }
-"""The candidates by padded head dimension."""
+"""The candidates, by padded head dimension."""
 
 NOT_SPECIALIZED = ["H", "num_queries", "num_keys", "keys_per_part", "parts", "stride_mb", "stride_mh"]
 
 
 @triton.jit
 def load_row(row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The D adjacent elements at row as float32, zeros behind them."""
+    """The D elements at ``row`` as float32, padded with zeros."""
     columns = tl.arange(0, BLOCK_D)
     return tl.load(row + columns, mask=columns < D, other=0).to(tl.float32)
 
@@ -81,7 +77,7 @@ def row_logits(
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Logits [BLOCK_N] of one query, -inf where a key is masked or lies behind the last one."""
+    """Logits [BLOCK_N] of one query, -inf where a key is masked or out of bounds."""
     logits = tl.sum(k_tile * q_row[None, :], 1) * scale
     keys = tl.arange(0, BLOCK_N)
     inside = first_key + keys < num_keys
@@ -137,9 +133,9 @@ def class_attention_parts_kernel(
     HAS_BIAS: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """One part of one query: maximum and sum, and what they weigh: of v (D), or in the backward of dP (one number).
+    """One part of one query: its maximum, its sum, and the sum of P V; in the backward that of P dP, one number.
 
-    part_max and part_sum are (B, H, Nq, parts), part_acc (B, H, Nq, parts, D), or without D in the backward.
+    part_max and part_sum are (B, H, Nq, parts), part_acc is (B, H, Nq, parts, D), in the backward (B, H, Nq, parts).
     """
     scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
 
@@ -197,7 +193,7 @@ def class_attention_parts_kernel(
 
 @triton.jit
 def weights_of_parts(part_max, part_sum, row, parts, PARTS: tl.constexpr):
-    """What the parts of a row weigh, [PARTS], with the row's maximum (0 without a key) and the inverse of its sum."""
+    """The factors that rescale a row's parts, [PARTS], the row's maximum (0 without keys), and 1 / its sum."""
     index = tl.arange(0, PARTS)
     maxima = tl.load(part_max + row * parts + index, mask=index < parts, other=float("-inf"))
     row_max = finite_maximum(tl.max(maxima, 0))
@@ -219,7 +215,7 @@ def class_attention_combine_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The output of one query from its parts."""
+    """The output of one query, from its parts."""
     row = tl.program_id(0).to(tl.int64)
     query = row % num_queries
     head = row // num_queries
@@ -232,16 +228,16 @@ def class_attention_combine_kernel(
 
 
 def _parts(q: Tensor, num_keys: int, block_n: int) -> tuple[int, int]:
-    """(parts, keys per part): as many as fill the device twice, each of whole tiles."""
+    """(parts, keys per part): two programs per multiprocessor where there are enough keys; parts of whole tiles."""
     rows = q.shape[0] * q.shape[1] * q.shape[2]
     tiles = triton.cdiv(num_keys, block_n)
-    wanted = min(tiles, LARGEST_SPLIT, triton.cdiv(2 * autotune.multiprocessors(q.device), rows))
+    wanted = min(tiles, MAX_PARTS, triton.cdiv(2 * autotune.multiprocessors(q.device), rows))
     tiles_per_part = triton.cdiv(tiles, wanted)
     return triton.cdiv(tiles, tiles_per_part), tiles_per_part * block_n
 
 
 class Launches:
-    """What the launches of one call share, and the first of them; ``grad`` is None in the forward."""
+    """The arguments of one call's launches, and the first launch; ``grad`` is None in the forward."""
 
     def __init__(self, operands: Operands, grad: Tensor | None, scale: float) -> None:
         q, k = operands.q, operands.k
@@ -249,23 +245,16 @@ class Launches:
         self.num_keys = k.shape[2]
         self.backward = grad is not None
         self.arguments = {
-            **operands._asdict(),
-            **operands.strides(),
+            **operands.arguments(scale),
             **named_strides("g", grad),
             "grad": grad,
-            "scale": float(scale),  # an int would be made a constant, 1 among others
-            "H": q.shape[1],
-            "num_queries": q.shape[2],
-            "num_keys": self.num_keys,
-            "D": q.shape[3],
-            "BLOCK_D": padded_head_dim(q.shape[3]),
             "HAS_MASK": operands.mask is not None,
             "HAS_BIAS": operands.bias is not None,
         }
         self.key = (q.dtype, *q.shape[1:], operands.mask is not None, operands.bias is not None)
 
     def parts(self, config: Config) -> dict[str, Tensor | int]:
-        """The parts of every query."""
+        """Compute the parts of every query."""
         q = self.q
         parts, keys_per_part = _parts(q, self.num_keys, config.block_n)
         rows = q.shape[:3]
@@ -286,13 +275,14 @@ class Launches:
         )
         return found
 
-    def choose(self, name: str, run: object) -> Config:
+    def choose(self, name: str, run: Callable[[Config], object]) -> Config:
+        """The autotuned configuration."""
         candidates = CONFIGS[self.arguments["BLOCK_D"]]
         return autotune.choose(name, (*self.key, autotune.token_bucket(self.num_keys)), candidates, run)
 
 
 def _combine(launches: Launches, config: Config, out: Tensor) -> None:
-    """The output of every query."""
+    """Compute the output of every query."""
     found = launches.parts(config)
     names = ("H", "num_queries", "D", "BLOCK_D")
     class_attention_combine_kernel[(launches.q.shape[:3].numel(),)](
@@ -314,19 +304,19 @@ def class_attention_forward(
     *,
     config: Config | None = None,
 ) -> Tensor:
-    """Launch the forward.
+    """Launch the kernels.
 
     Args:
         q: (B, H, Nq, D) with few queries, k, v: (B, H, Nk, D); float32, float16 or bfloat16, all the same, D up to 128.
-            Any strides: copied only where the last axis is not adjacent.
+            Any strides; copied where that of the last axis is not 1.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk). bias: floating, likewise.
         scale: multiplies q k^T.
-        config: in place of what is chosen by measuring.
+        config: instead of the autotuned one.
 
     Returns:
         (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D).
     """
-    out = empty_rows(q, q.shape[2])
+    out = empty_heads_last(q, q.shape[2])
     if 0 in (*q.shape, k.shape[2]):
         return out.zero_()
     with torch.cuda.device_of(q):

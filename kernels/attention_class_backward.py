@@ -1,16 +1,16 @@
-"""Attention of few queries over all tokens, backward; nothing of the forward but its arguments is kept.
+"""Class attention, backward. It needs only the forward's arguments, none of its results.
 
 With P = softmax(q k^T * scale + bias over the keys that mask allows), out = P v and g the gradient of out,
 
     dP = g v^T,    delta = rowsum(P * dP),    dS = P * (dP - delta)
     dq = dS k * scale,    dk = dS^T q * scale,    dv = P^T g,    dbias = dS summed over bias's broadcast axes
 
-1. rows: the parts of ``attention_class.py`` without V's product, m and l, and with it the part of delta, by split.
-2. tokens: a program takes one tile of keys, and for each query adds up the parts to P and delta. dk and dv are then
-   complete; dq and the gradient of the logits are written by tile, and the first summed over tiles, the second over
-   bias's broadcast axes, afterwards.
+1. parts, as in ``attention_class.py``: maximum, sum, and the sum of P dP, the part's share of delta.
+2. tokens: a program takes one tile of keys, and for each query combines the parts into P's normalisation and delta. It
+   computes dk and dv whole; it writes the tile's share of dq, summed over tiles afterwards, and dS, which is summed
+   over bias's broadcast axes afterwards.
 
-Every number is float32 between input and output, and every sum has one order: there are no atomics.
+Everything between input and output is float32. There are no atomics: every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import load_tile, store_rows
+from fastvit.kernels._primitives import empty_heads_last, load_tile, store_rows
 from fastvit.kernels.attention_class import (
     NOT_SPECIALIZED,
     Config,
@@ -27,7 +27,7 @@ from fastvit.kernels.attention_class import (
     row_logits,
     weights_of_parts,
 )
-from fastvit.kernels.attention_tiles import Operands, empty_rows, token_rows
+from fastvit.kernels.attention_tiles import Operands, token_rows
 from torch import Tensor
 
 
@@ -79,7 +79,7 @@ def class_attention_tokens_kernel(
     HAS_BIAS: tl.constexpr,
     WRITE_DLOGITS: tl.constexpr,
 ):
-    """dk and dv of one tile of keys, and its share of dq, which is (B, H, tiles, Nq, D); dlogits is (B, H, Nq, Nk)."""
+    """dk and dv of one tile of keys, its share of dq (B, H, tiles, Nq, D), and its dlogits, of (B, H, Nq, Nk)."""
     scale = tl.cast(scale, tl.float32)
 
     tiles = tl.cdiv(num_keys, BLOCK_N)
@@ -140,7 +140,7 @@ def class_attention_tokens_kernel(
 
 
 def _tokens(launches: Launches, config: Config, dk: Tensor, dv: Tensor, dlogits: Tensor | None) -> Tensor:
-    """Writes dk, dv and, if it is one, dlogits; returns dq in float32."""
+    """Write dk, dv and, unless it is None, dlogits; return dq in float32."""
     q = launches.q
     found = launches.parts(config)
     tiles = triton.cdiv(launches.num_keys, config.block_n)
@@ -172,20 +172,20 @@ def class_attention_backward(
     *,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward; nothing of the forward but its arguments is needed.
+    """Launch the kernels.
 
     Args:
         grad: gradient of the output, (B, H, Nq, D) in q's dtype, any strides.
-        q, k, v, mask, bias, scale: what the forward was given.
-        bias_grad: whether the gradient of bias is wanted.
-        config: in place of what is chosen by measuring.
+        q, k, v, mask, bias, scale: the forward's arguments.
+        bias_grad: whether to compute dbias.
+        config: instead of the autotuned one.
 
     Returns:
-        The gradients of q, k and v with the strides of a contiguous (B, N, H, D); that of bias in its shape and dtype,
-        or an empty (0,).
+        dq, dk and dv in q's dtype with the strides of a contiguous (B, N, H, D); dbias in bias's shape and dtype, or an
+        empty (0,).
     """
     wants_bias = bias_grad and bias is not None
-    dq, dk, dv = empty_rows(q, q.shape[2]), empty_rows(q, k.shape[2]), empty_rows(q, k.shape[2])
+    dq, dk, dv = empty_heads_last(q, q.shape[2]), empty_heads_last(q, k.shape[2]), empty_heads_last(q, k.shape[2])
     if 0 in (*q.shape, k.shape[2]):
         dbias = torch.zeros_like(bias) if wants_bias else q.new_empty(0)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
@@ -208,6 +208,6 @@ def class_attention_backward(
         dq.copy_(_tokens(launches, config, dk, dv, dlogits))
     if dlogits is None:
         return dq, dk, dv, q.new_empty(0)
-    if bias.shape[3] == 1:  # a softmax does not change with what all its keys have in common
+    if bias.shape[3] == 1:  # softmax is invariant to what is added to all keys alike
         return dq, dk, dv, torch.zeros_like(bias)
     return dq, dk, dv, dlogits.sum_to_size(bias.shape).to(bias.dtype)

@@ -1,24 +1,23 @@
-"""Masked attention, forward; the backward is in ``attention_masked_backward.py``.
+"""Masked attention, forward. The backward is in ``attention_masked_backward.py``.
 
     out[b, h] = softmax(q[b, h] k[b, h]^T * scale + bias, over the keys that mask allows) v[b, h]
 
-Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), any strides as long as the last axis is adjacent, so the three views of
-a packed qkv projection are read where they lie. mask and bias are read through the strides of their broadcast to
-(B, H, Nq, Nk), never written out in full. The result is (B, H, Nq, D) in the memory order of (B, Nq, H, D): merging the
-heads behind it is a view. A query that may see no key gives zeros.
+Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), any strides with stride 1 in the last axis, so the three views of a
+packed qkv projection are read in place. mask and bias are read through the strides of their broadcast to
+(B, H, Nq, Nk), which is never materialised. The result is (B, H, Nq, D) with the strides of a contiguous
+(B, Nq, H, D), so that merging the heads is a view. A query without visible keys gives zeros.
 
-Tile plan: one program makes BLOCK_M rows of the output of one head; programs that share a head are neighbours, so its K
-and V come from the cache. The program holds Q [BLOCK_M, BLOCK_D] (BLOCK_D is D padded to a power of two) and
+Tiling: one program computes BLOCK_M rows of the output of one head. Programs of the same head are adjacent, so its K
+and V come from the cache. The program keeps Q [BLOCK_M, BLOCK_D] (BLOCK_D is D padded to a power of two), and
 
-- ONE_PASS, all keys of the head fit one tile: S = Q K^T [BLOCK_M, BLOCK_N], its row maximum, P = exp(S - max),
-  out = P V / sum(P). Nothing is rescaled. This is the form for the token counts of vision transformers.
-- streaming otherwise: the same for tiles of BLOCK_N keys in turn, with running row maximum m, running sum l and
-  accumulator acc; when a tile raises m, what was gathered so far is multiplied by exp(m_old - m_new).
-  A key padding mask confines the loop to the tiles between the first and the last visible key.
+- ONE_PASS, where all keys of the head fit one tile: S = Q K^T [BLOCK_M, BLOCK_N], its row maximum, P = exp(S - max),
+  out = P V / sum(P). Nothing is rescaled. Vision transformers usually have so few tokens.
+- streaming otherwise: the same for one tile of BLOCK_N keys after another, with a running row maximum m, a running sum
+  l and an accumulator; where a tile raises m, the sum and the accumulator are multiplied by exp(m_old - m_new).
+  With a key padding mask the loop runs from the tile of the first visible key to that of the last.
 
-Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
-float32; everything between them is float32. The maximum is taken off before the logits are brought to the units of
-exp2, the one exponential GPUs have an instruction for, so that large logits keep their differences.
+Matrix products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate
+in float32; everything between them is float32.
 
 Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling).
 """
@@ -30,24 +29,25 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import LARGEST_TILE, load_tile, store_rows, visible_range
-from fastvit.kernels.attention_tiles import (
-    NOT_SPECIALIZED,
-    Operands,
-    empty_rows,
+from fastvit.kernels._primitives import (
+    MAX_TILE_SIDE,
+    empty_heads_last,
     finite_maximum,
+    input_precision,
     inverse_of_sum,
-    logits_tile,
-    padded_head_dim,
+    load_tile,
     product_kind,
+    store_rows,
+    visible_range,
 )
+from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, Operands, logits_tile, padded_head_dim
 from torch import Tensor
 
 from fastvit import autotune
 
 
 class Config(NamedTuple):
-    """How one launch is cut: tile sizes, warps, loop stages, and whether BLOCK_N holds every key of a head."""
+    """A launch configuration: tile sizes, warps, pipeline stages, and whether all keys of a head fit BLOCK_N."""
 
     block_m: int
     block_n: int
@@ -56,7 +56,7 @@ class Config(NamedTuple):
     one_pass: bool = False
 
     def options(self) -> dict[str, int]:
-        """What every kernel that is cut so is launched with."""
+        """The launch options of every kernel with this tiling."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -65,54 +65,57 @@ class Config(NamedTuple):
         }
 
 
-def _one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
+def one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
+    """A configuration for at most ``block_n`` keys."""
     return Config(block_m, block_n, num_warps, one_pass=True)
 
 
-# Per product ("half": float16 and bfloat16 on tensor cores, "tf32": float32 on tensor cores, "ieee": float32 on the
-# plain units) and BLOCK_D; the one-pass tiles first, by size, then the streaming one. Every entry compiles without
-# spills and within 99 kB of shared memory (sm_86 and sm_89, so sm_80 and sm_90 as well; 64 kB on gfx942) for what its
-# table is for: tests/kernels holds it to that.
+# By kind of product (see product_kind) and BLOCK_D; the one-pass tiles first, by size, then the streaming one. Every
+# entry compiles without spills and within 99 kB of shared memory (the limit of sm_86 and sm_89; 64 kB on gfx942) for
+# the inputs of its table: tests/kernels checks that.
 REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("half", 32): (_one_pass(64, 64, 4), _one_pass(64, 128, 4), Config(128, 64, 4, 3)),
-    ("half", 64): (_one_pass(64, 64, 4), _one_pass(64, 128, 4), _one_pass(32, 256, 8), Config(64, 64, 4, 2)),
-    ("half", 128): (_one_pass(64, 64, 4), _one_pass(64, 128, 8), Config(64, 32, 4, 2)),
-    ("tf32", 32): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 64, 4, 2)),
-    ("tf32", 64): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 32, 4, 2)),
-    ("tf32", 128): (_one_pass(32, 64, 4), Config(32, 32, 4, 2)),
+    ("half", 32): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(128, 64, 4, 3)),
+    ("half", 64): (one_pass(64, 64, 4), one_pass(64, 128, 4), one_pass(32, 256, 8), Config(64, 64, 4, 2)),
+    ("half", 128): (one_pass(64, 64, 4), one_pass(64, 128, 8), Config(64, 32, 4, 2)),
+    ("tf32", 32): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 64, 4, 2)),
+    ("tf32", 64): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 32, 4, 2)),
+    ("tf32", 128): (one_pass(32, 64, 4), Config(32, 32, 4, 2)),
     ("ieee", 32): (Config(64, 32, 4),),
     ("ieee", 64): (Config(32, 32, 8),),
     ("ieee", 128): (Config(16, 16, 8),),
 }
-"""Rows of 16 aligned elements, and at most a key padding mask."""
+"""For aligned rows of whole 16-byte vectors, and at most a key padding mask."""
 
 IRREGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("half", 32): (_one_pass(64, 64, 4), _one_pass(32, 128, 4), Config(64, 16, 4)),
-    ("half", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), _one_pass(32, 256, 8), Config(32, 32, 8)),
-    ("half", 128): (_one_pass(64, 64, 8), _one_pass(32, 128, 8), Config(32, 16, 4)),
-    ("tf32", 32): (_one_pass(32, 64, 4), _one_pass(32, 128, 4), Config(32, 32, 4)),
-    ("tf32", 64): (_one_pass(32, 64, 4), _one_pass(32, 128, 8), Config(32, 32, 8)),
-    ("tf32", 128): (_one_pass(32, 64, 8), Config(32, 16, 4)),
+    ("half", 32): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 16, 4)),
+    ("half", 64): (one_pass(32, 64, 4), one_pass(32, 128, 4), one_pass(32, 256, 8), Config(32, 32, 8)),
+    ("half", 128): (one_pass(64, 64, 8), one_pass(32, 128, 8), Config(32, 16, 4)),
+    ("tf32", 32): (one_pass(32, 64, 4), one_pass(32, 128, 4), Config(32, 32, 4)),
+    ("tf32", 64): (one_pass(32, 64, 4), one_pass(32, 128, 8), Config(32, 32, 8)),
+    ("tf32", 128): (one_pass(32, 64, 8), Config(32, 16, 4)),
     ("ieee", 32): (Config(32, 32, 4),),
     ("ieee", 64): (Config(16, 32, 8, 2),),
     ("ieee", 128): (Config(16, 32, 8),),
 }
-"""Everything else: rows read element by element, a mask of (queries, keys), a bias. One address per element takes
+"""For everything else: rows loaded element by element, a mask of (queries, keys), a bias. One address per element costs
 registers, so tiles are smaller."""
 
 AMD_ONE_PASS_KEYS = 128
-"""Larger one-pass tiles spill on gfx942, whose matrix instructions want 16 rows per warp."""
+"""Larger one-pass tiles spill on gfx942, whose matrix instructions take 16 rows per warp."""
 
 
 def choose_configs(
     product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False
 ) -> tuple[Config, ...]:
-    """The configurations for a call, the one to take first: the smallest one-pass tile that holds all keys, streaming.
+    """The candidates for a call: the smallest one-pass tile that holds all keys, then the streaming one.
 
-    Keyed by what is multiplied, the padded head dimension, the token bucket, and how regularly memory is read.
+    Args:
+        product: the kind of product.
+        regular: whether :attr:`Operands.regular` is true.
+        amd: whether the GPU is AMD's.
     """
     table = (REGULAR if regular else IRREGULAR)[product, padded_head_dim(head_dim)]
-    largest = AMD_ONE_PASS_KEYS if amd else LARGEST_TILE
+    largest = AMD_ONE_PASS_KEYS if amd else MAX_TILE_SIDE
     fitting = [config for config in table if config.one_pass and num_keys <= config.block_n <= largest]
     return (*fitting[:1], *(config for config in table if not config.one_pass))
 
@@ -160,7 +163,7 @@ def masked_attention_kernel(
     """One block of BLOCK_M queries of one head."""
     scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
 
-    # Which block: neighbours in program_id share the head.
+    # Adjacent programs share the head.
     blocks = tl.cdiv(num_queries, BLOCK_M)
     program = tl.program_id(0)
     head = program // blocks
@@ -214,7 +217,7 @@ def masked_attention_kernel(
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
             row_max = new_max
 
-    # A row that has seen no key has sum 0 and accumulator 0.
+    # A row without visible keys has sum 0 and accumulator 0.
     acc = acc * inverse_of_sum(row_sum)[:, None]
     store_rows(out, acc, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
     if WRITE_LSE:
@@ -237,19 +240,19 @@ def masked_attention_forward(
     """Launch the kernel.
 
     Args:
-        q: (B, H, Nq, D), k, v: (B, H, Nk, D); float32, float16 or bfloat16, all the same, D up to 128. Any strides:
-            copied only where the last axis is not adjacent.
+        q: (B, H, Nq, D), k, v: (B, H, Nk, D); float32, float16 or bfloat16, all the same, D up to 128. Any strides;
+            copied where that of the last axis is not 1.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk). bias: floating, likewise.
         scale: multiplies q k^T.
-        config: in place of what is chosen by measuring.
+        config: instead of the autotuned one.
 
     Returns:
-        The output, (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D); and with need_lse the natural
-        logarithm of each row's sum of exponentials, (B, H, Nq) float32, -inf for a row without keys, else empty (0,).
+        out (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D); and with need_lse each row's log-sum-exp of
+        the logits, (B, H, Nq) float32, -inf for a row without visible keys, else an empty (0,).
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
-    out = empty_rows(q, num_queries)
+    out = empty_heads_last(q, num_queries)
     lse = q.new_empty((batch, heads, num_queries) if need_lse else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -260,21 +263,14 @@ def masked_attention_forward(
 
     def launch(config: Config, out: Tensor) -> None:
         masked_attention_kernel[(triton.cdiv(num_queries, config.block_m) * batch * heads,)](
-            **operands._asdict(),
+            **operands.arguments(scale),
             out=out,
             lse=lse if need_lse else None,
-            scale=float(scale),  # an int would be made a constant, 1 among others
-            **operands.strides(),
-            H=heads,
-            num_queries=num_queries,
-            num_keys=num_keys,
-            D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
             ONE_PASS=config.one_pass,
             MASK_KIND=operands.mask_kind,
             HAS_BIAS=bias is not None,
             WRITE_LSE=need_lse,
-            PRECISION="tf32" if product == "tf32" else "ieee",
+            PRECISION=input_precision(product),
             **config.options(),
         )
 

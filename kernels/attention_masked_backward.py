@@ -1,22 +1,23 @@
-"""Masked attention, backward.
+"""Masked attention, backward. The forward is in ``attention_masked.py``.
 
 With P = softmax(q k^T * scale + bias over the keys that mask allows), out = P v and the gradient g of out:
 
     dP = g v^T,    delta = rowsum(P * dP),    dS = P * (dP - delta)
     dq = dS k * scale,    dk = dS^T q * scale,    dv = P^T g,    dbias = dS summed over bias's broadcast axes
 
-Nothing of (Nq, Nk) is kept between the kernels: each recomputes the tiles of P that it needs. Shapes and strides are
-those of the forward; every gradient of tokens has the memory order of (B, N, H, D). Three kernels, no atomics, every
-sum in an order that only the shapes decide:
+Nothing of size (Nq, Nk) is stored: each kernel recomputes the tiles of P that it needs. Shapes and strides are those
+of the forward; dq, dk and dv have the strides of a contiguous (B, N, H, D). There are no atomics, and the order of
+every sum depends on the shapes only. Three kernels:
 
-1. dq: a program holds BLOCK_M queries of one head and goes over the keys. It leaves what the others need of a row:
-   shift and factor, with P = exp(logits - shift) * factor, and delta.
-   ONE_PASS, all keys in one tile: shift is the row's maximum, factor one over the row's sum, delta summed as above.
-   Streaming: shift is the forward's log-sum-exp, whose rounding the factor takes out again. Here delta is
-   rowsum(g * out), which is known beforehand; what is left for the others is the sum over P, nearer to their dP.
-2. dk, dv: a program holds BLOCK_N keys of one head and goes over the queries in tiles of BLOCK_M, on transposed tiles,
-   so that P and dS are left operands as they come out of the products. Keys that nobody sees are zeros at once.
-3. dbias, where asked for: ``attention_masked_bias_gradient.py``.
+1. dq: a program holds BLOCK_M queries of one head and loops over the keys. It also writes, for the other kernels, three
+   numbers per row: shift and factor, with P = exp(logits - shift) * factor, and delta.
+   ONE_PASS, all keys in one tile: shift is the row's maximum, factor the reciprocal of its sum, delta as above.
+   Streaming: shift is the forward's log-sum-exp, and factor corrects its rounding. dq is computed with
+   delta = rowsum(g * out), which is known beforehand; the delta written is the sum over P, which agrees better with the
+   dP of the other kernels.
+2. dk, dv: a program holds BLOCK_N keys of one head and loops over tiles of BLOCK_M queries. The tiles are transposed,
+   so that P and dS are left operands in the layout the products give. A tile without visible keys skips the loop.
+3. dbias, on request: ``attention_masked_bias_gradient.py``.
 
 Source: Dao et al. 2022, appendix B.
 """
@@ -28,20 +29,26 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import load_key_mask, load_tile, store_rows, visible_range
-from fastvit.kernels.attention_masked import Config
+from fastvit.kernels._primitives import (
+    empty_heads_last,
+    finite_maximum,
+    input_precision,
+    inverse_of_sum,
+    load_key_mask,
+    load_tile,
+    product_kind,
+    store_rows,
+    visible_range,
+)
+from fastvit.kernels.attention_masked import Config, one_pass
 from fastvit.kernels.attention_masked_bias_gradient import bias_gradient
 from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
-    empty_rows,
-    finite_maximum,
-    inverse_of_sum,
     load_row_values,
     logits_tile,
     named_strides,
     padded_head_dim,
-    product_kind,
     store_row_values,
     token_rows,
 )
@@ -51,44 +58,40 @@ from fastvit import autotune
 
 
 class Configs(NamedTuple):
-    """The candidates of the three kernels, the first of each within 99 kB of shared memory and without spills."""
+    """The candidates for the three kernels; the first of each is valid everywhere."""
 
     queries: tuple[Config, ...]
     keys: tuple[Config, ...]
     bias: Config
 
 
-def _one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
-    return Config(block_m, block_n, num_warps, one_pass=True)
-
-
 CONFIGS: dict[tuple[str, int], Configs] = {
-    ("half", 32): Configs((_one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
-    ("half", 64): Configs((_one_pass(32, 64, 4), Config(32, 32, 8)), (Config(32, 32, 4),), Config(32, 32, 8)),
-    ("half", 128): Configs((_one_pass(32, 64, 8), Config(32, 16, 8)), (Config(16, 32, 8),), Config(16, 32, 8)),
-    ("tf32", 32): Configs((_one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
-    ("tf32", 64): Configs((_one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
+    ("half", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
+    ("half", 64): Configs((one_pass(32, 64, 4), Config(32, 32, 8)), (Config(32, 32, 4),), Config(32, 32, 8)),
+    ("half", 128): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("tf32", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
+    ("tf32", 64): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
     ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
     ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 8)),
     ("ieee", 64): Configs((Config(16, 32, 8, 2),), (Config(16, 32, 8),), Config(16, 32, 8)),
     ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
 }
-"""By product and padded head dimension, for any input on any chip; ``keys`` and ``bias`` count BLOCK_M in queries and
-BLOCK_N in keys, too."""
+"""By kind of product and padded head dimension, for any input on any GPU. BLOCK_M counts queries and BLOCK_N keys in
+``keys`` and ``bias``, too."""
 
 REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
     ("half", 32): Configs(
-        (_one_pass(32, 64, 4), _one_pass(64, 128, 8), Config(64, 64, 4, 2)),
+        (one_pass(32, 64, 4), one_pass(64, 128, 8), Config(64, 64, 4, 2)),
         (Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
         Config(32, 32, 4),
     ),
     ("half", 64): Configs(
-        (_one_pass(32, 64, 4), _one_pass(32, 256, 8), Config(64, 64, 8, 2)),
+        (one_pass(32, 64, 4), one_pass(32, 256, 8), Config(64, 64, 8, 2)),
         (Config(32, 64, 4, 2), Config(32, 128, 8, 2)),
         Config(32, 32, 8),
     ),
 }
-"""In their place for rows of 16 aligned elements without a bias or a mask of (queries, keys), on NVIDIA's chips."""
+"""Instead of those on NVIDIA GPUs, for aligned rows without a bias or a mask of (queries, keys)."""
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -144,7 +147,7 @@ def masked_attention_dq_kernel(
     """dq, shift, factor and delta of one block of BLOCK_M queries of one head."""
     scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
 
-    # Which block: neighbours in program_id share the head.
+    # Adjacent programs share the head.
     blocks = tl.cdiv(num_queries, BLOCK_M)
     program = tl.program_id(0)
     head = (program // blocks).to(tl.int64)
@@ -312,7 +315,7 @@ def masked_attention_dkv_kernel(
 
 
 def configurations(product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False) -> Configs:
-    """The candidates; for dq first the smallest one-pass tile that holds all keys, then the streaming ones."""
+    """The candidates for a call; for dq the smallest one-pass tile that holds all keys, then the streaming ones."""
     key = product, padded_head_dim(head_dim)
     found = REGULAR_CONFIGS.get(key, CONFIGS[key]) if regular and not amd else CONFIGS[key]
     fitting = [config for config in found.queries if config.one_pass and num_keys <= config.block_n]
@@ -337,40 +340,33 @@ def masked_attention_backward(
 
     Args:
         grad: gradient of out, (B, H, Nq, D) in q's dtype, any strides.
-        q, k, v, mask, bias, scale: what the forward was given.
-        out, lse: what it returned, with need_lse.
-        bias_grad: whether the gradient of bias is wanted.
-        configs: in place of what is chosen by measuring; of ``queries`` and ``keys`` the first is taken.
+        q, k, v, mask, bias, scale: the forward's arguments.
+        out, lse: the forward's results, with need_lse.
+        bias_grad: whether to compute dbias.
+        configs: instead of the autotuned ones; the first of ``queries`` and of ``keys`` is taken.
 
     Returns:
-        The gradients of q, k and v with the strides of a contiguous (B, N, H, D); that of bias in its shape and dtype,
-        or an empty (0,).
+        dq, dk and dv in q's dtype with the strides of a contiguous (B, N, H, D); dbias in bias's shape and dtype, or an
+        empty (0,).
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
-    dq, dk, dv = empty_rows(q, num_queries), empty_rows(q, num_keys), empty_rows(q, num_keys)
+    dq, dk, dv = empty_heads_last(q, num_queries), empty_heads_last(q, num_keys), empty_heads_last(q, num_keys)
     wants_bias = bias_grad and bias is not None
     if 0 in (*q.shape, num_keys):
         dbias = torch.zeros_like(bias) if wants_bias else q.new_empty(0)
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias
     operands = Operands.of(q, k, v, mask, bias)
     grad, out = token_rows(grad), token_rows(out)
-    product, padded = product_kind(q.dtype), padded_head_dim(head_dim)
+    product = product_kind(q.dtype)
     rows = torch.empty((3, batch, heads, num_queries), dtype=torch.float32, device=q.device)
     arguments = {
-        **operands._asdict(),
-        **operands.strides(),
+        **operands.arguments(scale),
         **named_strides("g", grad),
         **dict(zip(("shift", "factor", "delta"), rows, strict=True)),
         "grad": grad,
-        "scale": float(scale),  # an int would be made a constant, 1 among others
-        "H": heads,
-        "num_queries": num_queries,
-        "num_keys": num_keys,
-        "D": head_dim,
-        "BLOCK_D": padded,
         "MASK_KIND": operands.mask_kind,
-        "PRECISION": "tf32" if product == "tf32" else "ieee",
+        "PRECISION": input_precision(product),
     }
 
     def launch_dq(config: Config, dq: Tensor) -> None:
@@ -413,7 +409,7 @@ def masked_attention_backward(
             launch_dq(query_config, dq)
         launch_dkv(key_config, dk, dv)
         dbias = bias_gradient(arguments, bias, configs.bias) if wants_bias else q.new_empty(0)
-    if num_keys == 1:  # the softmax over one key is constant; two roundings of one number may differ
+    if num_keys == 1:  # the softmax over one key is constant, but dP and delta may round differently
         dq.zero_()
         dk.zero_()
     return dq, dk, dv, dbias

@@ -1,11 +1,11 @@
-"""The gradient of the bias of masked attention.
+"""Masked attention, backward: the gradient of the bias.
 
     dbias = dS summed over bias's broadcast axes
 
-with dS as in ``attention_masked_backward.py``, whose kernels leave shift, factor and delta of every row. A program
-holds one tile of the bias and goes over the batch items, heads and query tiles that it was broadcast to (a bias that
-all keys share changes nothing: its gradient is zero). Where that leaves too few programs, or too long a sum, they are
-split into partial sums, added in order afterwards.
+with dS as in ``attention_masked_backward.py``, whose dq kernel has written shift, factor and delta of every row. A
+program holds one tile of the bias and loops over the batch elements, heads and query tiles that it is broadcast to. A
+bias with one value for all keys has no effect, so its gradient is zero. Where there would be too few programs, or too
+many terms in a float32 sum, the sum is split into partial sums, which are then added in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastvit import autotune
 
-LONGEST_SUM = 64
-"""Terms that one float32 sum over broadcast axes may have: longer ones are split."""
+MAX_TERMS_PER_SUM = 64
+"""The most terms a float32 sum over broadcast axes may have; longer sums are split."""
 
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "steps", "steps_per_split", "splits"])
@@ -76,10 +76,10 @@ def masked_attention_dbias_kernel(
     MASK_KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One partial sum of one tile of dbias, which is (splits, *bias.shape)."""
+    """One partial sum of one tile of dbias; the partial sums are (splits, *bias.shape)."""
     scale = tl.cast(scale, tl.float32)
 
-    # Which tile of the bias, and how many tiles along each axis it was broadcast to.
+    # The program's tile of the bias, and the number of tiles it is broadcast to along each axis.
     query_blocks = tl.cdiv(num_queries, BLOCK_M)
     key_blocks = tl.cdiv(num_keys, BLOCK_N)
     own_query_blocks = tl.cdiv(bias_queries, BLOCK_M)
@@ -109,11 +109,11 @@ def masked_attention_dbias_kernel(
         k_tile = load_tile(
             k + b * stride_kb + h * stride_kh, first_key, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D
         )
-        here = mask
+        head_mask = mask
         if MASK_KIND != 0:
-            here = mask + (b * stride_mb + h * stride_mh)
+            head_mask = mask + (b * stride_mb + h * stride_mh)
         logits = logits_tile(
-            q_tile, k_tile, scale, here, bias + (b * stride_biasb + h * stride_biash), first_query, first_key,
+            q_tile, k_tile, scale, head_mask, bias + (b * stride_biasb + h * stride_biash), first_query, first_key,
             num_queries, num_keys, stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND,
             True, PRECISION,
         )  # fmt: skip
@@ -142,16 +142,16 @@ def masked_attention_dbias_kernel(
 
 
 def bias_gradient(arguments: dict[str, Any], bias: Tensor, config: Config) -> Tensor:
-    """dbias in bias's shape and dtype, behind the launches that left shift, factor and delta."""
-    if bias.shape[3] == 1:  # a softmax does not change with what all its keys have in common
+    """dbias in bias's shape and dtype; ``arguments`` include shift, factor and delta."""
+    if bias.shape[3] == 1:  # softmax is invariant to what is added to all keys alike
         return torch.zeros_like(bias)
     q, num_keys = arguments["q"], arguments["num_keys"]
     blocks = (triton.cdiv(q.shape[2], config.block_m), triton.cdiv(num_keys, config.block_n))
     whole = (*q.shape[:2], *blocks)
     own = (*bias.shape[:2], triton.cdiv(bias.shape[2], config.block_m), blocks[1])
     programs, steps = math.prod(own), math.prod(whole) // math.prod(own)
-    filling = triton.cdiv(2 * autotune.multiprocessors(q.device), programs)
-    steps_per_split = min(LONGEST_SUM, triton.cdiv(steps, filling))
+    splits_to_fill_device = triton.cdiv(2 * autotune.multiprocessors(q.device), programs)
+    steps_per_split = min(MAX_TERMS_PER_SUM, triton.cdiv(steps, splits_to_fill_device))
     splits = triton.cdiv(steps, steps_per_split)
     partial = torch.empty((splits, *bias.shape), dtype=torch.float32, device=q.device)
     masked_attention_dbias_kernel[(programs * splits,)](

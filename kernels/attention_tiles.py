@@ -1,20 +1,25 @@
-"""What the attention kernels share: the tile of masked logits, and how operands are prepared for a launch."""
+"""What the kernels of masked and class attention share: the tile of masked logits, and the operands of a launch."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import load_key_mask, load_tile, with_small_strides
+from fastvit.kernels._primitives import (
+    FULL_MASK,
+    KEY_MASK,
+    NO_MASK,
+    has_aligned_rows,
+    load_key_mask,
+    load_tile,
+    with_small_strides,
+)
 from torch import Tensor
 
-NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
-"""How a mask is read: not at all, one row for all queries of a head, or a tile of (queries, keys)."""
-
 NOT_SPECIALIZED = ["H", "num_queries", "num_keys", "stride_mb", "stride_mh", "stride_biasb", "stride_biash"]
-"""Token counts and head counts vary from call to call and gain nothing from a kernel of their own."""
+"""Token and head counts vary from call to call, and kernels gain nothing from being specialised on them."""
 
 
 @triton.jit
@@ -39,9 +44,9 @@ def logits_tile(
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """Logits [QUERIES, KEYS], -inf where a key is masked or lies behind the last one.
+    """Logits [QUERIES, KEYS], -inf where a key is masked or out of bounds.
 
-    TRANSPOSED: the same as [KEYS, QUERIES].
+    TRANSPOSED: as [KEYS, QUERIES].
     """
     if TRANSPOSED:
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
@@ -74,68 +79,35 @@ def logits_tile(
 
 @triton.jit
 def load_row_values(values, first_row, num_rows, ROWS: tl.constexpr):
-    """Of one number per row of a head those from first_row on, [ROWS], zeros behind the last one."""
+    """ROWS elements of a vector with one number per row, from first_row on; zeros out of bounds."""
     places = first_row + tl.arange(0, ROWS)
     return tl.load(values + places, mask=places < num_rows, other=0.0)
 
 
 @triton.jit
 def store_row_values(values, tile, first_row, num_rows, ROWS: tl.constexpr):
-    """Write what :func:`load_row_values` loads."""
+    """The inverse of :func:`load_row_values`."""
     places = first_row + tl.arange(0, ROWS)
     tl.store(values + places, tile, mask=places < num_rows)
 
 
-@triton.jit
-def finite_maximum(row_max):
-    """The row maximum, 0 for a row that has seen no key: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max)
-
-
-@triton.jit
-def inverse_of_sum(row_sum):
-    """1 / row_sum, 0 for a row that has seen no key."""
-    return tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
-
-
-def product_kind(dtype: torch.dtype) -> str:
-    """Which product a dtype takes: "half", or for float32 "tf32" where PyTorch's CUDA setting allows it, else "ieee".
-
-    ``fp32_precision`` can be read whichever of its ways PyTorch was told by; ``allow_tf32`` raises after the new one.
-    """
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def padded_head_dim(head_dim: int) -> int:
-    """The head dimension padded to a power of two the tables of configurations have."""
+    """The head dimension padded to a power of two, at least 32, as in the tables of configurations."""
     return max(32, triton.next_power_of_2(head_dim))
 
 
 def token_rows(tensor: Tensor) -> Tensor:
-    """A (B, H, N, D) tensor as the kernels read it: any strides, but adjacent elements in the last axis."""
+    """A (B, H, N, D) tensor for the kernels, which take any strides but 1 for the last axis; copied where it is not."""
     return with_small_strides(tensor if tensor.stride(3) == 1 else tensor.contiguous())
 
 
-def empty_rows(like: Tensor, num_tokens: int) -> Tensor:
-    """An uninitialised (B, H, num_tokens, D) in the memory order of (B, num_tokens, H, D)."""
-    batch, heads, _, head_dim = like.shape
-    return torch.empty((batch, num_tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
 def named_strides(letter: str, tensor: Tensor | None, axes: str = "bhn") -> dict[str, int]:
-    """A tensor's strides by the names that kernels give them, zeros without a tensor."""
+    """A tensor's strides by the names of the kernels' arguments; zeros for None."""
     return {f"stride_{letter}{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
 
 
-def _has_aligned_rows(tensor: Tensor) -> bool:
-    """Whether Triton can see that every row starts on 16 bytes and so reads it in pieces of that size."""
-    return tensor.shape[3] % 16 == 0 and tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in tensor.stride()[:3])
-
-
 class Operands(NamedTuple):
-    """The inputs of one attention, read by their strides: mask and bias stay broadcast, nothing is written out."""
+    """The inputs of one call, read through their strides: a broadcast mask or bias is never materialised."""
 
     q: Tensor
     k: Tensor
@@ -160,12 +132,23 @@ class Operands(NamedTuple):
 
     @property
     def regular(self) -> bool:
-        """Whether memory is read in whole aligned rows, and no tile of a mask or bias beside it."""
-        return (
-            self.bias is None and self.mask_kind != FULL_MASK and all(map(_has_aligned_rows, (self.q, self.k, self.v)))
-        )
+        """Whether q, k and v are read in aligned 16-byte vectors, and no tile of a mask or bias is read."""
+        return self.bias is None and self.mask_kind != FULL_MASK and has_aligned_rows(self.q, self.k, self.v)
 
-    def strides(self) -> dict[str, int]:
-        """The strides by the names the kernels give them."""
-        tokens = {**named_strides("q", self.q), **named_strides("k", self.k), **named_strides("v", self.v)}
-        return {**tokens, **named_strides("m", self.mask, "bhqk"), **named_strides("bias", self.bias, "bhqk")}
+    def arguments(self, scale: float) -> dict[str, Any]:
+        """The arguments that every kernel takes: the tensors and their strides, the sizes and the scale."""
+        _, heads, num_queries, head_dim = self.q.shape
+        return {
+            **self._asdict(),
+            **named_strides("q", self.q),
+            **named_strides("k", self.k),
+            **named_strides("v", self.v),
+            **named_strides("m", self.mask, "bhqk"),
+            **named_strides("bias", self.bias, "bhqk"),
+            "scale": float(scale),  # Triton would specialise the kernel on an int 1
+            "H": heads,
+            "num_queries": num_queries,
+            "num_keys": self.k.shape[2],
+            "D": head_dim,
+            "BLOCK_D": padded_head_dim(head_dim),
+        }

@@ -1,15 +1,17 @@
-"""Depthwise convolution, BatchNorm and a linear layer at inference, of which the first two stay in registers.
+"""Depthwise-separable convolution at inference: convolution and BatchNorm fused into the linear layer's prologue.
 
     out = norm(depthwise(x) + db) w^T + b    on the grid tokens, (B, P + h'*w', O);  x w^T + b on the prefix tokens
 
-Tile plan:
+CvT's projections are three of these, on one x.
 
-- ``fold_kernel``: the norm, whose statistics are given, goes into the taps and an offset.
-- ``separable_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels of
-  x, whose convolution it makes in registers as the product's left operand (``_depthwise_prologue.py``). Rows are tokens
-  with the prefix ones among them, whose operand is x itself.
+Tiling:
 
-Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
+- ``fold_kernel``: bias and norm, whose statistics are given, are folded into the taps and an offset.
+- ``separable_kernel``: one program computes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
+  of x. It computes their convolution in registers, as the GEMM's left operand (``_depthwise_prologue.py``). The rows
+  include prefix tokens, whose left operand is x itself.
+
+The GEMM takes the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulates in
 float32; everything else is float32.
 
 Source: Wu et al. 2021 (CvT), section 3.2.
@@ -22,31 +24,30 @@ import triton
 import triton.language as tl
 from fastvit.kernels._depthwise_prologue import (
     FOLD_BLOCK,
-    Behind,
     Config,
+    Epilogue,
     chip,
-    choose_contract,
-    convolved,
+    choose_configs,
+    depthwise_tile,
     fold_taps,
-    is_regular,
     weight_tile,
 )
-from fastvit.kernels._primitives import product_kind
-from fastvit.kernels._tokens import MOST_ROWS, load_vector, place_rows, with_near_rows
+from fastvit.kernels._primitives import has_aligned_rows, input_precision, product_kind
+from fastvit.kernels._tokens import MAX_TILE_ROWS, load_vector, locate_rows, with_small_row_strides
 from torch import Tensor
 
 from fastvit import autotune
 
 
 @triton.jit
-def fold_kernel(taps, behind, folded, C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """folded (TAPS + 1, C): the taps with the scale behind them in, then the offset."""
-    fold_taps(taps, behind, folded, tl.program_id(0) * BLOCK, C, TAPS, BLOCK)
+def fold_kernel(taps, epilogue, folded, C, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """folded (TAPS + 1, C): scaled taps, then the offset."""
+    fold_taps(taps, epilogue, folded, tl.program_id(0) * BLOCK, C, TAPS, BLOCK)
 
 
 @triton.jit
 def _store(acc, bias, out, target, exists, first_column, num_out, BLOCK_N: tl.constexpr):
-    """Adds the bias and writes [BLOCK_M tokens, BLOCK_N]."""
+    """Add the bias and write [BLOCK_M tokens, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     acc += load_vector(bias, first_column, num_out, BLOCK_N)[None, :]
     inside = exists[:, None] & (columns < num_out)[None, :]
@@ -80,20 +81,20 @@ def separable_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [BLOCK_M tokens of all images in a row, BLOCK_N + BLOCK_N2 of the num_out channels].
+    """out [BLOCK_M tokens, counted over all images, BLOCK_N + BLOCK_N2 of the num_out channels].
 
-    tokens: of an image of out, prefix tokens included; PREFIX: whether there are any.
+    tokens: those of one image of out, prefix tokens included. PREFIX: whether there are prefix tokens.
     """
     blocks = tl.cdiv(num_out, BLOCK_N + BLOCK_N2)
     program = tl.program_id(0)
     first_column = (program % blocks) * (BLOCK_N + BLOCK_N2)
-    first_image, image, token, exists = place_rows((program // blocks) * BLOCK_M, num_rows, tokens, BLOCK_M)
+    first_image, image, token, exists = locate_rows((program // blocks) * BLOCK_M, num_rows, tokens, BLOCK_M)
     x += first_image * stride_xb
     out += first_image * (tokens * num_out)
-    place = token - prefix_tokens
-    row = tl.where(exists & (place >= 0), place // out_width * STRIDE, -1)
-    column = place % out_width * STRIDE
-    corner = image * stride_xb + (prefix_tokens + row * width + column) * stride_xn
+    position = token - prefix_tokens
+    row = tl.where(exists & (position >= 0), position // out_width * STRIDE, -1)
+    column = position % out_width * STRIDE
+    origin = image * stride_xb + (prefix_tokens + row * width + column) * stride_xn
     from_x = exists & (token < prefix_tokens)
     source = image * stride_xb + token * stride_xn
 
@@ -101,8 +102,8 @@ def separable_kernel(
     if BLOCK_N2 != 0:
         acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
     for k in range(0, C, BLOCK_K):
-        left = convolved(
-            x, stride_xn, folded, corner, row, column, height, width, k, C, PADDING, KERNEL, BLOCK_M, BLOCK_K
+        left = depthwise_tile(
+            x, stride_xn, folded, origin, row, column, height, width, k, C, PADDING, KERNEL, BLOCK_M, BLOCK_K
         ).to(x.dtype.element_ty)  # fmt: skip
         if PREFIX:
             channels = k + tl.arange(0, BLOCK_K)
@@ -121,12 +122,12 @@ def separable_kernel(
         _store(acc2, bias, out, target, exists, first_column + BLOCK_N, num_out, BLOCK_N2)
 
 
-def _fold(dw_weight: Tensor, behind: Behind) -> Tensor:
-    """What :func:`fold_kernel` gives."""
+def _fold(dw_weight: Tensor, epilogue: Epilogue) -> Tensor:
+    """Launch :func:`fold_kernel`."""
     channels, taps = dw_weight.shape[0], dw_weight.shape[-1] ** 2
     folded = torch.empty((taps + 1, channels), dtype=torch.float32, device=dw_weight.device)
     fold_kernel[(triton.cdiv(channels, FOLD_BLOCK),)](
-        dw_weight, behind, folded, channels, TAPS=taps, BLOCK=FOLD_BLOCK, num_warps=4
+        dw_weight, epilogue, folded, channels, TAPS=taps, BLOCK=FOLD_BLOCK, num_warps=4
     )
     return folded
 
@@ -134,7 +135,7 @@ def _fold(dw_weight: Tensor, behind: Behind) -> Tensor:
 def depthwise_separable_conv_forward(
     x: Tensor,
     dw_weight: Tensor,
-    behind: Behind,
+    epilogue: Epilogue,
     pw_weight: Tensor,
     pw_bias: Tensor | None,
     grid: tuple[int, int],
@@ -147,35 +148,36 @@ def depthwise_separable_conv_forward(
     """Launch the kernels.
 
     Args:
-        x: (B, P + h*w, C); float32, float16 or bfloat16, copied only where its channels are not adjacent.
-        dw_weight: (C, 1, k, k); k of 1 or 3, more taps spill registers. behind: bias and BatchNorm with its statistics,
-            each (C,) or None. pw_weight: (O, C), in x's dtype. pw_bias: (O,) or None. All others may be float32 beside
-            a narrower x. All contiguous.
+        x: (B, P + h*w, C); float32, float16 or bfloat16; copied where channels are not of stride 1.
+        dw_weight: (C, 1, k, k); k is 1 or 3, more taps spill registers. epilogue: the convolution's, vectors of (C,) or
+            None. pw_weight: (O, C), in x's dtype. pw_bias: (O,) or None. All but pw_weight may be float32 with x in
+            half precision. All contiguous.
         grid: (h, w). stride, padding: of the convolution. prefix_tokens: P.
-        config: in place of the one chosen.
+        config: instead of the autotuned one.
 
     Returns:
         (B, P + h'*w', O), contiguous, with h' = (h + 2 * padding - k) // stride + 1, likewise w'.
 
     Raises:
-        ValueError: an image or a weight of more elements than offsets reach.
+        ValueError: an image or a weight with more elements than 32-bit offsets allow.
     """
     batch, _, channels = x.shape
     kernel, width = dw_weight.shape[-1], pw_weight.shape[0]
     out_height, out_width = ((size + 2 * padding - kernel) // stride + 1 for size in grid)
     tokens = prefix_tokens + out_height * out_width
-    if (tokens + MOST_ROWS // 2) * width >= 2**30 or pw_weight.numel() >= 2**31:
+    if (tokens + MAX_TILE_ROWS // 2) * width >= 2**30 or pw_weight.numel() >= 2**31:
         raise ValueError(
-            f"x: got {tokens} tokens out of weight {tuple(pw_weight.shape)}, accepted are up to 2^30 elements per image"
+            "x: expected at most 2^30 elements per image of the output and 2^31 per weight, got "
+            f"{tokens} tokens and weight {tuple(pw_weight.shape)}"
         )
     out = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     product = product_kind(x.dtype)
     with torch.cuda.device_of(x):
-        x = with_near_rows(x)
-        folded = _fold(dw_weight, behind)
-        regular, precision = is_regular(x, pw_weight, out), "tf32" if product == "tf32" else "ieee"
+        x = with_small_row_strides(x)
+        folded = _fold(dw_weight, epilogue)
+        regular, precision = has_aligned_rows(x, pw_weight, out), input_precision(product)
 
         def launch(config: Config) -> None:
             rows = triton.cdiv(batch * tokens, config.block_m)
@@ -198,16 +200,12 @@ def depthwise_separable_conv_forward(
                 STRIDE=stride,
                 PADDING=padding,
                 PREFIX=prefix_tokens > 0,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
                 BLOCK_N2=config.block_n2,
-                BLOCK_K=config.block_k,
                 PRECISION=precision,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **config.options(),
             )
 
-        candidates = choose_contract(product, width, regular=regular, chip=chip())
+        candidates = choose_configs(product, width, regular=regular, chip=chip())
         key = (x.dtype, precision, channels, width, kernel, stride, padding, regular, prefix_tokens > 0)
         launch(
             config or autotune.choose("separable", (*key, autotune.token_bucket(batch * tokens)), candidates, launch)
@@ -218,7 +216,7 @@ def depthwise_separable_conv_forward(
 def depthwise_separable_conv_operator(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, pw_bias: Tensor | None, *rest: Tensor | float | int | None
 ) -> Tensor:
-    """The operator ``depthwise_separable_conv_triton`` of ``fastvit/ops/_convolved_products.py``."""
+    """The operator ``fastvit::depthwise_separable_conv_triton``."""
     height, width, stride, padding, prefix_tokens = rest[6:]
     geometry = (height, width), stride, padding, prefix_tokens
-    return depthwise_separable_conv_forward(x, dw_weight, Behind(*rest[:6]), pw_weight, pw_bias, *geometry)
+    return depthwise_separable_conv_forward(x, dw_weight, Epilogue(*rest[:6]), pw_weight, pw_bias, *geometry)

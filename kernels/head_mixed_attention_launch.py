@@ -1,4 +1,4 @@
-"""What every launch of head-mixed attention's kernels needs: operands as kernels see them, plans, row statistics."""
+"""Launching the kernels of head-mixed attention: their arguments, compile-time plans, and the row statistics."""
 
 from __future__ import annotations
 
@@ -7,42 +7,39 @@ from typing import TypeVar
 
 import torch
 import triton
-from fastvit.kernels._primitives import product_kind, with_small_strides
-from fastvit.kernels.head_mixed_attention_configs import AMD_SHARED, SMALLEST_SHARED, Config, configurations, load_of
-from fastvit.kernels.head_mixed_attention_maps import (
+from fastvit.kernels._primitives import (
     FULL_MASK,
     KEY_MASK,
     NO_MASK,
-    Heads,
-    Mask,
-    Mixes,
-    Plan,
-    Rows,
-    row_statistics_kernel,
+    empty_heads_last,
+    has_aligned_rows,
+    product_kind,
+    with_small_strides,
 )
+from fastvit.kernels.head_mixed_attention_configs import (
+    AMD_SHARED,
+    SMALLEST_SHARED,
+    Config,
+    configurations,
+    pressure_of,
+)
+from fastvit.kernels.head_mixed_attention_maps import Heads, Mask, Mixes, Plan, Rows, row_statistics_kernel
 from torch import Tensor
 
 from fastvit import autotune
 
 MIN_SLOTS = 16
-"""Rows that a tensor core's product wants."""
+"""Rows of a tensor core instruction."""
 
 Result = TypeVar("Result")
 
 
-def _has_vector_rows(tensor: Tensor) -> bool:
-    """Whether Triton can see that rows are whole 16-byte vectors, and so reads them as such."""
-    *strides, last = tensor.stride()
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
-    return aligned and last == 1 and tensor.shape[3] % 16 == 0
-
-
 def as_operand(tensor: Tensor) -> Heads:
-    """A (B, H, N, D) tensor to read tiles from: in place where its rows are whole vectors, else a padded copy.
+    """A (B, H, N, D) tensor to load tiles from: in place where its rows are aligned, else a padded copy.
 
-    Every tile of q, k and v is read many times over: one copy costs less than reading odd rows element by element.
+    Every tile of q, k and v is loaded many times: one copy costs less than loading unaligned rows element by element.
     """
-    if not _has_vector_rows(tensor):
+    if not has_aligned_rows(tensor):
         batch, heads, tokens, head_dim = tensor.shape
         padded = tensor.new_zeros((batch, tokens, heads, padded_dim(head_dim))).transpose(1, 2)
         padded[..., :head_dim] = tensor
@@ -51,19 +48,13 @@ def as_operand(tensor: Tensor) -> Heads:
 
 
 def padded_dim(head_dim: int) -> int:
-    """Columns of an operand with so many columns that mean something."""
+    """The head dimension of an operand, padded to whole vectors."""
     return -(-head_dim // 16) * 16
 
 
 def as_heads(tensor: Tensor) -> Heads:
-    """A (B, H, N, D) tensor with adjacent columns for a kernel."""
+    """A (B, H, N, D) tensor with columns of stride 1, as an argument of kernels."""
     return Heads(tensor, *tensor.stride()[:3])
-
-
-def empty_heads(like: Tensor) -> Tensor:
-    """A new (B, H, N, D) in the memory order of (B, N, H, D)."""
-    batch, heads, tokens, head_dim = like.shape
-    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
 def _as_mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Mask | None, int]:
@@ -75,7 +66,7 @@ def _as_mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Mask | None, 
 
 
 class Problem:
-    """q, k, a mask and the mixes of one call; launches kernels on them.
+    """q, k, mask and parameters of one call, as arguments of kernels.
 
     Arguments as in :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
     """
@@ -100,22 +91,22 @@ class Problem:
         self.batch, self.heads, self.num_queries, self.num_keys = self.shape
         self.head_dim = q.shape[3]
         self.empty = q.numel() == 0 or k.numel() == 0
-        self.device, self.dtype = q.device, q.dtype
+        self.like, self.device, self.dtype = q, q.device, q.dtype
         self.q, self.k = as_operand(q), as_operand(k)
         self.mask, self.mask_kind = _as_mask(mask, self.shape)
         parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
         contiguous = (None if tensor is None else tensor.contiguous() for tensor in parameters)
-        # float: an int would be made a constant of the kernel, 1 among others.
+        # float: Triton would specialise the kernel on an int 1.
         self.mixes = Mixes(*contiguous, float(norm_eps), float(output_scale), float(scale))
         self.layer_norm = layer_norm
         self.product = product_kind(q.dtype)
 
     def plan(self, config: Config, *, spread_keys: bool = False, heads: int | None = None) -> Plan:
-        """What a kernel that works on ``heads`` heads at once, by default all, is compiled for."""
+        """The compile-time settings of a kernel with ``heads`` heads per program, by default all."""
         heads = self.heads if heads is None else heads
         padded, columns = triton.next_power_of_2(heads), padded_dim(self.head_dim)
         exact = config.exact or self.product == "ieee"
-        amd = torch.version.hip is not None  # whose matrix units take float32
+        amd = torch.version.hip is not None  # its matrix instructions take float32
         return Plan(
             heads=heads,
             head_dim=self.head_dim,
@@ -138,15 +129,15 @@ class Problem:
         )
 
     def run(self, kernel: str, launch: Callable[[Config], Result], *, one_head: bool = False) -> Result:
-        """What ``launch``, which allocates its results, gives with the best of the kernel's configurations."""
+        """The results of ``launch``, which allocates them, with the autotuned configuration."""
         heads = 1 if one_head else self.heads
-        load = load_of(
+        pressure = pressure_of(
             pre_mix=self.mixes.pre_weight is not None,
             layer_norm=self.layer_norm,
             full_mask=self.mask_kind == FULL_MASK,
         )
-        candidates = configurations(kernel, heads, self.head_dim, self.product, load, shared_limit(self.device))
-        with torch.cuda.device_of(self.q.place):
+        candidates = configurations(kernel, heads, self.head_dim, self.product, pressure, shared_limit(self.device))
+        with torch.cuda.device_of(self.like):
             key = (
                 self.dtype,
                 self.product,
@@ -161,7 +152,7 @@ class Problem:
             return launch(autotune.choose(kernel, key, candidates, launch))
 
     def row_statistics(self) -> Rows:
-        """Maximum and reciprocal sum of each row of the maps, and room for its delta."""
+        """Maximum and reciprocal sum of each row of the maps; delta is uninitialised."""
         one_head = self.mixes.pre_weight is None
 
         def launch(config: Config) -> Rows:
@@ -177,16 +168,15 @@ class Problem:
         return self.run("row_statistics", launch, one_head=one_head)
 
     def new_heads(self, tokens: int) -> Tensor:
-        """A new (B, H, tokens, D) in the memory order of (B, tokens, H, D)."""
-        shape = (self.batch, tokens, self.heads, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device).transpose(1, 2)
+        """An uninitialised (B, H, tokens, D) with the strides of a contiguous (B, tokens, H, D)."""
+        return empty_heads_last(self.like, tokens)
 
     def new_parts(self, plan: Plan, count: int, axes: int) -> Tensor:
-        """Room for ``count`` programs' parts of a sum over all positions, a matrix or a vector over slots each."""
+        """Uninitialised partial sums of ``count`` programs, a vector or matrix over slots each."""
         return torch.empty((count, *(plan.slots,) * axes), dtype=torch.float32, device=self.device)
 
     def sum_of_parts(self, parts: Tensor | None, plan: Plan) -> Tensor:
-        """Add programs' parts and the groups of slots up, in a fixed order: (H, H) or (H) float32, (0) for None."""
+        """The sum over programs and groups of slots, in a fixed order: (H, H) or (H) float32, (0) for None."""
         if parts is None:
             return torch.empty(0, dtype=torch.float32, device=self.device)
         groups = (plan.slots // plan.padded_heads, plan.padded_heads)
@@ -198,29 +188,29 @@ class Problem:
         return total.float()
 
     def zeros(self, parameter: Tensor | None) -> Tensor:
-        """A zero gradient of a parameter, (0) where there is none."""
+        """A zero gradient of a parameter, (0) for None."""
         shape = (0,) if parameter is None else parameter.shape
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
 
 def options(config: Config) -> dict[str, int]:
-    """What the compiler is told. All registers a thread can have: left alone it may spill to have fewer."""
+    """Compiler options. maxnreg is as high as it can be: left alone, ptxas may use fewer registers and spill."""
     registers = {} if torch.version.hip is not None else {"maxnreg": min(255, 65536 // (32 * config.num_warps))}
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, **registers}
 
 
 def programs(batch: int, num_rows: int, block: int, plan: Plan) -> int:
-    """How many programs share the rows (queries or keys) of a batch, each with ``block`` rows per group of slots."""
+    """The number of programs over the rows (queries or keys) of a batch; ``block`` is rows per group of slots."""
     return batch * triton.cdiv(num_rows, block * (plan.slots // plan.padded_heads))
 
 
 def column_blocks(plan: Plan) -> int:
-    """How many programs share the columns of a result."""
+    """The number of programs over the columns of a result."""
     return triton.cdiv(plan.head_dim, plan.block_out)
 
 
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory a program may have on the device; the smallest limit where there is no GPU."""
+    """Bytes of shared memory per program; the smallest limit where there is no GPU."""
     if device.type != "cuda":
         return SMALLEST_SHARED
     if torch.version.hip is not None:

@@ -1,23 +1,23 @@
-"""Attention maps of all heads at once: what the kernels of head-mixed attention share.
+"""Tiles of the attention maps of all heads: what the kernels of head-mixed attention share.
 
 A mix couples the heads at every (query, key), so a program holds the same tile of every head's map:
 
     S_g = scale * q_g k_g^T;  S'_h = sum_g pre_weight[h, g] S_g + pre_bias[h];  P_h = softmax(S'_h)
 
-as one tensor [SLOTS, BLOCK_M, BLOCK_N]: one batched product over the slots gives S, and a mix is the product
+as one tensor [SLOTS, BLOCK_M, BLOCK_N]: a batched product over the slots gives S, and a mix is the product
 [SLOTS, SLOTS] x [SLOTS, BLOCK_M * BLOCK_N].
 
-Slots: a tensor core's product wants 16 rows, which few heads do not fill. So a slot is a head (of heads padded to a
-power of two) of one of several groups, and groups hold different queries of the same batch entry (different keys in
-the kernels that own keys). Four heads fill 16 slots with four blocks of queries; the mix is then block diagonal. Above
-16 heads there is one group. What lies outside, a padded head, a query or key behind the last one, reads as zero.
+Slots: a tensor core instruction has 16 rows, which few heads do not fill. So the slots hold groups of all heads
+(padded to a power of two), each for different queries of the same batch element (different keys in the kernels
+that loop over queries). Four heads fill 16 slots with four blocks of queries; the matrix of the mix is then block diagonal.
+Above 16 heads there is one group. Everything out of bounds, padded heads included, is loaded as zero.
 
-The softmax is split: :func:`row_statistics_kernel` finds each row's maximum and the reciprocal of its sum in a pass
-that computes S alone; every other kernel then has normalised P tile by tile, in any order. A row without visible keys
-has the reciprocal 0, which makes its P zero.
+The softmax takes two passes: :func:`row_statistics_kernel` computes the maximum and the reciprocal sum of each row, from
+S alone; with these every other kernel computes normalised tiles of P, in any order. A row without visible keys has the
+reciprocal 0, which makes its P zero.
 
-Inputs are multiplied in their own dtype (float32 as true float32, or as TF32 where PyTorch allows it); maps are
-float32, mixed in TF32 unless float32 is to be exact.
+Inputs are multiplied in their own dtype (float32 as true float32, or TF32 where PyTorch's setting allows it); maps are
+float32, mixed in TF32 unless products are to be exact.
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
-NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
-"""How a mask is read: not at all, one row for all queries and heads, or a tile of every slot."""
+from fastvit.kernels._primitives import finite_maximum, inverse_of_sum
 
 
 class Heads(NamedTuple):
-    """A (B, H, N, D) tensor with adjacent columns, as a kernel sees it."""
+    """A (B, H, N, D) tensor with columns of stride 1."""
 
-    place: Any
+    pointer: Any
     stride_b: Any
     stride_h: Any
     stride_n: Any
 
 
 class Mask(NamedTuple):
-    """A (B, H, Nq, Nk) mask, most strides of which are usually 0."""
+    """A mask broadcast to (B, H, Nq, Nk), most strides of which are usually 0."""
 
-    place: Any
+    pointer: Any
     stride_b: Any
     stride_h: Any
     stride_q: Any
@@ -51,7 +49,7 @@ class Mask(NamedTuple):
 
 
 class Mixes(NamedTuple):
-    """What stands around the softmax; None where there is no such thing. Matrices (H, H), vectors (H), contiguous."""
+    """The parameters before and after the softmax, contiguous (H, H) or (H), None where absent; and the scalars."""
 
     pre_weight: Any
     pre_bias: Any
@@ -65,7 +63,7 @@ class Mixes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each row of the maps: contiguous (B, H, Nq) float32."""
+    """Statistics of each row of the maps, contiguous (B, H, Nq) float32."""
 
     maximum: Any
     inverse: Any
@@ -73,72 +71,72 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a kernel is made for and how it is cut, all of it known when it is compiled."""
+    """The compile-time settings of a kernel: sizes, tiles, and the steps there are."""
 
     heads: int
     head_dim: int
-    """Columns of results."""
+    """Columns of the result."""
     padded_dim: int
-    """Columns of operands: a multiple of 16, so that rows are read in whole vectors."""
+    """Columns of operands: a multiple of 16, so that rows are whole vectors."""
     padded_heads: int
     slots: int
     block_m: int
-    """Queries of a slot in a tile."""
+    """Queries per slot in a tile."""
     block_n: int
-    """Keys of a slot in a tile."""
+    """Keys per slot in a tile."""
     depth: int
-    """Columns of a tile of q or k: a product over the head dimension is made in steps of so many."""
+    """Columns of a tile of q or k: products over the head dimension loop over such tiles."""
     resident: bool
-    """What a loop does not change, q say, is kept over all its steps and not read anew in each."""
+    """Whether loop-invariant operands such as q stay in registers; else each iteration reloads them."""
     block_out: int
-    """Columns of the result that one program makes."""
+    """Columns of the result per program."""
     spread_keys: bool
-    """Groups of slots hold different keys, not different queries."""
+    """Whether groups of slots hold different keys instead of different queries."""
     mask_kind: int
     pre_mix: bool
     post_mix: bool
     layer_norm: bool
     exact: bool
-    """All products are of float32, whatever the operands: they need no whole tiles of tensor cores."""
+    """Whether all products are in true float32, whatever the operands' dtype; these take tiles of any size."""
     precision: str
     mix_precision: str
 
 
 @triton.jit
 def heads_of(PLAN: tl.constexpr):
-    """The head each slot holds, [SLOTS]."""
+    """The head of each slot, [SLOTS]."""
     return tl.arange(0, PLAN.slots) % PLAN.padded_heads
 
 
 @triton.jit
 def rows_of(first, ROWS: tl.constexpr, SPREAD: tl.constexpr, PLAN: tl.constexpr):
-    """The rows each slot holds from the program's first on, [SLOTS, ROWS]."""
+    """The rows of each slot, counted from the program's first, [SLOTS, ROWS]; SPREAD: groups have different ones."""
     group = tl.arange(0, PLAN.slots) // PLAN.padded_heads
     return first + group[:, None] * (ROWS if SPREAD else 0) + tl.arange(0, ROWS)[None, :]
 
 
 @triton.jit
 def batch_entry(tensor, b, head=0):
-    """Batch entry b of Heads, from a head on."""
-    place = tensor.place + tl.cast(b, tl.int64) * tensor.stride_b + tl.cast(head, tl.int64) * tensor.stride_h
-    return Heads(place, tensor.stride_b, tensor.stride_h, tensor.stride_n)
+    """Batch element b of Heads, from a head on."""
+    pointer = tensor.pointer + tl.cast(b, tl.int64) * tensor.stride_b + tl.cast(head, tl.int64) * tensor.stride_h
+    return Heads(pointer, tensor.stride_b, tensor.stride_h, tensor.stride_n)
 
 
 @triton.jit
 def batch_entry_of_mask(mask, b, head, PLAN: tl.constexpr):
-    """Batch entry b of a Mask, from a head on."""
-    entry = mask
+    """Batch element b of a Mask, from a head on."""
+    element = mask
     if PLAN.mask_kind != 0:
-        place = mask.place + tl.cast(b, tl.int64) * mask.stride_b + tl.cast(head, tl.int64) * mask.stride_h
-        entry = Mask(place, mask.stride_b, mask.stride_h, mask.stride_q, mask.stride_k)
-    return entry
+        pointer = mask.pointer + tl.cast(b, tl.int64) * mask.stride_b + tl.cast(head, tl.int64) * mask.stride_h
+        element = Mask(pointer, mask.stride_b, mask.stride_h, mask.stride_q, mask.stride_k)
+    return element
 
 
 @triton.jit
-def _row_places(tensor, first, ROWS: tl.constexpr, SPREAD: tl.constexpr, PLAN: tl.constexpr):
-    """Pointers to the rows of a tile, [SLOTS, ROWS]: 64-bit to the tile and the head, 32-bit within."""
-    place = tensor.place + tl.cast(first, tl.int64) * tensor.stride_n
-    heads = place + heads_of(PLAN).to(tl.int64) * tensor.stride_h
+def _row_pointers(tensor, first, ROWS: tl.constexpr, SPREAD: tl.constexpr, PLAN: tl.constexpr):
+    """Pointers to the rows of a tile, [SLOTS, ROWS]: 64-bit offsets of tile and head, 32-bit ones within."""
+    tile = tensor.pointer + tl.cast(first, tl.int64) * tensor.stride_n
+    heads = tile + heads_of(PLAN).to(tl.int64) * tensor.stride_h
     return heads[:, None] + rows_of(0, ROWS, SPREAD, PLAN) * tensor.stride_n
 
 
@@ -147,7 +145,7 @@ def _inside(
     first, num_rows, first_column, num_columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPREAD: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a tile of Heads exist; broadcasts to [SLOTS, ROWS, COLUMNS]."""
+    """Which elements of a tile of Heads are in bounds; broadcasts to [SLOTS, ROWS, COLUMNS]."""
     rows = rows_of(first, ROWS, SPREAD, PLAN)
     inside = ((rows < num_rows) & (heads_of(PLAN) < PLAN.heads)[:, None])[:, :, None]
     if num_columns % COLUMNS != 0:
@@ -166,13 +164,13 @@ def load_heads(
     SPREAD: tl.constexpr,
     PLAN: tl.constexpr,
 ):
-    """The tile [SLOTS, ROWS, COLUMNS] of operands (H, num_rows, padded D), zeros outside.
+    """The tile [SLOTS, ROWS, COLUMNS] of operands (H, num_rows, padded D), zeros out of bounds.
 
     SPREAD: groups of slots hold different rows.
     """
-    places = _row_places(tensor, first, ROWS, SPREAD, PLAN)[:, :, None]
+    pointers = _row_pointers(tensor, first, ROWS, SPREAD, PLAN)[:, :, None]
     inside = _inside(first, num_rows, first_column, PLAN.padded_dim, ROWS, COLUMNS, SPREAD, PLAN)
-    tile = tl.load(places + (first_column + tl.arange(0, COLUMNS))[None, None, :], mask=inside, other=0)
+    tile = tl.load(pointers + (first_column + tl.arange(0, COLUMNS))[None, None, :], mask=inside, other=0)
     return tile.to(tl.float32) if PLAN.exact else tile
 
 
@@ -190,17 +188,17 @@ def load_keys(tensor, first, num_keys, first_column, COLUMNS: tl.constexpr, PLAN
 
 @triton.jit
 def store_heads(tensor, tile, first, num_rows, first_column, ROWS: tl.constexpr, PLAN: tl.constexpr):
-    """Write a tile [SLOTS, ROWS, BLOCK_OUT] of which groups hold different rows."""
+    """Write a tile [SLOTS, ROWS, BLOCK_OUT] whose groups hold different rows."""
     COLUMNS: tl.constexpr = PLAN.block_out
-    places = _row_places(tensor, first, ROWS, True, PLAN)[:, :, None]
+    pointers = _row_pointers(tensor, first, ROWS, True, PLAN)[:, :, None]
     inside = _inside(first, num_rows, first_column, PLAN.head_dim, ROWS, COLUMNS, True, PLAN)
-    values = tile.to(tensor.place.dtype.element_ty)
-    tl.store(places + (first_column + tl.arange(0, COLUMNS))[None, None, :], values, mask=inside)
+    values = tile.to(tensor.pointer.dtype.element_ty)
+    tl.store(pointers + (first_column + tl.arange(0, COLUMNS))[None, None, :], values, mask=inside)
 
 
 @triton.jit
 def _row_offsets(b, first_query, num_queries, num_heads, first_head, PLAN: tl.constexpr):
-    """Where the rows of a tile lie in a contiguous (B, num_heads, num_queries), and which exist; [SLOTS, BLOCK_M]."""
+    """Offsets of a tile's rows in a contiguous (B, num_heads, num_queries), and which exist; [SLOTS, BLOCK_M]."""
     queries = rows_of(first_query, PLAN.block_m, not PLAN.spread_keys, PLAN)
     heads = heads_of(PLAN)[:, None]
     offsets = (b.to(tl.int64) * num_heads + first_head + heads) * num_queries + queries
@@ -208,25 +206,25 @@ def _row_offsets(b, first_query, num_queries, num_heads, first_head, PLAN: tl.co
 
 
 @triton.jit
-def load_rows(values, b, first_query, num_queries, PLAN: tl.constexpr):
-    """A number per row of a tile's maps, [SLOTS, BLOCK_M], zeros outside."""
+def load_row_statistics(values, b, first_query, num_queries, PLAN: tl.constexpr):
+    """One number per row of a tile's maps, [SLOTS, BLOCK_M], zeros out of bounds."""
     offsets, inside = _row_offsets(b, first_query, num_queries, PLAN.heads, 0, PLAN)
     return tl.load(values + offsets, mask=inside, other=0)
 
 
 @triton.jit
-def store_rows(values, tile, b, first_query, num_queries, num_heads, first_head, PLAN: tl.constexpr):
-    """Write a number per row of a tile's maps, [SLOTS, BLOCK_M]."""
+def store_row_statistics(values, tile, b, first_query, num_queries, num_heads, first_head, PLAN: tl.constexpr):
+    """Write one number per row of a tile's maps, [SLOTS, BLOCK_M]."""
     offsets, inside = _row_offsets(b, first_query, num_queries, num_heads, first_head, PLAN)
     tl.store(values + offsets, tile, mask=inside)
 
 
 @triton.jit
-def zero_of(first_query, first_key, PLAN: tl.constexpr):
-    """0, to be added to the address of what a loop does not change.
+def opaque_zero(first_query, first_key, PLAN: tl.constexpr):
+    """0, to be added to the addresses of loop-invariant operands.
 
-    Where a program's tiles leave few registers, it is a 0 the compiler cannot know, so that it does not keep over the
-    whole loop what can be read anew from the cache.
+    Unless these are to stay in registers, it is a 0 that the compiler cannot see through, so that it reloads them from
+    the cache in each iteration.
     """
     zero = 0
     if not PLAN.resident:
@@ -236,7 +234,7 @@ def zero_of(first_query, first_key, PLAN: tl.constexpr):
 
 @triton.jit
 def load_per_head(vector, zero, DEFAULT: tl.constexpr, PLAN: tl.constexpr):
-    """A (H) vector by slot, [SLOTS] float32, zero for padded heads; DEFAULT everywhere if there is no vector."""
+    """An (H) vector by slot, [SLOTS] float32, zero for padded heads; DEFAULT everywhere for None."""
     SLOTS: tl.constexpr = PLAN.slots
     values = tl.full([SLOTS], DEFAULT, tl.float32)
     if vector is not None:
@@ -247,15 +245,15 @@ def load_per_head(vector, zero, DEFAULT: tl.constexpr, PLAN: tl.constexpr):
 
 @triton.jit
 def load_mix(weight, zero, TRANSPOSED: tl.constexpr, PLAN: tl.constexpr):
-    """An (H, H) matrix by slots, [SLOTS, SLOTS] float32: block diagonal, since groups do not mix."""
+    """An (H, H) matrix by slots, [SLOTS, SLOTS] float32: block diagonal, as groups do not mix."""
     heads = heads_of(PLAN)
     groups = tl.arange(0, PLAN.slots) // PLAN.padded_heads
     inside = (heads < PLAN.heads)[:, None] & (heads < PLAN.heads)[None, :] & (groups[:, None] == groups[None, :])
     if TRANSPOSED:
-        places = heads[:, None] + heads[None, :] * PLAN.heads
+        offsets = heads[:, None] + heads[None, :] * PLAN.heads
     else:
-        places = heads[:, None] * PLAN.heads + heads[None, :]
-    return tl.load(weight + zero + places, mask=inside, other=0).to(tl.float32)
+        offsets = heads[:, None] * PLAN.heads + heads[None, :]
+    return tl.load(weight + zero + offsets, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -274,7 +272,7 @@ def _add_products(sums, a, b, first_query, num_queries, first_key, num_keys, col
 
 @triton.jit
 def products(a, b, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr):
-    """a_h b_h^T, [SLOTS, BLOCK_M, BLOCK_N] float32, for Heads a with the rows of queries, b with those of keys."""
+    """a_h b_h^T, [SLOTS, BLOCK_M, BLOCK_N] float32; a has a row per query, b a row per key."""
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_M: tl.constexpr = PLAN.block_m
     BLOCK_N: tl.constexpr = PLAN.block_n
@@ -302,41 +300,41 @@ def mixed_logits(scores, mixes, zero, PLAN: tl.constexpr):
 
 @triton.jit
 def visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr):
-    """Which positions of a tile may be attended to; broadcasts to [SLOTS, BLOCK_M, BLOCK_N]."""
+    """Which (query, key) pairs of a tile are visible; broadcasts to [SLOTS, BLOCK_M, BLOCK_N]."""
     keys = rows_of(first_key, PLAN.block_n, PLAN.spread_keys, PLAN)
     inside = keys < num_keys
     if PLAN.mask_kind == 0:
         visible = inside[:, None, :]
     elif PLAN.mask_kind == 1:
-        visible = (tl.load(mask.place + keys.to(tl.int64) * mask.stride_k, mask=inside, other=0) != 0)[:, None, :]
+        visible = (tl.load(mask.pointer + keys.to(tl.int64) * mask.stride_k, mask=inside, other=0) != 0)[:, None, :]
     else:
         queries = rows_of(first_query, PLAN.block_m, not PLAN.spread_keys, PLAN)
         heads = heads_of(PLAN)
         origin = tl.cast(first_query, tl.int64) * mask.stride_q + tl.cast(first_key, tl.int64) * mask.stride_k
-        places = mask.place + (origin + heads.to(tl.int64) * mask.stride_h)
+        pointers = mask.pointer + (origin + heads.to(tl.int64) * mask.stride_h)
         rows = ((queries - first_query) * mask.stride_q)[:, :, None]
         columns = ((keys - first_key) * mask.stride_k)[:, None, :]
         known = (queries < num_queries) & (heads < PLAN.heads)[:, None]
-        tile = tl.load(places[:, None, None] + (rows + columns), mask=known[:, :, None] & inside[:, None, :], other=0)
+        tile = tl.load(pointers[:, None, None] + (rows + columns), mask=known[:, :, None] & inside[:, None, :], other=0)
         visible = tile != 0
     return visible
 
 
 @triton.jit
 def attention_tile(q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN: tl.constexpr):
-    """S, P and what is visible of one tile."""
+    """S and P of one tile, and which positions are visible."""
     scores = products(q, k, first_query, num_queries, first_key, num_keys, PLAN) * tl.cast(mixes.scale, tl.float32)
-    logits = mixed_logits(scores, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+    logits = mixed_logits(scores, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
     visible = visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN)
-    maximum = load_rows(rows.maximum, b, first_query, num_queries, PLAN)[:, :, None]
-    inverse = load_rows(rows.inverse, b, first_query, num_queries, PLAN)[:, :, None]
+    maximum = load_row_statistics(rows.maximum, b, first_query, num_queries, PLAN)[:, :, None]
+    inverse = load_row_statistics(rows.inverse, b, first_query, num_queries, PLAN)[:, :, None]
     p = tl.exp(tl.where(visible, logits, float("-inf")) - maximum) * inverse
     return scores, p, visible
 
 
 @triton.jit
 def this_block(num_rows, ROWS: tl.constexpr, PLAN: tl.constexpr):
-    """First row of the program's block of query (or key) rows, and its batch entry; neighbours share the entry."""
+    """First row of the program's block of queries (or keys), and its batch element, shared by adjacent programs."""
     BLOCK: tl.constexpr = PLAN.slots // PLAN.padded_heads * ROWS
     blocks = tl.cdiv(num_rows, BLOCK)
     return tl.program_id(0) % blocks * BLOCK, tl.program_id(0) // blocks
@@ -344,10 +342,10 @@ def this_block(num_rows, ROWS: tl.constexpr, PLAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_keys, PLAN: tl.constexpr):
-    """Maximum and reciprocal sum of the rows of one block of queries; online, over tiles of keys.
+    """Maximum and reciprocal sum of the rows of one block of queries, online over tiles of keys.
 
-    Without a mix before the softmax the heads have nothing to do with each other: PLAN has one head then, and
-    program_id(1) says which of ``num_heads``. With one PLAN has them all.
+    Without a pre-mix the heads are independent: PLAN has one head, and program_id(1) is its index among ``num_heads``.
+    With one PLAN has all heads.
     """
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_M: tl.constexpr = PLAN.block_m
@@ -362,15 +360,13 @@ def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_k
     for first_key in range(0, num_keys, PLAN.block_n):
         scores = products(q, k, first_query, num_queries, first_key, num_keys, PLAN)
         scores *= tl.cast(mixes.scale, tl.float32)
-        logits = mixed_logits(scores, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        logits = mixed_logits(scores, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         visible = visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN)
         logits = tl.where(visible, logits, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(logits, 2))
-        # exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN: a row that has seen no key stays at sum 0.
-        finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        finite = finite_maximum(new_largest)
         total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, :, None]), 2)
         largest = new_largest
-    empty = largest == float("-inf")
-    inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    store_rows(rows.maximum, tl.where(empty, 0.0, largest), b, first_query, num_queries, num_heads, head, PLAN)
-    store_rows(rows.inverse, inverse, b, first_query, num_queries, num_heads, head, PLAN)
+    maximum = finite_maximum(largest)
+    store_row_statistics(rows.maximum, maximum, b, first_query, num_queries, num_heads, head, PLAN)
+    store_row_statistics(rows.inverse, inverse_of_sum(total), b, first_query, num_queries, num_heads, head, PLAN)

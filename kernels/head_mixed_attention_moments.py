@@ -1,16 +1,16 @@
-"""First and second moments of attention maps over their heads, and their gradient: BatchNorm over heads without a map.
+"""First and second moments of the attention maps of all heads, and their gradients: BatchNorm statistics without maps.
 
-With P as in :mod:`fastvit.kernels.head_mixed_attention_maps` and c = 1 / Nk, over every batch entry, query and key (masked ones too,
-where P = 0):
+With P as in :mod:`fastvit.kernels.head_mixed_attention_maps` and c = 1 / Nk, summed over batch elements, queries and
+keys (masked ones too, where P = 0):
 
     sums[g] = sum (P_g - c);  moments[g, g'] = sum (P_g - c)(P_g' - c)
 
-A mix of the maps then has the mean and the variance that these give: a row of P sums to 1, so the mean is near c and
-little is lost to cancellation. For the same reason ``sums`` is a count, 0 for a row with a visible key and -1 for one
-without, and no gradient flows through it.
+Mean and variance of a mix of the maps follow from these. A row of P sums to 1, so its mean is c and little is lost to
+cancellation. For the same reason ``sums`` is a count, 0 for a row with a visible key and -1 for one without, and no
+gradient flows through it.
 
-Tile plan: the row statistics, then one program per block of queries, which loops over the keys and adds
-(P - c)(P - c)^T. Its part is written apart, and the parts are added in a fixed order. The backward is that of
+Tiling: the row statistics, then one program per block of queries, which loops over the keys and accumulates
+(P - c)(P - c)^T. The programs' partial sums are added in a fixed order. The backward is that of
 :mod:`fastvit.kernels.head_mixed_attention_backward` with another gradient of P.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastvit.kernels._primitives import empty_heads_last
 from fastvit.kernels.head_mixed_attention_backward import (
     add_outer_products,
     key_gradients,
@@ -28,7 +29,7 @@ from fastvit.kernels.head_mixed_attention_backward import (
     store_matrix,
 )
 from fastvit.kernels.head_mixed_attention_configs import Config
-from fastvit.kernels.head_mixed_attention_launch import Problem, empty_heads, options, programs
+from fastvit.kernels.head_mixed_attention_launch import Problem, options, programs
 from fastvit.kernels.head_mixed_attention_maps import (
     attention_tile,
     batch_entry,
@@ -41,7 +42,7 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def head_map_moments_kernel(q, k, mask, mixes, rows, parts, num_queries, num_keys, PLAN: tl.constexpr):
-    """The part of one block of queries; what it holds for padded heads, and across groups of slots, means nothing."""
+    """The partial sum of one block of queries; entries of padded heads or between groups of slots are meaningless."""
     first_query, b = this_block(num_queries, PLAN.block_m, PLAN)
     q = batch_entry(q, b)
     k = batch_entry(k, b)
@@ -82,8 +83,8 @@ def head_map_moments(
         )  # fmt: skip
         return problem.sum_of_parts(parts, plan)
 
-    empty_rows = (rows.inverse == 0).sum((0, 2))
-    return -empty_rows.float(), problem.run("head_map_moments", launch)
+    rows_without_keys = (rows.inverse == 0).sum((0, 2))
+    return -rows_without_keys.float(), problem.run("head_map_moments", launch)
 
 
 def head_map_moments_backward(
@@ -99,17 +100,20 @@ def head_map_moments_backward(
     """Launch the kernels.
 
     Args:
-        dsums: (H), unused: ``sums`` counts rows, which no q or k changes. dmoments: (H, H). The others as above.
+        dsums: (H), unused: ``sums`` counts rows, whatever q and k are.
+        dmoments: (H, H).
+        The others: the forward's arguments.
 
     Returns:
-        dq, dk in q's dtype and the memory order of (B, N, H, D); dpre_weight, dpre_bias in float32, of size 0 where the
-        parameter is absent.
+        dq, dk in q's dtype with the strides of a contiguous (B, N, H, D); dpre_weight, dpre_bias in float32, empty
+        where the parameter is None.
     """
     symmetric = dmoments.float() + dmoments.float().t()
     problem = Problem(q, k, mask, scale, pre_weight, pre_bias, post_weight=symmetric)
     if problem.empty:
         small = (problem.zeros(pre_weight), problem.zeros(pre_bias))
-        return empty_heads(q).zero_(), empty_heads(k).zero_(), *small
+        dq, dk = (empty_heads_last(tensor, tensor.shape[2]).zero_() for tensor in (q, k))
+        return dq, dk, *small
     rows = problem.row_statistics()
     row_gradients(problem, rows, None, None, moments=True)
     dq, d_pre_weight = query_gradients(problem, rows, None, None, moments=True)

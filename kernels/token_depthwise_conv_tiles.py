@@ -1,10 +1,10 @@
-"""What the kernels of token depthwise convolution share: tiles of tokens in them, and what their launches need.
+"""What the kernels of token depthwise convolution share: tiles of tokens, and the arguments of launches.
 
-A program works on ROWS tokens (of all images in a row) times CHANNELS channels, as a tile in registers, with 16-byte
-accesses along the channels; programs of neighbouring tokens are neighbours, so what a window shares with the next
-comes from the cache. Everything is computed in float32.
+A program works on a tile in registers, of ROWS tokens, counted over all images, and CHANNELS channels, with 16-byte
+accesses along the channels. Programs of neighbouring tokens are adjacent, so the tokens that windows share come from
+the cache. Everything is computed in float32.
 
-Reductions have two stages in a fixed order: a program's partial result per channel, and PyTorch's sum of those in
+Reductions have two stages and a fixed order: partial results per program and channel, then PyTorch's sum of those in
 float64.
 """
 
@@ -15,26 +15,26 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._tokens import activate, derivative, load_norm, place_rows
+from fastvit.kernels._tokens import activate, derivative, load_norm, locate_rows
 from torch import Tensor
 
-LONGEST_SUM = 32
-"""Tiles that one program of a reduction adds up at most: of more, sums would lose digits."""
+MAX_TILES_PER_SUM = 32
+"""The most tiles that one program of a reduction sums: longer float32 sums would lose accuracy."""
 
 
 # --- In kernels -----------------------------------------------------------------------------------------------------
 
 
 class Tokens(NamedTuple):
-    """A (B, N, C) tensor with adjacent channels, as a kernel sees it."""
+    """A (B, N, C) tensor with channels of stride 1, as an argument of kernels."""
 
-    place: Any
+    pointer: Any
     stride_b: Any
     stride_n: Any
 
 
 class Statistics(NamedTuple):
-    """A BatchNorm as a kernel sees it: no norm where var is None."""
+    """A BatchNorm, as an argument of kernels; no norm where var is None."""
 
     weight: Any
     bias: Any
@@ -44,23 +44,24 @@ class Statistics(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Where the elements of a tile lie in any tensor of tokens, and which of them exist."""
+    """The position of a tile in tensors of tokens, and which of its elements are in bounds."""
 
     image: Any
-    """The first row's."""
+    """The first row's image, 64-bit."""
     images: Any
-    """Of each row, counted from there."""
+    """Each row's image, counted from the first row's."""
     token: Any
+    """Each row's token."""
     channels: Any
     exists: Any
-    """By row."""
+    """Whether each row is in bounds."""
     within: Any
-    """By channel."""
+    """Whether each channel is in bounds."""
 
 
 @triton.jit
 def this_program(C, CHANNELS: tl.constexpr):
-    """The program's first channel, and its number among those of the same channels."""
+    """The program's first channel, and its index among the programs of the same channels."""
     blocks = tl.cdiv(C, CHANNELS)
     program = tl.program_id(0)
     return (program % blocks) * CHANNELS, program // blocks
@@ -68,49 +69,52 @@ def this_program(C, CHANNELS: tl.constexpr):
 
 @triton.jit
 def tile_at(first_row, first, num_rows, tokens, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The Tile of the rows from first_row on and the channels from first on."""
-    image, images, token, exists = place_rows(first_row, num_rows, tokens, ROWS)
+    """The tile of the rows from first_row on and the channels from first on."""
+    image, images, token, exists = locate_rows(first_row, num_rows, tokens, ROWS)
     channels = first + tl.arange(0, CHANNELS)
     return Tile(image, images, token, channels, exists, channels < C)
 
 
 @triton.jit
-def _places(tensor, tile):
-    """Pointers to the elements of a tile, and which of them exist."""
-    place = (tile.images * tensor.stride_b + tile.token * tensor.stride_n)[:, None] + tile.channels[None, :]
-    return tensor.place + tile.image * tensor.stride_b + place, tile.exists[:, None] & tile.within[None, :]
+def _pointers(tensor, tile):
+    """Pointers to the elements of a tile, and which of them are in bounds."""
+    offsets = (tile.images * tensor.stride_b + tile.token * tensor.stride_n)[:, None] + tile.channels[None, :]
+    return tensor.pointer + tile.image * tensor.stride_b + offsets, tile.exists[:, None] & tile.within[None, :]
 
 
 @triton.jit
 def load_tokens(tensor, tile):
-    """The tile in float32, zeros where there is nothing."""
-    places, inside = _places(tensor, tile)
-    return tl.load(places, mask=inside, other=0).to(tl.float32)
+    """The tile in float32, zeros out of bounds."""
+    pointers, inside = _pointers(tensor, tile)
+    return tl.load(pointers, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def store_tokens(tensor, tile, values):
     """Write the tile in the tensor's dtype."""
-    places, inside = _places(tensor, tile)
-    tl.store(places, values.to(tensor.place.dtype.element_ty), mask=inside)
+    pointers, inside = _pointers(tensor, tile)
+    tl.store(pointers, values.to(tensor.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def store_sum(sums, first, C, values):
-    """Write one number per channel from the first on."""
+    """Write one number per channel, from the first on."""
     channels = first + tl.arange(0, values.shape[0])
     tl.store(sums + channels, values, mask=channels < C)
 
 
 @triton.jit
-def _met_by(position, tap, size, PADDING: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Along one axis: where an output's tap lies in the input, or an input met the tap; and whether there is such."""
+def _position_under_tap(position, tap, size, PADDING: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Along one axis: the input position under an output's tap, and whether it is in bounds.
+
+    TRANSPOSED: the output position whose tap is over an input, and whether there is one.
+    """
     if TRANSPOSED:
-        ahead = position + PADDING - tap
-        there = ahead // STRIDE
-        return there, (ahead >= 0) & (there < size) & (there * STRIDE == ahead)
-    there = position * STRIDE + tap - PADDING
-    return there, (there >= 0) & (there < size)
+        shifted = position + PADDING - tap
+        found = shifted // STRIDE
+        return found, (shifted >= 0) & (found < size) & (found * STRIDE == shifted)
+    found = position * STRIDE + tap - PADDING
+    return found, (found >= 0) & (found < size)
 
 
 @triton.jit
@@ -118,21 +122,21 @@ def tile_under_tap(
     tile, row, column, dy, dx, height, width,
     PADDING: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """What the tap (dy, dx) meets of a (height, width) grid, for the tile's tokens, which lie at (row, column)."""
-    y, in_rows = _met_by(row, dy, height, PADDING, STRIDE, TRANSPOSED)
-    x, in_columns = _met_by(column, dx, width, PADDING, STRIDE, TRANSPOSED)
+    """The tile of a (height, width) grid under tap (dy, dx) of the windows of the tile's tokens, at (row, column)."""
+    y, in_rows = _position_under_tap(row, dy, height, PADDING, STRIDE, TRANSPOSED)
+    x, in_columns = _position_under_tap(column, dx, width, PADDING, STRIDE, TRANSPOSED)
     exists = tile.exists & in_rows & in_columns
     return Tile(tile.image, tile.images, y * width + x, tile.channels, exists, tile.within)
 
 
 @triton.jit
 def load_statistics(norm, first, C, CHANNELS: tl.constexpr):
-    """The norm's center, scale and shift of the channels from first on."""
+    """The norm's mean, scale and bias for the channels from first on."""
     return load_norm(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, first, C, CHANNELS)
 
 
 @triton.jit
-def store_finished(value, norm, residual, out, tile, first, C, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr):
+def store_epilogue(value, norm, residual, out, tile, first, C, ACTIVATION: tl.constexpr, CHANNELS: tl.constexpr):
     """out = activation(norm(value)) [+ residual]."""
     center, scale, shift = load_statistics(norm, first, C, CHANNELS)
     value = activate((value - center[None, :]) * scale[None, :] + shift[None, :], ACTIVATION)
@@ -142,7 +146,7 @@ def store_finished(value, norm, residual, out, tile, first, C, ACTIVATION: tl.co
 
 
 @triton.jit
-def gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION: tl.constexpr):
+def activation_gradient(grad, v, tile, center, scale, shift, ACTIVATION: tl.constexpr):
     """(grad * activation'(norm(v)), v - mean)."""
     d = load_tokens(grad, tile)
     centred = load_tokens(v, tile) - center[None, :]
@@ -153,7 +157,7 @@ def gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION: tl.con
 
 
 class Config(NamedTuple):
-    """How launches are cut: the tile's sides and warps, and of reductions how many programs there are at most."""
+    """A launch configuration: the tile's size, warps, and the most programs of a reduction."""
 
     rows: int
     channels: int
@@ -162,7 +166,7 @@ class Config(NamedTuple):
 
 
 HALF, LARGE_HALF, FLOAT = Config(32, 64, 4), Config(16, 64, 4), Config(32, 32, 4)
-"""float16 and bfloat16, the same with many taps, float32. Every kernel fits every chip without spills so."""
+"""For half precision, the same with many taps, and float32. No kernel spills with them on any GPU."""
 
 
 def choose_config(dtype: torch.dtype, kernel: int) -> Config:
@@ -173,7 +177,7 @@ def choose_config(dtype: torch.dtype, kernel: int) -> Config:
 
 
 class Norm(NamedTuple):
-    """A BatchNorm and the activation behind it, as operators take them; no norm where var is None."""
+    """A BatchNorm and the activation after it, as arguments of operators; no norm where var is None."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -183,12 +187,12 @@ class Norm(NamedTuple):
     activation: int
 
     def statistics(self) -> Statistics:
-        """The norm for kernels."""
+        """The norm, as an argument of kernels."""
         weight, bias = (self.weight, self.bias) if self.var is not None else (None, None)
         return Statistics(weight, bias, self.mean, self.var, self.eps)
 
     def exists(self) -> bool:
-        """Whether it does anything."""
+        """Whether there is a norm or an activation."""
         return self.var is not None or self.activation != 0
 
 
@@ -198,7 +202,7 @@ Grid = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """The grid, and what the convolution does with it."""
+    """The grid and the convolution's settings."""
 
     height: int
     width: int
@@ -208,19 +212,19 @@ class Geometry(NamedTuple):
     residual: bool
 
     def grids(self, kernel: int) -> tuple[Grid, Grid]:
-        """(height, width) in front of the convolution and behind it."""
+        """(height, width) of the convolution's input and output."""
         height, width = ((s + 2 * self.padding - kernel) // self.stride + 1 for s in (self.height, self.width))
         return (self.height, self.width), (height, width)
 
     def empty_result(self, x: Tensor, kernel: int) -> Tensor:
-        """For the result of the operator, prefix tokens included."""
+        """An uninitialised result of the operator, prefix tokens included."""
         _, (height, width) = self.grids(kernel)
         tokens = self.prefix_tokens + height * width
         return torch.empty((x.shape[0], tokens, x.shape[2]), dtype=x.dtype, device=x.device)
 
 
 class TrainingArguments(NamedTuple):
-    """What the operators of training take behind the bias; ``*_batch``: the norm's statistics are the batch's."""
+    """The arguments of the training operators after the bias; ``*_batch``: the norm uses batch statistics."""
 
     pre_norm: Norm
     pre_batch: bool
@@ -230,43 +234,43 @@ class TrainingArguments(NamedTuple):
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> TrainingArguments:
-        """From the operators' order."""
+        """From positional arguments in the operators' order."""
         pre_norm, norm = Norm(*arguments[:5], arguments[6]), Norm(*arguments[7:12], arguments[13])
         return cls(pre_norm, arguments[5], norm, arguments[12], Geometry(*arguments[14:20]))
 
 
 def as_tokens(tensor: Tensor | None) -> Tokens | None:
-    """A (B, N, C) tensor for a kernel."""
+    """A (B, N, C) tensor, as an argument of kernels."""
     return None if tensor is None else Tokens(tensor, *tensor.stride()[:2])
 
 
 def sizes_of(like: Tensor, config: Config) -> dict[str, int]:
-    """The arguments that all kernels have: of the tensor (B, N, C) whose tokens are divided, and of the tile."""
+    """The arguments of every kernel: the sizes of the tensor (B, N, C) that programs divide, and of the tile."""
     batch, tokens, channels = like.shape
     tile = {"ROWS": config.rows, "CHANNELS": config.channels, "num_warps": config.num_warps}
     return {"tokens": tokens, "num_rows": batch * tokens, "C": channels, **tile}
 
 
 def programs(like: Tensor, config: Config) -> tuple[int]:
-    """The launch grid with a program for every tile."""
+    """The launch grid with one program per tile."""
     return (triton.cdiv(like.shape[0] * like.shape[1], config.rows) * triton.cdiv(like.shape[2], config.channels),)
 
 
 class Reduction(NamedTuple):
-    """How a sum over all tokens is divided."""
+    """The launch of a sum over all tokens."""
 
     grid: tuple[int]
     steps: int
     """Tiles of rows per program."""
     partials: Tensor
-    """(programs that share the rows, results, C) float32, uninitialised."""
+    """(programs of a channel, results, C) float32, uninitialised."""
 
 
-def divide(like: Tensor, results: int, config: Config, *, tasks: int = 1) -> Reduction:
-    """A reduction to so many results per channel; tasks: programs that work beside each other on the same rows."""
+def split_reduction(like: Tensor, results: int, config: Config, *, tasks: int = 1) -> Reduction:
+    """A reduction to ``results`` numbers per channel; tasks: programs that work on the same tile side by side."""
     tiles = triton.cdiv(like.shape[0] * like.shape[1], config.rows)
     side_by_side = tasks * triton.cdiv(like.shape[2], config.channels)
-    steps = max(1, min(triton.cdiv(tiles, max(1, config.programs // side_by_side)), LONGEST_SUM))
+    steps = max(1, min(triton.cdiv(tiles, max(1, config.programs // side_by_side)), MAX_TILES_PER_SUM))
     splits = triton.cdiv(tiles, steps)
     partials = torch.empty((splits, results, like.shape[2]), dtype=torch.float32, device=like.device)
     return Reduction((splits * side_by_side,), steps, partials)

@@ -14,7 +14,7 @@ void expand_bias(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t f
   const T* head = static_cast<const T*>(p.bias) + b * p.bias_batch_stride + h * p.bias_head_stride;
   if (p.bias_query_stride == 0) {
     for (int64_t j = 0; j < keys.count; ++j) {
-      const Vec one = Vec::fill(to_float(head[keys.indices[j] * p.bias_key_stride]));
+      const Vec one = Vec::fill(widen(head[keys.indices[j] * p.bias_key_stride]));
       for (int64_t i = 0; i < width; i += kLanes) one.store(out + j * width + i);
     }
     return;
@@ -30,9 +30,9 @@ void expand_bias(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t f
       for (int64_t r = 0; r < 4; ++r) {
         const T* row = head + (first_query + (i + r < queries ? i + r : 0)) * p.bias_query_stride;
         if (adjacent) {
-          for (int64_t j = 0; j < count; ++j) buffers[r][j] = to_float(row[indices[0] + j]);
+          for (int64_t j = 0; j < count; ++j) buffers[r][j] = widen(row[indices[0] + j]);
         } else {
-          for (int64_t j = 0; j < count; ++j) buffers[r][j] = to_float(row[indices[j] * p.bias_key_stride]);
+          for (int64_t j = 0; j < count; ++j) buffers[r][j] = widen(row[indices[j] * p.bias_key_stride]);
         }
       }
       transpose4(rows, count, out + begin * width + i, width);

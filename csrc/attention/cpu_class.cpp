@@ -11,14 +11,11 @@
 #include "attention/args_class.h"
 
 #include "attention/cpu_tiles.h"
-#include "common/vec.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
 constexpr int64_t kChunk = 64;  // keys whose weighted rows are summed in one go
-
-int64_t padded(int64_t n) { return round_up(n, kLanes); }
 
 // Lane i is the sum of the lanes of x[i].
 FASTVIT_INLINE Vec sums_of(const Vec (&x)[kLanes]) {
@@ -127,17 +124,13 @@ template <class T>
 void load_rows(Rows<T> rows, int64_t count, int64_t dim, float* out) {
   const int64_t width = padded(dim);
   for (int64_t i = 0; i < count; ++i) {
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) Vec::load(rows[i] + d).store(out + i * width + d);
-    if (d < dim) Vec::load(rows[i] + d, dim - d).store(out + i * width + d);
+    for (int64_t d = 0; d < dim; d += kLanes) load(rows[i] + d, dim - d).store(out + i * width + d);
   }
 }
 
 template <class T>
 void store_row(const float* row, Vec factor, int64_t dim, T* out) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) (Vec::load(row + d) * factor).store(out + d);
-  if (d < dim) (Vec::load(row + d) * factor).store(out + d, dim - d);
+  for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, dim - d);
 }
 
 // Adds the bias to the logits of query i, and takes out what the mask does.
@@ -146,7 +139,7 @@ void mask_logits(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t i
   if (p.bias != nullptr) {
     const T* row =
         static_cast<const T*>(p.bias) + b * p.bias_batch_stride + h * p.bias_head_stride + i * p.bias_query_stride;
-    for (int64_t j = 0; j < keys.count; ++j) logits[j] += to_float(row[keys.indices[j] * p.bias_key_stride]);
+    for (int64_t j = 0; j < keys.count; ++j) logits[j] += widen(row[keys.indices[j] * p.bias_key_stride]);
   }
   if (p.mask != nullptr) {
     const bool* row = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride + i * p.mask_query_stride;
@@ -231,12 +224,7 @@ FASTVIT_INLINE void store_sum(int64_t queries, const float* weights, int64_t wei
     for (int64_t i = 0; i < queries; ++i) {
       sum = fma(Vec::fill(weights[i * weights_stride]), Vec::load(rows + i * padded(dim) + d), sum);
     }
-    sum *= Vec::fill(factor);
-    if (d + kLanes <= dim) {
-      sum.store(out + d);
-    } else {
-      sum.store(out + d, dim - d);
-    }
+    store(sum * Vec::fill(factor), out + d, dim - d);
   }
 }
 

@@ -11,7 +11,6 @@
 
 #include "attention/cpu_bias.h"
 #include "attention/cpu_tiles.h"
-#include "common/vec.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -223,16 +222,9 @@ void attend(const MaskedAttentionParams& p, int64_t problem, int64_t begin, int6
             const float* packed, float* memory) {
   const Scratch scratch(p, memory);
   const int64_t b = problem / p.heads, h = problem % p.heads;
-  for (int64_t query = begin; query < end;) {
-    const int64_t left = end - query;
-    if (left > kLanes) {
-      Tile<T, kPairs, 2>{p, scratch, b, h, query, left < 2 * kLanes ? left : 2 * kLanes, keys, packed, {}, {}}.run();
-      query += 2 * kLanes;
-    } else {
-      Tile<T, kPairs, 1>{p, scratch, b, h, query, left, keys, packed, {}, {}}.run();
-      query += kLanes;
-    }
-  }
+  for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
+    Tile<T, kPairs, vectors.value>{p, scratch, b, h, first_query, queries, keys, packed, {}, {}}.run();
+  });
 }
 
 template <class T, bool kPairs>

@@ -11,7 +11,6 @@
 #include "attention/args_masked.h"
 #include "attention/cpu_bias.h"
 #include "attention/cpu_tiles.h"
-#include "common/vec.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -26,8 +25,6 @@ constexpr int64_t kTerms = 16, kFewTerms = 8;
 // Blocks of the products over lanes: keys times vectors of channels.
 constexpr int kSumRows = 6;
 constexpr int kSumColumns = kLanes == 16 ? 4 : 2;
-
-int64_t padded(int64_t dim) { return round_up(dim, kLanes); }
 
 // Keys as rows and as columns of words, and values as rows: see Packed.
 template <class T, bool kPairs>
@@ -83,37 +80,6 @@ struct Scratch {
         output_rows(query_rows + row_floats(p)) {}
 };
 
-// sums[r][c] += sum_k a[r * a_stride + k] * b[k * b_stride + c]: rows r are broadcast, columns c are vectors.
-template <bool kPairs, int kR, int kC>
-FASTVIT_INLINE void add_product(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                float* sums) {
-  Vec parts[kR][kC];
-#pragma GCC unroll 8
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) parts[r][c] = Vec::fill(0.0f);
-  }
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    Vec columns[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) columns[c] = Vec::load(b + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r * a_stride + k]);
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) parts[r][c] = multiply_add<kPairs>(row, columns[c], parts[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) {
-      float* to = sums + r * b_stride + c * kLanes;
-      (Vec::load(to) + parts[r][c]).store(to);
-    }
-  }
-}
-
 template <class T, bool kPairs, int kV>  // kV vectors of queries
 struct Tile {
   static constexpr int64_t kWidth = kV * kLanes;
@@ -152,7 +118,7 @@ struct Tile {
         float* to = rows + i / 2 * width;
         for (int64_t d = 0; d < p.dim; ++d) to[d] = pair(row[d], next == nullptr ? bf16{0} : next[d]);
       } else {
-        for (int64_t d = 0; d < p.dim; ++d) rows[i * width + d] = to_float(row[d]);
+        for (int64_t d = 0; d < p.dim; ++d) rows[i * width + d] = widen(row[d]);
       }
     }
   }
@@ -306,10 +272,10 @@ struct Tile {
           float *keys_to = sums + j * width + channel, *values_to = keys_to + p.keys * width;
           with_constant<kSumRows>(rows.size(r), [&](auto height) {
             constexpr int64_t kDepth = kPairs ? kWidth / 2 : kWidth;
-            add_product<kPairs, height.value, count.value>(kDepth, of_keys + j * kWidth, kWidth, s.query_rows + channel,
-                                                           width, keys_to);
-            add_product<kPairs, height.value, count.value>(kDepth, s.map + j * kWidth, kWidth, s.output_rows + channel,
-                                                           width, values_to);
+            add_outer<kPairs, height.value, count.value>(kDepth, of_keys + j * kWidth, kWidth, s.query_rows + channel,
+                                                         width, keys_to);
+            add_outer<kPairs, height.value, count.value>(kDepth, s.map + j * kWidth, kWidth, s.output_rows + channel,
+                                                         width, values_to);
           });
         }
       });
@@ -338,12 +304,7 @@ void finish_row(const float* from, int64_t parts, int64_t part_floats, float fac
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec sum = Vec::load(from + d);
     for (int64_t part = 1; part < parts; ++part) sum += Vec::load(from + part * part_floats + d);
-    sum *= Vec::fill(factor);
-    if (d + kLanes <= dim) {
-      sum.store(out + d);
-    } else {
-      sum.store(out + d, dim - d);
-    }
+    store(sum * Vec::fill(factor), out + d, dim - d);
   }
 }
 

@@ -7,13 +7,12 @@
 #pragma once
 
 #include "attention/args.h"
-#include "common/vec.h"
+#include "common/vec_product.h"
 #include "common/vec_transpose.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kLanes = Vec::lanes;
 constexpr int kTileVectors = 2;  // at most, of the queries of a tile
 // Blocks of a product: rows (broadcast scalars) times columns (vectors), as many sums as registers hold beside
 // operands.
@@ -25,46 +24,17 @@ constexpr int64_t kPartialSum = 64;
 constexpr int64_t kPartialSum = 8;  // every product is rounded, too
 #endif
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// f(Int<n>) for a run-time n in [1, N].
-template <int N, class F>
-inline void with_constant(int64_t n, const F& f) {
-  if constexpr (N > 1) {
-    if (n < N) return with_constant<N - 1>(n, f);
-  }
-  f(Int<N>{});
-}
+inline int64_t padded(int64_t n) { return round_up(n, kLanes); }
 
 // n things in the fewest blocks of at most `largest`, as even as can be.
 struct Split {
   int64_t n, blocks;
-  Split(int64_t n, int64_t largest) : n(n), blocks((n + largest - 1) / largest) {}
+  Split(int64_t n, int64_t largest) : n(n), blocks(divide_up(n, largest)) {}
   int64_t begin(int64_t block) const { return block * n / blocks; }
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
 // --- Products -------------------------------------------------------------------------------------------------------
-
-// a * b + c on floats, or c + the sum of two products of bfloat16 where a lane holds a pair.
-template <bool kPairs>
-FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-#endif
-  return fma(a, b, c);
-}
 
 // sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
 template <bool kPairs, int kR, int kC, class F>
@@ -111,15 +81,38 @@ FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Ve
   }
 }
 
-// --- Packing --------------------------------------------------------------------------------------------------------
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float widened;
-  __builtin_memcpy(&widened, &bits, 4);
-  return widened;
+// out[r][c] += sum_k a[r * a_stride + k] * rows[k][c], for kR rows and kC vectors of channels.
+template <bool kPairs, int kR, int kC>
+FASTVIT_INLINE void add_outer(int64_t depth, const float* a, int64_t a_stride, const float* rows, int64_t row_stride,
+                              float* out) {
+  Vec sums[kR][kC];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
+  }
+  for (int64_t k = 0; k < depth; ++k, rows += row_stride) {
+    Vec columns[kC];
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) columns[c] = Vec::load(rows + c * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const Vec row = Vec::fill(a[r * a_stride + k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) {
+      float* to = out + r * row_stride + c * kLanes;
+      (Vec::load(to) + sums[r][c]).store(to);
+    }
+  }
 }
+
+// --- Packing --------------------------------------------------------------------------------------------------------
 
 inline float pair(bf16 low, bf16 high) {
   const uint32_t bits = low.bits | uint32_t{high.bits} << 16;
@@ -138,7 +131,7 @@ inline const float* row_words(const T* row, int64_t dim, float* buffer) {
     if (dim % 2) buffer[dim / 2] = pair(row[dim - 1], bf16{0});
     return buffer;
   } else {
-    for (int64_t d = 0; d < dim; ++d) buffer[d] = to_float(row[d]);
+    for (int64_t d = 0; d < dim; ++d) buffer[d] = widen(row[d]);
     return buffer;
   }
 }
@@ -167,7 +160,7 @@ struct Packed {
   int64_t key_words, value_words;  // of a panel
   int64_t head_words;
 
-  static int64_t words(int64_t elements) { return kPairs ? (elements + 1) / 2 : elements; }
+  static int64_t words(int64_t elements) { return words_of<kPairs>(elements); }
 
   Packed(int64_t dim, int64_t count)
       : dim(dim),
@@ -193,12 +186,6 @@ struct Rows {
         stride(operand.token_stride) {}
   const T* operator[](int64_t token) const { return first + token * stride; }
 };
-
-// Rows lie far apart, on pages of their own: asked for early, they do not arrive late.
-template <int kForWriting = 0, class T>
-inline void prefetch(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, kForWriting);
-}
 
 // One panel of a head's keys.
 template <class T, bool kPairs>
@@ -229,7 +216,7 @@ void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* k
     const T* second = j + 1 < layout.count ? v[keys[j + 1]] : nullptr;
     for (int64_t d = 0; d < layout.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
   } else {
-    for (int64_t d = 0; d < layout.dim; ++d) row[d] = to_float(first[d]);
+    for (int64_t d = 0; d < layout.dim; ++d) row[d] = widen(first[d]);
   }
   for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
     __builtin_memcpy(packed + layout.value_panel(panel) + word * kRows, row + layout.value_panels.begin(panel),
@@ -265,9 +252,7 @@ void store_four_queries(const float* channels, int64_t width, int64_t left, int6
   }
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = buffer + i * kAttentionMaxDim;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) Vec::load(row + d).store(out + i * stride + d);
-    if (d < dim) Vec::load(row + d, dim - d).store(out + i * stride + d, dim - d);
+    for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d), out + i * stride + d, dim - d);
   }
 }
 
@@ -302,6 +287,21 @@ inline void expand_mask(const AttentionParams& p, int64_t b, int64_t h, int64_t 
         const Ints limit = (masked & INT32_MIN) | 0x7f800000;  // infinity's bits, and the sign
         __builtin_memcpy(out + (j + n) * width + i, &limit, sizeof limit);
       }
+    }
+  }
+}
+
+// tile(width in vectors, first query, queries) for queries [begin, end), in tiles of one or two vectors.
+template <class F>
+void for_tiles(int64_t begin, int64_t end, const F& tile) {
+  for (int64_t query = begin; query < end;) {
+    const int64_t left = end - query;
+    if (left > kLanes) {
+      tile(Int<2>{}, query, left < 2 * kLanes ? left : 2 * kLanes);
+      query += 2 * kLanes;
+    } else {
+      tile(Int<1>{}, query, left);
+      query += kLanes;
     }
   }
 }

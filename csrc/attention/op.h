@@ -2,19 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <initializer_list>
-#include <optional>
 #include <vector>
 
 #include "attention/args.h"
+#include "common/arguments.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
 
 namespace fastvit {
-
-// Throws unless the tensor is on the CPU and of that shape.
-void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected);
 
 // The tensor (B, H, N, D) as the kernels read it; throws unless it is of that dtype and its last axis contiguous.
 AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype);
@@ -22,16 +19,14 @@ AttentionOperand attention_operand(const char* op, const Tensor& tensor, const c
 // The parameters of attention over these tensors, output and mask left out; throws naming what is not accepted.
 AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale);
 
-// Takes the mask, (B or 1, H or 1, Nq or 1, Nk or 1), into the parameters. Returns true, and leaves it to the list of
-// keys, if it is one over keys alone; throws naming what is not accepted.
-bool take_mask(const char* op, const Tensor& mask, AttentionParams& p);
+// An uninitialised (B, H, tokens, D) that lies as a contiguous (B, tokens, H, D).
+Tensor empty_heads_last(const AttentionParams& p, int64_t tokens, const Tensor& like);
 
-// An uninitialised (B, H, Nq, D) that lies as a contiguous (B, Nq, H, D).
-Tensor attention_output(const AttentionParams& p, const Tensor& like);
-// The same for the gradient of k or v: (B, H, Nk, D).
-Tensor attention_key_gradient(const AttentionParams& p, const Tensor& like);
+// The strides, 0 where it broadcasts, of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1); throws unless it is that.
+std::array<int64_t, 4> broadcast_strides(const char* op, const Tensor& tensor, const char* name,
+                                         const AttentionParams& p);
 
-// The keys each batch element attends to: all, or those a mask over keys alone leaves.
+// The keys each batch element attends to: all, or those that a mask over keys alone leaves.
 class KeyLists {
  public:
   KeyLists(int64_t batch, int64_t keys, const Tensor* mask);
@@ -42,17 +37,17 @@ class KeyLists {
   std::vector<size_t> begins_;
 };
 
-// Multiply-adds below which waking another thread costs more than it saves.
-inline constexpr int64_t kSerialProducts = 1 << 19;
+// Takes the mask into the lists if it is one over keys alone, and otherwise into the parameters; throws naming what is
+// wrong with it.
+KeyLists take_mask(const char* op, const OptionalTensor& mask, AttentionParams& p);
 
 // Runs the kernel over all queries of all problems; keys(problem) gives the keys of one.
 template <class Params, class Keys>
 void run_attention(const Params& p, const AttentionKernel<Params>& kernel, int64_t problems, int64_t products_per_query,
                    const Keys& keys) {
-  const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   const int64_t packed_floats = whole_lines(kernel.packed_floats), scratch_floats = whole_lines(kernel.scratch_floats);
-  const int64_t units = (p.queries + kernel.lanes - 1) / kernel.lanes;
-  const int64_t grain = std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products_per_query * kernel.lanes));
+  const int64_t units = divide_up(p.queries, kernel.lanes);
+  const int64_t grain = grain_of(products_per_query * kernel.lanes);
 
   // Where many threads need the same keys and values, pack them once for all; two do better with a copy each, and
   // without the wait for each other.

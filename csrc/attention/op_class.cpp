@@ -11,8 +11,6 @@ namespace {
 constexpr int64_t kSerialClassProducts = kSerialProducts / 8;
 constexpr int64_t kKeysOfAPart = 64;  // at least
 
-int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
 }  // namespace
 
 void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
@@ -24,7 +22,7 @@ void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
                           std::max<int64_t>(1, std::min(p.keys / kKeysOfAPart, products / kSerialClassProducts)));
   const int64_t partial = whole_lines(kernel.partial_floats), scratch = whole_lines(kernel.scratch_floats);
   float* partials = parts == 1 ? nullptr : Workspace::of_call().take(problems * parts * partial);
-  const int64_t grain = std::max<int64_t>(1, kSerialClassProducts / std::max<int64_t>(1, products / parts));
+  const int64_t grain = grain_of(products / parts, kSerialClassProducts);
   parallel_for(0, problems * parts, grain, [&](int64_t begin, int64_t end) {
     float* memory = Workspace::of_thread().take(scratch + partial);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -48,7 +46,7 @@ void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
 void run_class_attention_backward(const MaskedAttentionGradients& p, const KeyLists& keys) {
   const ClassAttentionBackwardKernel kernel = FASTVIT_PER_ISA(class_attention_backward_kernel)(p);
   const int64_t products = 5 * p.queries * p.keys * p.dim;
-  const int64_t grain = std::max<int64_t>(1, kSerialClassProducts / std::max<int64_t>(1, products));
+  const int64_t grain = grain_of(products, kSerialClassProducts);
   parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) {
     float* memory = Workspace::of_thread().take(kernel.scratch_floats);
     for (int64_t problem = begin; problem < end; ++problem) {

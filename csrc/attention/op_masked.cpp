@@ -1,44 +1,46 @@
 // fastvit::masked_attention_cpp and its backward on CPU: checks, division of the work, registration.
 #include "attention/args_masked.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <optional>
 #include <tuple>
 
 #include "attention/args_class.h"
 #include "attention/op.h"
+#include "common/bfloat16.h"
 
 namespace fastvit {
 namespace {
 
-// Takes the bias, (B or 1, H or 1, Nq or 1, Nk or 1), into the parameters; throws naming what is not accepted.
-void take_bias(const char* op, const Tensor& bias, MaskedAttentionParams& p) {
-  check(bias.is_cpu(), op, ": bias must be on the CPU");
-  const Dtype dtype = p.bfloat16 ? Dtype::bfloat16 : Dtype::float32;
-  check(bias.dtype() == dtype, op, ": bias is ", bias.dtype(), ", q is ", dtype);
-  const int64_t full[4] = {p.batch, p.heads, p.queries, p.keys};
-  bool broadcasts = bias.dim() == 4;
-  for (int axis = 0; broadcasts && axis < 4; ++axis) broadcasts = bias.size(axis) == 1 || bias.size(axis) == full[axis];
-  if (!broadcasts) {
-    check(false, op, ": bias has shape ", shape_of(bias), ", expected is one that broadcasts to (", full[0], ", ",
-          full[1], ", ", full[2], ", ", full[3], ")");
-  }
-  p.bias = bias.data<void>();
-  int64_t* strides[] = {&p.bias_batch_stride, &p.bias_head_stride, &p.bias_query_stride, &p.bias_key_stride};
-  for (int axis = 0; axis < 4; ++axis) *strides[axis] = bias.size(axis) == 1 ? 0 : bias.stride(axis);
+constexpr char kOp[] = "masked_attention_cpp";
+constexpr char kBackwardOp[] = "masked_attention_cpp_backward";
+
+struct Arguments {
+  using Schema = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, double>;
+  Tensor q, k, v;
+  OptionalTensor mask, bias;
+  double scale;
+};
+
+// Reads the arguments into the parameters; throws naming what is wrong with them.
+KeyLists take_arguments(const char* op, const Arguments& a, MaskedAttentionParams& p) {
+  static_cast<AttentionParams&>(p) = attention_params(op, a.q, a.k, a.v, a.scale);
+  KeyLists keys = take_mask(op, a.mask, p);
+  if (!a.bias) return keys;
+  check(a.bias->dtype() == a.q.dtype(), op, ": bias is ", a.bias->dtype(), ", q is ", a.q.dtype());
+  const auto [batch, head, query, key] = broadcast_strides(op, *a.bias, "bias", p);
+  p.bias = a.bias->data<void>();
+  p.bias_batch_stride = batch, p.bias_head_stride = head, p.bias_query_stride = query, p.bias_key_stride = key;
+  return keys;
 }
 
-Tensor masked_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                            const std::optional<Tensor>& bias, double scale) {
-  constexpr char kOp[] = "masked_attention_cpp";
-  MaskedAttentionParams p{attention_params(kOp, q, k, v, scale)};
-  const bool over_keys = mask && take_mask(kOp, *mask, p);
-  if (bias) take_bias(kOp, *bias, p);
-  Tensor out = attention_output(p, q);
+Tensor masked_attention_cpu(const Arguments& a) {
+  MaskedAttentionParams p{};
+  const KeyLists keys = take_arguments(kOp, a, p);
+  Tensor out = empty_heads_last(p, p.queries, a.q);
   if (out.numel() == 0) return out;
   p.out = out.mutable_data<void>();
-  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
   if (p.queries <= kClassQueries) {
     run_class_attention(p, keys);
     return out;
@@ -77,7 +79,7 @@ class Backward {
         kernel_(FASTVIT_PER_ISA(masked_attention_backward_kernel)(p)),
         groups_((bias.over_batch ? 1 : p.batch) * (bias.over_heads ? 1 : p.heads)),
         members_(p.batch * p.heads / groups_),
-        tiles_((p.queries + kernel_.tile - 1) / kernel_.tile),
+        tiles_(divide_up(p.queries, kernel_.tile)),
         parts_(parts()) {}
 
   void run() {
@@ -87,7 +89,7 @@ class Backward {
                   packed = members_ == 1 ? 0 : whole_lines(kernel_.packed_floats);
     const int64_t row = bias_.wanted && bias_.over_queries ? whole_lines(p_.keys) : 0;
     float* shared = Workspace::of_call().take((together ? 0 : problems * parts_ * sums) + problems * packed +
-                                              groups_ * parts_ * row + kLine);
+                                              groups_ * parts_ * row + 16);
     sums_ = shared;
     packed_ = sums_ + (together ? 0 : problems * parts_ * sums);
     bias_rows_ = packed_ + problems * packed;
@@ -97,13 +99,12 @@ class Backward {
       });
     }
     const int64_t products = 5 * p_.dim * p_.keys * kernel_.tile * members_ * std::max<int64_t>(1, tiles_ / parts_);
-    parallel_for(0, groups_ * parts_, std::max<int64_t>(1, kSerialProducts / std::max<int64_t>(1, products)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t unit = begin; unit < end; ++unit) run_unit(unit / parts_, unit % parts_, together);
-                   Workspace::of_thread().give_back();
-                 });
+    parallel_for(0, groups_ * parts_, grain_of(products), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) run_unit(unit / parts_, unit % parts_, together);
+      Workspace::of_thread().give_back();
+    });
     if (!together) {
-      const int64_t grain = std::max<int64_t>(1, kSerialProducts / (8 * kernel_.sums_floats * parts_ + 1));
+      const int64_t grain = grain_of(8 * kernel_.sums_floats * parts_ + 1);
       parallel_for(0, problems, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           kernel_.finish(p_, i, keys_.of(i / p_.heads), sums_ + i * parts_ * sums, parts_, sums);
@@ -115,9 +116,6 @@ class Backward {
   }
 
  private:
-  static constexpr int64_t kLine = 16;
-  static int64_t whole_lines(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
-
   // Tiles of a group are divided between threads where there are few groups; results are the same for the same number
   // of threads.
   int64_t parts() const {
@@ -196,34 +194,18 @@ void zero(Tensor& tensor, int64_t element_size) {
   if (tensor.numel() > 0) std::memset(tensor.mutable_data<void>(), 0, tensor.numel() * element_size);
 }
 
-// To nearest, ties to even.
-void round_to_bfloat16(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    to[i] = from[i] != from[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const Tensor& grad, const Arguments& a,
+                                                                         bool bias_grad) {
+  MaskedAttentionGradients p{};
+  const KeyLists keys = take_arguments(kBackwardOp, a, p);
+  check(a.bias || !bias_grad, kBackwardOp, ": the gradient of a bias is asked for, and there is none");
+  check_cpu_shape(kBackwardOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
+  p.grad = attention_operand(kBackwardOp, grad, "grad", a.q.dtype());
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const Tensor& grad, const Tensor& q,
-                                                                         const Tensor& k, const Tensor& v,
-                                                                         const std::optional<Tensor>& mask,
-                                                                         const std::optional<Tensor>& bias,
-                                                                         double scale, bool bias_grad) {
-  constexpr char kOp[] = "masked_attention_cpp_backward";
-  MaskedAttentionGradients p{{attention_params(kOp, q, k, v, scale)}};
-  const bool over_keys = mask && take_mask(kOp, *mask, p);
-  if (bias) take_bias(kOp, *bias, p);
-  check(bias || !bias_grad, kOp, ": the gradient of a bias is asked for, and there is none");
-  check_cpu_shape(kOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
-  check(grad.dtype() == q.dtype(), kOp, ": grad is ", grad.dtype(), ", q is ", q.dtype());
-  check(p.dim <= 1 || grad.stride(3) == 1 || grad.numel() == 0, kOp, ": grad must have a contiguous last axis");
-  p.grad = {grad.data<void>(), grad.stride(0), grad.stride(1), grad.stride(2)};
-
-  AttentionParams of_keys = p;
-  of_keys.queries = p.keys;
-  Tensor dq = attention_output(p, q), dk = attention_output(of_keys, k), dv = attention_output(of_keys, v);
-  Tensor dbias = empty(bias_grad ? std::vector<int64_t>(bias->sizes(), bias->sizes() + 4) : std::vector<int64_t>{0}, q);
+  Tensor dq = empty_heads_last(p, p.queries, a.q);
+  Tensor dk = empty_heads_last(p, p.keys, a.k), dv = empty_heads_last(p, p.keys, a.v);
+  Tensor dbias =
+      empty(bias_grad ? std::vector<int64_t>(a.bias->sizes(), a.bias->sizes() + 4) : std::vector<int64_t>{0}, a.q);
   const int64_t element_size = p.bfloat16 ? 2 : 4;
   if (dq.numel() == 0 || dk.numel() == 0) {
     for (Tensor* tensor : {&dq, &dk, &dv, &dbias}) zero(*tensor, element_size);
@@ -231,21 +213,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const T
   }
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>(), p.dv = dv.mutable_data<void>();
   // What all keys of a row share, the softmax cancels.
-  const bool wanted = bias_grad && bias->size(3) > 1;
+  const bool wanted = bias_grad && a.bias->size(3) > 1;
   if (!wanted) zero(dbias, element_size);
-  BiasGradient of_bias(wanted ? &*bias : nullptr);
-  std::optional<Tensor> wide;
+  BiasGradient of_bias(wanted ? &*a.bias : nullptr);
+  OptionalTensor wide;
   if (wanted) {
-    if (p.bfloat16) wide = empty({dbias.numel()}, q, Dtype::float32);
+    if (p.bfloat16) wide = empty({dbias.numel()}, a.q, Dtype::float32);
     of_bias.out = (wide ? *wide : dbias).mutable_data<float>();
   }
-  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
   if (p.queries <= kClassQueries && !wanted) {
     run_class_attention_backward(p, keys);
   } else {
     Backward(p, keys, of_bias).run();
   }
-  if (wide) round_to_bfloat16(wide->data<float>(), dbias.numel(), dbias.mutable_data<uint16_t>());
+  if (wide) {
+    const float* values = wide->data<float>();
+    std::transform(values, values + dbias.numel(), dbias.mutable_data<uint16_t>(), bfloat16_of_float);
+  }
   return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias)};
 }
 

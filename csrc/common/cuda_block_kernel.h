@@ -20,12 +20,14 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/integers.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FASTVIT_DEVICE __host__ __device__ __forceinline__
 #else
+#include "common/bfloat16.h"
 #define FASTVIT_DEVICE inline
 #endif
 #ifdef __CUDA_ARCH__
@@ -68,10 +70,6 @@ struct BlockKernel {
   FASTVIT_DEVICE void finish(S&, const Place&) const {}
 };
 
-FASTVIT_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTVIT_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTVIT_DEVICE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // --- Elements -------------------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
@@ -87,21 +85,9 @@ struct BFloat16 {
   uint16_t bits;
 };
 FASTVIT_DEVICE float widen(Half x) { return static_cast<float>(x); }
-FASTVIT_DEVICE float widen(BFloat16 x) {
-  union {
-    uint32_t bits;
-    float value;
-  } u{static_cast<uint32_t>(x.bits) << 16};
-  return u.value;
-}
+FASTVIT_DEVICE float widen(BFloat16 x) { return float_of_bfloat16(x.bits); }
 FASTVIT_DEVICE void narrow(float x, Half& to) { to = static_cast<Half>(x); }
-FASTVIT_DEVICE void narrow(float x, BFloat16& to) {
-  union {
-    float value;
-    uint32_t bits;
-  } u{x};
-  to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
-}
+FASTVIT_DEVICE void narrow(float x, BFloat16& to) { to.bits = bfloat16_of_float(x); }
 #endif
 FASTVIT_DEVICE float widen(float x) { return x; }
 FASTVIT_DEVICE void narrow(float x, float& to) { to = x; }

@@ -1,4 +1,9 @@
-// What every use has its own copy of: a body that stays out of line would be one for all instruction sets.
+// FASTVIT_INLINE functions are inlined into every caller, so that none is left for the linker to merge between files
+// that are compiled for different instruction sets. nvcc compiles them for host and device.
 #pragma once
 
+#ifdef __CUDACC__
+#define FASTVIT_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTVIT_INLINE inline __attribute__((always_inline))
+#endif

@@ -1,9 +1,9 @@
 // Which instruction set the CPU kernels use.
 //
-// Files named csrc/<operator>/cpu*.cpp are compiled once per instruction set, each time with -DFASTVIT_ISA=<name> as the
-// namespace to put everything in. Inline functions shared between those builds would be merged by the linker into one
-// body, possibly one the CPU cannot run: so nothing outside that namespace, except what is static or in the anonymous
-// namespace.
+// Files named csrc/<operator>/cpu*.cpp are compiled once per instruction set, each time with -DFASTVIT_ISA=<name> as
+// the namespace to put everything in. Inline functions shared between those builds would be merged by the linker into
+// one body, possibly one the CPU cannot run: so nothing outside that namespace, except what is static or in the
+// anonymous namespace.
 #pragma once
 
 #include <string>

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/integers.h"
+
 namespace fastvit {
 
 using RangeBody = void (*)(int64_t begin, int64_t end, const void* context);
@@ -24,6 +26,14 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
         (*static_cast<const F*>(context))(chunk_begin, chunk_end);
       },
       &f);
+}
+
+// Multiply-adds below which waking another thread costs more than it saves.
+inline constexpr int64_t kSerialProducts = 1 << 19;
+
+// The grain of a loop over items of so many multiply-adds each.
+FASTVIT_INLINE int64_t grain_of(int64_t products, int64_t serial_products = kSerialProducts) {
+  return larger(1, serial_products / larger(1, products));
 }
 
 int num_threads();   // as torch.get_num_threads()

@@ -93,13 +93,15 @@ bool Tensor::is_contiguous() const {
   return true;
 }
 
-std::string shape_of(const Tensor& tensor) {
+std::string shape_of(const int64_t* sizes, int64_t axes) {
   std::ostringstream text;
   text << '(';
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) text << (axis == 0 ? "" : ", ") << tensor.size(axis);
-  text << (tensor.dim() == 1 ? ",)" : ")");
+  for (int64_t axis = 0; axis < axes; ++axis) text << (axis == 0 ? "" : ", ") << sizes[axis];
+  text << (axes == 1 ? ",)" : ")");
   return text.str();
 }
+
+std::string shape_of(const Tensor& tensor) { return shape_of(tensor.sizes(), tensor.dim()); }
 
 namespace {
 

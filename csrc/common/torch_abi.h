@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -141,8 +142,11 @@ class Tensor {
 
   AtenTensorHandle handle_;
 };
+using OptionalTensor = std::optional<Tensor>;
 
-std::string shape_of(const Tensor& tensor);  // "(8, 197, 384)", for messages
+// "(8, 197, 384)", for messages.
+std::string shape_of(const int64_t* sizes, int64_t axes);
+std::string shape_of(const Tensor& tensor);
 
 // An uninitialised tensor on like's device, of like's dtype or the one given.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
@@ -188,38 +192,59 @@ void register_operators();
 
 namespace detail {
 
+// How an argument comes off the stack: from `slots` of its places, the first one at `stack`, which moves on.
+//
+// A T that is none of the types below is a struct of arguments that follow one another in the schema: T::Schema is the
+// std::tuple of its fields' types.
 template <class T>
-struct Unbox;  // only the types below can be arguments
+struct Unbox {
+  using Fields = Unbox<typename T::Schema>;
+  static constexpr uint64_t slots = Fields::slots;
+  static T take(StableIValue*& stack) {
+    return std::apply([](auto&&... fields) { return T{std::move(fields)...}; }, Fields::take(stack));
+  }
+};
 
-template <>
-struct Unbox<Tensor> {
-  static Tensor take(StableIValue value) { return Tensor(reinterpret_cast<AtenTensorHandle>(value)); }
+template <class... Args>
+struct Unbox<std::tuple<Args...>> {
+  static constexpr uint64_t slots = (uint64_t{0} + ... + Unbox<Args>::slots);
+  static std::tuple<Args...> take(StableIValue*& stack) {
+    return std::tuple<Args...>{Unbox<Args>::take(stack)...};  // braces: one after the other
+  }
+};
+
+struct OneSlot {
+  static constexpr uint64_t slots = 1;
 };
 
 template <>
-struct Unbox<int64_t> {
-  static int64_t take(StableIValue value) { return static_cast<int64_t>(value); }
+struct Unbox<Tensor> : OneSlot {
+  static Tensor take(StableIValue*& stack) { return Tensor(reinterpret_cast<AtenTensorHandle>(*stack++)); }
 };
 
 template <>
-struct Unbox<double> {
-  static double take(StableIValue value) { return std::bit_cast<double>(value); }
+struct Unbox<int64_t> : OneSlot {
+  static int64_t take(StableIValue*& stack) { return static_cast<int64_t>(*stack++); }
 };
 
 template <>
-struct Unbox<bool> {
-  static bool take(StableIValue value) { return (value & 0xff) != 0; }
+struct Unbox<double> : OneSlot {
+  static double take(StableIValue*& stack) { return std::bit_cast<double>(*stack++); }
+};
+
+template <>
+struct Unbox<bool> : OneSlot {
+  static bool take(StableIValue*& stack) { return (*stack++ & 0xff) != 0; }
 };
 
 // An optional comes as a pointer to a value on the heap, ours to delete, or as null.
 template <class T>
-struct Unbox<std::optional<T>> {
-  static std::optional<T> take(StableIValue value) {
-    auto* inner = reinterpret_cast<StableIValue*>(value);
-    if (inner == nullptr) return std::nullopt;
-    std::optional<T> result(Unbox<T>::take(*inner));
-    delete inner;
-    return result;
+struct Unbox<std::optional<T>> : OneSlot {
+  static std::optional<T> take(StableIValue*& stack) {
+    const std::unique_ptr<StableIValue> value(reinterpret_cast<StableIValue*>(*stack++));
+    if (value == nullptr) return std::nullopt;
+    StableIValue* at = value.get();
+    return Unbox<T>::take(at);
   }
 };
 
@@ -229,10 +254,10 @@ template <class... Results>
 constexpr uint64_t results_of(const std::tuple<Results...>*) {
   return sizeof...(Results);
 }
-inline void give(Tensor result, StableIValue* stack) { *stack = reinterpret_cast<StableIValue>(result.release()); }
+inline void put(Tensor result, StableIValue* stack) { *stack = reinterpret_cast<StableIValue>(result.release()); }
 template <class... Results>
-void give(std::tuple<Results...> results, StableIValue* stack) {
-  std::apply([&](Results&... each) { (give(std::move(each), stack++), ...); }, results);
+void put(std::tuple<Results...> results, StableIValue* stack) {
+  std::apply([&](Results&... each) { (put(std::move(each), stack++), ...); }, results);
 }
 
 template <auto function>
@@ -241,18 +266,14 @@ struct Box;
 template <class Result, class... Args, Result (*function)(Args...)>
 struct Box<function> {
   static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+    using Taken = Unbox<std::tuple<std::remove_cvref_t<Args>...>>;
     constexpr uint64_t results = results_of(static_cast<const Result*>(nullptr));
-    check(num_args == sizeof...(Args) && num_outputs == results, "fastvit: the schema has ", num_args,
-          " arguments and ", num_outputs, " results, the kernel takes ", sizeof...(Args), " and gives ", results);
-    give(invoke(stack, std::index_sequence_for<Args...>{}), stack);
-  }
-
- private:
-  template <size_t... I>
-  static Result invoke(StableIValue* stack, std::index_sequence<I...>) {
-    // Every argument is taken over (and so freed in the end) before the function runs.
-    std::tuple<std::remove_cvref_t<Args>...> args{Unbox<std::remove_cvref_t<Args>>::take(stack[I])...};
-    return std::apply(function, std::move(args));
+    check(num_args == Taken::slots && num_outputs == results, "fastvit: the schema has ", num_args, " arguments and ",
+          num_outputs, " results, the kernel takes ", Taken::slots, " and returns ", results);
+    // Every argument is taken over, and so freed in the end, before the function runs.
+    StableIValue* next = stack;
+    auto args = Taken::take(next);
+    put(std::apply(function, std::move(args)), stack);
   }
 };
 
@@ -260,8 +281,8 @@ struct Box<function> {
 }  // namespace fastvit
 
 // FASTVIT_REGISTER(token_depthwise_conv, "CPU", run): `run` implements fastvit::token_depthwise_conv there. `run` is a
-// function of Tensor, std::optional<Tensor>, int64_t, double and bool (by value or const reference) that returns a
-// Tensor or a std::tuple of them.
+// function of Tensor, OptionalTensor, int64_t, double and bool, and of structs of them that have a Schema (by value or
+// const reference), that returns a Tensor or a std::tuple of them.
 #define FASTVIT_REGISTER(op, key, function)                                                                      \
   static const ::fastvit::Registration fastvit_register_##op(#op, key, ::fastvit::detail::Box<(function)>::call, \
                                                              __FILE__, __LINE__)

@@ -9,7 +9,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/bfloat16.h"
 #include "common/inline.h"
+#include "common/integers.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 // GCC 12's own header initialises its "undefined" registers with themselves, and warns of that.
@@ -256,6 +258,8 @@ FASTVIT_INLINE float largest(Vec a) {
 
 #endif
 
+constexpr int64_t kLanes = Vec::lanes;
+
 FASTVIT_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 FASTVIT_INLINE Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
@@ -278,6 +282,25 @@ FASTVIT_INLINE Vec exp(Vec x) {
 FASTVIT_INLINE Vec sigmoid(Vec x) {
   const Vec one = Vec::fill(1.0f);
   return one / (one + exp(Vec::fill(0.0f) - x));
+}
+
+FASTVIT_INLINE float widen(float x) { return x; }
+FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
+
+// The first n lanes, or all where n is no less.
+template <class T>
+FASTVIT_INLINE Vec load(const T* p, int64_t n) {
+  return n >= kLanes ? Vec::load(p) : Vec::load(p, n);
+}
+template <class T>
+FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
+  n >= kLanes ? v.store(p) : v.store(p, n);
+}
+
+// Prefetches every cache line of `count` elements. A prefetch outside of a tensor does nothing.
+template <int for_writing = 0, class T>
+FASTVIT_INLINE void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, for_writing);
 }
 
 // Two vectors side by side.

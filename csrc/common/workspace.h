@@ -5,7 +5,12 @@
 #include <memory>
 #include <new>
 
+#include "common/integers.h"
+
 namespace fastvit {
+
+// Rounded up to whole cache lines.
+FASTVIT_INLINE int64_t whole_lines(int64_t floats) { return round_up(floats, 16); }
 
 // Uninitialised memory of a thread, kept between calls so that its pages are not mapped anew each time.
 class Workspace {

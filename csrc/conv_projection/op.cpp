@@ -33,54 +33,40 @@ void run(const Works& works) {
   });
 }
 
-using Parameter = std::optional<Tensor>;
-
-// One of the convolutions as the schema has it (fastvit/ops/conv_projection.py).
+// One of the convolutions, in the schema's order (fastvit/ops/conv_projection.py).
 struct Part {
-  const Tensor& weight;
-  const Parameter &bias, &norm_weight, &norm_bias, &norm_mean, &norm_var;
-  double norm_eps;
+  using Schema = std::tuple<Tensor, OptionalTensor, NormArguments, int64_t, int64_t>;
+  Tensor weight;
+  OptionalTensor bias;
+  NormArguments norm;
   int64_t stride, padding;
 };
 
-Tensor prepare(const Tensor& x, const Part& part, int64_t height, int64_t width, int64_t prefix_tokens,
-               TokenDepthwiseConv& op) {
-  op.element = element_of(x, "x");
+Tensor prepare(const char* prefix, const Tensor& x, const Part& part, int64_t height, int64_t width,
+               int64_t prefix_tokens, TokenDepthwiseConv& op) {
+  const TokenArguments arguments("conv_projection", x, prefix);
+  op.element = arguments.element();
   op.height = height;
   op.width = width;
   op.stride = part.stride;
   op.padding = part.padding;
   op.prefix_tokens = prefix_tokens;
-  set_geometry(op, x, part.weight);
-  check(part.norm_mean.has_value() == part.norm_var.has_value(),
-        "conv_projection: a norm needs both its mean and its variance");
-  op.weight = parameter_of(part.weight, "weight", op.channels * op.kernel * op.kernel, x);
-  op.bias = parameter_of(part.bias, "bias", x);
-  op.norm = {parameter_of(part.norm_weight, "norm_weight", x), parameter_of(part.norm_bias, "norm_bias", x),
-             parameter_of(part.norm_mean, "norm_mean", x), parameter_of(part.norm_var, "norm_var", x),
-             static_cast<float>(part.norm_eps)};
-  Tensor out = empty({op.batch, prefix_tokens + op.out_height * op.out_width, op.channels}, x);
+  arguments.set_geometry(op, part.weight);
+  op.weight = arguments.parameter(part.weight, "weight", op.channels * op.kernel * op.kernel);
+  op.bias = arguments.parameter(part.bias, "bias");
+  op.norm = arguments.norm(part.norm, "norm_");
+  Tensor out = empty_result(op, x);
   op.x = x.data<void>();
   op.out = out.mutable_data<void>();
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_projection(
-    const Tensor& x, const Tensor& q_weight, const Parameter& q_bias, const Parameter& q_norm_weight,
-    const Parameter& q_norm_bias, const Parameter& q_norm_mean, const Parameter& q_norm_var, double q_norm_eps,
-    int64_t q_stride, int64_t q_padding, const Tensor& k_weight, const Parameter& k_bias,
-    const Parameter& k_norm_weight, const Parameter& k_norm_bias, const Parameter& k_norm_mean,
-    const Parameter& k_norm_var, double k_norm_eps, int64_t k_stride, int64_t k_padding, const Tensor& v_weight,
-    const Parameter& v_bias, const Parameter& v_norm_weight, const Parameter& v_norm_bias, const Parameter& v_norm_mean,
-    const Parameter& v_norm_var, double v_norm_eps, int64_t v_stride, int64_t v_padding, int64_t height, int64_t width,
-    int64_t prefix_tokens) {
-  const Part q{q_weight, q_bias, q_norm_weight, q_norm_bias, q_norm_mean, q_norm_var, q_norm_eps, q_stride, q_padding};
-  const Part k{k_weight, k_bias, k_norm_weight, k_norm_bias, k_norm_mean, k_norm_var, k_norm_eps, k_stride, k_padding};
-  const Part v{v_weight, v_bias, v_norm_weight, v_norm_bias, v_norm_mean, v_norm_var, v_norm_eps, v_stride, v_padding};
+std::tuple<Tensor, Tensor, Tensor> conv_projection(const Tensor& x, const Part& q, const Part& k, const Part& v,
+                                                   int64_t height, int64_t width, int64_t prefix_tokens) {
   std::array<TokenDepthwiseConv, 3> ops{};
-  std::tuple<Tensor, Tensor, Tensor> out{prepare(x, q, height, width, prefix_tokens, ops[0]),
-                                         prepare(x, k, height, width, prefix_tokens, ops[1]),
-                                         prepare(x, v, height, width, prefix_tokens, ops[2])};
+  std::tuple<Tensor, Tensor, Tensor> out{prepare("q_", x, q, height, width, prefix_tokens, ops[0]),
+                                         prepare("k_", x, k, height, width, prefix_tokens, ops[1]),
+                                         prepare("v_", x, v, height, width, prefix_tokens, ops[2])};
   if (x.numel() > 0) run({divide(ops[0]), divide(ops[1]), divide(ops[2])});
   return out;
 }

@@ -167,7 +167,7 @@ void run(const HeadMapGradientParams& p, int64_t b, int64_t begin, int64_t end, 
   });
 }
 
-int64_t sum_floats(const HeadMapGradientParams& p) { return 2 * p.heads * p.keys * round_up(p.dim, kLanes); }
+int64_t sum_floats(const HeadMapGradientParams& p) { return 2 * p.heads * p.keys * padded(p.dim); }
 
 template <class T>
 void finish(const HeadMapGradientParams& p, int64_t b, int64_t h, AttentionKeys keys, const float* sums,

@@ -20,37 +20,7 @@ constexpr int64_t kBlockKeys = 8;  // whose maps, of all heads, are handled whil
 constexpr int kOuterRows = kLanes == 16 ? 8 : 6, kOuterColumns = kLanes == 16 ? 3 : 2;
 constexpr int kPairRows = kLanes == 16 ? 4 : 3, kPairColumns = kLanes == 16 ? 6 : 4;
 
-// out[r][c] += sum_i a[r * kStride + i] rows[i][c], for kR rows and kC vectors of channels; strides count floats.
-template <bool kPairs, int64_t kStride, int kR, int kC>
-FASTVIT_INLINE void add_outer(int64_t depth, const float* a, const float* rows, float* out, int64_t row_stride) {
-  Vec sums[kR][kC];
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    Vec columns[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) columns[c] = Vec::load(rows + i * row_stride + c * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r * kStride + i]);
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) {
-      float* to = out + r * row_stride + c * kLanes;
-      (Vec::load(to) + sums[r][c]).store(to);
-    }
-  }
-}
-
-// The same for `count` rows and all channels.
+// add_outer for `count` rows and all channels.
 template <bool kPairs, int64_t kStride>
 void add_outer_product(int64_t count, int64_t depth, const float* a, const float* rows, float* out,
                        int64_t row_stride) {
@@ -59,9 +29,9 @@ void add_outer_product(int64_t count, int64_t depth, const float* a, const float
     for (int64_t column = 0; column < columns.blocks; ++column) {
       with_constant<kOuterColumns>(columns.size(column), [&](auto vectors) {
         with_constant<kOuterRows>(blocks.size(block), [&](auto size) {
-          add_outer<kPairs, kStride, size.value, vectors.value>(
-              depth, a + blocks.begin(block) * kStride, rows + columns.begin(column) * kLanes,
-              out + blocks.begin(block) * row_stride + columns.begin(column) * kLanes, row_stride);
+          add_outer<kPairs, size.value, vectors.value>(
+              depth, a + blocks.begin(block) * kStride, kStride, rows + columns.begin(column) * kLanes, row_stride,
+              out + blocks.begin(block) * row_stride + columns.begin(column) * kLanes);
         });
       });
     }
@@ -150,7 +120,7 @@ struct GradientScratch : MapScratch {
   GradientScratch(const HeadMapParams& p, Arena& arena)
       : MapScratch(p, arena),
         totals{p.heads},
-        row_stride(round_up(p.dim, kLanes)),
+        row_stride(padded(p.dim)),
         rows_stride(kMaxWidth * row_stride),
         maps(arena.take(p.heads * map_stride)),
         gradients(arena.take(p.heads * map_stride)),
@@ -215,7 +185,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
           const T* second = i + 1 < queries ? Rows<T>(q, b, h)[first_query + i + 1] : nullptr;
           for (int64_t d = 0; d < p.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
         } else {
-          for (int64_t d = 0; d < p.dim; ++d) row[d] = to_float(first[d]);
+          for (int64_t d = 0; d < p.dim; ++d) row[d] = widen(first[d]);
         }
         for (int64_t d = p.dim; d < s.row_stride; ++d) row[d] = 0.0f;
       }
@@ -321,7 +291,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
 template <class T>
 void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys keys, const float* sums, int64_t parts,
                  int64_t part_stride, float factor, void* out) {
-  const int64_t row_stride = round_up(p.dim, kLanes);
+  const int64_t row_stride = padded(p.dim);
   int64_t next = 0;  // in the list of keys
   for (int64_t j = 0; j < p.keys; ++j) {
     T* row = static_cast<T*>(out) + ((b * p.keys + j) * p.heads + h) * p.dim;
@@ -330,12 +300,7 @@ void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys key
     for (int64_t d = 0; d < p.dim; d += kLanes) {
       Vec total = Vec::fill(0.0f);
       for (int64_t part = 0; attended && part < parts; ++part) total += Vec::load(from + part * part_stride + d);
-      total *= Vec::fill(factor);
-      if (p.dim - d >= kLanes) {
-        total.store(row + d);
-      } else {
-        total.store(row + d, p.dim - d);
-      }
+      store(total * Vec::fill(factor), row + d, p.dim - d);
     }
     next += attended;
   }

@@ -148,7 +148,7 @@ void run_gradient(const HeadMapGradientParams& p, int64_t b, int64_t begin, int6
   });
 }
 
-int64_t sum_floats(const HeadMapGradientParams& p) { return p.heads * p.keys * round_up(p.dim, kLanes); }
+int64_t sum_floats(const HeadMapGradientParams& p) { return p.heads * p.keys * padded(p.dim); }
 
 template <class T>
 void finish_gradient(const HeadMapGradientParams& p, int64_t b, int64_t h, AttentionKeys keys, const float* sums,

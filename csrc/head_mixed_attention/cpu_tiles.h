@@ -9,7 +9,6 @@
 #pragma once
 
 #include "attention/cpu_tiles.h"
-#include "common/vec.h"
 #include "head_mixed_attention/args.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -270,21 +269,6 @@ struct MapTile {
     for (int key = 0; key < kKeys; ++key) x[key].store(map + at(j + key, v));
   }
 };
-
-// tile(width in vectors, first query, queries) for queries [begin, end), in tiles of one or two vectors.
-template <class F>
-void for_tiles(int64_t begin, int64_t end, const F& tile) {
-  for (int64_t query = begin; query < end;) {
-    const int64_t left = end - query;
-    if (left > kLanes) {
-      tile(Int<2>{}, query, left < 2 * kLanes ? left : 2 * kLanes);
-      query += 2 * kLanes;
-    } else {
-      tile(Int<1>{}, query, left);
-      query += kLanes;
-    }
-  }
-}
 
 }  // namespace
 }  // namespace fastvit::FASTVIT_ISA

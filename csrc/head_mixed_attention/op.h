@@ -16,10 +16,9 @@ namespace fastvit {
 template <class Params, class Keys>
 std::vector<double> run_head_maps(const Params& p, const HeadMapKernel<Params>& kernel, int64_t products_per_query,
                                   const Keys& keys) {
-  const auto whole_lines = [](int64_t floats) { return (floats + 15) / 16 * 16; };
   const int64_t packed_floats = whole_lines(kernel.packed_floats), scratch_floats = whole_lines(kernel.scratch_floats);
   const int64_t count = HeadMapTotals{p.heads}.count();
-  const int64_t units = (p.queries + kernel.lanes - 1) / kernel.lanes;
+  const int64_t units = divide_up(p.queries, kernel.lanes);
   const int64_t products = std::max<int64_t>(1, products_per_query * p.queries);
 
   // A batch element each, where all threads then have the same to do; else parts of one.

@@ -1,5 +1,4 @@
 // fastvit::head_mixed_attention_backward on CPU: checks, folding, the small gradients, registration.
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -13,25 +12,20 @@ constexpr char kOp[] = "head_mixed_attention_backward";
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const std::optional<Tensor>& pre_weight,
-                                            const std::optional<Tensor>& pre_bias,
-                                            const std::optional<Tensor>& post_weight,
-                                            const std::optional<Tensor>& post_bias,
-                                            const std::optional<Tensor>& norm_weight,
-                                            const std::optional<Tensor>& norm_bias, double norm_eps, bool layer_norm,
-                                            double output_scale, const std::optional<Tensor>& mask, double scale) {
-  HeadMapGradientParams p{{{attention_params(kOp, q, k, v, scale)}}};
+Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArguments& a, const MixOptions& options) {
+  const bool layer_norm = options.layer_norm;
+  const double output_scale = options.output_scale;
+  HeadMapGradientParams p{{{attention_params(kOp, a.q, a.k, a.v, options.scale)}}};
   check_heads(kOp, p);
   check_cpu_shape(kOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
-  p.grad = attention_operand(kOp, grad, "grad", q.dtype());
-  check(layer_norm || (!norm_weight && !norm_bias), kOp, ": norm_weight and norm_bias are a layer norm's");
-  const PreMix pre(kOp, pre_weight, pre_bias, p);
+  p.grad = attention_operand(kOp, grad, "grad", a.q.dtype());
+  check(layer_norm || (!a.norm_weight && !a.norm_bias), kOp, ": norm_weight and norm_bias are a layer norm's");
+  const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
 
-  std::vector<double> factor = head_vector(kOp, norm_weight, "norm_weight", p.heads, 1.0);
-  std::vector<double> shift = head_vector(kOp, norm_bias, "norm_bias", p.heads, 0.0);
+  std::vector<double> factor = head_vector(kOp, a.norm_weight, "norm_weight", p.heads, 1.0);
+  std::vector<double> shift = head_vector(kOp, a.norm_bias, "norm_bias", p.heads, 0.0);
   for (size_t h = 0; h < factor.size(); ++h) factor[h] *= output_scale, shift[h] *= output_scale;
-  HeadMix post(kOp, post_weight, "post_weight", post_bias, "post_bias", p.heads);
+  HeadMix post(kOp, a.post_weight, "post_weight", a.post_bias, "post_bias", p.heads);
   if (layer_norm) {
     post.centre();
   } else {
@@ -46,12 +40,12 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const Tensor& q,
   p.pre_gradient = pre.back.data(), p.zeros = zeros.data();
   if (layer_norm) {
     p.norm_factor = last_factor.data(), p.norm_shift = last_shift.data();
-    p.norm_eps = static_cast<float>(norm_eps);
+    p.norm_eps = static_cast<float>(options.norm_eps);
   }
 
-  const bool over_keys = mask && take_mask(kOp, *mask, p);
-  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
-  Tensor dq = attention_output(p, q), dk = attention_key_gradient(p, k), dv = attention_key_gradient(p, v);
+  const KeyLists keys = take_mask(kOp, options.mask, p);
+  Tensor dq = empty_heads_last(p, p.queries, a.q);
+  Tensor dk = empty_heads_last(p, p.keys, a.k), dv = empty_heads_last(p, p.keys, a.v);
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>(), p.dv = dv.mutable_data<void>();
   const std::vector<double> totals =
       run_head_maps(p, FASTVIT_PER_ISA(head_mix_backward_kernel)(p), p.heads * (5 * p.dim + 3 * p.heads) * p.keys,
@@ -71,12 +65,12 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const Tensor& q,
   return {std::move(dq),
           std::move(dk),
           std::move(dv),
-          small_result(part(at.pre_products(), at.mixed(), 1.0), square, pre_weight.has_value(), q),
-          small_result(std::vector<double>(factor.size(), 0.0), line, pre_bias.has_value(), q),
-          small_result(dweight, square, post_weight.has_value(), q),
-          small_result(dbias, line, post_bias.has_value(), q),
-          small_result(part(at.norm_factor(), at.norm_shift(), output_scale), line, norm_weight.has_value(), q),
-          small_result(part(at.norm_shift(), at.count(), output_scale), line, norm_bias.has_value(), q)};
+          small_result(part(at.pre_products(), at.mixed(), 1.0), square, a.pre_weight.has_value(), a.q),
+          small_result(std::vector<double>(factor.size(), 0.0), line, a.pre_bias.has_value(), a.q),
+          small_result(dweight, square, a.post_weight.has_value(), a.q),
+          small_result(dbias, line, a.post_bias.has_value(), a.q),
+          small_result(part(at.norm_factor(), at.norm_shift(), output_scale), line, a.norm_weight.has_value(), a.q),
+          small_result(part(at.norm_shift(), at.count(), output_scale), line, a.norm_bias.has_value(), a.q)};
 }
 
 FASTVIT_REGISTER(head_mixed_attention_backward, "CPU", head_mixed_attention_backward_cpu);

@@ -1,5 +1,4 @@
 // fastvit::head_map_moments and its backward on CPU: checks, the masked keys no kernel sees, registration.
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -9,16 +8,19 @@
 namespace fastvit {
 namespace {
 
-std::tuple<Tensor, Tensor> head_map_moments_cpu(const Tensor& q, const Tensor& k,
-                                                const std::optional<Tensor>& pre_weight,
-                                                const std::optional<Tensor>& pre_bias,
-                                                const std::optional<Tensor>& mask, double scale) {
+struct Arguments {
+  using Schema = std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, double>;
+  Tensor q, k;
+  OptionalTensor pre_weight, pre_bias, mask;
+  double scale;
+};
+
+std::tuple<Tensor, Tensor> head_map_moments_cpu(const Arguments& a) {
   constexpr char kOp[] = "head_map_moments";
-  HeadMapParams p{attention_params(kOp, q, k, k, scale)};
+  HeadMapParams p{attention_params(kOp, a.q, a.k, a.k, a.scale)};
   check_heads(kOp, p);
-  const PreMix pre(kOp, pre_weight, pre_bias, p);
-  const bool over_keys = mask && take_mask(kOp, *mask, p);
-  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
+  const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
+  const KeyLists keys = take_mask(kOp, a.mask, p);
   const std::vector<double> totals =
       run_head_maps(p, FASTVIT_PER_ISA(head_moments_kernel)(p), p.heads * (p.dim + p.heads) * p.keys,
                     [&](int64_t b) { return keys.of(b); });
@@ -37,22 +39,18 @@ std::tuple<Tensor, Tensor> head_map_moments_cpu(const Tensor& q, const Tensor& k
     }
   }
   const std::vector<double> sums(totals.begin() + at.mixed(), totals.begin() + at.norm_factor());
-  return {small_result(sums, {p.heads}, true, q), small_result(moments, {p.heads, p.heads}, true, q)};
+  return {small_result(sums, {p.heads}, true, a.q), small_result(moments, {p.heads, p.heads}, true, a.q)};
 }
 
 FASTVIT_REGISTER(head_map_moments, "CPU", head_map_moments_cpu);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const Tensor& dsums, const Tensor& dmoments,
-                                                                         const Tensor& q, const Tensor& k,
-                                                                         const std::optional<Tensor>& pre_weight,
-                                                                         const std::optional<Tensor>& pre_bias,
-                                                                         const std::optional<Tensor>& mask,
-                                                                         double scale) {
+                                                                         const Arguments& a) {
   constexpr char kOp[] = "head_map_moments_backward";
-  HeadMapGradientParams p{{{attention_params(kOp, q, k, k, scale)}}};
+  HeadMapGradientParams p{{{attention_params(kOp, a.q, a.k, a.k, a.scale)}}};
   check_heads(kOp, p);
   check_cpu_shape(kOp, dsums, "dsums", {p.heads});  // and no more: the sums are what they are for all q and k
-  const PreMix pre(kOp, pre_weight, pre_bias, p);
+  const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
   const std::vector<double> gradient = head_matrix(kOp, dmoments, "dmoments", p.heads);
   const std::vector<float> zeros(static_cast<size_t>(p.heads), 0.0f);
   const double share = p.keys == 0 ? 0.0 : 1.0 / static_cast<double>(p.keys);
@@ -70,17 +68,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const T
   p.map_gradient = both.data(), p.map_gradient_bias = centre.data();
   p.pre_gradient = pre.back.data(), p.zeros = zeros.data();
 
-  const bool over_keys = mask && take_mask(kOp, *mask, p);
-  const KeyLists keys(p.batch, p.keys, over_keys ? &*mask : nullptr);
-  Tensor dq = attention_output(p, q), dk = attention_key_gradient(p, k);
+  const KeyLists keys = take_mask(kOp, a.mask, p);
+  Tensor dq = empty_heads_last(p, p.queries, a.q), dk = empty_heads_last(p, p.keys, a.k);
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>();
   const std::vector<double> totals =
       run_head_maps(p, FASTVIT_PER_ISA(head_moments_backward_kernel)(p), p.heads * (3 * p.dim + 2 * p.heads) * p.keys,
                     [&](int64_t b) { return keys.of(b); });
   const HeadMapTotals at{p.heads};
   const std::vector<double> dpre(totals.begin() + at.pre_products(), totals.begin() + at.mixed());
-  return {std::move(dq), std::move(dk), small_result(dpre, {p.heads, p.heads}, pre_weight.has_value(), q),
-          small_result(std::vector<double>(zeros.size(), 0.0), {p.heads}, pre_bias.has_value(), q)};
+  return {std::move(dq), std::move(dk), small_result(dpre, {p.heads, p.heads}, a.pre_weight.has_value(), a.q),
+          small_result(std::vector<double>(zeros.size(), 0.0), {p.heads}, a.pre_bias.has_value(), a.q)};
 }
 
 FASTVIT_REGISTER(head_map_moments_backward, "CPU", head_map_moments_backward_cpu);

@@ -1,47 +1,22 @@
 #include "head_mixed_attention/op_parameters.h"
 
-#include <bit>
-
 namespace fastvit {
-namespace {
-
-// A small tensor of one or two axes.
-std::vector<double> values(const char* op, const Tensor& tensor, const char* name) {
-  const Dtype dtype = tensor.dtype();
-  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16, op, ": ", name, " must be float32 or bfloat16, got ",
-        dtype);
-  const bool matrix = tensor.dim() == 2;
-  const int64_t rows = matrix ? tensor.size(0) : 1, columns = tensor.size(matrix ? 1 : 0);
-  const int64_t row_stride = matrix ? tensor.stride(0) : 0, column_stride = tensor.stride(matrix ? 1 : 0);
-  std::vector<double> result;
-  result.reserve(static_cast<size_t>(rows * columns));
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t at = i * row_stride + j * column_stride;
-      result.push_back(dtype == Dtype::float32
-                           ? tensor.data<float>()[at]
-                           : std::bit_cast<float>(static_cast<uint32_t>(tensor.data<uint16_t>()[at]) << 16));
-    }
-  }
-  return result;
-}
-
-}  // namespace
-
-std::vector<double> head_vector(const char* op, const std::optional<Tensor>& tensor, const char* name, int64_t heads,
+std::vector<double> head_vector(const char* op, const OptionalTensor& tensor, const char* name, int64_t heads,
                                 double otherwise) {
   if (!tensor) return std::vector<double>(static_cast<size_t>(heads), otherwise);
   check_cpu_shape(op, *tensor, name, {heads});
-  return values(op, *tensor, name);
+  const std::vector<float> values = small_values(op, *tensor, name);
+  return {values.begin(), values.end()};
 }
 
 std::vector<double> head_matrix(const char* op, const Tensor& tensor, const char* name, int64_t heads) {
   check_cpu_shape(op, tensor, name, {heads, heads});
-  return values(op, tensor, name);
+  const std::vector<float> values = small_values(op, tensor, name);
+  return {values.begin(), values.end()};
 }
 
-HeadMix::HeadMix(const char* op, const std::optional<Tensor>& weight, const char* weight_name,
-                 const std::optional<Tensor>& bias, const char* bias_name, int64_t heads)
+HeadMix::HeadMix(const char* op, const OptionalTensor& weight, const char* weight_name, const OptionalTensor& bias,
+                 const char* bias_name, int64_t heads)
     : offset(head_vector(op, bias, bias_name, heads, 0.0)) {
   if (weight) matrix = head_matrix(op, *weight, weight_name, heads);
 }
@@ -87,8 +62,7 @@ std::vector<float> transposed_floats(const std::vector<double>& matrix) {
   return result;
 }
 
-PreMix::PreMix(const char* op, const std::optional<Tensor>& pre_weight, const std::optional<Tensor>& pre_bias,
-               HeadMapParams& p) {
+PreMix::PreMix(const char* op, const OptionalTensor& pre_weight, const OptionalTensor& pre_bias, HeadMapParams& p) {
   if (!pre_weight) return;
   const HeadMix mix(op, pre_weight, "pre_weight", pre_bias, "pre_bias", p.heads);
   weight = transposed_floats(mix.matrix), back = to_floats(mix.matrix), bias = to_floats(mix.offset);
@@ -96,7 +70,7 @@ PreMix::PreMix(const char* op, const std::optional<Tensor>& pre_weight, const st
 }
 
 void check_heads(const char* op, const AttentionParams& p) {
-  check(p.heads <= kHeadMixMaxHeads, op, ": at most ", kHeadMixMaxHeads, " heads are accepted, got ", p.heads);
+  check(p.heads <= kHeadMixMaxHeads, op, ": expected at most ", kHeadMixMaxHeads, " heads, got ", p.heads);
 }
 
 Tensor small_result(const std::vector<double>& values, const std::vector<int64_t>& sizes, bool present,

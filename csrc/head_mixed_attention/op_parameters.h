@@ -1,7 +1,7 @@
 // The small parameters of head-mixed attention: read, folded in double, and handed to the kernels.
 #pragma once
 
-#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "attention/op.h"
@@ -9,12 +9,28 @@
 
 namespace fastvit {
 
+// What the schemas of the operator and of its backward have in common; norm_mean and norm_var stand between the two.
+struct MixArguments {
+  using Schema = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                            OptionalTensor, OptionalTensor>;
+  Tensor q, k, v;
+  OptionalTensor pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias;
+};
+struct MixOptions {
+  using Schema = std::tuple<double, bool, double, OptionalTensor, double>;
+  double norm_eps;
+  bool layer_norm;
+  double output_scale;
+  OptionalTensor mask;
+  double scale;
+};
+
 // (H, H) row by row, and (H,): a linear map over heads. An empty matrix is the identity.
 struct HeadMix {
   std::vector<double> matrix, offset;
 
-  HeadMix(const char* op, const std::optional<Tensor>& weight, const char* weight_name,
-          const std::optional<Tensor>& bias, const char* bias_name, int64_t heads);
+  HeadMix(const char* op, const OptionalTensor& weight, const char* weight_name, const OptionalTensor& bias,
+          const char* bias_name, int64_t heads);
 
   // The map becomes factor[h] * it[h] + shift[h].
   void scale(const std::vector<double>& factor, const std::vector<double>& shift);
@@ -24,7 +40,7 @@ struct HeadMix {
 };
 
 // The vector, or `heads` times `otherwise`; float32 or bfloat16.
-std::vector<double> head_vector(const char* op, const std::optional<Tensor>& tensor, const char* name, int64_t heads,
+std::vector<double> head_vector(const char* op, const OptionalTensor& tensor, const char* name, int64_t heads,
                                 double otherwise);
 
 // The (H, H) matrix row by row; float32 or bfloat16.
@@ -41,7 +57,7 @@ std::vector<float> transposed_floats(const std::vector<double>& matrix);
 struct PreMix {
   std::vector<float> weight, back, bias;
 
-  PreMix(const char* op, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, HeadMapParams& p);
+  PreMix(const char* op, const OptionalTensor& weight, const OptionalTensor& bias, HeadMapParams& p);
 };
 
 // Throws if these are more heads than the kernels take.

@@ -10,14 +10,13 @@
 // With the bfloat16 dot product (kPairs) a word holds two neighbours along the depth, and the sums are float32.
 #include "linear/args.h"
 
-#include "common/vec.h"
 #include "common/vec_activation.h"
+#include "common/vec_product.h"
 #include "common/vec_transpose.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kLanes = Vec::lanes;
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as registers hold beside the operands
@@ -27,42 +26,7 @@ constexpr int64_t kRowStride = kDepthBlock + 16;
 template <bool kPairs>
 constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 192;
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// f(Int<n>) for a run-time n in [1, N].
-template <int N, class F>
-inline void with_constant(int64_t n, const F& f) {
-  if constexpr (N > 1) {
-    if (n < N) return with_constant<N - 1>(n, f);
-  }
-  f(Int<N>{});
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline float widened(float x) { return x; }
-inline float widened(bf16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float result;
-  memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
 // --- Words: floats, or pairs of bfloat16 ----------------------------------------------------------------------------
-
-template <bool kPairs>
-constexpr int64_t words_of(int64_t elements) {
-  return kPairs ? (elements + 1) / 2 : elements;
-}
 
 // `count` words from element `first` on of a contiguous row of `depth` elements; an odd one's missing half is zero.
 template <class T, bool kPairs>
@@ -80,7 +44,7 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
   } else {
     int64_t k = 0;
     for (; k + kLanes <= count; k += kLanes) Vec::load(row + first + k).store(to + k);
-    for (; k < count; ++k) to[k] = widened(row[first + k]);
+    for (; k < count; ++k) to[k] = widen(row[first + k]);
   }
 }
 
@@ -136,7 +100,7 @@ void pack_columns(const LinearParams& p, int64_t column, int64_t columns, float*
       }
     } else {
       const T* row = weight + k * p.weight_depth_stride;
-      for (int64_t c = 0; c < kPanel; ++c) to[c] = c < columns ? widened(row[c]) : 0.0f;
+      for (int64_t c = 0; c < kPanel; ++c) to[c] = c < columns ? widen(row[c]) : 0.0f;
     }
   }
 }
@@ -155,14 +119,6 @@ void pack(const LinearParams& p, int64_t begin, int64_t end, float* packed) {
 }
 
 // --- A tile ---------------------------------------------------------------------------------------------------------
-
-template <bool kPairs>
-FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-#endif
-  return fma(a, b, c);
-}
 
 // Rows of x that the next tile needs, to be fetched a cache line at a time while this one is computed: their copying
 // would wait for memory, and the hardware foresees too little of it. A prefetch beyond x does nothing.
@@ -309,7 +265,7 @@ struct Tile {
         const int64_t column = panel * kPanel + c, left = columns(panel) - c;
         for (int64_t r = 0; r < rows; ++r) {
           const float* start = from + r * step + column;
-          const Vec value = left >= kLanes ? Vec::load(start) : left > 0 ? Vec::load(start, left) : Vec::fill(0.0f);
+          const Vec value = left > 0 ? load(start, left) : Vec::fill(0.0f);
           value.store(total(panel, r) + c);
         }
       }
@@ -346,9 +302,7 @@ struct Tile {
           continue;
         }
         for (int64_t c = 0; c < columns(panel); c += kLanes) {
-          const Vec value = activate<activation>(Vec::load(total(panel, r) + c));
-          const int64_t left = columns(panel) - c;
-          left >= kLanes ? value.store(out + c) : value.store(out + c, left);
+          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, columns(panel) - c);
         }
       }
     }

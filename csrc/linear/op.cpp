@@ -2,10 +2,9 @@
 #include "linear/args.h"
 
 #include <algorithm>
-#include <bit>
-#include <optional>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
 
@@ -16,25 +15,6 @@ constexpr char kOp[] = "linear";
 constexpr int64_t kPackedFloats = 128 << 10;  // of a group, so that it stays in the L2 cache
 constexpr int64_t kDepthSlice = 1024;         // of a long sum: with more of it a group would have few panels, and every
                                               // group reads x again
-constexpr int64_t kSerialProducts = 1 << 19;  // below, waking another thread costs more than it saves
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::vector<float> bias_values(const std::optional<Tensor>& bias, int64_t columns) {
-  std::vector<float> values(static_cast<size_t>(columns), 0.0f);
-  if (!bias) return values;
-  check(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == columns, kOp, ": bias must be (", columns,
-        ",) on the CPU, got ", shape_of(*bias));
-  const Dtype dtype = bias->dtype();
-  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16, kOp, ": bias must be float32 or bfloat16, got ", dtype);
-  const int64_t stride = bias->stride(0);
-  for (int64_t i = 0; i < columns; ++i) {
-    values[static_cast<size_t>(i)] =
-        dtype == Dtype::float32 ? bias->data<float>()[i * stride]
-                                : std::bit_cast<float>(static_cast<uint32_t>(bias->data<uint16_t>()[i * stride]) << 16);
-  }
-  return values;
-}
 
 // The rows of x, (..., K), as one axis; throws where no single stride leads from row to row.
 int64_t take_rows(const Tensor& x, LinearParams& p) {
@@ -97,18 +77,17 @@ void run(const LinearParams& p) {
   }
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation) {
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t activation) {
   const Dtype dtype = x.dtype();
   check(x.is_cpu() && x.dim() >= 1, kOp, ": x must be (..., K) on the CPU, got ", shape_of(x));
-  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16, kOp, ": x must be float32 or bfloat16, got ", dtype);
+  check_cpu_dtype(kOp, x, "x");
   check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1) && weight.dtype() == dtype, kOp,
         ": weight must be (N, K) of x's dtype on the CPU, got ", shape_of(weight), " of ", weight.dtype(), " beside ",
         shape_of(x), " of ", dtype);
   check(weight.stride(1) == 1 || weight.stride(0) == 1, kOp, ": weight must be contiguous along one axis");
-  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::relu), kOp, ": no activation has code ",
-        activation);
 
   LinearParams p{};
+  p.activation = activation_of(kOp, activation, "activation");
   p.rows = take_rows(x, p);
   p.columns = weight.size(0);
   p.depth = weight.size(1);
@@ -116,7 +95,11 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Ten
   sizes.back() = p.columns;
   Tensor out = empty(sizes, x);
   if (out.numel() == 0) return out;
-  const std::vector<float> bias_floats = bias_values(bias, p.columns);
+  std::vector<float> bias_floats(static_cast<size_t>(p.columns), 0.0f);
+  if (bias) {
+    check_cpu_shape(kOp, *bias, "bias", {p.columns});
+    bias_floats = small_values(kOp, *bias, "bias");
+  }
   p.x = x.data<void>();
   p.weight = weight.data<void>();
   p.weight_column_stride = weight.stride(0);
@@ -124,7 +107,6 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Ten
   p.bias = bias_floats.data();
   p.out = out.mutable_data<void>();
   p.bfloat16 = dtype == Dtype::bfloat16;
-  p.activation = static_cast<Activation>(activation);
   run(p);
   return out;
 }

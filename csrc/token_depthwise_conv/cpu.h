@@ -25,7 +25,7 @@ struct TokenDepthwiseConvWork : TokenDepthwiseConv {
   int64_t items, grain;    // all there are, and as many as a thread should take at least
 };
 
-// Divides the work among the threads there are. Throws where the CPU kernels do not take the dtype.
+// Divides the work among the threads there are.
 TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op);
 
 // Does items [begin, end); scratch: 64-byte aligned, scratch_floats long.

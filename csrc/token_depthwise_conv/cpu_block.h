@@ -9,8 +9,6 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kLanes = Vec::lanes;
-
 // Output rows that a call of a convolution makes at most.
 constexpr int64_t kRows = kLanes == 16 ? kMaxRows : 1;
 
@@ -20,16 +18,6 @@ FASTVIT_INLINE void for_each_vector(int64_t channels, const F& f) {
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) f(c, kLanes);
   if (c < channels) f(c, channels - c);
-}
-
-template <class T>
-FASTVIT_INLINE Vec load(const T* p, int64_t n) {
-  return n == kLanes ? Vec::load(p) : Vec::load(p, n);
-}
-
-template <class T>
-FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
-  n == kLanes ? v.store(p) : v.store(p, n);
 }
 
 // streams: past the caches, of a whole vector.
@@ -46,14 +34,6 @@ Vec read(ChannelParameter parameter, int64_t at, int64_t n, float absent) {
   if (parameter.data == nullptr) return Vec::fill(absent);
   return parameter.element == Element::bfloat16 ? load(static_cast<const bf16*>(parameter.data) + at, n)
                                                 : load(static_cast<const float*>(parameter.data) + at, n);
-}
-
-FASTVIT_INLINE float widen(float x) { return x; }
-FASTVIT_INLINE float widen(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 // A norm as scale * x + shift.
@@ -173,14 +153,6 @@ void Block::pack() {
       store(norm.shift, pre_shift + c, n);
     }
   });
-}
-
-// Brings the channels of a token that will be needed a row later near. The hardware does not see the pattern: a few
-// lines of each token in turn. A prefetch beyond the tensor does nothing.
-template <int for_writing, class T>
-FASTVIT_INLINE void prefetch(const T* token, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(token + c, for_writing);
 }
 
 // Vectors that are activated at once. As many as the registers hold: one after the other they would wait for

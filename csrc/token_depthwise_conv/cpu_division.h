@@ -3,11 +3,10 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
 #include "token_depthwise_conv/cpu.h"
 
 namespace fastvit {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The channel block as wide as a cache allows in which a channel takes up `per_channel` floats, evened out over the
 // channels; at least `narrowest` vectors.

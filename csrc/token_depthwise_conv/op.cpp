@@ -30,7 +30,6 @@ FASTVIT_REGISTER(token_depthwise_conv, "CPU", token_depthwise_conv_entry<run>);
 }  // namespace
 
 TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
-  check(op.element != Element::float16, "token_depthwise_conv: the CPU kernels take float32 and bfloat16, got float16");
   const int64_t numel = op.batch * op.out_height * op.out_width * op.channels;
   const int64_t threads = numel < kSerialNumel ? 1 : num_threads();
   TokenDepthwiseConvWork work{};

@@ -1,106 +1,139 @@
 // The operator fastvit::token_depthwise_conv as torch calls it: every check, then a device's own function.
 #pragma once
 
-#include <optional>
+#include <tuple>
 
-#include "common/torch_abi.h"
+#include "common/arguments.h"
 #include "token_depthwise_conv/args.h"
 
 namespace fastvit {
 
-inline Element element_of(const Tensor& tensor, const char* name) {
-  const Dtype dtype = tensor.dtype();
-  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16 || dtype == Dtype::float16, "token_depthwise_conv: ", name,
-        " must be float32, bfloat16 or float16, got ", dtype);
-  return dtype == Dtype::float32 ? Element::float32 : dtype == Dtype::bfloat16 ? Element::bfloat16 : Element::float16;
-}
+// --- Arguments, in the schema's order (fastvit/ops/token_depthwise_conv.py) ------------------------------------------
 
-inline ChannelParameter parameter_of(const Tensor& tensor, const char* name, int64_t numel, const Tensor& x) {
-  check(tensor.device_type() == x.device_type() && tensor.device_index() == x.device_index(),
-        "token_depthwise_conv: ", name, " must be on x's device");
-  check(tensor.is_contiguous() && tensor.numel() == numel, "token_depthwise_conv: ", name, " must be contiguous with ",
-        numel, " elements, got shape ", shape_of(tensor));
-  check(tensor.dtype() == Dtype::float32 || tensor.dtype() == x.dtype(), "token_depthwise_conv: ", name,
-        " must be float32 or of x's dtype ", x.dtype(), ", got ", tensor.dtype());
-  return {tensor.data<void>(), element_of(tensor, name)};
-}
-
-inline ChannelParameter parameter_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& x) {
-  if (!tensor) return {};
-  check(tensor->dim() == 1, "token_depthwise_conv: ", name, " must have one axis, got shape ", shape_of(*tensor));
-  return parameter_of(*tensor, name, x.size(2), x);
-}
-
-// Fills in the geometry; throws unless it is one.
-inline void set_geometry(TokenDepthwiseConv& op, const Tensor& x, const Tensor& weight) {
-  check(x.dim() == 3, "token_depthwise_conv: x must be (B, P + h*w, C), got shape ", shape_of(x));
-  check(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && weight.size(2) > 0 &&
-            weight.size(0) == x.size(2),
-        "token_depthwise_conv: weight must be (C, 1, k, k) beside x ", shape_of(x), ", got shape ", shape_of(weight));
-  op.batch = x.size(0);
-  op.channels = x.size(2);
-  op.kernel = weight.size(2);
-  op.x_batch_stride = x.stride(0);
-  op.x_token_stride = x.stride(1);
-  check(x.stride(2) == 1 || op.channels <= 1, "token_depthwise_conv: x must have adjacent channels, got stride ",
-        x.stride(2));
-  check(op.height > 0 && op.width > 0 && op.prefix_tokens >= 0 && x.size(1) == op.prefix_tokens + op.height * op.width,
-        "token_depthwise_conv: x has ", x.size(1), " tokens, expected are ", op.prefix_tokens, " + ", op.height, " * ",
-        op.width);
-  check(op.stride >= 1 && op.padding >= 0, "token_depthwise_conv: stride ", op.stride, " and padding ", op.padding,
-        " must be at least 1 and 0");
-  const int64_t room = (op.height < op.width ? op.height : op.width) + 2 * op.padding - op.kernel;
-  check(room >= 0, "token_depthwise_conv: a kernel of ", op.kernel, " does not fit into the padded grid (", op.height,
-        ", ", op.width, ")");
-  op.out_height = (op.height + 2 * op.padding - op.kernel) / op.stride + 1;
-  op.out_width = (op.width + 2 * op.padding - op.kernel) / op.stride + 1;
-  check(!op.residual || (op.out_height == op.height && op.out_width == op.width),
-        "token_depthwise_conv: residual needs a convolution that keeps the grid (", op.height, ", ", op.width,
-        "), this gives (", op.out_height, ", ", op.out_width, ")");
-}
-
-inline Activation activation_of(int64_t code, const char* name) {
-  check(code >= 0 && code <= static_cast<int64_t>(Activation::relu), "token_depthwise_conv: ", name,
-        " has codes 0 to 4, got ", code);
-  return static_cast<Activation>(code);
-}
-
-// What the operator's schema says of one norm, and of the geometry.
+// A norm with given statistics.
 struct NormArguments {
-  const std::optional<Tensor>&weight, &bias, &mean, &var;
+  using Schema = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double>;
+  OptionalTensor weight, bias, mean, var;
   double eps;
 };
-struct GeometryArguments {
+
+// What the operator and those of training have in common, from the weight on.
+template <class Norm>
+struct ConvolutionArguments {
+  using Schema = std::tuple<Tensor, OptionalTensor, Norm, int64_t, Norm, int64_t, int64_t, int64_t, int64_t, int64_t,
+                            int64_t, bool>;
+  Tensor weight;
+  OptionalTensor bias;
+  Norm pre_norm;
+  int64_t pre_activation;
+  Norm norm;
+  int64_t activation;
   int64_t height, width, stride, padding, prefix_tokens;
   bool residual;
 };
 
-// Reads and checks the arguments of a schema (fastvit/ops/_token_depthwise_conv_native.py); x and out are yet to be
-// set.
-inline TokenDepthwiseConv describe(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   const NormArguments& pre_norm, int64_t pre_activation, const NormArguments& norm,
-                                   int64_t activation, const GeometryArguments& geometry) {
+// --- Checks ---------------------------------------------------------------------------------------------------------
+
+// Reads and checks the arguments of a call. Messages begin with the operator that was called and name an argument as
+// its schema does: `prefix` and then the name given here.
+class TokenArguments {
+ public:
+  TokenArguments(const char* op, const Tensor& x, const char* prefix = "") : op_(op), prefix_(prefix), x_(x) {
+    check(x.dim() == 3, op, ": x must be (B, P + h*w, C), got shape ", shape_of(x));
+    if (x.is_cpu()) check_cpu_dtype(op, x, "x");
+  }
+
+  Element element() const { return element_of(x_, "", "x"); }
+
+  ChannelParameter parameter(const Tensor& tensor, const char* name, int64_t numel, const char* group = "") const {
+    require(tensor.device_type() == x_.device_type() && tensor.device_index() == x_.device_index(), group, name,
+            " must be on x's device");
+    require(tensor.is_contiguous() && tensor.numel() == numel, group, name, " must be contiguous with ", numel,
+            " elements, got shape ", shape_of(tensor));
+    require(tensor.dtype() == Dtype::float32 || tensor.dtype() == x_.dtype(), group, name,
+            " must be float32 or of x's dtype ", x_.dtype(), ", got ", tensor.dtype());
+    return {tensor.data<void>(), element_of(tensor, group, name)};
+  }
+
+  ChannelParameter parameter(const OptionalTensor& tensor, const char* name, const char* group = "") const {
+    if (!tensor) return {};
+    require(tensor->dim() == 1, group, name, " must have one axis, got shape ", shape_of(*tensor));
+    return parameter(*tensor, name, x_.size(2), group);
+  }
+
+  // group: what the schema puts in front of the names of a norm's arguments.
+  ChannelNorm norm(const NormArguments& from, const char* group) const {
+    require(from.mean.has_value() == from.var.has_value(), group, "mean and ", prefix_, group,
+            "var must be given together");
+    return {parameter(from.weight, "weight", group), parameter(from.bias, "bias", group),
+            parameter(from.mean, "mean", group), parameter(from.var, "var", group), static_cast<float>(from.eps)};
+  }
+
+  // Fills in the sizes and strides; height, width, stride, padding, prefix_tokens and residual are there.
+  void set_geometry(TokenDepthwiseConv& op, const Tensor& weight) const {
+    require(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && weight.size(2) > 0 &&
+                weight.size(0) == x_.size(2),
+            "weight must be (C, 1, k, k) beside x ", shape_of(x_), ", got shape ", shape_of(weight));
+    op.batch = x_.size(0);
+    op.channels = x_.size(2);
+    op.kernel = weight.size(2);
+    op.x_batch_stride = x_.stride(0);
+    op.x_token_stride = x_.stride(1);
+    check(x_.stride(2) == 1 || op.channels <= 1, op_, ": x must have adjacent channels, got stride ", x_.stride(2));
+    check(
+        op.height > 0 && op.width > 0 && op.prefix_tokens >= 0 && x_.size(1) == op.prefix_tokens + op.height * op.width,
+        op_, ": x has ", x_.size(1), " tokens, expected ", op.prefix_tokens, " + ", op.height, " * ", op.width);
+    require(op.stride >= 1, "stride must be at least 1, got ", op.stride);
+    require(op.padding >= 0, "padding must be at least 0, got ", op.padding);
+    const int64_t room = smaller(op.height, op.width) + 2 * op.padding - op.kernel;
+    require(room >= 0, "weight: a kernel of ", op.kernel, " does not fit into the padded grid (", op.height, ", ",
+            op.width, ")");
+    op.out_height = (op.height + 2 * op.padding - op.kernel) / op.stride + 1;
+    op.out_width = (op.width + 2 * op.padding - op.kernel) / op.stride + 1;
+    require(!op.residual || (op.out_height == op.height && op.out_width == op.width),
+            "residual needs a convolution that keeps the grid (", op.height, ", ", op.width, "), this one gives (",
+            op.out_height, ", ", op.out_width, ")");
+  }
+
+ private:
+  template <class... Parts>
+  void require(bool condition, const Parts&... message) const {
+    check(condition, op_, ": ", prefix_, message...);
+  }
+
+  Element element_of(const Tensor& tensor, const char* group, const char* name) const {
+    switch (const Dtype dtype = tensor.dtype()) {
+      case Dtype::float32: return Element::float32;
+      case Dtype::bfloat16: return Element::bfloat16;
+      case Dtype::float16: return Element::float16;
+      default: check(false, op_, ": ", group, name, " must be float32, bfloat16 or float16, got ", dtype);
+    }
+    return {};
+  }
+
+  const char *op_, *prefix_;
+  const Tensor& x_;
+};
+
+// What the arguments describe; x and out are yet to be set.
+template <class Norm>
+TokenDepthwiseConv describe(const char* name, const Tensor& x, const ConvolutionArguments<Norm>& from) {
+  const TokenArguments arguments(name, x);
   TokenDepthwiseConv op{};
-  op.element = element_of(x, "x");
-  op.height = geometry.height;
-  op.width = geometry.width;
-  op.stride = geometry.stride;
-  op.padding = geometry.padding;
-  op.prefix_tokens = geometry.prefix_tokens;
-  op.residual = geometry.residual;
-  set_geometry(op, x, weight);
-  check(pre_norm.mean.has_value() == pre_norm.var.has_value() && norm.mean.has_value() == norm.var.has_value(),
-        "token_depthwise_conv: a norm needs both its mean and its variance");
-  op.weight = parameter_of(weight, "weight", op.channels * op.kernel * op.kernel, x);
-  op.bias = parameter_of(bias, "bias", x);
-  op.pre_norm = {parameter_of(pre_norm.weight, "pre_norm_weight", x), parameter_of(pre_norm.bias, "pre_norm_bias", x),
-                 parameter_of(pre_norm.mean, "pre_norm_mean", x), parameter_of(pre_norm.var, "pre_norm_var", x),
-                 static_cast<float>(pre_norm.eps)};
-  op.norm = {parameter_of(norm.weight, "norm_weight", x), parameter_of(norm.bias, "norm_bias", x),
-             parameter_of(norm.mean, "norm_mean", x), parameter_of(norm.var, "norm_var", x),
-             static_cast<float>(norm.eps)};
-  op.pre_activation = activation_of(pre_activation, "pre_activation");
-  op.activation = activation_of(activation, "activation");
+  op.element = arguments.element();
+  op.height = from.height;
+  op.width = from.width;
+  op.stride = from.stride;
+  op.padding = from.padding;
+  op.prefix_tokens = from.prefix_tokens;
+  op.residual = from.residual;
+  arguments.set_geometry(op, from.weight);
+  op.weight = arguments.parameter(from.weight, "weight", op.channels * op.kernel * op.kernel);
+  op.bias = arguments.parameter(from.bias, "bias");
+  op.pre_norm = arguments.norm(from.pre_norm, "pre_norm_");
+  op.norm = arguments.norm(from.norm, "norm_");
+  op.pre_activation = activation_of(name, from.pre_activation, "pre_activation");
+  op.activation = activation_of(name, from.activation, "activation");
   return op;
 }
 
@@ -108,22 +141,13 @@ inline Tensor empty_result(const TokenDepthwiseConv& op, const Tensor& x) {
   return empty({op.batch, op.prefix_tokens + op.out_height * op.out_width, op.channels}, x);
 }
 
-// The operator for inference. `run` computes what is described, on the device of x; it is called only where there is
-// something to compute.
+// --- The operator ---------------------------------------------------------------------------------------------------
+
+// For inference. `run` computes what is described, on the device of x; it is called only where there is something to
+// compute.
 template <void (*run)(const TokenDepthwiseConv& op, const Tensor& x)>
-Tensor token_depthwise_conv_entry(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& pre_norm_weight,
-                                  const std::optional<Tensor>& pre_norm_bias,
-                                  const std::optional<Tensor>& pre_norm_mean, const std::optional<Tensor>& pre_norm_var,
-                                  double pre_norm_eps, int64_t pre_activation, const std::optional<Tensor>& norm_weight,
-                                  const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& norm_mean,
-                                  const std::optional<Tensor>& norm_var, double norm_eps, int64_t activation,
-                                  int64_t height, int64_t width, int64_t stride, int64_t padding, int64_t prefix_tokens,
-                                  bool residual) {
-  TokenDepthwiseConv op =
-      describe(x, weight, bias, {pre_norm_weight, pre_norm_bias, pre_norm_mean, pre_norm_var, pre_norm_eps},
-               pre_activation, {norm_weight, norm_bias, norm_mean, norm_var, norm_eps}, activation,
-               {height, width, stride, padding, prefix_tokens, residual});
+Tensor token_depthwise_conv_entry(const Tensor& x, const ConvolutionArguments<NormArguments>& arguments) {
+  TokenDepthwiseConv op = describe("token_depthwise_conv", x, arguments);
   Tensor out = empty_result(op, x);
   if (out.numel() == 0) return out;
   op.x = x.data<void>();

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/bfloat16.h"
 #include "common/workspace.h"
 #include "token_depthwise_conv/cpu_division.h"
 #include "token_depthwise_conv/op_training.h"
@@ -20,7 +21,6 @@ constexpr int64_t kMomentFloats = 5;       // that a channel's moments take whil
 using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
 
 TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
-  check(op.element != Element::float16, "token_depthwise_conv: the CPU kernels take float32 and bfloat16, got float16");
   TokenDepthwiseConvPass pass{};
   static_cast<TokenDepthwiseConv&>(pass) = op;
   pass.padded_width = op.width + 2 * op.padding;
@@ -136,8 +136,7 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
 float read(const ChannelParameter& parameter, int64_t channel, float absent) {
   if (parameter.data == nullptr) return absent;
   if (parameter.element == Element::float32) return static_cast<const float*>(parameter.data)[channel];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(parameter.data)[channel]) << 16;
-  return std::bit_cast<float>(bits);
+  return float_of_bfloat16(static_cast<const uint16_t*>(parameter.data)[channel]);
 }
 
 // A norm's coefficients in backward, and its gradients, once the sums of dn and dn (c - mean) are known.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NoReturn
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from fastvit.reference.functional import ACTIVATIONS, BatchNorm
 
 __all__ = [
+    "INTS",
     "check_activation",
     "check_attention",
     "check_batch_norm",
@@ -35,9 +35,8 @@ def fail(name: str, expected: str, value: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def is_int(value: object) -> bool:
-    """Whether a value counts or measures: an int or torch.SymInt, not a bool."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+INTS = (int, torch.SymInt)
+"""What counts or measures; a bool, which is an int to Python, does not."""
 
 
 def check_parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
@@ -161,9 +160,12 @@ def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 def check_grid(x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> None:
     """x has the tokens of the grid after its prefix tokens."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(is_int(n) and n >= 1 for n in grid):
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         fail("grid", "a pair of positive ints (h, w)", grid)
-    if not is_int(prefix_tokens) or prefix_tokens < 0:
+    for size in grid:
+        if not isinstance(size, INTS) or isinstance(size, bool) or size < 1:
+            fail("grid", "a pair of positive ints (h, w)", grid)
+    if not isinstance(prefix_tokens, INTS) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
         fail("prefix_tokens", "an int >= 0", prefix_tokens)
     if x.shape[1] != prefix_tokens + grid[0] * grid[1]:
         tokens = f"h * w = {x.shape[1]} - {prefix_tokens}" if prefix_tokens else f"h * w = {x.shape[1]}"
@@ -174,14 +176,15 @@ def check_geometry(
     grid: tuple[int, int], kernel: int, stride: int, padding: int | None, part: str = ""
 ) -> tuple[int, int]:
     """A convolution that fits the padded grid; the grid of its result. ``part`` prefixes the names in errors."""
-    if not is_int(stride) or stride < 1:
+    if not isinstance(stride, INTS) or isinstance(stride, bool) or stride < 1:
         fail(f"{part}stride", "an int >= 1", stride)
     padding = kernel // 2 if padding is None else padding
-    if not is_int(padding) or padding < 0:
+    if not isinstance(padding, INTS) or isinstance(padding, bool) or padding < 0:
         fail(f"{part}padding", "an int >= 0, the same on all sides", padding)
     if min(grid) + 2 * padding < kernel:
         fail(f"{part}padding", f"enough for a kernel of {kernel} to fit the padded grid of {tuple(grid)}", padding)
-    out = tuple(out_size(size, kernel, stride, padding) for size in grid)
-    if not torch.compiler.is_compiling() and math.prod(out) >= 2**63:
-        fail(f"{part}padding", "a result whose sizes fit 64 bits", padding)
-    return out[0], out[1]
+    height, width = grid
+    out = out_size(height, kernel, stride, padding), out_size(width, kernel, stride, padding)
+    if type(padding) is int and padding > 2**30:
+        fail(f"{part}padding", f"an int <= {2**30}", padding)
+    return out

@@ -35,7 +35,6 @@ __all__ = [
     "differentiable_backward",
     "gradients_needed",
     "log",
-    "never",
     "recording",
 ]
 
@@ -56,15 +55,15 @@ class Implementation(NamedTuple):
 
     Attributes:
         name: of the backend.
-        reasons: ``reasons(call, named)`` yields, lazily, why it cannot take the call and, unless it was asked for by
-            name, why another one is faster. The first that is yielded turns it down.
         run: computes the call.
+        reasons: ``reasons(call, named)`` yields, lazily, why it cannot take the call and, unless it was asked for by
+            name, why another one is faster. The first that is yielded turns it down. None: it takes every call.
         validates: whether the kernel refuses wrong arguments itself, before anything is changed.
     """
 
     name: str
-    reasons: Callable[[Any, bool], Iterator[str]]
     run: Callable[[Any], Any]
+    reasons: Callable[[Any, bool], Iterator[str]] | None = None
     validates: bool = False
 
 
@@ -77,11 +76,6 @@ class Selection(NamedTuple):
     op: str
     backend: str
     turned_down: dict[str, list[str]]
-
-
-def never(call: Any, named: bool) -> Iterator[str]:
-    """The reasons of an implementation that takes every call."""
-    yield from ()
 
 
 class Operator:
@@ -106,13 +100,13 @@ class Operator:
 
         Args:
             backend: "auto", or the name of an implementation.
-            inner: the call is part of another operator's; the recorder and the log are not told.
+            inner: the call is part of another operator's, which has checked it and is observed itself.
 
         Raises:
             ValueError: an argument is wrong, or no implementation is named ``backend``.
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
-        compiling = _is_dynamo_compiling()
+        compiling = not inner and _is_dynamo_compiling()
         if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
             return self.implementations[-1].run(call)
         try:
@@ -131,6 +125,8 @@ class Operator:
                             continue
                     elif requested is not None and chosen.name not in requested and chosen.name != REFERENCE:
                         continue
+                    if chosen.reasons is None:
+                        break
                     for _ in chosen.reasons(call, named):
                         break
                     else:
@@ -138,11 +134,13 @@ class Operator:
                 else:
                     self.check(call)
                     self._refuse(call, backend)
-                if call[0].is_cuda and not named and not compiling:
+                if call[0].is_cuda and not (named or compiling or inner):
                     chosen = self._fastest(call, chosen)
+            if inner:
+                return chosen.run(call)
             if compiling or not chosen.validates or type(call[0]) is not Tensor:
                 self.check(call)
-            if not (compiling or inner) and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
+            if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
                 return self._observed(call, chosen)
             return chosen.run(call)
         except Exception:
@@ -158,8 +156,8 @@ class Operator:
 
     def _refuse(self, call: Any, backend: str) -> None:
         for implementation in self.implementations:
-            if implementation.name == backend:
-                reasons = "; ".join(implementation.reasons(call, True))
+            if implementation.name == backend and implementation.reasons is not None:
+                reasons = "; ".join(dict.fromkeys(implementation.reasons(call, True)))
                 raise RuntimeError(f"{self.name}: backend {backend!r} cannot run this call: {reasons}")
         names = [AUTO, *(implementation.name for implementation in self.implementations)]
         raise ValueError(f"backend: expected one of {names} for {self.name}, got {backend!r}")
@@ -174,7 +172,7 @@ class Operator:
         """Every reason of one implementation against an automatic choice of it."""
         requested = backends.REQUESTED
         disabled = requested is not None and implementation.name not in requested and implementation.name != REFERENCE
-        reasons = implementation.reasons(call, False)
+        reasons = () if implementation.reasons is None else dict.fromkeys(implementation.reasons(call, False))
         return [f"disabled by FASTVIT_BACKEND for {self.name}", *reasons] if disabled else list(reasons)
 
     def _observed(self, call: Any, chosen: Implementation) -> Any:

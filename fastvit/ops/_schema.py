@@ -26,7 +26,7 @@ __all__ = [
     "define",
     "heads_last",
     "launch",
-    "norm",
+    "norm_arguments",
     "unpack",
 ]
 
@@ -68,7 +68,7 @@ def launch(name: str, module: str, function: str) -> None:
 # --- Norms in a schema ----------------------------------------------------------------------------------------------
 
 
-def norm(name: str, batch: bool = False) -> str:
+def norm_arguments(name: str, batch: bool = False) -> str:
     """The arguments of a BatchNorm; ``batch``: with a flag that asks for the statistics of the batch."""
     tensors = ", ".join(f"Tensor? {name}_{field}" for field in ("weight", "bias", "mean", "var"))
     return f"{tensors}, float {name}_eps" + (f", bool {name}_batch" if batch else "")
@@ -79,7 +79,7 @@ NO_NORM = (None, None, None, None, 0.0)
 unpack: Callable[[BatchNorm], tuple[Any, ...]] = operator.attrgetter(
     "weight", "bias", "running_mean", "running_var", "eps"
 )
-"""The values for :func:`norm`, of a BatchNorm that uses its running statistics."""
+"""The values for :func:`norm_arguments`, of a BatchNorm that uses its running statistics."""
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

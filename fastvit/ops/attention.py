@@ -4,9 +4,9 @@
 - ``triton``: ``kernels/attention_*.py``. Reads masks through their strides, where PyTorch's CUDA backends first
   materialise and pad them, so it is preferred on CUDA where there is a mask or a bias, and for class attention, whose
   keys it splits between programs so that one image fills the device.
-- ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, for calls without mask and bias: its kernels add a mask
-  to the logits, so that a NaN or inf at a masked key spreads. Its gradients lose digits at large logits: at logits of
-  2e5, dq on the CPU has a relative error of 0.5 (``cpp``: 0.005).
+- ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, for calls without mask and bias: its kernels add a
+  mask to the logits, so that a NaN or inf at a masked key spreads. Its gradients lose digits at large logits: at logits
+  of 2e5, dq on the CPU has a relative error of 0.5 (``cpp``: 0.005).
 - ``reference``: ``fastvit.reference.functional.masked_attention``.
 """
 
@@ -29,7 +29,6 @@ from fastvit.ops._operator import (
     compute_dtype,
     differentiable_backward,
     gradients_needed,
-    never,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
 from fastvit.reference import functional
@@ -237,18 +236,14 @@ def _run_reference(call: Call) -> Tensor:
     return functional.masked_attention(*call[:4], bias, call.scale, call.dropout_p)
 
 
-_CPP = Implementation("cpp", _cpp_reasons, _runner(CPP), validates=True)
-_SDPA = Implementation("sdpa", _sdpa_reasons, _run_sdpa)
-_REFERENCE = Implementation(REFERENCE, never, _run_reference)
+_CPP = Implementation("cpp", _runner(CPP), _cpp_reasons, validates=True)
+_SDPA = Implementation("sdpa", _run_sdpa, _sdpa_reasons)
+_REFERENCE = Implementation(REFERENCE, _run_reference)
+_MASKED_TRITON = Implementation("triton", _runner(TRITON), _masked_triton_reasons)
+_CLASS_TRITON = Implementation("triton", _runner(CLASS_TRITON), _triton_reasons)
 
-MASKED = Operator(
-    "masked_attention",
-    (_CPP, Implementation("triton", _masked_triton_reasons, _runner(TRITON)), _SDPA, _REFERENCE),
-    _check,
-)
-CLASS = Operator(
-    "class_attention", (_CPP, Implementation("triton", _triton_reasons, _runner(CLASS_TRITON)), _SDPA, _REFERENCE), _check
-)
+MASKED = Operator("masked_attention", (_CPP, _MASKED_TRITON, _SDPA, _REFERENCE), _check)
+CLASS = Operator("class_attention", (_CPP, _CLASS_TRITON, _SDPA, _REFERENCE), _check)
 
 
 def masked_attention(

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops._checks import check_activation, check_batch_norm, check_parameter, fail, is_int
-from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed, never
+from fastvit.ops._checks import INTS, check_activation, check_batch_norm, check_parameter, fail
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import ACTIVATIONS, BatchNorm
 
 __all__ = ["conv_batch_norm"]
 
@@ -38,8 +38,9 @@ class Call(NamedTuple):
 
 def _check_pair(name: str, value: int | tuple[int, int], least: int) -> None:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(is_int(each) and each >= least for each in pair):
-        fail(name, f"an int >= {least} or two", value)
+    for each in pair:
+        if len(pair) != 2 or not isinstance(each, INTS) or isinstance(each, bool) or each < least:
+            fail(name, f"an int >= {least} or two", value)
 
 
 def _check(call: Call) -> None:
@@ -77,20 +78,24 @@ def _channels_last_reasons(call: Call, named: bool) -> Iterator[str]:
 
 
 def _run_channels_last(call: Call) -> Tensor:
-    norm = call.norm
-    assert norm.running_mean is not None and norm.running_var is not None  # by the check
+    x, weight, bias, norm, stride, padding, activation = call
+    for vector in (bias, *norm[:4]):
+        if vector is not None and vector.shape != weight.shape[:1]:  # torch would broadcast it
+            raise ValueError("norm")
+    if x.dim() != 4 or weight.device != x.device:
+        raise ValueError("x")
+    assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.float() + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
     shift = -norm.running_mean * factor
-    if call.bias is not None:
-        shift = shift + call.bias * factor
+    if bias is not None:
+        shift = shift + bias * factor
     if norm.bias is not None:
         shift = shift + norm.bias
-    dtype = call.x.dtype
-    weight = (call.weight * factor.view(-1, 1, 1, 1)).to(dtype, memory_format=torch.channels_last)
-    x = call.x.contiguous(memory_format=torch.channels_last)
-    return functional.activate(F.conv2d(x, weight, shift.to(dtype), call.stride, call.padding), call.activation)
+    weight = (weight * factor.view(-1, 1, 1, 1)).to(x.dtype, memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return ACTIVATIONS[activation](F.conv2d(x, weight, shift.to(x.dtype), stride, padding))
 
 
 def _run_reference(call: Call) -> Tensor:
@@ -101,8 +106,8 @@ def _run_reference(call: Call) -> Tensor:
 OPERATOR = Operator(
     "conv_batch_norm",
     (
-        Implementation("channels_last", _channels_last_reasons, _run_channels_last),
-        Implementation(REFERENCE, never, _run_reference),
+        Implementation("channels_last", _run_channels_last, _channels_last_reasons, validates=True),
+        Implementation(REFERENCE, _run_reference),
     ),
     _check,
 )

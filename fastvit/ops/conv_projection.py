@@ -1,4 +1,4 @@
-"""CvT's projections: a depthwise convolution of tokens, BatchNorm and a linear layer; one of them, or q, k and v of one x.
+"""CvT's projections: depthwise convolution of tokens, BatchNorm, linear layer; one of them, or q, k and v of one x.
 
 - ``cpp``, ``cuda``: ``token_depthwise_conv`` by that backend with the norm in it, then a product. For q, k and v at
   inference ``cpp`` reads x once (``csrc/conv_projection``).
@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +26,9 @@ from fastvit.ops._checks import (
     check_tokens,
     fail,
 )
-from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed, never
-from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm, unpack
-from fastvit.ops.linear import cast_like, linear_dtype, product
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
+from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, Projection
@@ -39,78 +39,51 @@ MAX_FUSED_KERNEL = 3  # more taps spill registers
 
 
 class Separable(NamedTuple):
-    """The arguments of :func:`depthwise_separable_conv`; ``part`` prefixes their names in errors."""
+    """A convolution with its norm, and the linear layer that follows; ``part`` prefixes their names in errors."""
 
     x: Tensor
-    dw_weight: Tensor
-    norm: BatchNorm | None
+    convolution: Convolution
     pw_weight: Tensor
     pw_bias: Tensor | None
-    stride: int
-    padding: int | None
-    dw_bias: Tensor | None
-    grid: tuple[int, int]
-    prefix_tokens: int
     part: str = ""
-
-    def convolution(self) -> Convolution:
-        """The convolution with its norm."""
-        geometry = (self.grid, self.stride, self.padding, self.prefix_tokens)
-        return Convolution(self.x, self.dw_weight, self.dw_bias, *geometry, norm=self.norm)
-
-    def trains(self) -> bool:
-        """Whether it needs gradients or statistics of the batch."""
-        if self.norm is not None and self.norm.use_batch_stats:
-            return True
-        return torch.is_grad_enabled() and gradients_needed(
-            *self.convolution().tensors(), self.pw_weight, self.pw_bias
-        )
 
 
 class Projections(NamedTuple):
-    """The arguments of :func:`conv_projection`."""
+    """Those of q, k and v, of one x."""
 
     x: Tensor
-    q: Projection
-    k: Projection
-    v: Projection
-    grid: tuple[int, int]
-    prefix_tokens: int
-
-    def separate(self) -> list[Separable]:
-        """The three convolutions with their linear layers."""
-        parts = zip("qkv", (self.q, self.k, self.v), strict=True)
-        return [Separable(self.x, *part, self.grid, self.prefix_tokens, f"{name}.") for name, part in parts]
+    q: Separable
+    k: Separable
+    v: Separable
 
 
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
-def _check_part(call: Separable) -> None:
-    x, part = call.x, call.part
+def _check_separable(call: Separable) -> None:
+    x, c, part = call.x, call.convolution, call.part
+    check_tokens(x)
+    check_grid(x, c.grid, c.prefix_tokens)
     channels = x.shape[2]
-    kernel = check_depthwise(f"{part}dw_weight", call.dw_weight, channels, x)
-    check_parameter(f"{part}dw_bias", call.dw_bias, (channels,), x)
-    check_batch_norm(f"{part}norm", call.norm, channels, x)
+    kernel = check_depthwise(f"{part}dw_weight", c.weight, channels, x)
+    check_parameter(f"{part}dw_bias", c.bias, (channels,), x)
+    check_batch_norm(f"{part}norm", c.norm, channels, x)
     outputs = check_linear(f"{part}pw_weight", call.pw_weight, channels, x)
     check_parameter(f"{part}pw_bias", call.pw_bias, (outputs,), x)
-    check_geometry(call.grid, kernel, call.stride, call.padding, part)
-
-
-def _check_separable(call: Separable) -> None:
-    check_tokens(call.x)
-    check_grid(call.x, call.grid, call.prefix_tokens)
-    _check_part(call)
+    check_geometry(c.grid, kernel, c.stride, c.padding, part)
 
 
 def _check_projections(call: Projections) -> None:
-    check_tokens(call.x)
-    check_grid(call.x, call.grid, call.prefix_tokens)
-    for name, part in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if not isinstance(part, Projection):
-            fail(name, "a Projection", part)
-    for part in call.separate():
-        _check_part(part)
+    for part in (call.q, call.k, call.v):
+        _check_separable(part)
+
+
+def _trains(call: Separable) -> bool:
+    """Whether it needs gradients or statistics of the batch."""
+    norm = call.convolution.norm
+    if norm is not None and norm.use_batch_stats:
+        return True
+    return gradients_needed(*call.convolution.tensors(), call.pw_weight, call.pw_bias)
 
 
 # --- Registered operators -------------------------------------------------------------------------------------------
@@ -118,7 +91,7 @@ def _check_projections(call: Projections) -> None:
 
 def _part(name: str) -> str:
     tensors = f"Tensor {name}_weight, Tensor? {name}_bias"
-    return f"{tensors}, {norm(f'{name}_norm')}, int {name}_stride, int {name}_padding"
+    return f"{tensors}, {norm_arguments(f'{name}_norm')}, int {name}_stride, int {name}_padding"
 
 
 class _Geometry(NamedTuple):
@@ -154,7 +127,7 @@ def _fake_fused(a: Any) -> Tensor:
 
 _fused = define(
     "depthwise_separable_conv_triton",
-    f"Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? pw_bias, Tensor? dw_bias, {norm('dw_norm')}, "
+    f"Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? pw_bias, Tensor? dw_bias, {norm_arguments('dw_norm')}, "
     "SymInt height, SymInt width, int stride, int padding, int prefix_tokens",
     "Tensor",
     _fake_fused,
@@ -164,9 +137,10 @@ launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separabl
 
 def _fits(call: Separable) -> bool:
     """Whether the fused Triton kernel takes these sizes: its offsets inside an image and in a weight are 32-bit."""
-    kernel, (outputs, _) = call.dw_weight.shape[3], call.pw_weight.shape
-    padding = kernel // 2 if call.padding is None else call.padding
-    small = (call.x.shape[1] + 64) * outputs < 2**30 and call.pw_weight.numel() < 2**31
+    c, outputs = call.convolution, call.pw_weight.shape[0]
+    kernel = c.weight.shape[3]
+    padding = kernel // 2 if c.padding is None else c.padding
+    small = (c.x.shape[1] + 64) * outputs < 2**30 and call.pw_weight.numel() < 2**31
     return kernel <= MAX_FUSED_KERNEL and padding <= kernel // 2 and small
 
 
@@ -175,94 +149,116 @@ def _fits(call: Separable) -> bool:
 
 def _run_fused(call: Separable) -> Tensor:
     """By ``kernels/conv_projection.py``, in the dtype that the linear layer takes under autocast."""
-    dtype, kernel = linear_dtype(call.x), call.dw_weight.shape[3]
+    c, dtype = call.convolution, linear_dtype(call.x)
+    *vectors, eps = (c.bias, *(NO_NORM if c.norm is None else unpack(c.norm)))
     return _fused(
-        call.x.to(dtype),
-        call.dw_weight.contiguous(),
+        c.x.to(dtype),
+        c.weight.contiguous(),
         call.pw_weight.to(dtype).contiguous(),
         contiguous(call.pw_bias),
-        contiguous(call.dw_bias),
-        *(NO_NORM if call.norm is None else (*map(contiguous, unpack(call.norm)[:4]), call.norm.eps)),
-        *call.grid,
-        call.stride,
-        kernel // 2 if call.padding is None else call.padding,
-        call.prefix_tokens,
+        *map(contiguous, vectors),
+        eps,
+        *c.grid,
+        c.stride,
+        c.weight.shape[3] // 2 if c.padding is None else c.padding,
+        c.prefix_tokens,
     )
 
 
 def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
     """The two operators with the convolution computed so."""
+    assert kernels.reasons is not None
+    convolution_reasons = kernels.reasons
 
     def reasons(call: Separable, named: bool) -> Iterator[str]:
-        return kernels.reasons(call.convolution(), named)
+        return convolution_reasons(call.convolution, named)
 
     def run(call: Separable) -> Tensor:
-        if kernels.name == "triton" and not call.trains() and _fits(call):
+        norm = call.convolution.norm
+        if norm is not None and norm.use_batch_stats:
+            _check_separable(call)  # before running statistics move
+        if kernels.name == "triton" and not _trains(call) and _fits(call):
             return _run_fused(call)
-        if call.norm is not None and call.norm.use_batch_stats:
-            _check_part(call)  # before running statistics move
-        return product(kernels.run(call.convolution()), call.pw_weight, call.pw_bias)
+        tokens, weight, bias = kernels.run(call.convolution), call.pw_weight, call.pw_bias
+        if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
+            weight, bias = cast_like(tokens, weight, bias)
+        return LINEAR(Linear(tokens, weight, bias), inner=True)
 
     def reasons_together(call: Projections, named: bool) -> Iterator[str]:
-        for part in call.separate():
-            yield from kernels.reasons(part.convolution(), named)
+        for part in (call.q, call.k, call.v):
+            yield from convolution_reasons(part.convolution, named)
 
     def run_together(call: Projections) -> Projected:
-        parts = call.separate()
-        if kernels.name != "triton" and _HAS_TOGETHER[call.x.device.type] and not any(part.trains() for part in parts):
-            tokens = _convolve_together(call)
-            q, k, v = (product(each, part.pw_weight, part.pw_bias) for each, part in zip(tokens, parts, strict=True))
-        else:
+        x, *parts = call
+        together = kernels.name != "triton" and _HAS_TOGETHER[x.device.type]
+        for part in parts:
+            norm = part.convolution.norm
+            together = together and not (norm is not None and norm.use_batch_stats)
+        if not together or (torch.is_grad_enabled() and any(map(_trains, parts))):
             _check_projections(call)  # before running statistics move
             q, k, v = map(run, parts)
+            return q, k, v
+        outputs = []
+        for tokens, part in zip(_convolve_together(call), parts, strict=True):
+            weight, bias = part.pw_weight, part.pw_bias
+            if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
+                weight, bias = cast_like(tokens, weight, bias)
+            outputs.append(LINEAR(Linear(tokens, weight, bias), inner=True))
+        q, k, v = outputs
         return q, k, v
 
-    return Implementation(kernels.name, reasons, run, kernels.validates), Implementation(
-        kernels.name, reasons_together, run_together, kernels.validates
+    return Implementation(kernels.name, run, reasons, kernels.validates), Implementation(
+        kernels.name, run_together, reasons_together, kernels.validates
     )
 
 
 def _convolve_together(call: Projections) -> Projected:
-    x = call.x if call.x.stride(2) == 1 else call.x.clone(memory_format=torch.contiguous_format)
+    x, *parts = call
+    if x.stride(2) != 1:
+        x = x.clone(memory_format=torch.contiguous_format)
     arguments: list[Any] = []
-    for part in (call.q, call.k, call.v):
-        weight = part.dw_weight
-        given = NO_NORM if part.norm is None else unpack(part.norm)
-        *vectors, eps = (part.dw_bias, *given)
-        vectors = [each if each is None or each.is_contiguous() else each.contiguous() for each in vectors]
-        padding = weight.shape[3] // 2 if part.padding is None else part.padding
-        arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, part.stride, padding)
-    return _together(x, *arguments, *call.grid, call.prefix_tokens)
+    for part in parts:
+        c = part.convolution
+        weight, norm = c.weight, c.norm
+        *vectors, eps = (c.bias, *(NO_NORM if norm is None else unpack(norm)))
+        for vector in vectors:
+            if vector is not None and not vector.is_contiguous():
+                vectors = list(map(contiguous, vectors))
+                break
+        padding = weight.shape[3] // 2 if c.padding is None else c.padding
+        arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, c.stride, padding)
+    return _together(x, *arguments, *c.grid, c.prefix_tokens)
 
 
 def _run_reference(call: Separable) -> Tensor:
-    x, dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias, grid, prefix_tokens, _ = call
-    dw_weight, dw_bias, pw_weight, pw_bias = cast_like(x, dw_weight, dw_bias, pw_weight, pw_bias)
+    x, c = call.x, call.convolution
+    dw_weight, dw_bias, pw_weight, pw_bias = cast_like(x, c.weight, c.bias, call.pw_weight, call.pw_bias)
     return functional.depthwise_separable_conv(
         x,
         dw_weight,
-        norm,
+        c.norm,
         pw_weight,
         pw_bias,
-        grid=grid,
-        stride=stride,
-        padding=padding,
-        prefix_tokens=prefix_tokens,
+        grid=c.grid,
+        stride=c.stride,
+        padding=c.padding,
+        prefix_tokens=c.prefix_tokens,
         dw_bias=dw_bias,
     )
 
 
 def _run_reference_together(call: Projections) -> Projected:
-    q, k, v = map(_run_reference, call.separate())
+    _, *parts = call
+    q, k, v = map(_run_reference, parts)
     return q, k, v
 
 
 _SEPARABLE, _TOGETHER = zip(*map(_by, KERNELS), strict=True)
 SEPARABLE = Operator(
-    "depthwise_separable_conv", (*_SEPARABLE, Implementation(REFERENCE, never, _run_reference)), _check_separable
+    "depthwise_separable_conv", (*_SEPARABLE, Implementation(REFERENCE, _run_reference)), _check_separable
 )
 PROJECTION = Operator(
-    "conv_projection", (*_TOGETHER, Implementation(REFERENCE, never, _run_reference_together)), _check_projections
+    "conv_projection", (*_TOGETHER, Implementation(REFERENCE, _run_reference_together)), _check_projections
 )
 
 
@@ -301,8 +297,8 @@ def depthwise_separable_conv(
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is
     ``fastvit.reference.functional.depthwise_separable_conv``.
     """
-    parameters = (dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias)
-    return SEPARABLE(Separable(x, *parameters, grid, prefix_tokens), backend)
+    convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=norm)
+    return SEPARABLE(Separable(x, convolution, pw_weight, pw_bias), backend)
 
 
 def conv_projection(
@@ -334,4 +330,11 @@ def conv_projection(
 
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is ``fastvit.reference.functional.conv_projection``.
     """
-    return PROJECTION(Projections(x, q, k, v, grid, prefix_tokens), backend)
+    parts = []
+    for name, part in (("q.", q), ("k.", k), ("v.", v)):
+        if not isinstance(part, Projection):
+            fail(name[0], "a Projection", part)
+        dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias = part
+        convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=norm)
+        parts.append(Separable(x, convolution, pw_weight, pw_bias, name))
+    return PROJECTION(Projections(x, *parts), backend)

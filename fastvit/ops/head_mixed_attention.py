@@ -4,8 +4,8 @@
 - ``triton``: ``kernels/head_mixed_attention*.py``, the same on a GPU.
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
-Kernels mix maps by H x H matrices, and gather two sums over the maps, which they compute anew. A BatchNorm over heads is
-folded into the mix in front of it: A and b with norm(W P + c) = A P + b.
+Kernels mix maps by H x H matrices, and gather two sums over the maps, which they compute anew. A BatchNorm over heads
+is folded into the mix in front of it: A and b with norm(W P + c) = A P + b.
 
     by running statistics:  f_h = gamma_h / sqrt(var_h + eps);  A = diag(f) W;  b = beta + f (c - mean)
     by the batch's:         the same with mean = W e + c and var_h = w_h^T C w_h, where e_g is the mean of map g over
@@ -34,7 +34,6 @@ from fastvit.ops._operator import (
     compute_dtype,
     differentiable_backward,
     gradients_needed,
-    never,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch, unpack
 from fastvit.reference import functional
@@ -123,8 +122,8 @@ class Kernels(NamedTuple):
     - ``forward(q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
       output_scale, mask, scale)``: the result, (B, H, Nq, D) in the memory order of (B, Nq, H, D), in q's dtype; with
       ``layer_norm`` over heads, to which alone norm_weight and norm_bias belong.
-    - ``backward(grad, *the same)``: the gradients of q, k, v in their dtype and in the memory order of (B, N, H, D), and
-      of the six small tensors in float32, of size 0 for what is absent.
+    - ``backward(grad, *the same)``: the gradients of q, k, v in their dtype and in the memory order of (B, N, H, D),
+      and of the six small tensors in float32, of size 0 for what is absent.
     - ``moments(q, k, pre_weight, pre_bias, mask, scale)``: sums over b, i, j of P_g - 1/Nk (H,), and of the products
       (P_g - 1/Nk) (P_g' - 1/Nk) (H, H); P is zero where masked.
     - ``moments_backward(dsums, dmoments, *the same)``: the gradients of q, k, pre_weight and pre_bias.
@@ -224,7 +223,7 @@ class _Mix(torch.autograd.Function):
                     pre_bias=pre_bias,
                     post_weight=post_weight,
                     post_bias=post_bias,
-                    norm=LayerNorm(*affine, norm_eps) if layer_norm else None,
+                    norm=LayerNorm(affine[0], affine[1], norm_eps) if layer_norm else None,
                     output_scale=output_scale,
                     mask=mask,
                     scale=ctx.scale,
@@ -464,8 +463,8 @@ def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
 def _run_cpp(call: Call) -> Tensor:
     """Inference in one call, a BatchNorm with running statistics folded in C++; the rest by :func:`attend`."""
     q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm, output_scale, mask, scale, *_ = call
-    layer_norm = type(norm) is LayerNorm
-    batch_stats = norm is not None and not layer_norm and norm.use_batch_stats
+    layer_norm = isinstance(norm, LayerNorm)
+    batch_stats = norm is not None and not isinstance(norm, LayerNorm) and norm.use_batch_stats
     if batch_stats or (torch.is_grad_enabled() and gradients_needed(q, k, v, *_parameters(call))):
         _check(call)  # before running statistics move, and before H x H arithmetic could broadcast
         return attend(CPP, call)
@@ -477,7 +476,7 @@ def _run_cpp(call: Call) -> Tensor:
     if mask is not None and mask.dim() != 4:
         mask = four_axes(mask, key_padding=True)
     normed: tuple[Any, ...] = (None, None, None, None, 0.0)
-    if layer_norm:
+    if isinstance(norm, LayerNorm):
         normed = norm.weight, norm.bias, None, None, norm.eps
     elif norm is not None:
         normed = unpack(norm)
@@ -515,16 +514,16 @@ def _reasons_of(
             yield "attention dropout is not implemented"
         if not call.k.device == call.v.device == q.device or (call.mask is not None and call.mask.device != q.device):
             yield f"not all tensors are on {q.device}"
-        small = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
-        layer_norm = type(norm) is LayerNorm
+        small: tuple[Tensor | None, ...] = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
         if norm is not None:
-            small += norm[:2] if layer_norm else norm[:4]
+            small += norm[:2] if isinstance(norm, LayerNorm) else norm[:4]
         for tensor in small:
             if tensor is not None and (tensor.dtype not in dtypes or tensor.device != q.device):
                 yield f"a parameter is {tensor.dtype} on {tensor.device}"
-        if (call.pre_weight is None and call.pre_bias is not None) or (call.post_weight is None and call.post_bias is not None):
-            yield "a mix has a bias and no weight"
-        if norm is None or layer_norm:
+        for weight, bias in ((call.pre_weight, call.pre_bias), (call.post_weight, call.post_bias)):
+            if weight is None and bias is not None:
+                yield "a mix has a bias and no weight"
+        if norm is None or isinstance(norm, LayerNorm):
             return
         if norm.layer is not None:
             if norm.process_group is None:
@@ -578,9 +577,9 @@ def _run_reference(call: Call) -> Tensor:
 OPERATOR = Operator(
     "head_mixed_attention",
     (
-        Implementation("cpp", _cpp_reasons, _run_cpp, validates=True),
-        Implementation("triton", _triton_reasons, _run_triton),
-        Implementation(REFERENCE, never, _run_reference),
+        Implementation("cpp", _run_cpp, _cpp_reasons, validates=True),
+        Implementation("triton", _run_triton, _triton_reasons),
+        Implementation(REFERENCE, _run_reference),
     ),
     _check,
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -23,10 +24,10 @@ from fastvit.ops._operator import (
     Operator,
     differentiable_backward,
     gradients_needed,
-    never,
 )
 from fastvit.ops._schema import ACTIVATION_CODES, define
 from fastvit.reference import functional
+from fastvit.reference.functional import ACTIVATIONS
 
 __all__ = ["linear", "mlp", "pays_off"]
 
@@ -135,6 +136,19 @@ def _run_linear_cpp(call: Linear) -> Tensor:
     return _linear(x if x.is_contiguous() else _rows(x), weight, bias, ACTIVATION_CODES[activation])
 
 
+def _run_linear_reference(call: Linear) -> Tensor:
+    x, weight, bias, activation = call
+    if bias is not None and bias.shape != weight.shape[:1]:  # torch would broadcast it
+        raise ValueError("bias")
+    out = F.linear(x, weight, bias)
+    return out if activation is None else ACTIVATIONS[activation](out)
+
+
+def _run_mlp_reference(call: Mlp) -> Tensor:
+    hidden = _run_linear_reference(Linear(call.x, call.fc1_weight, call.fc1_bias, call.activation))
+    return _run_linear_reference(Linear(hidden, call.fc2_weight, call.fc2_bias))
+
+
 def _run_mlp_cpp(call: Mlp) -> Tensor:
     hidden = _run_linear_cpp(Linear(call.x, call.fc1_weight, call.fc1_bias, call.activation))
     return _run_linear_cpp(Linear(hidden, call.fc2_weight, call.fc2_bias))
@@ -163,6 +177,8 @@ def pays_off() -> bool:
 def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
     yield from _CPP_REASONS
     x = call.x
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
     if isinstance(call, Linear):
         weights, biases = (call.weight,), (call.bias,)
     else:
@@ -197,16 +213,16 @@ def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
 LINEAR = Operator(
     "linear",
     (
-        Implementation("cpp", _cpp_reasons, _run_linear_cpp, validates=True),
-        Implementation(REFERENCE, never, lambda call: functional.linear(*call)),
+        Implementation("cpp", _run_linear_cpp, _cpp_reasons, validates=True),
+        Implementation(REFERENCE, _run_linear_reference, validates=True),
     ),
     _check_linear,
 )
 MLP = Operator(
     "mlp",
     (
-        Implementation("cpp", _cpp_reasons, _run_mlp_cpp, validates=True),
-        Implementation(REFERENCE, never, lambda call: functional.mlp(*call)),
+        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, validates=True),
+        Implementation(REFERENCE, _run_mlp_reference, validates=True),
     ),
     _check_mlp,
 )
@@ -217,7 +233,7 @@ MLP = Operator(
 
 def cast_like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters in x's dtype, as a plain convolution or linear layer wants them; autocast sees to that by itself."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         return list(parameters)
     return [tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in parameters]
 
@@ -225,14 +241,8 @@ def cast_like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 def linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer gives for x."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else x.dtype
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer with parameters of any floating dtype, by whichever product is the faster."""
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        weight, bias = cast_like(x, weight, bias)
-    return LINEAR(Linear(x, weight, bias), inner=True)
+    autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def linear(

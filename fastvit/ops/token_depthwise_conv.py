@@ -57,9 +57,8 @@ from fastvit.ops._operator import (
     Operator,
     differentiable_backward,
     gradients_needed,
-    never,
 )
-from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm, unpack
+from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm_arguments, unpack
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -113,7 +112,7 @@ _GEOMETRY = "SymInt height, SymInt width, int stride, int padding, int prefix_to
 
 
 def _arguments(batch: bool, conv: str = "") -> str:
-    pre_norm, after = norm("pre_norm", batch), norm("norm", batch)
+    pre_norm, after = norm_arguments("pre_norm", batch), norm_arguments("norm", batch)
     tensors = f"Tensor x, {conv}Tensor weight, Tensor? bias"
     return f"{tensors}, {pre_norm}, int pre_activation, {after}, int activation, {_GEOMETRY}"
 
@@ -207,7 +206,7 @@ class _Convolution(torch.autograd.Function):
         a = ctx.arguments._replace(**dict(zip((*_DIFFERENTIABLE, *_STATISTICS), saved, strict=True)))
         _, *needed = ctx.needs_input_grad
         needs = dict(zip(fields, needed, strict=True))
-        inputs = [getattr(a, name) for name in _DIFFERENTIABLE]
+        inputs: list[Any] = [getattr(a, name) for name in _DIFFERENTIABLE]
         wanted = [needs[name] for name in _DIFFERENTIABLE]
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             found = differentiable_backward(lambda *tensors: _plain(a, tensors), inputs, wanted, grad)
@@ -215,63 +214,53 @@ class _Convolution(torch.autograd.Function):
             # Not contiguous(), which leaves the strides of an empty tensor as they are.
             grad = grad if grad.stride(2) == 1 else grad.clone(memory_format=torch.contiguous_format)
             x, *rest = a
-            found = list(kernels.backward(grad, x, conv, *rest, needs["x"], any(wanted[1:])))
-            for i, (tensor, need) in enumerate(zip(inputs, wanted, strict=True)):
-                found[i] = found[i].to(tensor.dtype) if need and tensor is not None else None
+            computed = kernels.backward(grad, x, conv, *rest, needs["x"], any(wanted[1:]))
+            found = [
+                gradient.to(tensor.dtype) if need and tensor is not None else None
+                for gradient, tensor, need in zip(computed, inputs, wanted, strict=True)
+            ]
         gradients = dict(zip(_DIFFERENTIABLE, found, strict=True))
         return None, *map(gradients.get, fields)
 
 
-def _plain(a: Any, tensors: tuple[Tensor | None, ...]) -> Tensor:
+def _plain(a: Any, tensors: tuple[Any, ...]) -> Tensor:
     """The call by the plain form, from its differentiable inputs; no running statistics move."""
-    x, weight, bias, pre_weight, pre_bias, norm_weight, norm_bias = tensors
-    assert x is not None and weight is not None
-    has_norm = a.norm_mean is not None
+    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    x, weight, bias, *affine = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    pre_weight, pre_bias, norm_weight, norm_bias = affine
     names = {code: name for name, code in ACTIVATION_CODES.items()}
-    wide = x.to(torch.promote_types(x.dtype, weight.dtype))
-
-    def read(affine: tuple[Tensor | None, ...], mean: Tensor, var: Tensor, batch: bool, eps: float) -> BatchNorm:
-        statistics = (None, None) if batch else (mean, var)
-        tensors = (None if tensor is None else tensor.to(wide.dtype) for tensor in (*statistics, *affine))
-        return BatchNorm(*tensors, use_batch_stats=batch, eps=eps)
-
-    pre = a.pre_norm_mean, a.pre_norm_var, a.pre_norm_batch, a.pre_norm_eps
-    after = a.norm_mean, a.norm_var, a.norm_batch, a.norm_eps
+    pre_norm = after = None
+    if a.pre_norm_mean is not None:
+        mean, var = (None, None) if a.pre_norm_batch else (a.pre_norm_mean.to(dtype), a.pre_norm_var.to(dtype))
+        pre_norm = BatchNorm(mean, var, pre_weight, pre_bias, a.pre_norm_batch, eps=a.pre_norm_eps)
+    if a.norm_mean is not None:
+        mean, var = (None, None) if a.norm_batch else (a.norm_mean.to(dtype), a.norm_var.to(dtype))
+        after = BatchNorm(mean, var, norm_weight, norm_bias, a.norm_batch, eps=a.norm_eps)
     out = functional.token_depthwise_conv(
-        wide,
-        weight.to(wide.dtype),
-        None if bias is None else bias.to(wide.dtype),
+        x,
+        weight,
+        bias,
         grid=(a.height, a.width),
         stride=a.stride,
         padding=a.padding,
         prefix_tokens=a.prefix_tokens,
-        pre_norm=None if a.pre_norm_mean is None else read((pre_weight, pre_bias), *pre),
+        pre_norm=pre_norm,
         pre_activation=names[a.pre_activation],
-        norm=read((norm_weight, norm_bias), *after) if has_norm else None,
+        norm=after,
         activation=names[a.activation],
         residual=a.residual,
     )
-    return out.to(x.dtype)
+    return out.to(tensors[0].dtype)
 
 
 # --- A call by kernels ----------------------------------------------------------------------------------------------
-
-
-def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move the running statistics as ``nn.BatchNorm2d`` does, the variance made unbiased."""
-    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
-        return
-    with torch.no_grad():
-        keep = 1.0 - norm.momentum
-        norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
-        norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
 
 
 def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
     """``run`` of an implementation by these kernels."""
 
     def run(call: Convolution) -> Tensor:
-        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = call
+        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, _ = call
         if x.stride(2) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
         weight = weight if weight.is_contiguous() else weight.contiguous()
@@ -291,7 +280,7 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
             norms.append((gamma, beta, mean, var, eps))
         before, after = norms
         codes = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
-        geometry = (*grid, stride, weight.shape[3] // 2 if padding is None else padding, prefix_tokens, residual)
+        geometry = (*grid, stride, weight.shape[3] // 2 if padding is None else padding, prefix_tokens, call.residual)
         differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
         if not (batch or differentiate):
             out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
@@ -319,9 +308,9 @@ def _train(call: Convolution, kernels: Kernels, differentiate: bool, arguments: 
     else:
         return _Convolution.apply(kernels, *arguments)
     pre_mean, pre_var, mean, var = statistics
-    if pre_batch:
+    if pre_batch and pre_norm is not None:
         _track(pre_norm, pre_mean, pre_var, x.shape[0] * height * width)
-    if batch:
+    if batch and norm is not None:
         _track(norm, mean, var, out.shape[0] * (out.shape[1] - call.prefix_tokens))
     return out
 
@@ -356,7 +345,10 @@ _CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
 
 
 def _reasons_of(
-    device_type: str, unavailable: Callable[[Tensor, bool], Sequence[str]], dtypes: tuple[torch.dtype, ...], max_kernel: int
+    device_type: str,
+    unavailable: Callable[[Tensor, bool], Sequence[str]],
+    dtypes: tuple[torch.dtype, ...],
+    max_kernel: int,
 ) -> Callable[[Convolution, bool], Iterator[str]]:
     """``reasons`` of an implementation.
 
@@ -428,13 +420,13 @@ _CUDA = _reasons_of("", _unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one ou
 _TRITON = _reasons_of("", _unavailable_triton, _GPU_DTYPES, max_kernel=7)
 
 KERNELS = (
-    Implementation("cpp", _CPP, _runner(NATIVE), validates=True),
-    Implementation("cuda", _CUDA, _runner(NATIVE), validates=True),
-    Implementation("triton", _TRITON, _runner(TRITON)),
+    Implementation("cpp", _runner(NATIVE), _CPP, validates=True),
+    Implementation("cuda", _runner(NATIVE), _CUDA, validates=True),
+    Implementation("triton", _runner(TRITON), _TRITON),
 )
 """In order of preference."""
 
-OPERATOR = Operator(_NAME, (*KERNELS, Implementation(REFERENCE, never, _run_reference)), _check)
+OPERATOR = Operator(_NAME, (*KERNELS, Implementation(REFERENCE, _run_reference)), _check)
 
 
 def token_depthwise_conv(

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvit import ops
-from fastvit import autotune
+from fastvit import autotune, ops
 from fastvit.ops import _operator
 from fastvit.reference.functional import BatchNorm, Projection
 

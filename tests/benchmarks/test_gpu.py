@@ -159,8 +159,12 @@ def test_a_sanitizer_that_is_not_there_is_said(monkeypatch):
     assert gpu.sanitize(1.0) == {"status": None, "summary": "compute-sanitizer was not found"}
 
 
-def test_a_suite_that_takes_too_long_tells_how_far_it_came():
-    outcome = gpu.run_suite([gpu.sys.executable, "-c", "import time; print('one', flush=True); time.sleep(60)"], 3.0)
+def test_a_suite_that_takes_too_long_tells_how_far_it_came(monkeypatch):
+    def run(command, *, timeout, **options):
+        raise gpu.subprocess.TimeoutExpired(command, timeout, output=b"one\n")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    outcome = gpu.run_suite(["tool"], 3.0)
     assert outcome["status"] is None
     assert outcome["summary"] == "stopped after 3 s"
     assert outcome["tail"] == ["one"]

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_as_accurate
-from tiny import FAMILIES, build, images
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching import reference as table
 from fastvit.patching.fusion import Fused
+from tests.helpers import assert_as_accurate
+from tests.tiny import FAMILIES, build, images
 
 SEVEN = tuple(name for name in FAMILIES if name != "twins_pcpvt")  # whose blocks are those of cpvt and vit
 

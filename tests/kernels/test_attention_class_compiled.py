@@ -1,4 +1,4 @@
-"""The class attention kernels, compiled ahead of time for three chips."""
+"""The class attention kernels, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import attention_class as kernels
 from fastvit.kernels.attention_class_backward import class_attention_tokens_kernel
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +37,13 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """The costliest launch: an odd head dimension, a mask and a bias, and as many parts as there can be."""
+    """The launch with the most register pressure: unaligned rows, a mask, a bias and the most parts."""
     kernel, config = KERNELS[case.kernel], case.config
     constants = {
         "D": case.block_d - 15,
         "BLOCK_N": config.block_n,
         "BLOCK_D": case.block_d,
-        "PARTS": kernels.LARGEST_SPLIT,
+        "PARTS": kernels.MAX_PARTS,
         "HAS_MASK": True,
         "HAS_BIAS": True,
         "BACKWARD": case.kernel == "backward_parts",
@@ -76,5 +76,5 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=False)

@@ -7,10 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fastvit import ops
 from fastvit.kernels import attention_class as kernels
 from fastvit.kernels.attention_class_backward import class_attention_backward
-
-from fastvit import ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 
@@ -73,7 +72,7 @@ def test_keys_are_split_so_that_one_image_fills_the_device(monkeypatch):
     assert kernels._parts(one, 197, 32) == (7, 32)
     assert kernels._parts(many, 197, 32) == (1, 224)
     parts, keys = kernels._parts(torch.empty(1, 1, 1, 48), 10_000, 32)
-    assert parts <= kernels.LARGEST_SPLIT
+    assert parts <= kernels.MAX_PARTS
     assert parts * keys >= 10_000
 
 

@@ -1,4 +1,4 @@
-"""The backward kernels of masked attention, compiled ahead of time for three chips."""
+"""The backward kernels of masked attention, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked_backward as kernels
-from fastvit.kernels import attention_tiles as attention
 from fastvit.kernels.attention_masked import Config
 from fastvit.kernels.attention_masked_bias_gradient import masked_attention_dbias_kernel
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +41,8 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """The costliest launch: aligned rows and a key padding mask, or an odd head dimension without alignment, a mask of
-    (queries, keys) and a bias."""
+    """The launch with the most register pressure: aligned rows and a key padding mask, or for irregular cases unaligned
+    rows, a mask of (queries, keys) and a bias."""
     regular, config = case.regular, case.config
     kernel = KERNELS[case.kernel]
     constants = {
@@ -51,7 +51,7 @@ def build(case: Case) -> Build:
         "BLOCK_N": config.block_n,
         "BLOCK_D": case.block_d,
         "ONE_PASS": config.one_pass,
-        "MASK_KIND": attention.KEY_MASK if regular else attention.FULL_MASK,
+        "MASK_KIND": primitives.KEY_MASK if regular else primitives.FULL_MASK,
         "HAS_BIAS": not regular,
         "PRECISION": "tf32" if case.product == "tf32" else "ieee",
         "stride_mk": 1,
@@ -85,15 +85,15 @@ def configurations(configs: kernels.Configs) -> list[tuple[str, Config]]:
 
 
 def cases() -> list[Case]:
-    """Every configuration for every chip, dtype and way of reading that it is meant for."""
+    """Every configuration for every GPU, dtype and alignment that it is for."""
     found = []
-    for table, ways in ((kernels.CONFIGS, (True, False)), (kernels.REGULAR_CONFIGS, (True,))):
+    for table, alignments in ((kernels.CONFIGS, (True, False)), (kernels.REGULAR_CONFIGS, (True,))):
         for (product, block_d), configs in table.items():
             for kernel, config in configurations(configs):
                 for target in TARGETS:
                     if table is kernels.REGULAR_CONFIGS and TARGETS[target].backend != "cuda":
                         continue
-                    for regular in ways:
+                    for regular in alignments:
                         for dtype in ["bf16", "fp16"] if product == "half" else ["fp32"]:
                             found.append(Case(target, dtype, kernel, product, block_d, config, regular))
     return list(dict.fromkeys(found))
@@ -108,7 +108,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 

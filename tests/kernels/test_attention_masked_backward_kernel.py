@@ -7,18 +7,17 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import fastvit
 from fastvit.kernels import attention_masked as forward
 from fastvit.kernels import attention_masked_backward as backward
 from fastvit.kernels import attention_masked_bias_gradient
 from fastvit.kernels.attention_masked import Config
-
-import fastvit
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
-# The interpreter takes its time per program, not per element: few programs, tiles smaller than the sequences.
+# The interpreter's time depends on programs, not on elements: few programs, tiles smaller than the sequences.
 OTHERS = ((Config(16, 32, 1),), Config(16, 32, 1))
 STREAMING = backward.Configs((Config(32, 16, 1),), *OTHERS)
 ONE_PASS = backward.Configs((Config(32, 64, 1, one_pass=True),), *OTHERS)
@@ -32,14 +31,14 @@ def packed(batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtyp
 
 
 def reference_gradients(grad, q, k, v, mask, bias, scale, dtype):
-    """Gradients of q, k, v and, if there is one, bias, by autograd of the plain form in a dtype."""
+    """The gradients of q, k, v and, unless it is None, bias, by autograd of the plain form in a dtype."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v, bias) if t is not None]
     out = functional.masked_attention(*leaves[:3], mask, leaves[3] if bias is not None else None, scale)
     return torch.autograd.grad(out, leaves, grad.to(dtype))
 
 
 def check(q, k, v, mask=None, bias=None, scale=None, configs=None, grad=None):
-    """Hold the gradients of one call on poisoned memory to the accuracy rule; returns them."""
+    """Check the gradients of one call on poisoned memory against the accuracy rule; returns them."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     four_axes = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
@@ -56,7 +55,7 @@ def check(q, k, v, mask=None, bias=None, scale=None, configs=None, grad=None):
     return gradients
 
 
-@pytest.mark.parametrize("configs", [STREAMING, ONE_PASS], ids=["streaming", "one_pass"])
+@both_forms
 @pytest.mark.parametrize(
     ("head_dim", "dtype"), [(16, torch.float32), (33, torch.float16), (48, torch.bfloat16)], ids=str
 )
@@ -84,7 +83,7 @@ def test_bias_gradient_in_its_own_shape(shape):
 
 
 def test_bias_gradient_of_many_terms_is_split(monkeypatch):
-    monkeypatch.setattr(attention_masked_bias_gradient, "LONGEST_SUM", 2)
+    monkeypatch.setattr(attention_masked_bias_gradient, "MAX_TERMS_PER_SUM", 2)
     q, k, v = torch.randn(3, 5, 1, 5, 16)
     check(q, k, v, bias=torch.randn(1, 1, 5, 5), configs=ONE_PASS)
 

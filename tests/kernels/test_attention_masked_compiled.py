@@ -1,4 +1,4 @@
-"""Every shipped configuration of the masked attention kernel, compiled ahead of time for three chips."""
+"""Every shipped configuration of the masked attention kernel, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked as kernels
-from fastvit.kernels import attention_tiles as attention
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,8 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """The costliest launch that the case's table is for: aligned rows and a key padding mask, or an odd head dimension
-    without alignment, a mask of (queries, keys) and a bias."""
+    """The launch with the most register pressure: aligned rows and a key padding mask, or for irregular cases unaligned
+    rows, a mask of (queries, keys) and a bias."""
     regular, config = case.regular, case.config
     types = dict.fromkeys(("q", "k", "v", "out"), f"*{case.dtype}:16")
     types |= dict.fromkeys(("H", "num_queries", "num_keys"), "i32") | {"scale": "fp32", "lse": "*fp32:16"}
@@ -47,7 +47,7 @@ def build(case: Case) -> Build:
         "BLOCK_N": config.block_n,
         "BLOCK_D": case.block_d,
         "ONE_PASS": config.one_pass,
-        "MASK_KIND": attention.KEY_MASK if regular else attention.FULL_MASK,
+        "MASK_KIND": primitives.KEY_MASK if regular else primitives.FULL_MASK,
         "HAS_BIAS": not regular,
         "WRITE_LSE": True,
         "PRECISION": "tf32" if case.product == "tf32" else "ieee",
@@ -58,7 +58,7 @@ def build(case: Case) -> Build:
 
 
 def dtypes(product: str, target: str) -> list[str]:
-    """float16 and bfloat16 differ in the instruction alone: one chip for the second of them."""
+    """float16 and bfloat16 differ in the instruction only: the second is compiled for one GPU."""
     return ["fp32"] if product != "half" else ["bf16", "fp16"] if target == "sm_80" else ["bf16"]
 
 
@@ -80,7 +80,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 

@@ -7,15 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import attention_masked as kernels
-
 import fastvit
+from fastvit.kernels import attention_masked as kernels
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
-# The interpreter takes its time per program, not per element: few programs, tiles smaller than the sequences.
+# The interpreter's time depends on programs, not on elements: few programs, tiles smaller than the sequences.
 STREAMING = kernels.Config(32, 16, 1)
 ONE_PASS = kernels.Config(32, 64, 1, one_pass=True)
 MASK_SHAPES = [(2, 21), (2, 1, 1, 21), (1, 1, 1, 21), (2, 1, 21, 21), (1, 2, 21, 21), (2, 2, 21, 21), (2, 2, 1, 21)]
@@ -28,7 +27,7 @@ def packed(batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtyp
 
 
 def check(q, k, v, mask=None, bias=None, scale=None, config=None):
-    """Hold one launch on poisoned memory to the accuracy rule and to the promised strides."""
+    """Check one launch on poisoned memory against the accuracy rule, and the strides of the result."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     four_axes = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     with poisoned_empty():
@@ -89,7 +88,7 @@ def test_rows_without_keys_are_zero(config):
 
 @pytest.mark.parametrize("visible", [(0, 1), (17, 18), (34, 35), (3, 33), (20, 31), (0, 16), (16, 32)], ids=str)
 def test_key_padding_confines_the_loop_to_visible_tiles(visible):
-    """What lies outside the visible tiles is poison: reading it would give NaN, since 0 * NaN is NaN."""
+    """Keys and values outside the visible tiles are NaN: reading them would give NaN, since 0 * NaN is NaN."""
     q, k, v = packed(1, 2, 35, 16, torch.float32)
     mask = torch.zeros(1, 35, dtype=torch.bool)
     mask[:, slice(*visible)] = True

@@ -1,4 +1,4 @@
-"""Every configuration of depthwise-separable convolution's kernels, compiled ahead of time for three chips."""
+"""Every configuration of depthwise-separable convolution's kernels, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, compile_kernel, sample
 from fastvit.kernels import _depthwise_prologue as products
 from fastvit.kernels import conv_projection as kernels
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, compile_kernel, sample
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ ALL = [
     for target in TARGETS
     for product, dtypes in DTYPES.items()
     for regular in (True, False)
-    for config in products.choose_contract(product, 384, regular=regular, chip=CHIPS[target])
+    for config in products.choose_configs(product, 384, regular=regular, chip=CHIPS[target])
     for stride in (1, 2)
     for prefix in (True, False)
     for dtype in (dtypes if target == "sm_80" else dtypes[:1])
@@ -65,13 +65,13 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_fold_fits_the_chip(target):
+def test_the_fold_kernel_fits_the_gpu(target):
     vector = "*fp32:16"
-    types = {"taps": "*bf16:16", "behind": products.Behind(*[vector] * 5, "fp32"), "folded": vector, "C": "i32:16"}
+    types = {"taps": "*bf16:16", "epilogue": products.Epilogue(*[vector] * 5, "fp32"), "folded": vector, "C": "i32:16"}
     constants = {"TAPS": 9, "BLOCK": products.FOLD_BLOCK}
     assert_fits(compile_kernel(Build(kernels.fold_kernel, target, types, constants, 4, 2)), target, tensor_cores=False)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import conv_projection as kernels
-from fastvit.kernels._depthwise_prologue import Behind, Config
+from fastvit.kernels._depthwise_prologue import Config, Epilogue
 from fastvit.ops import conv_projection, depthwise_separable_conv
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
@@ -23,13 +23,13 @@ TWIN = functional.depthwise_separable_conv
 
 @pytest.fixture
 def wide(monkeypatch):
-    """The interpreter takes its time per program: tiles that are wide for the sizes here."""
-    monkeypatch.setattr(kernels, "choose_contract", lambda *_, **__: (Config(64, 16, 32, 1, 1, 16),))
+    """Wide tiles, since the interpreter's time depends on programs."""
+    monkeypatch.setattr(kernels, "choose_configs", lambda *_, **__: (Config(64, 16, 32, 1, 1, 16),))
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How often the kernels ran."""
+    """One entry per call of the kernels."""
     found = []
     operator = kernels.depthwise_separable_conv_operator
     monkeypatch.setattr(kernels, "depthwise_separable_conv_operator", lambda *a: found.append(a) or operator(*a))
@@ -104,7 +104,7 @@ def test_opcheck():
 def test_images_beyond_32_bit_offsets_are_refused():
     x = torch.empty(1, 1, 16, device="meta").expand(1, 2**21, 16)
     dw, pw = torch.empty(16, 1, 3, 3, device="meta"), torch.empty(1024, 16, device="meta")
-    with pytest.raises(ValueError, match="accepted are up to"):
+    with pytest.raises(ValueError, match="expected at most 2"):
         kernels.depthwise_separable_conv_forward(
-            x, dw, Behind(None, None, None, None, None, 0.0), pw, None, (2**11, 2**10), 1, 1, 0
+            x, dw, Epilogue(None, None, None, None, None, 0.0), pw, None, (2**11, 2**10), 1, 1, 0
         )

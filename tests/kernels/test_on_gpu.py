@@ -1,4 +1,4 @@
-"""Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, tuning.
+"""Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, autotuning.
 
 ``python -m benchmarks.gpu`` runs this file and the benchmarks in one go.
 """
@@ -62,7 +62,7 @@ def plain(job: Job, tensors):
 
 
 def weights_for(job: Job, tensors):
-    """The gradients that come back to the outputs."""
+    """Random gradients of the outputs."""
     with torch.no_grad():
         return [torch.randn_like(out) for out in plain(job, tensors)]
 
@@ -78,7 +78,7 @@ def differentiate(job: Job, tensors, call, grads):
 
 
 def check_step(job: Job, tensors, call):
-    """Hold the outputs and gradients of ``call`` to those of the plain code."""
+    """Check the outputs and gradients of ``call`` against those of the plain code, by the accuracy rule."""
     grads = weights_for(job, tensors)
     with poisoned_empty():
         ours = differentiate(job, tensors, call, grads)
@@ -114,7 +114,7 @@ def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small)
 @each_pair
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_every_autotune_candidate_is_as_accurate(job, backend, place, monkeypatch):
-    """In inference, which has kernels of its own, and in training."""
+    """At inference, which has kernels of its own, and in training."""
     tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
 
     def take(name, key, candidates, run):
@@ -149,16 +149,16 @@ def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backen
 
 @each_pair
 def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
-    """Nothing may be measured then, even where nothing is known yet."""
+    """Nothing may be measured then, even if no result is known yet."""
     tensors = job.tensors(BATCH, torch.float16, "cuda", small=True)
     with torch.no_grad():
-        eager = run(job, tensors, backend)  # compiles and loads, which a capture does not allow
+        eager = run(job, tensors, backend)  # compiles and loads the kernels, which a capture does not allow
         monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(autotune, "_chosen", {})
         monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured while captured"))
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            run(job, tensors, backend)  # the first configuration, which the capture will take
+            run(job, tensors, backend)  # compiles the first configuration, which the capture will use
         finally:
             torch.use_deterministic_algorithms(False)
         graph = torch.cuda.CUDAGraph()
@@ -203,7 +203,7 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
         with torch.cuda.stream(side):
             busy = torch.randn(4096, 4096, device="cuda")
             for _ in range(20):
-                busy = busy @ busy / 64  # so that work on the default stream would come too early
+                busy = busy @ busy / 64  # so that work on the default stream would start too early
             late = {name: tensor + (busy.sum() * 0).to(tensor.dtype) for name, tensor in tensors.items()}
             out = run(job, late, backend)
         torch.cuda.current_stream().wait_stream(side)
@@ -222,7 +222,7 @@ def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
             run(job, tensors, backend)
         for each in zip(run(job, tensors, "auto"), plain(job, tensors), plain(job, widened(tensors)), strict=True):
             assert_as_accurate(*each)
-        trains = "training" in job.name  # batch statistics, which a run to measure would move
+        trains = "training" in job.name  # a run to measure would move running statistics
         assert [known[0] for known in autotune._chosen].count(job.op) == (0 if trains else 1)
         monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured again"))
         run(job, tensors, "auto")

@@ -314,7 +314,7 @@ LOW_LEVEL_BAD = {
     "k has shape": {"k": lambda tensor: tensor[:, :3]},
     "v is bfloat16, q is float32": {"v": lambda tensor: tensor.bfloat16()},
     "k must have a contiguous last axis": {"k": lambda tensor: tensor.mT.contiguous().mT},
-    "head dimensions up to 128": {name: lambda _: torch.ones(1, 1, 2, 129) for name in "qkv"},
+    "expected head dimensions up to 128, got 129": {name: lambda _: torch.ones(1, 1, 2, 129) for name in "qkv"},
     "mask must be bool": {"mask": lambda _: torch.ones(1, 1, 1, 9)},
     "mask has shape": {"mask": lambda _: torch.ones(1, 1, 8, 9, dtype=torch.bool)},
     "bias has shape": {"bias": lambda _: torch.ones(1, 1, 8, 9)},

@@ -130,6 +130,30 @@ def test_autocast(prefix: int) -> None:
 
 
 @needs_cpp
+def test_the_kernel_names_the_operator_and_the_argument() -> None:
+    run = torch.ops.fastvit.conv_projection.default
+    part = (torch.zeros(8, 1, 3, 3), None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), 1e-5, 1, 1)
+    names = [argument.name for argument in run._schema.arguments]
+    good = dict(zip(names, (torch.zeros(2, 21, 8), *part, *part, *part, 5, 4, 1), strict=True))
+    run(**good)
+    bad = {
+        "x must be (B, P + h*w, C), got shape (2, 8)": {"x": torch.zeros(2, 8)},
+        "x must be float32 or bfloat16 on the CPU, got float64": {"x": torch.zeros(2, 21, 8).double()},
+        "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
+        "q_weight must be (C, 1, k, k)": {"q_weight": torch.zeros(8, 1, 3, 5)},
+        "k_bias must be contiguous with 8 elements, got shape (7,)": {"k_bias": torch.zeros(7)},
+        "v_norm_weight must be float32 or of x's dtype": {"v_norm_weight": torch.ones(8).half()},
+        "k_norm_mean and k_norm_var must be given together": {"k_norm_mean": None},
+        "v_stride must be at least 1, got 0": {"v_stride": 0},
+        "k_padding must be at least 0, got -1": {"k_padding": -1},
+        "q_weight: a kernel of 7 does not fit": {"q_weight": torch.zeros(8, 1, 7, 7)},
+    }
+    for message, change in bad.items():
+        with pytest.raises(RuntimeError, match=re.escape(f"conv_projection: {message}")):
+            run(**good | change)
+
+
+@needs_cpp
 def test_opcheck() -> None:
     for change in ({}, {"norm": None, "dw_bias": torch.randn(16)}):
         case = make((5, 4), 1, channels=16, **change)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.reference.functional import attention_probabilities
-from tests.helpers import assert_as_accurate, on_most_draws, poisoned_empty
+from tests.helpers import assert_as_accurate, on_pooled_draws, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
@@ -184,7 +184,7 @@ def check_gradients(
         for name in got[0]:
             assert_as_accurate(*(torch.stack([g[name] for g in each]) for each in (got, reference, exact)), name=name)
 
-    on_most_draws(compare)
+    on_pooled_draws(compare)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -361,7 +361,7 @@ def test_bad_arguments_are_named() -> None:
         "dmoments has shape": lambda: ops.head_map_moments_backward(
             torch.ones(4), torch.eye(3), q, k, None, None, None, 1.0
         ),
-        "at most 32 heads": lambda: ops.head_map_moments(*make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0),
+        "expected at most 32 heads, got 33": lambda: ops.head_map_moments(*make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             call()

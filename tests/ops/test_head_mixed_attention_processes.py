@@ -6,25 +6,23 @@ The processes are started once for all cases. nn.SyncBatchNorm itself does not r
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 from fastvit import backends, ops
 from fastvit.ops.head_mixed_attention import Call, attend
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, recomputing
-from tests.helpers import assert_as_accurate
+from tests.helpers import assert_as_accurate, spawned
 from tests.ops import head_mixed_attention_plain
 
 SHARES = (3, 2)
 """Images a process has: unequal, so that the counts matter, too."""
 HEADS, TOKENS, DIM, STEPS = 4, 9, 5, 2
-SECONDS = 120
 
 CASES: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -98,13 +96,7 @@ def _worker(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
     """By process, what it reports for every way and case."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = multiprocessing.spawn(_worker, (str(folder),), nprocs=len(SHARES), join=False)
-    deadline = time.monotonic() + SECONDS
-    while not processes.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"two processes did not end in {SECONDS} s")
+    spawned(_worker, (str(folder),), len(SHARES))
     return [torch.load(folder / str(rank)) for rank in range(len(SHARES))]
 
 

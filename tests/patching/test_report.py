@@ -10,12 +10,12 @@ import weakref
 
 import pytest
 import torch
-from tiny import build, images
 from torch import nn
 
 from fastvit import backends, ops
 from fastvit.patching import explain, patch, preference, report, reporting, unpatch
 from fastvit.reference.layers import Mlp
+from tests.tiny import build, images
 
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 """The backend of attention on the CPU, inference in float32 or bfloat16."""
