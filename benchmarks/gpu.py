@@ -112,7 +112,7 @@ def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
         return job.call(functional, t)
 
     found = {"fused": fused("auto"), "plain": plain}
-    found |= {entry.name: fused(entry.name) for entry in ops.IMPLEMENTATIONS[job.op] if entry.name in KERNELS}
+    found |= {entry.name: fused(entry.name) for entry in ops.OPERATORS[job.op].implementations if entry.name in KERNELS}
     for name in compiled:
         torch.compiler.reset()
         found[name] = torch.compile(plain, dynamic=False, **COMPILED[name])

@@ -11,12 +11,14 @@ from fastvit.reference.functional import ACTIVATIONS, BatchNorm
 
 __all__ = [
     "INTS",
+    "LARGEST",
     "check_activation",
     "check_attention",
     "check_batch_norm",
     "check_depthwise",
     "check_grid",
     "check_linear",
+    "check_number",
     "check_parameter",
     "check_probability",
     "check_tokens",
@@ -38,6 +40,9 @@ def fail(name: str, expected: str, value: object) -> NoReturn:
 INTS = (int, torch.SymInt)
 """What counts or measures; a bool, which is an int to Python, does not."""
 
+LARGEST = 2**30
+"""Of strides and paddings, so that sizes made of them fit 64 bits."""
+
 
 def check_parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     """None, or floating of this shape on x's device."""
@@ -47,6 +52,12 @@ def check_parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], x:
         fail(name, f"a floating tensor {shape}", tensor)
     if tensor.device != x.device:
         fail(name, f"a tensor on {x.device}", tensor)
+
+
+def check_number(name: str, value: float) -> None:
+    """A number; not a tensor, whose gradient would be lost."""
+    if not isinstance(value, (int, float, torch.SymFloat)):
+        fail(name, "a number", value)
 
 
 def check_activation(name: str, activation: str | None) -> None:
@@ -73,6 +84,11 @@ def check_batch_norm(name: str, norm: BatchNorm | None, channels: int, x: Tensor
         norm.running_mean is None and not norm.use_batch_stats
     ):
         fail(name, "running_mean and running_var, or neither and use_batch_stats=True", norm)
+    for field, number in (("eps", norm.eps), ("momentum", norm.momentum)):
+        if not isinstance(number, (int, float, torch.SymFloat)):
+            fail(f"{name}.{field}", "a number", number)
+    if not isinstance(norm.use_batch_stats, bool):
+        fail(f"{name}.use_batch_stats", "a bool", norm.use_batch_stats)
 
 
 # --- Attention ------------------------------------------------------------------------------------------------------
@@ -176,15 +192,12 @@ def check_geometry(
     grid: tuple[int, int], kernel: int, stride: int, padding: int | None, part: str = ""
 ) -> tuple[int, int]:
     """A convolution that fits the padded grid; the grid of its result. ``part`` prefixes the names in errors."""
-    if not isinstance(stride, INTS) or isinstance(stride, bool) or stride < 1:
-        fail(f"{part}stride", "an int >= 1", stride)
+    if not isinstance(stride, INTS) or isinstance(stride, bool) or not 1 <= stride <= LARGEST:
+        fail(f"{part}stride", f"an int from 1 to {LARGEST}", stride)
     padding = kernel // 2 if padding is None else padding
-    if not isinstance(padding, INTS) or isinstance(padding, bool) or padding < 0:
-        fail(f"{part}padding", "an int >= 0, the same on all sides", padding)
+    if not isinstance(padding, INTS) or isinstance(padding, bool) or not 0 <= padding <= LARGEST:
+        fail(f"{part}padding", f"an int from 0 to {LARGEST}, the same on all sides", padding)
     if min(grid) + 2 * padding < kernel:
         fail(f"{part}padding", f"enough for a kernel of {kernel} to fit the padded grid of {tuple(grid)}", padding)
     height, width = grid
-    out = out_size(height, kernel, stride, padding), out_size(width, kernel, stride, padding)
-    if type(padding) is int and padding > 2**30:
-        fail(f"{part}padding", f"an int <= {2**30}", padding)
-    return out
+    return out_size(height, kernel, stride, padding), out_size(width, kernel, stride, padding)

@@ -170,8 +170,13 @@ def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
         if mask is not None and mask.dim() != 4:
             mask = four_axes(mask, key_padding=True)
         if bias is not None and (bias.dim() != 4 or bias.dtype != q.dtype):
+            if not bias.is_floating_point():
+                _check(call)
             bias = four_axes(bias.to(q.dtype), key_padding=False)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if scale is None:
+            scale = q.shape[3] ** -0.5
+        elif type(scale) is not float:  # a schema takes a tensor of one number
+            _check(call)
         if torch.is_grad_enabled() and gradients_needed(q, k, v, bias):
             return _Attention.apply(kernels, scale, mask, q, k, v, bias)
         return kernels.forward(q, k, v, mask, bias, scale)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops._checks import INTS, check_activation, check_batch_norm, check_parameter, fail
+from fastvit.ops._checks import INTS, LARGEST, check_activation, check_batch_norm, check_parameter, fail
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
 from fastvit.reference import functional
 from fastvit.reference.functional import ACTIVATIONS, BatchNorm
@@ -36,11 +36,12 @@ class Call(NamedTuple):
     activation: str | None
 
 
-def _check_pair(name: str, value: int | tuple[int, int], least: int) -> None:
+def _check_pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, ...]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     for each in pair:
-        if len(pair) != 2 or not isinstance(each, INTS) or isinstance(each, bool) or each < least:
-            fail(name, f"an int >= {least} or two", value)
+        if len(pair) != 2 or not isinstance(each, INTS) or isinstance(each, bool) or not least <= each <= LARGEST:
+            fail(name, f"an int from {least} to {LARGEST}, or two", value)
+    return pair
 
 
 def _check(call: Call) -> None:
@@ -57,7 +58,9 @@ def _check(call: Call) -> None:
         fail("norm", "BatchNorm.of(module)", call.norm)
     check_batch_norm("norm", call.norm, weight.shape[0], x)
     _check_pair("stride", call.stride, 1)
-    _check_pair("padding", call.padding, 0)
+    padding, sizes, kernel = _check_pair("padding", call.padding, 0), tuple(x.shape[2:]), tuple(weight.shape[2:])
+    if sizes[0] + 2 * padding[0] < kernel[0] or sizes[1] + 2 * padding[1] < kernel[1]:
+        fail("padding", f"enough for a kernel of {kernel} to fit the padded {sizes}", call.padding)
     check_activation("activation", call.activation)
 
 
@@ -80,9 +83,11 @@ def _channels_last_reasons(call: Call, named: bool) -> Iterator[str]:
 def _run_channels_last(call: Call) -> Tensor:
     x, weight, bias, norm, stride, padding, activation = call
     for vector in (bias, *norm[:4]):
-        if vector is not None and vector.shape != weight.shape[:1]:  # torch would broadcast it
+        if vector is not None and (vector.shape != weight.shape[:1] or vector.device != x.device):
+            raise ValueError("norm")  # torch would broadcast it
+        if vector is not None and not vector.is_floating_point():
             raise ValueError("norm")
-    if x.dim() != 4 or weight.device != x.device:
+    if x.dim() != 4 or weight.device != x.device or not weight.is_floating_point():
         raise ValueError("x")
     assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.float() + norm.eps).rsqrt()

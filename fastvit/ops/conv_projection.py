@@ -226,6 +226,9 @@ def _convolve_together(call: Projections) -> Projected:
                 vectors = list(map(contiguous, vectors))
                 break
         padding = weight.shape[3] // 2 if c.padding is None else c.padding
+        height, width = c.grid
+        if not type(height) is type(width) is type(c.prefix_tokens) is type(c.stride) is type(padding) is int:
+            _check_projections(call)  # a schema takes True, and a tensor of one number
         arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, c.stride, padding)
     return _together(x, *arguments, *c.grid, c.prefix_tokens)
 

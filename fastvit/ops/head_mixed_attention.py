@@ -25,7 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops._checks import check_attention, check_batch_norm, check_parameter, check_probability, fail, four_axes
+from fastvit.ops._checks import (
+    check_attention,
+    check_batch_norm,
+    check_number,
+    check_parameter,
+    check_probability,
+    fail,
+    four_axes,
+)
 from fastvit.ops._operator import (
     AUTO,
     REFERENCE,
@@ -83,10 +91,12 @@ def _check(call: Call) -> None:
     if isinstance(norm, LayerNorm):
         check_parameter("norm.weight", norm.weight, (heads,), q)
         check_parameter("norm.bias", norm.bias, (heads,), q)
+        check_number("norm.eps", norm.eps)
     elif norm is not None and not isinstance(norm, BatchNorm):
         fail("norm", "BatchNorm.of(module), LayerNorm.of(module) or None", norm)
     elif norm is not None and norm.layer is None:
         check_batch_norm("norm", norm, heads, q)
+    check_number("output_scale", call.output_scale)
     check_probability("dropout_p", call.dropout_p)
 
 
@@ -468,6 +478,8 @@ def _run_cpp(call: Call) -> Tensor:
     if batch_stats or (torch.is_grad_enabled() and gradients_needed(q, k, v, *_parameters(call))):
         _check(call)  # before running statistics move, and before H x H arithmetic could broadcast
         return attend(CPP, call)
+    if type(output_scale) is not float or not (scale is None or type(scale) is float):
+        _check(call)  # a schema takes a tensor of one number
     if torch.is_autocast_enabled("cpu"):
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

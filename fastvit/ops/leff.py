@@ -162,6 +162,7 @@ def _by(kernels: Implementation) -> Implementation:
                 _check(call)  # before running statistics move
                 return _train(call, kernels)
         if torch.is_grad_enabled() and _trains(call):
+            _check(call)
             return _train(call, kernels)
         if form not in LEFF_FORMS or convolution.weight.shape[3] % 2 == 0:
             raise ValueError("form or dw_weight")

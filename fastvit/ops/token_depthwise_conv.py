@@ -98,6 +98,8 @@ def _check(call: Convolution) -> None:
     check_parameter("bias", call.bias, (channels,), x)
     check_grid(x, call.grid, prefix_tokens)
     out = check_geometry(call.grid, kernel, call.stride, call.padding)
+    if not isinstance(call.residual, bool):
+        fail("residual", "a bool", call.residual)
     if call.residual and out != tuple(call.grid):
         fail("residual", f"False, since the convolution gives a grid of {out} from {tuple(call.grid)}", call.residual)
     check_activation("pre_activation", call.pre_activation)
@@ -260,7 +262,9 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
     """``run`` of an implementation by these kernels."""
 
     def run(call: Convolution) -> Tensor:
-        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, _ = call
+        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
+            call
+        )
         if x.stride(2) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
         weight = weight if weight.is_contiguous() else weight.contiguous()
@@ -280,7 +284,12 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
             norms.append((gamma, beta, mean, var, eps))
         before, after = norms
         codes = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
-        geometry = (*grid, stride, weight.shape[3] // 2 if padding is None else padding, prefix_tokens, call.residual)
+        height, width = grid
+        padding = weight.shape[3] // 2 if padding is None else padding
+        ints = type(height) is type(width) is type(stride) is type(padding) is type(prefix_tokens) is int
+        if not ints or type(residual) is not bool:
+            _check(call)  # a schema takes True for 1, and a tensor of one number
+        geometry = (height, width, stride, padding, prefix_tokens, residual)
         differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
         if not (batch or differentiate):
             out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)

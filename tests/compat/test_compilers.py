@@ -41,7 +41,7 @@ class Graphs(list):
                 found.append("sdpa")
             elif str(node.target).startswith("fastvit."):
                 name = str(node.target).split(".")[1]  # "masked_attention_cpp": several may compute an operator
-                found += [op for op in ops.IMPLEMENTATIONS if name.startswith(op)]
+                found += [op for op in ops.OPERATORS if name.startswith(op)]
         return found
 
 

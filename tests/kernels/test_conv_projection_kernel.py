@@ -9,13 +9,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import conv_projection as kernels
 from fastvit.kernels._depthwise_prologue import Config, Epilogue
-
 from fastvit.ops import conv_projection, depthwise_separable_conv
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
 from tests.ops import test_conv_projection as projections
 from tests.ops.composed import check_inference, check_training, converted, random_norm
-from tests.ops.test_depthwise_separable_conv import CASES, make
+from tests.ops.test_conv_projection_separable import CASES, make
 
 pytestmark = pytest.mark.interpreter
 

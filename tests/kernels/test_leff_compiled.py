@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from fastvit.kernels import leff as kernels
-
 from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow

@@ -190,14 +190,6 @@ def test_batch_statistics_without_gradients() -> None:
     assert not torch.equal(results[0][1], dict(mixer.named_buffers())["norm.running_mean"])
 
 
-def test_a_second_derivative_is_refused() -> None:
-    mixer, qkv = Mixer("talking", 4), [t.requires_grad_() for t in make_qkv(1, 4, 3, 3, 8, torch.float32)]
-    out = head_mixed_attention(*qkv, **mixer.arguments(), backend="cpp")
-    (grad,) = torch.autograd.grad(out.square().sum(), qkv[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_one_value_a_head_is_left_to_the_reference() -> None:
     mixer, qkv = Mixer("re", 4), make_qkv(1, 4, 1, 1, 8, torch.float32)
     with pytest.raises(RuntimeError, match="batch statistics, of 1 values"):

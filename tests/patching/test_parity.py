@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _dispatch, _products
-from fastvit.patching import explain, parts, patch, report, unpatch
+from fastvit.ops._operator import recording
+from fastvit.patching import explain, patch, report, unpatch
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.patching.fused_and_plain import check_inference, check_training, training_step
 from tests.tiny import FAMILIES, TIMM, build, images
@@ -43,9 +44,9 @@ FUSED = {
 def _own_products(monkeypatch):
     """Linear layers by our own kernel on every machine that has it, few rows or not."""
     if not backends.cpp_reasons():
-        for module in (_products, parts):
-            monkeypatch.setattr(module, "pays_off", lambda: True)
-        monkeypatch.setattr(_products, "CPP_MIN_ROWS", 1)
+        linear = sys.modules["fastvit.ops.linear"]
+        monkeypatch.setattr(linear, "_PAYS_OFF", True)
+        monkeypatch.setattr(linear, "CPP_MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -76,7 +77,7 @@ def test_training(name, dtype):
 @pytest.mark.parametrize("name", ["deepvit", "cait", "timm_cait"])
 def test_head_mixing_is_fused_in_training_too(name):
     model, choices = patch(build(name)).train(), []
-    with _dispatch.recording(choices.append):
+    with recording(choices.append):
         training_step(model, images(name))
     assert [choice.backend for choice in choices if choice.op == "head_mixed_attention"] == ["cpp", "cpp"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastvit import backends, ops
-from fastvit.ops._head_mixing import Call, attend
+from fastvit.ops.head_mixed_attention import Call, attend
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, recomputing
 from tests.helpers import assert_as_accurate, spawned
-from tests.ops import head_mixed_plain_engine
+from tests.ops import head_mixed_attention_plain
 
 SHARES = (3, 2)
 """Images a process has: unequal, so that the counts matter, too."""
@@ -33,11 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BatchNorm, Tensor], Tensor]
 
 
-def _plain_engine(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, norm: BatchNorm, mask: Tensor
-) -> Tensor:
+def _algebra(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, norm: BatchNorm, mask: Tensor) -> Tensor:
     call = Call(q, k, v, None, None, weight, bias, norm, 1.0, mask[:, None, None], 0.5, 0.0, False)
-    return attend(head_mixed_plain_engine.PLAIN, call, q.dtype)
+    return attend(head_mixed_attention_plain.PLAIN, call)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, norm: BatchNorm, mask: Tensor) -> Tensor:
@@ -76,7 +74,7 @@ def _train(attend: Attend, norm: nn.Module, images: slice, dtype: torch.dtype) -
 
 
 def _ways() -> dict[str, tuple[Attend, torch.dtype]]:
-    ways: dict[str, tuple[Attend, torch.dtype]] = {"algebra": (_plain_engine, torch.float64)}
+    ways: dict[str, tuple[Attend, torch.dtype]] = {"algebra": (_algebra, torch.float64)}
     return ways if backends.cpp_reasons() else ways | {"cpp": (_fused, torch.float32)}
 
 

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from fastvit.ops._dispatch import Implementation, Selection, gradients_needed, recording, select, turned_down
 from torch import nn
 
 from fastvit import backends, ops
 from fastvit.ops import _dispatch
-from fastvit.ops._dispatch import Implementation, Selection, gradients_needed, recording, select, turned_down
 
 
 def _small_only(x: torch.Tensor) -> list[str]:

@@ -1,11 +1,11 @@
-"""The four functions of a head-mixing engine in plain PyTorch, gradients by hand, in any dtype: the algebra itself."""
+"""The four kernels of head-mixed attention in plain PyTorch, gradients by hand, in any dtype: the algebra itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastvit.ops._head_mixing import Engine
+from fastvit.ops.head_mixed_attention import Kernels
 
 
 def _maps(q: Tensor, k: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, scale: float):
@@ -100,4 +100,4 @@ def moments_backward(dsums, dmoments, q, k, pre_weight, pre_bias, mask, scale):
     return _through_the_softmax(dmaps, maps, logits, q, k, pre_weight, scale)
 
 
-PLAIN = Engine(forward, backward, moments, moments_backward)
+PLAIN = Kernels(forward, backward, moments, moments_backward)

@@ -1,4 +1,4 @@
-"""The algebra around a head-mixing engine, in float64 on plain functions: results, gradients, running statistics."""
+"""The algebra around the kernels of head-mixed attention, in float64 on plain functions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvit.ops._head_mixing import Call, attend
+from fastvit.ops.head_mixed_attention import Call, attend
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm, recomputing
-from tests.ops import head_mixed_plain_engine as plain_engine
+from tests.ops import head_mixed_attention_plain
 
 HEADS = 4
 MIXES = {
@@ -82,7 +82,7 @@ def run(
         return functional.head_mixed_attention(**inputs, **options)
     names = ("q", "k", "v", "pre_weight", "pre_bias", "post_weight", "post_bias")
     call = Call(*(inputs.get(name) for name in names), **options, dropout_p=0.0, dropout_after_mix=False)
-    return attend(plain_engine.PLAIN, call, torch.float64)
+    return attend(head_mixed_attention_plain.PLAIN, call)
 
 
 def step(fused: bool, mix: str, mask: str, kind: str, times: int = 1) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def test_settings_of_the_norm(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["batch", "batch_eval", "layer"])
 def test_gradcheck(kind: str) -> None:
-    """Of the plain twin, and of the algebra by an engine: both in float64, affine parameters included."""
+    """Of the plain twin, and of the algebra by plain kernels: both in float64, affine parameters included."""
     inputs, allowed = make_inputs("both", "rows")
     norm = make_norm(kind)
     assert norm is not None

@@ -88,7 +88,7 @@ def test_gradcheck_of_the_twin():
 def test_a_norm_to_be_called_takes_the_plain_path():
     layer = nn.BatchNorm2d(20)
     case = make((4, 4), 0, 1, norm=BatchNorm(None, None, None, None, True, layer=layer))
-    with pytest.raises(RuntimeError, match="a norm is a BatchNorm2d, of which only the layer itself knows"):
+    with pytest.raises(RuntimeError, match="a norm is a BatchNorm2d, which has to be called"):
         depthwise_separable_conv(**case, backend="cpp")
     with torch.no_grad():
         got = depthwise_separable_conv(**case)
