@@ -124,13 +124,13 @@ template <class T>
 void load_rows(Rows<T> rows, int64_t count, int64_t dim, float* out) {
   const int64_t width = padded(dim);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < dim; d += kLanes) load(rows[i] + d, dim - d).store(out + i * width + d);
+    for (int64_t d = 0; d < dim; d += kLanes) load(rows[i] + d, smaller(kLanes, dim - d)).store(out + i * width + d);
   }
 }
 
 template <class T>
 void store_row(const float* row, Vec factor, int64_t dim, T* out) {
-  for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, dim - d);
+  for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, smaller(kLanes, dim - d));
 }
 
 // Adds the bias to the logits of query i and applies the mask.
@@ -224,7 +224,7 @@ FASTVIT_INLINE void store_sum(int64_t queries, const float* weights, int64_t wei
     for (int64_t i = 0; i < queries; ++i) {
       sum = fma(Vec::fill(weights[i * weights_stride]), Vec::load(rows + i * padded(dim) + d), sum);
     }
-    store(sum * Vec::fill(factor), out + d, dim - d);
+    store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
   }
 }
 

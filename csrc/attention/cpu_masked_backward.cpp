@@ -305,7 +305,7 @@ void finish_row(const float* from, int64_t parts, int64_t part_floats, float fac
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec sum = Vec::load(from + d);
     for (int64_t part = 1; part < parts; ++part) sum += Vec::load(from + part * part_floats + d);
-    store(sum * Vec::fill(factor), out + d, dim - d);
+    store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
   }
 }
 

@@ -251,7 +251,7 @@ void store_four_queries(const float* channels, int64_t width, int64_t left, int6
   }
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = buffer + i * kAttentionMaxDim;
-    for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d), out + i * stride + d, dim - d);
+    for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d), out + i * stride + d, smaller(kLanes, dim - d));
   }
 }
 

@@ -285,14 +285,14 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
 FASTVIT_INLINE float widen(float x) { return x; }
 FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
 
-// The first n lanes, or all if n >= kLanes.
+// The first n lanes.
 template <class T>
 FASTVIT_INLINE Vec load(const T* p, int64_t n) {
-  return n >= kLanes ? Vec::load(p) : Vec::load(p, n);
+  return n == kLanes ? Vec::load(p) : Vec::load(p, n);
 }
 template <class T>
 FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
-  n >= kLanes ? v.store(p) : v.store(p, n);
+  n == kLanes ? v.store(p) : v.store(p, n);
 }
 
 // Prefetches the cache lines of `count` elements. A prefetch beyond a tensor is harmless.

@@ -301,7 +301,7 @@ void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys key
     for (int64_t d = 0; d < p.dim; d += kLanes) {
       Vec total = Vec::fill(0.0f);
       for (int64_t part = 0; attended && part < parts; ++part) total += Vec::load(from + part * part_stride + d);
-      store(total * Vec::fill(factor), row + d, p.dim - d);
+      store(total * Vec::fill(factor), row + d, smaller(kLanes, p.dim - d));
     }
     next += attended;
   }

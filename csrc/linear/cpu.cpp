@@ -267,7 +267,7 @@ struct Tile {
         const int64_t column = panel * kPanel + c, left = columns(panel) - c;
         for (int64_t r = 0; r < rows; ++r) {
           const float* start = from + r * step + column;
-          const Vec value = left > 0 ? load(start, left) : Vec::fill(0.0f);
+          const Vec value = left > 0 ? load(start, smaller(kLanes, left)) : Vec::fill(0.0f);
           value.store(total(panel, r) + c);
         }
       }
@@ -304,7 +304,7 @@ struct Tile {
           continue;
         }
         for (int64_t c = 0; c < columns(panel); c += kLanes) {
-          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, columns(panel) - c);
+          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, smaller(kLanes, columns(panel) - c));
         }
       }
     }
