@@ -7,7 +7,7 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// The bias of one head as [key][lane]; lanes from `queries` on repeat the first.
+// The bias of one head as [key][lane]; lanes beyond the last query repeat the first.
 template <class T>
 void expand_bias(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t queries,
                  AttentionKeys keys, float* out, int64_t width) {

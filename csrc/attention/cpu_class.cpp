@@ -1,13 +1,13 @@
-// Attention of few queries, as class tokens are, forward and backward, for one instruction set.
+// Attention of a few queries, such as class tokens, forward and backward; compiled once per instruction set.
 //
-// There are too few queries to be the lanes of a vector. Keys and values are read once, where they lie:
+// There are too few queries to fill the lanes of a vector. Keys and values are read once, in place:
 //   S[j] = scale sum_d k[j][d] q[d] + bias[j]     lanes are channels; the sums of as many keys as there are lanes are
-//                                                 turned into one vector
+//                                                 reduced to one vector
 //   P[j] = exp(S[j] - max)                        lanes are keys
 //   out[d] = sum_j P[j] v[j][d] / sum_j P[j]      lanes are channels
 // The keys of a head may be split between threads: each part has its own maximum, and is multiplied by
-// exp(own max - max) when parts are put together. Backward: see cpu_masked_backward.cpp; all its products
-// are of the three kinds above.
+// exp(own max - max) when the parts are combined. The backward pass (formulas in cpu_masked_backward.cpp) consists of
+// products of the same three kinds.
 #include "attention/args_class.h"
 
 #include "attention/cpu_tiles.h"
@@ -15,7 +15,7 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 64;  // keys whose weighted rows are summed in one go
+constexpr int64_t kChunk = 64;  // keys per partial sum of weighted rows
 
 // Lane i is the sum of the lanes of x[i].
 FASTVIT_INLINE Vec sums_of(const Vec (&x)[kLanes]) {
@@ -46,7 +46,7 @@ FASTVIT_INLINE Vec sums_of(const Vec (&x)[kLanes]) {
 #endif
 }
 
-// out[i][j] = factor * (row j of the list . row i of `with`), for padded rows `with`; lanes behind the last key repeat
+// out[i][j] = factor * (row j of the list . row i of `with`), for padded rows `with`; lanes beyond the last key repeat
 // it.
 template <class T>
 void dot_rows(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* with, int64_t count, float factor, float* out,
@@ -77,7 +77,7 @@ void dot_rows(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* with, 
   }
 }
 
-// out[c] += sum_j weights[j] * vector c of row j, for kC vectors; the last `rest` lanes long, if rest > 0.
+// out[c] += sum_j weights[j] * vector c of row j, for kC vectors, of `rest` lanes if rest > 0.
 template <int kC, class T>
 FASTVIT_INLINE void add_rows(Rows<T> rows, AttentionKeys keys, int64_t offset, int64_t rest, const float* weights,
                              float* out) {
@@ -102,8 +102,8 @@ FASTVIT_INLINE void add_rows(Rows<T> rows, AttentionKeys keys, int64_t offset, i
 
 // out[i] = sum_j weights[i][j] * row j of the list, a padded row.
 template <class T>
-void weigh_rows(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* weights, int64_t weights_stride,
-                int64_t count, float* out) {
+void sum_weighted_rows(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* weights, int64_t weights_stride,
+                       int64_t count, float* out) {
   const int64_t width = padded(dim), whole = dim / kLanes, rest = dim % kLanes;
   __builtin_memset(out, 0, count * width * sizeof(float));
   for (int64_t first = 0; first < keys.count; first += kChunk) {
@@ -124,16 +124,16 @@ template <class T>
 void load_rows(Rows<T> rows, int64_t count, int64_t dim, float* out) {
   const int64_t width = padded(dim);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < dim; d += kLanes) load(rows[i] + d, dim - d).store(out + i * width + d);
+    for (int64_t d = 0; d < dim; d += kLanes) load(rows[i] + d, smaller(kLanes, dim - d)).store(out + i * width + d);
   }
 }
 
 template <class T>
 void store_row(const float* row, Vec factor, int64_t dim, T* out) {
-  for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, dim - d);
+  for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, smaller(kLanes, dim - d));
 }
 
-// Adds the bias to the logits of query i, and takes out what the mask does.
+// Adds the bias to the logits of query i and applies the mask.
 template <class T>
 void mask_logits(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t i, AttentionKeys keys, float* logits) {
   if (p.bias != nullptr) {
@@ -149,10 +149,10 @@ void mask_logits(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t i
   }
 }
 
-// The logits of one query become exponentials; lanes behind the last key zeros. Gives maximum and sum.
+// The logits of one query become exponentials, those beyond the last key zeros; with their maximum and sum.
 FASTVIT_INLINE void exponentials(float* map, int64_t count, float* maximum, float* total) {
   for (int64_t j = count; j < padded(count); ++j) map[j] = -__builtin_inff();
-  Vec most = Vec::fill(-__FLT_MAX__);  // finite, so that the difference is, without a key too
+  Vec most = Vec::fill(-__FLT_MAX__);  // finite, so that logit - maximum is, even without a key
   for (int64_t j = 0; j < count; j += kLanes) most = max(Vec::load(map + j), most);
   *maximum = largest(most);
   Vec parts = Vec::fill(0.0f);
@@ -164,7 +164,7 @@ FASTVIT_INLINE void exponentials(float* map, int64_t count, float* maximum, floa
   *total = sum(parts);
 }
 
-// A part of a problem: for every query its maximum and its sum, then its weighted values, not divided.
+// The result for a part of the keys: maximum and sum of every query, then the weighted values, not yet divided.
 struct Partial {
   static int64_t floats(const AttentionParams& p) { return p.queries * (2 + padded(p.dim)); }
   static const float* values(const AttentionParams& p, const float* partial) { return partial + 2 * p.queries; }
@@ -183,7 +183,7 @@ void attend(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys,
     mask_logits<T>(p, b, h, i, keys, map + i * stride);
     exponentials(map + i * stride, keys.count, partial + 2 * i, partial + 2 * i + 1);
   }
-  weigh_rows(Rows<T>(p.v, b, h), keys, p.dim, map, stride, p.queries, partial + 2 * p.queries);
+  sum_weighted_rows(Rows<T>(p.v, b, h), keys, p.dim, map, stride, p.queries, partial + 2 * p.queries);
 }
 
 template <class T>
@@ -193,7 +193,7 @@ void combine(const MaskedAttentionParams& p, int64_t problem, const float* parti
     T* out = static_cast<T*>(p.out) + ((b * p.queries + i) * p.heads + h) * p.dim;
     const float* values = Partial::values(p, partials) + i * width;
     if (parts == 1) {
-      // The sum is zero only where every exponential is: any finite inverse will do.
+      // The sum is zero only if every exponential is: any finite inverse will do.
       const Vec total = max(Vec::fill(__FLT_MIN__), Vec::fill(partials[2 * i + 1]));
       store_row(values, Vec::fill(1.0f) / total, p.dim, out);
       continue;
@@ -213,9 +213,9 @@ void combine(const MaskedAttentionParams& p, int64_t problem, const float* parti
   }
 }
 
-// --- Backward -------------------------------------------------------------------------------------------------------
+// --- Backward --------------------------------------------------------------------------------------------------------
 
-// Row `out` = sum_i weights[i] * rows[i], over the queries.
+// out = factor * sum_i weights[i] * rows[i], over the queries.
 template <class T>
 FASTVIT_INLINE void store_sum(int64_t queries, const float* weights, int64_t weights_stride, const float* rows,
                               float factor, int64_t dim, T* out) {
@@ -224,7 +224,7 @@ FASTVIT_INLINE void store_sum(int64_t queries, const float* weights, int64_t wei
     for (int64_t i = 0; i < queries; ++i) {
       sum = fma(Vec::fill(weights[i * weights_stride]), Vec::load(rows + i * padded(dim) + d), sum);
     }
-    store(sum * Vec::fill(factor), out + d, dim - d);
+    store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
   }
 }
 
@@ -242,7 +242,7 @@ void attend_backward(const MaskedAttentionGradients& p, int64_t problem, Attenti
     mask_logits<T>(p, b, h, i, keys, row);
     exponentials(row, keys.count, &maximum, &total);
     const Vec bounded = max(Vec::fill(__FLT_MIN__), Vec::fill(total)), inverse = Vec::fill(1.0f) / bounded;
-    // Lanes behind the last key hold the last key's dP, and zero for its weight.
+    // Lanes beyond the last key hold its dP, with a weight of zero.
     Vec dots = Vec::fill(0.0f);
     for (int64_t j = 0; j < keys.count; j += kLanes) dots = fma(Vec::load(row + j), Vec::load(of_row + j), dots);
     const Vec dot = Vec::fill(sum(dots)) / bounded;
@@ -252,7 +252,7 @@ void attend_backward(const MaskedAttentionGradients& p, int64_t problem, Attenti
       (probability * (Vec::load(of_row + j) - dot)).store(of_row + j);
     }
   }
-  weigh_rows(Rows<T>(p.k, b, h), keys, p.dim, gradient, stride, p.queries, sums);
+  sum_weighted_rows(Rows<T>(p.k, b, h), keys, p.dim, gradient, stride, p.queries, sums);
   T* dq = static_cast<T*>(p.dq) + b * p.queries * token + h * p.dim;
   for (int64_t i = 0; i < p.queries; ++i) {
     store_row(sums + i * padded(p.dim), Vec::fill(p.scale), p.dim, dq + i * token);

@@ -1,10 +1,10 @@
-// Attention under a mask and an additive bias, forward, for one instruction set.
+// Attention with a mask and an additive bias, forward; compiled once per instruction set.
 //
-// A tile is one or two vectors of queries of one head, and a block of its keys at a time:
+// A tile is one or two vectors of queries of one head; it takes its keys a block at a time:
 //   S[j] = sum_d k[j][d] q[d] + bias[j]     P[j] = exp(S[j] - max)     out[d] = sum_j v[j][d] P[j] / sum_j P[j]
-// The map of a tile, (keys of a block, lanes) floats, stays in the first caches; no other map exists. All keys of a
-// vision transformer's usual 197 tokens are one block; of more, what earlier blocks gave is multiplied by
-// exp(old max - new max) as the maximum rises (Milakov and Gimelshein 2018).
+// The map of a tile, (keys of a block, lanes) floats, stays in the L1 and L2 caches; no other map exists. The usual 197
+// tokens of a vision transformer are one block. With more, the results of earlier blocks are multiplied by
+// exp(old max - new max) as the maximum rises (online softmax, Milakov and Gimelshein 2018).
 //
 // Keys and values are packed once per head, block by block (see Packed).
 #include "attention/args_masked.h"
@@ -15,10 +15,10 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Keys of a block, at most: their map is 64 KiB of 16 lanes, or 32 of 8.
+// Most keys of a block: its map takes 64 KiB with 16 lanes, 32 KiB with 8.
 constexpr int64_t kBlockKeys = 512;
 
-// The blocks of a head's keys, and where each is packed.
+// A head's keys in blocks, each packed on its own.
 template <class T, bool kPairs>
 struct Blocks : Split {
   int64_t dim, words;  // of the largest one
@@ -49,7 +49,7 @@ void pack(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys, i
   }
 }
 
-// A thread's scratch for a tile.
+// A thread's scratch memory for a tile.
 struct Scratch {
   static constexpr int64_t kWidth = kTileVectors * kLanes;
 
@@ -89,7 +89,7 @@ struct Tile {
   void run() {
     const Blocks<T, kPairs> blocks(p.dim, keys.count);
     load_queries();
-    // A block may hold no key for a row; its largest logit must be finite for the difference to be.
+    // Where a row may have no key in a block, its largest logit starts finite, so that logit - largest is.
     const bool always_a_key = p.mask == nullptr && p.bias == nullptr && blocks.blocks == 1;
     for (int v = 0; v < kV; ++v) {
       largest[v] = Vec::fill(always_a_key ? -__builtin_inff() : -__FLT_MAX__);
@@ -126,8 +126,8 @@ struct Tile {
     }
   }
 
-  // The map becomes exp(S - largest), as the product with v wants it; largest and sum take the block in, and what
-  // earlier blocks gave is brought to the new largest.
+  // The map becomes exp(S - largest), in the layout of the product with v. Updates largest and sum, and scales the
+  // results of earlier blocks to the new largest.
   void exponentials(int64_t count, bool later) {
     Vec before[kV];
     for (int v = 0; v < kV; ++v) before[v] = largest[v];
@@ -157,7 +157,7 @@ struct Tile {
     }
   }
 
-  // The same for a few keys, whose sum is taken on its own: long sums are less exact. `begin` is even.
+  // The same for a few keys, as one partial sum: long sums are less accurate. `begin` is even.
   void exponentials_of(int64_t begin, int64_t end) {
     Vec part[kV];
     for (int v = 0; v < kV; ++v) part[v] = Vec::fill(0.0f);
@@ -168,7 +168,7 @@ struct Tile {
         for (int v = 0; v < kV; ++v) {
           const Vec first = exponential(j, v), second = j + 1 < end ? exponential(j + 1, v) : Vec::fill(0.0f);
           part[v] += first + second;
-          round_to_pairs(first, second).store(s.map + j / 2 * kWidth + v * kLanes);  // at or before what has been read
+          round_to_pairs(first, second).store(s.map + j / 2 * kWidth + v * kLanes);  // not past what has been read
         }
       }
     } else
@@ -202,7 +202,7 @@ struct Tile {
 
   void store_output() const {
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only where every exponential is: any finite inverse will do.
+      // The sum is zero only if every exponential is: any finite inverse will do.
       const Vec inverse = Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v]);
       for (int64_t d = 0; d < p.dim; ++d) {
         float* at = s.channels + d * kWidth + v * kLanes;

@@ -1,13 +1,13 @@
-// Attention under a mask and an additive bias, backward, for one instruction set.
+// Attention with a mask and an additive bias, backward; compiled once per instruction set.
 //
 // A tile is one or two vectors of queries of one head and all of its keys; with G the gradient of the output:
 //   P[j] = softmax_j(scale q k[j] + bias[j])     dP[j] = sum_d v[j][d] G[d]     dS[j] = P[j] (dP[j] - sum_i P[i] dP[i])
 //   dq[d] = scale sum_j dS[j] k[j][d]     dk[j][d] = scale sum_lane dS[j] q[d]     dv[j][d] = sum_lane P[j] G[d]
-// P is computed anew as the forward computes it, and the sum is taken over the very dP it is subtracted from: where one
-// key has all the weight the difference is zero, as in the plain form. With the output kept from the forward (G . out)
-// it would be the output's rounding. So nothing is kept.
+// P is recomputed as in the forward pass, and sum_i P[i] dP[i] is taken of the same dP that it is subtracted from:
+// where one key has all the weight, the difference is exactly zero, as in the plain form. Computed from a saved output,
+// as G . out, it would be the output's rounding error. So nothing is saved for the backward pass.
 //
-// The two maps of a tile, (keys, lanes) floats each, stay in the second cache; no other map exists.
+// The two maps of a tile, (keys, lanes) floats each, stay in the L2 cache; no other map exists.
 #include "attention/args_masked.h"
 #include "attention/cpu_bias.h"
 #include "attention/cpu_tiles.h"
@@ -15,25 +15,25 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Keys above which a tile takes one vector of queries, so that its maps stay in the second cache.
+// With more keys a tile is one vector of queries, so that its maps stay in the L2 cache.
 constexpr int64_t kWideTileKeys = 1536;
 constexpr int64_t kTileWidth = kTileVectors * kLanes;
-constexpr int64_t kBlockKeys = 256;  // of mask and bias that are expanded at a time
-// Terms of a product, and of a row's sums, that are summed in one go: what is lost in dS, where gradients cancel, shows
-// in full in dq.
+constexpr int64_t kBlockKeys = 256;  // of mask and bias, expanded at a time
+// Terms of a partial sum, in products and in sums over a row: an error in dS, where gradients cancel, appears in full
+// in dq.
 constexpr int64_t kTerms = 16, kFewTerms = 8;
 // Blocks of the products over lanes: keys times vectors of channels.
 constexpr int kSumRows = 6;
 constexpr int kSumColumns = kLanes == 16 ? 4 : 2;
 
-// Keys as rows and as columns of words, and values as rows: see Packed.
+// Keys as panels of keys and of channels, and values as panels of keys: see Packed.
 template <class T, bool kPairs>
 struct PackedForBackward {
   Packed<T, kPairs> layout;
 
   PackedForBackward(int64_t dim, int64_t count) : layout(dim, count) {}
   int64_t values() const { return layout.head_words; }
-  // A panel of fewer channels takes the next one's along, hence the last summand.
+  // The last term: a panel of fewer channels also copies those of the next one.
   int64_t words() const { return layout.head_words + layout.key_panels.blocks * layout.key_words + kRows; }
 };
 
@@ -51,9 +51,9 @@ void pack(const MaskedAttentionGradients& p, int64_t problem, AttentionKeys keys
   }
 }
 
-// A thread's scratch for a tile.
+// A thread's scratch memory for a tile.
 struct Scratch {
-  float *map, *gradient;            // [key][lane]: P, dP and then dS; as words see Tile::differences
+  float *map, *gradient;            // [key][lane]: P, and dP, then dS; see Tile::pack_pairs
   float *mask, *bias;               // [key of a block][lane]
   float *queries, *outputs;         // [word of channels][lane] of q and G
   float* channels;                  // [channel][lane]: dq
@@ -99,12 +99,12 @@ struct Tile {
     product_with_rows(both.layout, packed + both.values(), s.outputs, 1.0f, s.gradient);
     softmax();
     if (bias_sums != nullptr) add_bias_gradient();
-    differences();
+    pack_pairs();
     store_query_gradient(both.layout);
     add_key_gradients();
   }
 
-  // Queries, or gradients of outputs, as lanes and as rows.
+  // q, or the gradient of the output, both as lanes and as rows.
   void load(Rows<T> from, float* lanes, float* rows) const {
     const int64_t width = padded(p.dim);
     for (int64_t first = 0; first < kWidth; first += 4) {
@@ -123,7 +123,7 @@ struct Tile {
     }
   }
 
-  // out[j][lane] = factor * sum_d row j of what is packed . lanes
+  // out[j][lane] = factor * (packed row j . lane)
   void product_with_rows(const Packed<T, kPairs>& layout, const float* from, const float* lanes, float factor,
                          float* out) const {
     for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
@@ -137,8 +137,8 @@ struct Tile {
 
   FASTVIT_INLINE float* at(float* map, int64_t j, int v) const { return map + j * kWidth + v * kLanes; }
 
-  // The logits become P, dP becomes dS. Sums are made of partial sums, which are more exact; and sum_i P[i] dP[i] is
-  // taken of the exponentials and divided by their sum, so that it carries no error of P's.
+  // The logits become P, dP becomes dS. Sums are made of partial sums, which are more accurate; and sum_i P[i] dP[i] is
+  // computed from the exponentials and then divided by their sum, without P's rounding errors.
   void softmax() {
     Vec largest[kV], sum[kV], dot[kV];
     for (int v = 0; v < kV; ++v) {
@@ -180,7 +180,7 @@ struct Tile {
       }
     });
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only where every exponential is: any finite inverse will do.
+      // The sum is zero only if every exponential is: any finite inverse will do.
       sum[v] = max(Vec::fill(__FLT_MIN__), sum[v]);
       dot[v] = dot[v] / sum[v];
       sum[v] = Vec::fill(1.0f) / sum[v];
@@ -202,7 +202,7 @@ struct Tile {
     }
   }
 
-  // Each sum is two floats, the second what the first cannot hold (Knuth): batches are long.
+  // Compensated sums, as batches may be long: a second float holds what rounding takes off the first (Knuth's two-sum).
   void add_bias_gradient() const {
     float* rest = bias_sums + p.keys * kTileWidth;
     for (int64_t j = 0; j < keys.count; ++j) {
@@ -216,9 +216,10 @@ struct Tile {
     }
   }
 
-  // dS as words for the products: of pairs, those over keys lie in `gradient`, [pair of keys][lane], and those over
-  // lanes, of P and of dS, behind each other in a row of the map. Each lies at or before what it is made of.
-  void differences() const {
+  // P and dS as pairs, in place: `gradient` becomes [pair of keys][lane] of dS, for the product over keys; a row of the
+  // map becomes the key's P and then its dS, lane by lane, for the products over lanes. Nothing is overwritten before
+  // it is read.
+  void pack_pairs() const {
 #if defined(__AVX512BF16__)
     if constexpr (kPairs) {
       for (int64_t j = 0; j < keys.count; j += 2) {
@@ -298,13 +299,13 @@ void attend(const MaskedAttentionGradients& p, int64_t problem, int64_t first_qu
   }
 }
 
-// Row `from`, added to the same row of the other parts, times factor.
+// out = factor * the sum of a row over all parts.
 template <class T>
 void finish_row(const float* from, int64_t parts, int64_t part_floats, float factor, int64_t dim, T* out) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec sum = Vec::load(from + d);
     for (int64_t part = 1; part < parts; ++part) sum += Vec::load(from + part * part_floats + d);
-    store(sum * Vec::fill(factor), out + d, dim - d);
+    store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
   }
 }
 

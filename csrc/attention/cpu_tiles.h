@@ -1,9 +1,8 @@
-// The parts that attention kernels are made of, for one instruction set. Queries are the lanes of every vector:
+// Building blocks of attention kernels, compiled once per instruction set. Queries are the lanes of every vector:
 // products are of broadcast scalars (keys, values) with vectors of queries, softmax needs no reduction inside a vector,
 // and neither head size nor key count is padded.
 //
-// With the bfloat16 dot product (two terms a lane and instruction: kPairs) words hold pairs: of channels in q and k, of
-// keys in the map and v.
+// With the bfloat16 dot product (kPairs) a word is a pair: of channels in q and k, of keys in the map and v.
 #pragma once
 
 #include "attention/args.h"
@@ -13,20 +12,19 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int kTileVectors = 2;  // at most, of the queries of a tile
-// Blocks of a product: rows (broadcast scalars) times columns (vectors), as many sums as registers hold beside
-// operands.
+constexpr int kTileVectors = 2;  // of queries, at most, in a tile
+// Rows (broadcast scalars) of a product's block: as many sums as the registers hold beside the operands.
 constexpr int kRows = Vec::lanes == 16 ? 12 : 6;
-// Terms summed in one go: longer sums are made of partial sums, whose rounding errors are smaller.
+// Terms of a partial sum: long sums are made of partial sums, whose rounding errors are smaller.
 #if defined(__FMA__) || !defined(__SSE__)
 constexpr int64_t kPartialSum = 64;
 #else
-constexpr int64_t kPartialSum = 8;  // every product is rounded, too
+constexpr int64_t kPartialSum = 8;  // products are rounded, too
 #endif
 
 inline int64_t padded(int64_t n) { return round_up(n, kLanes); }
 
-// n things in the fewest blocks of at most `largest`, as even as can be.
+// n things in as few blocks of at most `largest` as possible, evenly.
 struct Split {
   int64_t n, blocks;
   Split(int64_t n, int64_t largest) : n(n), blocks(divide_up(n, largest)) {}
@@ -34,7 +32,7 @@ struct Split {
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// --- Products -------------------------------------------------------------------------------------------------------
+// --- Products --------------------------------------------------------------------------------------------------------
 
 // sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
 template <bool kPairs, int kR, int kC, class F>
@@ -52,11 +50,11 @@ FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, con
   }
 }
 
-// out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out;
-// added to what is there, if asked for. kPartial terms are summed in one go.
+// out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out,
+// in partial sums of kPartial terms; accumulate: adds to out.
 template <bool kPairs, int kR, int kC, int64_t kPartial = kPartialSum>
 FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Vec factor, float* out,
-                               bool add = false) {
+                               bool accumulate = false) {
   for (int64_t first = 0; first < depth || first == 0; first += kPartial) {
     const int64_t terms = depth - first < kPartial ? depth - first : kPartial;
     const float* rows = b + first * kC * kLanes;
@@ -74,7 +72,7 @@ FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Ve
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) {
         float* to = out + (r * kC + c) * kLanes;
-        const Vec before = first == 0 && !add ? Vec::fill(0.0f) : Vec::load(to);
+        const Vec before = first == 0 && !accumulate ? Vec::fill(0.0f) : Vec::load(to);
         fma(sums[r][c], factor, before).store(to);
       }
     }
@@ -112,7 +110,7 @@ FASTVIT_INLINE void add_outer(int64_t depth, const float* a, int64_t a_stride, c
   }
 }
 
-// --- Packing --------------------------------------------------------------------------------------------------------
+// --- Packing ---------------------------------------------------------------------------------------------------------
 
 inline float pair(bf16 low, bf16 high) {
   const uint32_t bits = low.bits | uint32_t{high.bits} << 16;
@@ -121,7 +119,7 @@ inline float pair(bf16 low, bf16 high) {
   return word;
 }
 
-// The words of one row of `dim` elements: in place where they lie so already, else written to `buffer`.
+// The words of one row of `dim` elements: the row itself where its elements are words, else written to `buffer`.
 template <class T, bool kPairs>
 inline const float* row_words(const T* row, int64_t dim, float* buffer) {
   if constexpr (sizeof(T) == 4) {
@@ -151,7 +149,7 @@ inline void transpose_rows(int64_t count, int64_t dim, int64_t words, const F& r
 }
 
 // The packed keys and values of one head. Words are 32 bits: floats, or (kPairs) two bfloat16.
-// Keys: panels of up to kRows keys, [panel][word of channels][key]; values behind them: panels of up to kRows channels,
+// Keys: panels of up to kRows keys, [panel][word of channels][key]. After them values: panels of up to kRows channels,
 // [panel][word of keys][channel]. Every panel is kRows wide.
 template <class T, bool kPairs>
 struct Packed {
@@ -190,7 +188,7 @@ struct Rows {
 // One panel of a head's keys.
 template <class T, bool kPairs>
 void pack_key_panel(Rows<T> k, const Packed<T, kPairs>& layout, const int32_t* keys, int64_t panel, float* packed) {
-  constexpr int64_t kGroups = round_up(kRows, 4);  // of four keys are transposed at a time
+  constexpr int64_t kGroups = round_up(kRows, 4);  // four keys are transposed at a time
   float wide[kAttentionMaxDim * kGroups];
   const int64_t begin = layout.key_panels.begin(panel), count = layout.key_panels.size(panel);
   const int64_t words = layout.words(layout.dim);
@@ -220,13 +218,14 @@ void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* k
   }
   for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
     __builtin_memcpy(packed + layout.value_panel(panel) + word * kRows, row + layout.value_panels.begin(panel),
-                     kRows * sizeof(float));  // a panel of fewer channels takes the next one's along
+                     kRows * sizeof(float));  // a panel of fewer channels also copies those of the next one
   }
 }
 
-// --- A tile's edges -------------------------------------------------------------------------------------------------
+// --- Loading and storing tiles
+// -------------------------------------------------------------------------------------------------
 
-// The words of four queries of one head, of which the first `left` exist, become lanes: [word][lane], `width` lanes.
+// Four queries of one head, of which the first `left` exist, transposed to [word][lane], `width` lanes in a row.
 template <class T, bool kPairs>
 void load_four_queries(Rows<T> q, int64_t first, int64_t left, int64_t dim, float* out, int64_t width) {
   const int64_t words = Packed<T, kPairs>::words(dim);
@@ -238,8 +237,8 @@ void load_four_queries(Rows<T> q, int64_t first, int64_t left, int64_t dim, floa
   }
 }
 
-// Lanes i .. i + 3 of [channel][lane], of which the first `left` exist, become rows; the channels' memory reaches to a
-// multiple of four.
+// Four lanes of [channel][lane], of which the first `left` exist, transposed to rows. There is memory for a multiple of
+// four channels.
 template <class T>
 void store_four_queries(const float* channels, int64_t width, int64_t left, int64_t dim, T* out, int64_t stride) {
   float buffer[4 * kAttentionMaxDim];
@@ -252,19 +251,19 @@ void store_four_queries(const float* channels, int64_t width, int64_t left, int6
   }
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = buffer + i * kAttentionMaxDim;
-    for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d), out + i * stride + d, dim - d);
+    for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d), out + i * stride + d, smaller(kLanes, dim - d));
   }
 }
 
-// The mask of one head as [key][lane]: +inf where attended to, -inf elsewhere; lanes from `queries` on repeat the
+// The mask of one head as [key][lane]: +inf where attended, -inf elsewhere; lanes beyond the last query repeat the
 // first.
 inline void expand_mask(const AttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t queries,
                         AttentionKeys keys, float* out, int64_t width) {
-  constexpr int kGroup = kLanes < 8 ? kLanes : 8;  // of queries at a time, by eight keys: bytes of one word
+  constexpr int kGroup = kLanes < 8 ? kLanes : 8;  // queries at a time, by eight keys: the bytes of one word
   typedef int32_t Ints __attribute__((vector_size(kGroup * sizeof(int32_t))));
   Ints lane_bit;
   for (int r = 0; r < kGroup; ++r) lane_bit[r] = 1 << r;
-  // All keys are in the list, in order: a mask beside it is not one over keys alone.
+  // The list of keys has all of them: only a mask over keys alone shortens it.
   const bool* head = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride +
                      (keys.count > 0 ? keys.indices[0] : 0) * p.mask_key_stride;
   const bool whole_words = p.mask_key_stride == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
@@ -284,7 +283,7 @@ inline void expand_mask(const AttentionParams& p, int64_t b, int64_t h, int64_t 
       }
       for (int64_t n = 0; n < count; ++n, bits >>= 8) {
         const Ints masked = (lane_bit & static_cast<int32_t>(bits & 0xff)) == 0;
-        const Ints limit = (masked & INT32_MIN) | 0x7f800000;  // infinity's bits, and the sign
+        const Ints limit = (masked & INT32_MIN) | 0x7f800000;  // the bits of infinity, with the sign
         __builtin_memcpy(out + (j + n) * width + i, &limit, sizeof limit);
       }
     }
@@ -307,7 +306,7 @@ void for_tiles(int64_t begin, int64_t end, const F& tile) {
 }
 
 #if defined(__AVX512BF16__)
-// Lane by lane the pair of two floats, rounded.
+// Rounds lane i of both to a pair.
 FASTVIT_INLINE Vec round_to_pairs(Vec low, Vec high) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

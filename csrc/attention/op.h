@@ -1,4 +1,4 @@
-// From an attention operator's tensors to its kernel: checks, lists of keys, memory, and the division of the work.
+// What attention operators do around their kernels: checks, lists of keys, results, and dividing the work.
 #pragma once
 
 #include <algorithm>
@@ -13,20 +13,20 @@
 
 namespace fastvit {
 
-// The tensor (B, H, N, D) as the kernels read it; throws unless it is of that dtype and its last axis contiguous.
+// The (B, H, N, D) tensor as kernels take it; throws unless it has that dtype and a contiguous last axis.
 AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype);
 
-// The parameters of attention over these tensors, output and mask left out; throws naming what is not accepted.
+// The parameters of attention over these tensors, without output and mask; throws naming what is wrong.
 AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale);
 
-// An uninitialised (B, H, tokens, D) that lies as a contiguous (B, tokens, H, D).
+// An uninitialised (B, H, tokens, D) in the memory layout of a contiguous (B, tokens, H, D).
 Tensor empty_heads_last(const AttentionParams& p, int64_t tokens, const Tensor& like);
 
-// The strides, 0 where it broadcasts, of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1); throws unless it is that.
+// The strides of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1), 0 where it broadcasts; throws if it does not fit.
 std::array<int64_t, 4> broadcast_strides(const char* op, const Tensor& tensor, const char* name,
                                          const AttentionParams& p);
 
-// The keys each batch element attends to: all, or those that a mask over keys alone leaves.
+// The keys that each batch element attends to: all, or those that a mask over keys alone allows.
 class KeyLists {
  public:
   KeyLists(int64_t batch, int64_t keys, const Tensor* mask);
@@ -37,11 +37,11 @@ class KeyLists {
   std::vector<size_t> begins_;
 };
 
-// Takes the mask into the lists if it is one over keys alone, and otherwise into the parameters; throws naming what is
-// wrong with it.
+// Applies the mask: to the lists if it is over keys alone, and otherwise to the parameters. Throws naming what is wrong
+// with it.
 KeyLists take_mask(const char* op, const OptionalTensor& mask, AttentionParams& p);
 
-// Runs the kernel over all queries of all problems; keys(problem) gives the keys of one.
+// Runs the kernel over all queries of all problems; keys(problem) are the keys of one.
 template <class Params, class Keys>
 void run_attention(const Params& p, const AttentionKernel<Params>& kernel, int64_t problems, int64_t products_per_query,
                    const Keys& keys) {
@@ -49,8 +49,8 @@ void run_attention(const Params& p, const AttentionKernel<Params>& kernel, int64
   const int64_t units = divide_up(p.queries, kernel.lanes);
   const int64_t grain = grain_of(products_per_query * kernel.lanes);
 
-  // Where many threads need the same keys and values, pack them once for all; two do better with a copy each, and
-  // without the wait for each other.
+  // Many threads that need the same keys and values share one packed copy; two are faster with a copy each, as they do
+  // not wait for each other.
   const int64_t parts = num_threads();
   const bool shared = 2 * problems < parts && units > grain;
   float* packed_by_all = shared ? Workspace::of_call().take(problems * packed_floats) : nullptr;

@@ -1,4 +1,4 @@
-// Division of the work of attention with few queries between threads.
+// Attention of a few queries: dividing the work among threads.
 #include "attention/args_class.h"
 
 #include "attention/op.h"
@@ -6,8 +6,7 @@
 namespace fastvit {
 namespace {
 
-// Multiply-adds below which waking another thread costs more than it saves. Each takes longer than in a large product:
-// keys and values are read for it alone.
+// Less than kSerialProducts, since a multiply-add takes longer than in a large product: no key or value is read twice.
 constexpr int64_t kSerialClassProducts = kSerialProducts / 8;
 constexpr int64_t kKeysOfAPart = 64;  // at least
 
@@ -16,7 +15,7 @@ constexpr int64_t kKeysOfAPart = 64;  // at least
 void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
   const ClassAttentionKernel kernel = FASTVIT_PER_ISA(class_attention_kernel)(p);
   const int64_t problems = p.batch * p.heads, products = 2 * p.queries * p.keys * p.dim;
-  // The keys of a head are split where there are fewer heads than threads, and keys enough for each.
+  // A head's keys are split if there are fewer heads than threads and enough keys for each.
   const int64_t parts =
       std::clamp<int64_t>(num_threads() / problems, 1,
                           std::max<int64_t>(1, std::min(p.keys / kKeysOfAPart, products / kSerialClassProducts)));

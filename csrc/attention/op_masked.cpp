@@ -1,4 +1,4 @@
-// fastvit::masked_attention_cpp and its backward on CPU: checks, division of the work, registration.
+// fastvit::masked_attention_cpp and its backward on the CPU: checks, dividing the work, registration.
 #include "attention/args_masked.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Arguments {
   double scale;
 };
 
-// Reads the arguments into the parameters; throws naming what is wrong with them.
+// Fills in the parameters; throws naming what is wrong with an argument.
 KeyLists take_arguments(const char* op, const Arguments& a, MaskedAttentionParams& p) {
   static_cast<AttentionParams&>(p) = attention_params(op, a.q, a.k, a.v, a.scale);
   KeyLists keys = take_mask(op, a.mask, p);
@@ -52,13 +52,13 @@ Tensor masked_attention_cpu(const Arguments& a) {
 
 FASTVIT_REGISTER(masked_attention_cpp, "CPU", masked_attention_cpu);
 
-// --- Backward -------------------------------------------------------------------------------------------------------
+// --- Backward --------------------------------------------------------------------------------------------------------
 
-// The gradient of the bias, summed over what the bias was broadcast over. A group is the problems whose bias is the
-// same: a thread takes a tile of all of them before the next tile, so that it adds up their shares in one order.
+// The gradient of the bias, summed over the axes along which it broadcasts. A group is the problems that share a bias:
+// a thread processes a tile of all of them before the next tile, and so accumulates in a fixed order.
 struct BiasGradient {
   bool wanted = false, over_batch = false, over_heads = false, over_queries = false;
-  int64_t group_floats = 1;  // numbers of a group's bias
+  int64_t group_floats = 1;  // elements of a group's bias
   float* out = nullptr;
 
   explicit BiasGradient(const Tensor* bias) {
@@ -84,7 +84,7 @@ class Backward {
 
   void run() {
     const int64_t problems = groups_ * members_;
-    const bool together = members_ == 1 && parts_ == 1;  // sums are finished by the thread that made them
+    const bool together = members_ == 1 && parts_ == 1;  // the thread that accumulates sums also finishes them
     const int64_t sums = whole_lines(kernel_.sums_floats),
                   packed = members_ == 1 ? 0 : whole_lines(kernel_.packed_floats);
     const int64_t row = bias_.wanted && bias_.over_queries ? whole_lines(p_.keys) : 0;
@@ -116,8 +116,7 @@ class Backward {
   }
 
  private:
-  // Tiles of a group are divided between threads where there are few groups; results are the same for the same number
-  // of threads.
+  // Tiles of a group are divided among threads if there are few groups. Results depend on the number of threads only.
   int64_t parts() const {
     const int64_t threads = num_threads();
     if (groups_ >= 4 * threads) return 1;
@@ -150,8 +149,8 @@ class Backward {
     const int64_t first = part * tiles_ / parts_, last = (part + 1) * tiles_ / parts_;
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t query = tile * kernel_.tile, queries = std::min(kernel_.tile, p_.queries - query);
-      const bool anew = !bias_.over_queries || tile == first;
-      if (bias_sums != nullptr && anew) std::memset(bias_sums, 0, kernel_.bias_floats * sizeof(float));
+      const bool fresh = !bias_.over_queries || tile == first;
+      if (bias_sums != nullptr && fresh) std::memset(bias_sums, 0, kernel_.bias_floats * sizeof(float));
       for (int64_t member = 0; member < members_; ++member) {
         const int64_t i = problem(group, member);
         const float* packed = members_ == 1 ? packed_here : packed_ + i * packed_floats;
@@ -171,7 +170,7 @@ class Backward {
     }
   }
 
-  // A bias that is the same for all queries: what the parts of a group gathered, together.
+  // For a bias that broadcasts over queries: adds up the parts of each group.
   void add_bias_rows(int64_t row) const {
     for (int64_t group = 0; group < groups_; ++group) {
       for (int64_t j = 0; j < p_.keys; ++j) {
@@ -198,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const T
                                                                          bool bias_grad) {
   MaskedAttentionGradients p{};
   const KeyLists keys = take_arguments(kBackwardOp, a, p);
-  check(a.bias || !bias_grad, kBackwardOp, ": the gradient of a bias is asked for, and there is none");
+  check(a.bias || !bias_grad, kBackwardOp, ": the gradient of a bias was requested, but there is no bias");
   check_cpu_shape(kBackwardOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
   p.grad = attention_operand(kBackwardOp, grad, "grad", a.q.dtype());
 
@@ -212,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const T
     return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias)};
   }
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>(), p.dv = dv.mutable_data<void>();
-  // What all keys of a row share, the softmax cancels.
+  // A bias that is the same for all keys of a row has no effect on the softmax, and no gradient.
   const bool wanted = bias_grad && a.bias->size(3) > 1;
   if (!wanted) zero(dbias, element_size);
   BiasGradient of_bias(wanted ? &*a.bias : nullptr);

@@ -1,4 +1,4 @@
-// The activations an operator can apply to its result.
+// The activations of operators; the codes are those of the schemas.
 #pragma once
 
 #include <cstdint>

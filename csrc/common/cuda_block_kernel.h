@@ -1,17 +1,17 @@
 // CUDA kernels as plain C++: what one thread of a block does, in functions that also compile for the host, where a test
-// runs them over whole tensors and so proves the indexing without a GPU.
+// runs them over whole tensors and so checks the indexing without a GPU.
 //
-// A kernel is a struct of plain data that the launch passes by value, with
-//     State                                what a thread keeps in registers from step to step
+// A kernel is a struct of plain data, passed by value at launch, with
+//     State                                a thread's registers, kept from step to step
 //     start(state, place)                  once; then a barrier
-//     load(state, place, round)            for every round below rounds(place); then a barrier
-//     compute(state, place, round)         behind it; then a barrier
-//     flush(state, place)                  once, behind all rounds; then a barrier
+//     load(state, place, round)            in every round below rounds(place); then a barrier
+//     compute(state, place, round)         after it; then a barrier
+//     flush(state, place)                  once, after all rounds; then a barrier
 //     finish(state, place)                 once
-//     shared_bytes()                       of the block's shared memory
-//     min_blocks                           that a multiprocessor is to hold, which bounds the registers
-// Between two barriers no thread of a block reads what another one writes. A step that has nothing to do inherits its
-// empty form from BlockKernel. cuda_launch.cuh runs kernels on a GPU.
+//     shared_bytes()                       shared memory of a block
+//     min_blocks                           resident blocks per multiprocessor, which bounds the registers
+// Between two barriers no thread of a block reads what another one writes. BlockKernel has the empty steps to inherit.
+// cuda_launch.cuh runs kernels on a GPU.
 #pragma once
 
 #include <math.h>
@@ -41,13 +41,13 @@
 namespace fastvit::blocks {
 
 constexpr int kThreads = 256;
-constexpr int64_t kFreeSharedBytes = 48 << 10;  // what every GPU gives without asking
-constexpr int64_t kSharedBytes = 56 << 10;      // leaves room for a second block from compute capability 8.0 on
-constexpr int64_t kMaxSharedBytes = 96 << 10;   // what every GPU gives from there on when asked
-#ifndef FASTVIT_BLOCKS  // A test wants few, so that small tensors are enough for several tiles a block.
+constexpr int64_t kFreeSharedBytes = 48 << 10;  // available on every GPU by default
+constexpr int64_t kSharedBytes = 56 << 10;      // two blocks fit from compute capability 8.0 on
+constexpr int64_t kMaxSharedBytes = 96 << 10;   // available from 8.0 on upon request
+#ifndef FASTVIT_BLOCKS  // fewer in a test, so that blocks of small tensors process several tiles
 #define FASTVIT_BLOCKS 1024
 #endif
-constexpr int64_t kBlocks = FASTVIT_BLOCKS;  // enough for any GPU; results must not depend on which it is
+constexpr int64_t kBlocks = FASTVIT_BLOCKS;  // enough for any GPU, and fixed, so that results do not depend on the GPU
 
 // Where a thread is.
 struct Place {
@@ -70,7 +70,7 @@ struct BlockKernel {
   FASTVIT_DEVICE void finish(S&, const Place&) const {}
 };
 
-// --- Elements -------------------------------------------------------------------------------------------------------
+// --- Elements --------------------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__
 using Half = __half;
@@ -92,8 +92,8 @@ FASTVIT_DEVICE void narrow(float x, BFloat16& to) { to.bits = bfloat16_of_float(
 FASTVIT_DEVICE float widen(float x) { return x; }
 FASTVIT_DEVICE void narrow(float x, float& to) { to = x; }
 
-// A thread handles V neighbouring channels, 16 bytes where alignment allows and 1 element elsewhere; `lanes` threads
-// side by side handle the channels of a block, `walkers` such rows of threads go through the tokens.
+// A thread processes V neighbouring channels: 16 bytes if aligned, otherwise one element. `lanes` neighbouring threads
+// cover the channels of a block; `walkers` such rows of threads iterate over the tokens.
 template <class T, int V>
 struct Lanes {
   static constexpr int lanes = V > 1 ? 8 : 32;
@@ -161,7 +161,7 @@ FASTVIT_DEVICE void clear(float (&values)[V]) {
   for (int i = 0; i < V; ++i) values[i] = 0.0f;
 }
 
-// --- Functions ------------------------------------------------------------------------------------------------------
+// --- Functions -------------------------------------------------------------------------------------------------------
 
 // quick_gelu and silu are x times the sigmoid of slope x.
 FASTVIT_DEVICE float slope_of(Activation activation) { return activation == Activation::quick_gelu ? 1.702f : 1.0f; }
@@ -180,7 +180,7 @@ FASTVIT_DEVICE float derivative(Activation activation, float x) {
   switch (activation) {
     case Activation::none: return 1.0f;
     case Activation::gelu: {
-      // x phi(x) has vanished long before x * x overflows.
+      // x phi(x) underflows long before x * x overflows.
       const float near = x > 30.0f ? 30.0f : x < -30.0f ? -30.0f : x;
       return fmaf(near * 0.39894228f, expf(-0.5f * near * near), 0.5f * (1.0f + erff(x * 0.70710678f)));
     }

@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(kThreads, Kernel::min_blocks) run_block(const 
 class CudaDevice {
  public:
   CudaDevice(const Tensor& tensor, const char* op) : op_(op), like_(tensor), guard_(tensor) {
-    // torch's notion of the current device and this binary's own copy of the CUDA runtime agree through the driver
-    // only.
+    // This binary has its own copy of the CUDA runtime, which does not see the current device of torch's copy.
     check_cuda(cudaSetDevice(tensor.device_index()), "cannot use the device");
     stream_ = static_cast<cudaStream_t>(current_cuda_stream(tensor));
   }
@@ -43,13 +42,13 @@ class CudaDevice {
   void run(const Kernel& kernel) {
     const int64_t blocks = kernel.grid(), bytes = kernel.shared_bytes();
     if (blocks == 0) return;
-    check(blocks <= INT32_MAX, op_, ": ", blocks, " blocks are more than a CUDA grid has");
-    check(bytes <= kMaxSharedBytes, op_, ": the CUDA kernel needs ", bytes, " bytes of shared memory for this shape, ",
-          kMaxSharedBytes, " is what it may have");
+    check(blocks <= INT32_MAX, op_, ": ", blocks, " blocks exceed the CUDA grid");
+    check(bytes <= kMaxSharedBytes, op_, ": for this shape the CUDA kernel needs ", bytes,
+          " bytes of shared memory, of ", kMaxSharedBytes, " available");
     if (bytes > kFreeSharedBytes) {
       check_cuda(
           cudaFuncSetAttribute(run_block<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-          "cannot have the shared memory");
+          "cannot reserve shared memory");
     }
     run_block<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(bytes), stream_>>>(kernel);
     check_cuda(cudaGetLastError(), "the CUDA kernel did not start");
@@ -57,7 +56,7 @@ class CudaDevice {
 
   template <class E>
   E* allocate(int64_t count) {
-    // torch's allocator knows the stream: what is freed when the pass is over is not given away before its kernels end.
+    // Stream-ordered: torch's allocator reuses what is freed after the pass only once the pass's kernels have ended.
     memory_.push_back(empty({divide_up(count * static_cast<int64_t>(sizeof(E)), 4)}, like_, Dtype::float32));
     return reinterpret_cast<E*>(memory_.back().template mutable_data<void>());
   }

@@ -21,8 +21,8 @@ bool is_compiled(Isa isa) {
   }
 }
 
-// The features asked for are those of the compiler flags in setup.py. The compiler's run-time support checks that the
-// operating system saves the wide registers, too.
+// The features that the compiler flags in setup.py imply. __builtin_cpu_supports also checks that the operating system
+// saves the wide registers.
 bool runs_here([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -1,9 +1,8 @@
 // Which instruction set the CPU kernels use.
 //
-// Files named csrc/<operator>/cpu*.cpp are compiled once per instruction set, each time with -DFASTVIT_ISA=<name> as
-// the namespace to put everything in. Inline functions shared between those builds would be merged by the linker into
-// one body, possibly one the CPU cannot run: so nothing outside that namespace, except what is static or in the
-// anonymous namespace.
+// Files named csrc/<operator>/cpu*.cpp are compiled once per instruction set, with -DFASTVIT_ISA=<name> as the
+// namespace of everything in them. The linker would merge inline functions that those builds share into one body,
+// possibly one that this CPU cannot run: so everything is in that namespace, in an anonymous one, or FASTVIT_INLINE.
 #pragma once
 
 #include <string>
@@ -11,21 +10,21 @@
 
 namespace fastvit {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16 };  // from the least to the most able
+enum class Isa { portable, avx2, avx512, avx512_bf16 };  // from the least to the most capable
 
 const char* name_of(Isa isa);
 std::vector<Isa> compiled_isas();   // in this binary
-std::vector<Isa> supported_isas();  // of those, the ones this CPU and its operating system can run
+std::vector<Isa> supported_isas();  // and supported by this CPU and its operating system
 
-// The one in use: the best supported, or a lower one asked for with FASTVIT_CPU_CAPABILITY (read once).
+// The one in use: the best supported one, or the one that FASTVIT_CPU_CAPABILITY names (read once).
 Isa cpu_isa();
 
-// Changes it, for tests. Throws std::invalid_argument listing the accepted names if the CPU cannot run it.
+// Changes it, for tests. Throws std::invalid_argument listing the supported names if this is none of them.
 void set_cpu_isa(const std::string& name);
 
 }  // namespace fastvit
 
-// The instruction sets compiled in beside "portable" (setup.py defines the macros for those the compiler can build).
+// The instruction sets compiled in besides "portable" (setup.py defines the macros for those the compiler supports).
 #ifdef FASTVIT_HAS_AVX2
 #define FASTVIT_IF_AVX2(...) __VA_ARGS__
 #else

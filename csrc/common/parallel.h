@@ -1,8 +1,4 @@
-// Torch's own intra-op threads, without torch's headers and without a second thread pool.
-//
-// Safe to include in files that are compiled once per instruction set: the template below is instantiated with the
-// caller's lambda type (unique to its namespace) and calls one ordinary function, so no inline code is shared between
-// files compiled with different -m flags.
+// Parallel loops on torch's intra-op threads, without torch's headers.
 #pragma once
 
 #include <cstdint>

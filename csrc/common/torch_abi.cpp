@@ -17,8 +17,7 @@ void register_operator(const Registration& entry) {
   std::unique_ptr<TorchLibraryOpaque, AOTITorchError (*)(TorchLibraryHandle)> owner(library,
                                                                                     aoti_torch_delete_library_object);
   FASTVIT_TORCH(torch_library_impl, library, entry.op, entry.kernel, kTorchAbiVersion);
-  // Kept for the life of the process: deleting the library object would take the kernel back, and at exit torch may be
-  // gone before us.
+  // Never deleted: that would unregister the kernel, and at exit torch may already be unloaded.
   owner.release();
 }
 
@@ -31,10 +30,10 @@ int32_t code_of(Dtype dtype) {
     case Dtype::boolean: return aoti_torch_dtype_bool();
     case Dtype::other: break;
   }
-  throw std::logic_error("fastvit: a dtype without a code");
+  throw std::logic_error("fastvit: this dtype has no code");
 }
 
-// What one parallel_for shares with its chunks.
+// What the chunks of a parallel_for share.
 struct Range {
   RangeBody body;
   const void* context;
@@ -138,7 +137,7 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype)
 }
 
 void* current_cuda_stream(const Tensor& tensor) {
-  // Looked up at run time, because a torch without CUDA has no such symbol and must load this binary all the same.
+  // Looked up at run time, as a torch without CUDA, which has no such symbol, must be able to load this binary.
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);

@@ -71,7 +71,7 @@ AOTITorchError torch_get_thread_idx(uint32_t* ret);
 
 namespace fastvit {
 
-// The oldest torch this binary serves. Later versions read it to hand over arguments in the form that version knew.
+// The oldest torch that this binary supports. Later versions pass arguments in the form that this version used.
 inline constexpr uint64_t kTorchAbiVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
 
 // Throws std::runtime_error (a RuntimeError in Python) with the message's parts joined, unless the condition holds.
@@ -119,7 +119,7 @@ class Tensor {
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index, "get_device_index"); }
 
-  // The first element; the type is the caller's word.
+  // The first element; the type is not checked.
   template <class T>
   const T* data() const {
     return static_cast<const T*>(get<const void*>(torch_get_const_data_ptr, "get_const_data_ptr"));
@@ -167,17 +167,17 @@ class DeviceGuard {
   DeviceGuardHandle handle_ = nullptr;
 };
 
-// The stream (cudaStream_t) torch uses now on the tensor's device.
+// Torch's current stream (a cudaStream_t) on the tensor's device.
 void* current_cuda_stream(const Tensor& tensor);
 
-// --- Registration ---------------------------------------------------------------------------------------------------
+// --- Registration ----------------------------------------------------------------------------------------------------
 
-// A boxed kernel: takes its arguments off the stack and puts its result in their place.
+// A boxed kernel: replaces its arguments on the stack by its results.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t num_args, uint64_t num_outputs);
 
 // One implementation of the operator fastvit::<op> for a dispatch key. Objects of this type form a list while the
-// library is being loaded; register_operators() hands the list to torch. (Doing it from the constructor would turn an
-// error into an abort: exceptions cannot leave dlopen.)
+// library is loaded; register_operators() registers them with torch. (In the constructor an error would abort the
+// process: exceptions cannot leave dlopen.)
 struct Registration {
   Registration(const char* op, const char* key, BoxedKernel kernel, const char* file, uint32_t line);
   const char* op;
@@ -192,10 +192,10 @@ void register_operators();
 
 namespace detail {
 
-// How an argument comes off the stack: from `slots` of its places, the first one at `stack`, which moves on.
+// Takes an argument off the stack: `slots` entries from `stack` on, which moves past them.
 //
-// A T that is none of the types below is a struct of arguments that follow one another in the schema: T::Schema is the
-// std::tuple of its fields' types.
+// A T that has no specialisation is a struct of consecutive arguments of the schema: T::Schema is the std::tuple of its
+// fields' types.
 template <class T>
 struct Unbox {
   using Fields = Unbox<typename T::Schema>;
@@ -209,7 +209,7 @@ template <class... Args>
 struct Unbox<std::tuple<Args...>> {
   static constexpr uint64_t slots = (uint64_t{0} + ... + Unbox<Args>::slots);
   static std::tuple<Args...> take(StableIValue*& stack) {
-    return std::tuple<Args...>{Unbox<Args>::take(stack)...};  // braces: one after the other
+    return std::tuple<Args...>{Unbox<Args>::take(stack)...};  // braces: in this order
   }
 };
 
@@ -237,7 +237,7 @@ struct Unbox<bool> : OneSlot {
   static bool take(StableIValue*& stack) { return (*stack++ & 0xff) != 0; }
 };
 
-// An optional comes as a pointer to a value on the heap, ours to delete, or as null.
+// An optional is null or a pointer to a value on the heap, owned by the callee.
 template <class T>
 struct Unbox<std::optional<T>> : OneSlot {
   static std::optional<T> take(StableIValue*& stack) {
@@ -248,7 +248,7 @@ struct Unbox<std::optional<T>> : OneSlot {
   }
 };
 
-// Puts results on the stack and says how many they are.
+// Puts results on the stack; how many there are.
 inline constexpr uint64_t results_of(const Tensor*) { return 1; }
 template <class... Results>
 constexpr uint64_t results_of(const std::tuple<Results...>*) {
@@ -270,7 +270,7 @@ struct Box<function> {
     constexpr uint64_t results = results_of(static_cast<const Result*>(nullptr));
     check(num_args == Taken::slots && num_outputs == results, "fastvit: the schema has ", num_args, " arguments and ",
           num_outputs, " results, the kernel takes ", Taken::slots, " and returns ", results);
-    // Every argument is taken over, and so freed in the end, before the function runs.
+    // Takes ownership of every argument before the function runs, so that all are released if it throws.
     StableIValue* next = stack;
     auto args = Taken::take(next);
     put(std::apply(function, std::move(args)), stack);

@@ -1,9 +1,8 @@
 // Vectors of float32 for the kernels that are compiled once per instruction set (csrc/<operator>/cpu*.cpp).
 //
 // Vec is the widest register of the instruction set this file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4
-// elsewhere (a GNU vector type, which compilers turn into SSE, NEON and the like). bfloat16 is a storage type: it is
-// widened on load and rounded to nearest even on store. Everything lives in the namespace of the instruction set, so
-// that the linker never merges two builds of one function.
+// elsewhere (a GNU vector type, which compilers map to SSE, NEON and the like). bfloat16 is a storage type: it is
+// widened on load and rounded to nearest even on store.
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +13,7 @@
 #include "common/integers.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
-// GCC 12's own header initialises its "undefined" registers with themselves, and warns of that.
+// GCC 12's header initialises "undefined" registers with themselves, and warns about it.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -36,8 +35,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-// The widest channel count a load or store below touches; buffers rounded up to it may be read and written whole
-// whatever the instruction set.
+// The most lanes of any instruction set: buffers rounded up to it can be loaded and stored in whole vectors.
 constexpr int64_t kMaxLanes = 16;
 
 #if defined(__AVX512F__)
@@ -130,7 +128,7 @@ struct Vec {
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
     const __m256i high = _mm256_srli_epi32(result, 16);
-    // packus works within each half; the permutation puts the two halves' results side by side.
+    // packus works within each half; the permutation joins the results of both halves.
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
   }
   FASTVIT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
@@ -152,7 +150,7 @@ FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v
 FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTVIT_INLINE Vec round_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// In two factors, since n may reach -150 or 128 and 2^n then is no normal number.
+// 2^n as two factors, since n may reach -150 or 128, where 2^n is not a normal number.
 FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -231,7 +229,7 @@ FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
 FASTVIT_INLINE Vec min(Vec a, Vec b) { return {Vec::select(a.v < b.v, a.v, b.v)}; }
 FASTVIT_INLINE Vec max(Vec a, Vec b) { return {Vec::select(a.v > b.v, a.v, b.v)}; }
-// Adding and taking away 1.5 * 2^23 leaves the whole number, for |a| < 2^22.
+// Adding and subtracting 1.5 * 2^23 rounds to an integer, for |a| < 2^22.
 FASTVIT_INLINE Vec round_even(Vec a) {
   const Vec magic = Vec::fill(12582912.0f);
   return (a + magic) - magic;
@@ -264,11 +262,11 @@ FASTVIT_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 FASTVIT_INLINE Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
 // e^x to about one unit in the last place; 0 below -104 (subnormal results are kept), infinity above 88.7, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r^2 p(r), p a least-maximum fit of degree 4 (relative error 3e-9).
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r^2 p(r), p a minimax fit of degree 4 (relative error 3e-9).
 FASTVIT_INLINE Vec exp(Vec x) {
   x = min(Vec::fill(89.0f), max(Vec::fill(-104.0f), x));
   const Vec n = round_even(x * Vec::fill(1.44269504f));
-  // ln 2 in two parts, the first short enough for n times it to be exact.
+  // ln 2 in two parts, the first with few enough digits that n times it is exact.
   Vec r = fnma(n, Vec::fill(0.693359375f), x);
   r = fnma(n, Vec::fill(-2.12194440e-4f), r);
   Vec p = Vec::fill(0.0013814594683f);
@@ -287,23 +285,23 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
 FASTVIT_INLINE float widen(float x) { return x; }
 FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
 
-// The first n lanes, or all where n is no less.
+// The first n lanes.
 template <class T>
 FASTVIT_INLINE Vec load(const T* p, int64_t n) {
-  return n >= kLanes ? Vec::load(p) : Vec::load(p, n);
+  return n == kLanes ? Vec::load(p) : Vec::load(p, n);
 }
 template <class T>
 FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
-  n >= kLanes ? v.store(p) : v.store(p, n);
+  n == kLanes ? v.store(p) : v.store(p, n);
 }
 
-// Prefetches every cache line of `count` elements. A prefetch outside of a tensor does nothing.
+// Prefetches the cache lines of `count` elements. A prefetch beyond a tensor is harmless.
 template <int for_writing = 0, class T>
 FASTVIT_INLINE void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, for_writing);
 }
 
-// Two vectors side by side.
+// Two vectors to consecutive memory.
 FASTVIT_INLINE void store_two(Vec first, Vec second, float* p) {
   first.store(p);
   second.store(p + Vec::lanes);
@@ -318,12 +316,12 @@ FASTVIT_INLINE void store_two(Vec first, Vec second, bf16* p) {
 #endif
 }
 
-// Stores past the caches, of whole lines at once: what is stored so is not read first, as a line that is written to
-// piece by piece is. Elsewhere they are stores as any.
+// Non-temporal stores of whole cache lines, which need not be read before they are written. Ordinary stores where a
+// vector is less than a line.
 #if defined(__AVX512F__)
 constexpr bool kStreams = true;
 FASTVIT_INLINE void stream(Vec v, float* p) { _mm512_stream_ps(p, v.v); }  // 64-byte aligned
-FASTVIT_INLINE void end_streams() { _mm_sfence(); }                        // before another thread reads
+FASTVIT_INLINE void end_streams() { _mm_sfence(); }  // before another thread reads what was stored
 #else
 constexpr bool kStreams = false;
 FASTVIT_INLINE void stream(Vec v, float* p) { v.store(p); }

@@ -1,4 +1,4 @@
-// Activations on vectors, for the kernels that are compiled once per instruction set.
+// Activations of vectors, compiled once per instruction set.
 #pragma once
 
 #include "common/activation.h"
@@ -7,13 +7,13 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Whether values of that type have too few digits to tell a coarse GELU from a fine one.
+// Whether a type has too few digits to show the error of the coarse GELU.
 template <class T>
 constexpr bool is_coarse = false;
 template <>
 constexpr bool is_coarse<bf16> = true;
 
-// Of each of a few vectors. T: what the result is as good as rounded to.
+// Of each of a few vectors. T: the type that the result will be rounded to.
 template <Activation activation, class T = float, int count>
 FASTVIT_INLINE void activate(Vec (&x)[count]) {
   if constexpr (activation == Activation::gelu) {
@@ -38,7 +38,7 @@ FASTVIT_INLINE Vec activate(Vec x) {
   return one[0];
 }
 
-// Of the activation, at its input x.
+// At the activation's input x.
 template <Activation activation, class T = float>
 FASTVIT_INLINE Vec derivative(Vec x) {
   const Vec one = Vec::fill(1.0f);

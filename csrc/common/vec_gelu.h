@@ -1,4 +1,4 @@
-// GELU (the erf form) and its derivative on vectors, for the kernels that are compiled once per instruction set.
+// GELU (the erf form) and its derivative of vectors, compiled once per instruction set.
 #pragma once
 
 #include "common/vec.h"
@@ -6,9 +6,9 @@
 namespace fastvit::FASTVIT_ISA {
 
 #if defined(__AVX512F__)
-// Q(t), the weight of the normal distribution's upper tail, for t from 0 to 6 in steps of 0.4: around t = 0.4 n the
-// polynomial in r = t / 0.4 - n whose coefficient of r^i is [i][n]; least-maximum fits of the relative error, 2e-7 up
-// to t = 3 and 6e-5 at the end. The last entry makes it zero from 5.8 on, where Q < 4e-9.
+// Q(t), the upper tail of the normal distribution, for t from 0 to 6 in steps of 0.4: around t = 0.4 n a polynomial in
+// r = t / 0.4 - n, with [i][n] the coefficient of r^i; minimax fits of the relative error, 2e-7 up to t = 3 and 6e-5 at
+// the end. The last entry makes it zero from 5.8 on, where Q < 4e-9.
 alignas(64) constexpr float kNormalTail[6][16] = {
     {5.000000000e-01f, 3.445782661e-01f, 2.118554115e-01f, 1.150696725e-01f, 5.479928851e-02f, 2.275012992e-02f,
      8.197534829e-03f, 2.555130282e-03f, 6.871382357e-04f, 1.591088221e-04f, 3.167135583e-05f, 5.412583050e-06f,
@@ -30,7 +30,7 @@ alignas(64) constexpr float kNormalTail[6][16] = {
      -1.287375113e-07f, -2.503472452e-08f, -4.003504195e-09f, 0.0f},
 };
 
-// The same of Q(t) - t phi(t), phi being the normal distribution's density: errors below 5e-8, and 1e-7 from 5.8 on.
+// The same for Q(t) - t phi(t), phi being the normal density: errors below 5e-8, and 1e-7 from 5.8 on.
 alignas(64) constexpr float kSlopeTail[6][16] = {
     {4.999999998e-01f, 1.972702438e-01f, -1.989780818e-02f, -1.179535970e-01f, -1.226740662e-01f, -8.523181610e-02f,
      -4.554933734e-02f, -1.960812934e-02f, -6.941941115e-03f, -2.043737581e-03f, -5.036498426e-04f, -1.043345637e-04f,
@@ -52,8 +52,8 @@ alignas(64) constexpr float kSlopeTail[6][16] = {
      1.601507846e-06f, 4.151332138e-07f, 8.414105823e-08f, 0.0f},
 };
 
-// For results rounded to bfloat16, polynomials in t itself: -t Q(t), and Q(t) - t phi(t). Errors below 2e-5 and 3e-5,
-// relative ones below 1e-4 up to t = 3 and 6e-3 at the end.
+// For results that are rounded to bfloat16, polynomials in t itself: -t Q(t), and Q(t) - t phi(t). Errors below 2e-5
+// and 3e-5, relative errors below 1e-4 up to t = 3 and 6e-3 at the end.
 alignas(64) constexpr float kCoarseGelu[4][16] = {
     {0.0f, 8.990631392e-04f, 6.552169050e-03f, -2.945064230e-02f, -1.880825390e-01f, -4.301023093e-01f,
      -5.861268752e-01f, -5.498917673e-01f, -3.801482141e-01f, -2.012969799e-01f, -8.367510558e-02f, -2.776641037e-02f,
@@ -83,19 +83,19 @@ alignas(64) constexpr float kCoarseSlopeTail[4][16] = {
      2.350150952e-04f, 4.610433489e-05f, 7.414844773e-06f, 0.0f},
 };
 
-// Which of the sixteen polynomials is t's, in the low bits, and its distance from the middle of their interval.
+// The index of t's polynomial, in the low bits, and t's distance from the middle of the interval.
 struct Interval {
   __m512i index;
   Vec r;
 };
 
 FASTVIT_INLINE Interval interval_of(Vec t) {
-  const Vec magic = Vec::fill(12582912.0f);  // adding 1.5 * 2^23 rounds to whole, which then is in the low bits
+  const Vec magic = Vec::fill(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer, in the low bits
   const Vec shifted = fma(t, Vec::fill(2.5f), magic);
   return {_mm512_castps_si512(shifted.v), fma(t, Vec::fill(2.5f), magic - shifted)};
 }
 
-// The polynomials at x, step by step side by side: each is a chain that waits for itself.
+// Several polynomials at x, interleaved: each is one chain of dependent steps.
 template <int terms, int count>
 FASTVIT_INLINE void polynomials(const float (&coefficients)[terms][16], const Interval (&at)[count],
                                 const Vec (&x)[count], Vec (&values)[count]) {
@@ -123,13 +123,13 @@ FASTVIT_INLINE Vec size_below_6(Vec x) { return {_mm512_range_ps(x.v, _mm512_set
 #endif
 
 #if !defined(__AVX512F__)
-// Q(t), the weight of the normal distribution's upper tail beyond t = |x|, with t kept below where Q is as good as 0.
+// Q(t), the upper tail of the normal distribution beyond t = |x|, with t clamped to where Q is practically 0.
 struct NormalTail {
   Vec t, weight;
 };
 
 FASTVIT_INLINE NormalTail normal_tail(Vec x) {
-  // 1/2 - Q(t) = t P(t^2) / R(t^2) up to 5.45 (relative error 1.5e-8); beyond, Q is as good as 0.
+  // 1/2 - Q(t) = t P(t^2) / R(t^2) up to 5.45 (relative error 1.5e-8); beyond, Q is practically 0.
   const Vec size = abs(x), t = min(size, Vec::fill(5.45f)), t2 = t * t;
   Vec p = Vec::fill(2.3297138108e-08f);
   p = fma(p, t2, Vec::fill(6.3092584601e-06f));
@@ -148,7 +148,7 @@ FASTVIT_INLINE NormalTail normal_tail(Vec x) {
 #endif
 
 // GELU of each, x (1 - Q(x)), written as max(x, 0) - t Q(t) so that small results keep their digits. Absolute error
-// below 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN. Coarse: of what is rounded to bfloat16 next.
+// below 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN. coarse: the result will be rounded to bfloat16.
 template <bool coarse, int count>
 FASTVIT_INLINE void gelu(Vec (&x)[count]) {
   const Vec zero = Vec::fill(0.0f);
@@ -177,7 +177,7 @@ FASTVIT_INLINE void gelu(Vec (&x)[count]) {
 #endif
 }
 
-// The derivative, Phi(x) + x phi(x): for positive x one less Q(t) - t phi(t), else that.
+// The derivative Phi(x) + x phi(x), which is Q(t) - t phi(t) for negative x and 1 minus that for positive x.
 template <bool coarse>
 FASTVIT_INLINE Vec gelu_slope(Vec x) {
   const Vec one = Vec::fill(1.0f);
@@ -187,7 +187,7 @@ FASTVIT_INLINE Vec gelu_slope(Vec x) {
   const Vec tail = coarse ? polynomial(kCoarseSlopeTail, at, t) : polynomial(kSlopeTail, at, at.r);
   return keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
 #else
-  // At 13 phi is about to leave the normal numbers.
+  // phi is close to the smallest normal number at 13.
   const Vec tail = normal_tail(x).weight;
   const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
   const Vec near = max(Vec::fill(-13.0f), min(Vec::fill(13.0f), x));

@@ -1,4 +1,4 @@
-// Transposition of words of 32 bits, for the kernels that are compiled once per instruction set.
+// Transposition of 32-bit words, compiled once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -36,8 +36,8 @@ inline void transpose4(const float* const (&rows)[4], int64_t length, float* out
 inline void transpose_square(const float* const (&rows)[16], float* out, int64_t stride) {
   __m512 a[16], b[16];
   for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(rows[r]);
-  // Words change places with those of the next row, then in twos with the row after next: quarters of four words each
-  // then hold column i of four rows, in b[4 * n + i] those of rows 4 n to 4 n + 3.
+  // Interleave words of neighbouring rows, then pairs of words: quarter q of a[4 * n + i] then holds column 4 * q + i
+  // of rows 4 * n to 4 * n + 3.
   for (int r = 0; r < 16; r += 2) {
     b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
     b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
@@ -49,7 +49,7 @@ inline void transpose_square(const float* const (&rows)[16], float* out, int64_t
       a[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
   }
-  // Then whole quarters.
+  // Then transpose the quarters.
   for (int i = 0; i < 4; ++i) {
     const __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
     const __m512 even2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);

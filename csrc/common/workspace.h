@@ -1,4 +1,4 @@
-// Scratch memory of the CPU kernels.
+// Scratch memory for the CPU kernels.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@ namespace fastvit {
 // Rounded up to whole cache lines.
 FASTVIT_INLINE int64_t whole_lines(int64_t floats) { return round_up(floats, 16); }
 
-// Uninitialised memory of a thread, kept between calls so that its pages are not mapped anew each time.
+// Uninitialised memory of a thread, kept between calls so that its pages stay mapped.
 class Workspace {
  public:
   float* take(int64_t floats);
-  void give_back();  // what is too much to keep
+  void give_back();  // frees the memory if it is too much to keep
 
-  static Workspace& of_thread();  // of a thread at work
-  static Workspace& of_call();    // for what the threads of a call share
+  static Workspace& of_thread();  // for one thread of a parallel loop
+  static Workspace& of_call();    // for memory that the threads of a call share
 
  private:
   static constexpr std::align_val_t kAlign{64};

@@ -1,5 +1,5 @@
-// fastvit::conv_projection on the CPU: the three depthwise convolutions and norms of one x (their linear layers are
-// products of their own). They are made image by image, so that x comes from memory once.
+// fastvit::conv_projection on the CPU: the three depthwise convolutions and norms of one x, without the linear layers.
+// They are computed image by image, so that x is read from memory once.
 #include <algorithm>
 #include <array>
 
@@ -12,7 +12,7 @@ namespace {
 
 using Works = std::array<TokenDepthwiseConvWork, 3>;
 
-// Part `part` of `parts` of each convolution. Items are ordered by image first, so equal parts read the same of x.
+// Part `part` of `parts` of each convolution. Items are ordered by image, so the parts read the same images of x.
 void run_part(const Works& works, int64_t part, int64_t parts, float* scratch) {
   const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
   for (const TokenDepthwiseConvWork& work : works) {

@@ -1,19 +1,19 @@
-// The gradients of attention whose maps are mixed across heads, for one instruction set.
+// Attention whose maps are mixed across heads, backward; compiled once per instruction set.
 //
-// Per tile of queries (see cpu_tiles.h) the maps P are computed anew, and dM_h[j] = sum_d v_h[j][d] dout_h[d].
-// Then, a few keys at a time, all heads of them in the first cache,
+// Per tile of queries (see cpu_tiles.h) the maps P are recomputed, and dM_h[j] = sum_d v_h[j][d] dout_h[d].
+// Then, a few keys at a time, with all heads of them in the L1 cache,
 //   M_h = sum_g A[h][g] P_g + b_h       dv_h[j][d] += sum_i M_h[j][i] dout_h[i][d]
 //   dA[h][g] += sum dM_h P_g            db_h += sum dM_h            dP_g = sum_h A[h][g] dM_h
-// and cpu_gradients.h goes on from dP. Behind a layer norm over heads, X = A P + b being centred,
+// and cpu_gradients.h continues from dP. With a layer norm over heads, for the centred mix X = A P + b,
 //   r = 1 / sqrt(mean_h X_h^2 + eps)    y_h = r X_h    M_h = f_h y_h + s_h    df_h += sum dM_h y_h    ds_h += sum dM_h
-//   dX_h = r (f_h dM_h - mean_g f_g dM_g - y_h mean_g f_g dM_g y_g)           takes the place of dM.
-// Two maps of a tile exist, or three with a mix before the softmax, and no other.
+//   dX_h = r (f_h dM_h - mean_g f_g dM_g - y_h mean_g f_g dM_g y_g)           replaces dM.
+// A tile has two maps, or three with a mix before the softmax; no other map exists.
 #include "head_mixed_attention/cpu_gradients.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Behind k's panels lie v's, of keys only.
+// After k's panels come v's, panels of keys only.
 template <class T, bool kPairs>
 int64_t value_offset(const HeadMapParams& p, const Packed<T, kPairs>& layout) {
   return p.heads * layout.head_words;
@@ -64,7 +64,7 @@ struct Tile : GradientTile<T, kPairs, kV> {
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       mix_heads(p.heads, (end - begin) * kV, p.post_weight, p.post_bias, map(0) + at(begin, 0), s.map_stride,
                 mixed(0, 0), s.kMixedStride);
-      if (p.norm_factor != nullptr) normalise(begin, end);
+      if (p.norm_factor != nullptr) layer_norm_backward(begin, end);
       for (int64_t h = 0; h < p.heads; ++h) {
         finish_mixed(h, begin, end);
         this->add_to_keys(end - begin, mixed(h, 0), s.grad_rows + h * s.rows_stride,
@@ -92,18 +92,18 @@ struct Tile : GradientTile<T, kPairs, kV> {
       for (int64_t j = 0; p.mask != nullptr && j < keys.count; ++j) {
         for (int v = 0; v < kV; ++v) {
           Vec x[1] = {load_gradient(h, j, v)};
-          this->leave_attended(h, j, v, x);
+          this->zero_masked(h, j, v, x);
           x[0].store(gradient(h) + at(j, v));
         }
       }
     }
   }
 
-  // Behind the mix: what it gave becomes M, and dM becomes dX.
-  void normalise(int64_t begin, int64_t end) const {
+  // The layer norm: X becomes M, and dM becomes dX.
+  void layer_norm_backward(int64_t begin, int64_t end) const {
     const int64_t count = (end - begin) * kV;
     const Vec share = Vec::fill(1.0f / static_cast<float>(p.heads));
-    Vec inverse[kBlockKeys * kV], mean[kBlockKeys * kV], along[kBlockKeys * kV];  // mean: of f dM; along: of f dM y
+    Vec inverse[kBlockKeys * kV], mean[kBlockKeys * kV], along[kBlockKeys * kV];  // sums of f dM, and of f dM y
     for (int64_t i = 0; i < count; ++i) {
       inverse[i] = inverse_deviation(p.heads, s.mixed_block + i * kLanes, s.kMixedStride, p.norm_eps);
       mean[i] = along[i] = Vec::fill(0.0f);
@@ -134,13 +134,13 @@ struct Tile : GradientTile<T, kPairs, kV> {
     }
   }
 
-  // M as the product that sums over queries reads it.
+  // M in the layout of the product over queries.
   void finish_mixed(int64_t h, int64_t begin, int64_t end) const {
     if (!kPairs && p.mask == nullptr) return;
     for (int64_t j = begin; j < end; ++j) {
       for (int v = 0; v < kV; ++v) {
         Vec x[1] = {Vec::load(mixed(h, j - begin) + v * kLanes)};
-        this->leave_attended(h, j, v, x);
+        this->zero_masked(h, j, v, x);
         this->store_for_keys(mixed(h, j - begin), v, x[0]);
       }
     }

@@ -1,12 +1,11 @@
-// Attention whose maps are mixed across heads, forward, for one instruction set.
+// Attention whose maps are mixed across heads, forward; compiled once per instruction set.
 //
-// A tile is one or two vectors of queries, for all heads (see cpu_tiles.h). Its maps, (H, keys, lanes) floats,
-// stay in the caches: logits, then exponentials, then the finished map, whose product with the values is
+// A tile is one or two vectors of queries, with all heads (see cpu_tiles.h). Its maps, (H, keys, lanes) floats, stay in
+// the caches: logits, then exponentials, then the final map, whose product with the values is
 //   out_h[d] = sum_j v_h[j][d] M_h[j]
 // No other map exists.
 //
-// Keys and values are packed once per batch element (see pack). With the bfloat16 dot product (two terms a lane and
-// instruction) the packed words hold pairs: of channels in q and k, of keys in the finished map and v.
+// Keys and values are packed once per batch element.
 #include "head_mixed_attention/cpu_tiles.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -16,7 +15,7 @@ template <class T, bool kPairs>
 void pack(const HeadMixParams& p, int64_t b, AttentionKeys keys, int64_t part, int64_t parts, float* packed) {
   const Packed<T, kPairs> layout(p.dim, keys.count);
   const int64_t panels = layout.key_panels.blocks, words = layout.words(keys.count);
-  // Heads inside: those of a key lie side by side.
+  // Heads in the inner loop: the heads of a key are adjacent in memory.
   for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
     for (int64_t h = 0; h < p.heads; ++h) {
       pack_key_panel(Rows<T>(p.k, b, h), layout, keys.indices, panel, packed + h * layout.head_words);
@@ -29,13 +28,13 @@ void pack(const HeadMixParams& p, int64_t b, AttentionKeys keys, int64_t part, i
   }
 }
 
-// A thread's scratch for a tile.
+// A thread's scratch memory for a tile.
 struct Scratch : MapScratch {
   static constexpr int64_t kStagedStride = kStagedKeys * kMaxWidth;
 
   float* maps;      // [head][key][lane]
   float* channels;  // [head][channel][lane]: the queries, then the output
-  float* staged;    // [head][key of a few][lane]: probabilities, then the mix
+  float* staged;    // [head][key of a group][lane]: probabilities, then the mix
 
   Scratch(const HeadMixParams& p, Arena& arena)
       : MapScratch(p, arena),
@@ -65,14 +64,14 @@ struct Tile : MapTile<T, kPairs, kV> {
     this->load_lanes(p.q, s.channels);
     for (int64_t h = 0; h < p.heads; ++h) {
       this->products_with_keys(packed + h * layout.head_words, channels(h), p.scale, map(h));
-      if (p.pre_weight == nullptr) this->softmax(h, map(h));  // while the map is hot
+      if (p.pre_weight == nullptr) this->softmax(h, map(h));  // while the map is in the cache
     }
     if (p.pre_weight != nullptr) {
       this->mix_logits(s.maps, s.maps);
       for (int64_t h = 0; h < p.heads; ++h) this->softmax(h, map(h));
     }
     if (p.post_weight == nullptr) {
-      finish_unmixed();
+      scale_unmixed();
     } else if (p.heads <= kRows && p.norm_factor == nullptr) {
       mix_in_registers();
     } else {
@@ -89,12 +88,12 @@ struct Tile : MapTile<T, kPairs, kV> {
   }
 
   template <int kKeys>
-  FASTVIT_INLINE void store_finished(int64_t h, int64_t j, int v, Vec (&finished)[kKeys]) const {
-    this->leave_attended(h, j, v, finished);
-    this->store_words(map(h), j, v, finished);
+  FASTVIT_INLINE void store_final(int64_t h, int64_t j, int v, Vec (&final_values)[kKeys]) const {
+    this->zero_masked(h, j, v, final_values);
+    this->store_words(map(h), j, v, final_values);
   }
 
-  // From the exponentials to the finished map without a detour.
+  // From the exponentials to the final map, without storing anything in between.
   void mix_in_registers() const {
     with_constant<kRows>(p.heads, [&](auto heads) {
       constexpr int kKeys = kMixColumns<heads.value>;
@@ -106,13 +105,13 @@ struct Tile : MapTile<T, kPairs, kV> {
               heads.value, p.post_weight, p.post_bias, [&](int64_t g, int key) { return probability(g, j + key, v); },
               mixed);
 #pragma GCC unroll 16
-          for (int h = 0; h < heads.value; ++h) store_finished(h, j, v, mixed[h]);
+          for (int h = 0; h < heads.value; ++h) store_final(h, j, v, mixed[h]);
         }
       }
     });
   }
 
-  // With more heads than registers hold, or a layer norm, which waits for all heads.
+  // With more heads than fit into registers, or a layer norm, which needs all heads.
   void mix_in_steps() const {
     const auto at_staged = [&](int64_t h, int key, int v) { return s.staged + h * s.kStagedStride + at(key, v); };
     for (int64_t j = 0; j < keys.count; j += kStagedKeys) {
@@ -129,28 +128,28 @@ struct Tile : MapTile<T, kPairs, kV> {
           inverse[key] = inverse_deviation(p.heads, at_staged(0, key, v), s.kStagedStride, p.norm_eps);
         }
         for (int64_t h = 0; h < p.heads; ++h) {
-          Vec finished[kStagedKeys];
+          Vec final_values[kStagedKeys];
           for (int key = 0; key < kStagedKeys; ++key) {
-            finished[key] = Vec::load(at_staged(h, key, v));
+            final_values[key] = Vec::load(at_staged(h, key, v));
             if (p.norm_factor == nullptr) continue;
             const Vec factor = Vec::fill(p.norm_factor[h]), shift = Vec::fill(p.norm_shift[h]);
-            finished[key] = fma(finished[key] * inverse[key], factor, shift);
+            final_values[key] = fma(final_values[key] * inverse[key], factor, shift);
           }
-          store_finished(h, j, v, finished);
+          store_final(h, j, v, final_values);
         }
       }
     }
   }
 
-  // Without a mix, the finished map is factor * P_h + bias.
-  void finish_unmixed() const {
+  // Without a mix, the final map is factor * P_h + bias.
+  void scale_unmixed() const {
     for (int64_t h = 0; h < p.heads; ++h) {
       const Vec factor = Vec::fill(p.post_factor[h]), bias = Vec::fill(p.post_bias[h]);
       for (int64_t j = 0; j < keys.count; j += 2) {
         for (int v = 0; v < kV; ++v) {
-          Vec finished[2];
-          for (int key = 0; key < 2; ++key) finished[key] = fma(probability(h, j + key, v), factor, bias);
-          store_finished(h, j, v, finished);
+          Vec final_values[2];
+          for (int key = 0; key < 2; ++key) final_values[key] = fma(probability(h, j + key, v), factor, bias);
+          store_final(h, j, v, final_values);
         }
       }
     }

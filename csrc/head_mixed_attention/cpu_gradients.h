@@ -1,14 +1,15 @@
-// From the gradients of a tile's maps to those of q and k and of the mix before the softmax, for one instruction set.
+// From the gradients of a tile's maps to those of q, k, and the mix before the softmax; compiled once per instruction
+// set.
 //
-// With dP the gradients of the maps P, of one query each,
+// With dP the gradient of the maps P, for one query,
 //   dS'_g[j] = P_g[j] (dP_g[j] - sum_j P_g[j] dP_g[j])        dS_h[j] = sum_g L[g][h] dS'_g[j]
 //   dq_h[d] = scale sum_j k_h[j][d] dS_h[j]                   dk_h[j][d] = scale sum_i dS_h[j][i] q_h[i][d]
 // and dL[g][h] = sum dS'_g S_h over all queries and keys. The gradient of the bias before the softmax is zero: a
 // constant added to all logits of a row changes nothing.
 //
-// The first three are products with queries in the lanes. The fourth sums over queries: its scalars are those of the
-// map, lane by lane, its vectors rows of q. What it gives is added to float32 sums of a batch element (of a part of its
-// queries). Sums over queries and keys are taken per block of keys, added up per tile, and over tiles in double.
+// The first three are products with queries in the lanes. The fourth is a sum over queries, of scalars from the map
+// with rows of q; it accumulates in float32, per batch element or part of its queries. Sums over queries and keys are
+// taken per block of keys, added up per tile, and over tiles in double.
 #pragma once
 
 #include "head_mixed_attention/cpu_tiles.h"
@@ -16,7 +17,7 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 8;  // whose maps, of all heads, are handled while they are in the first cache
+constexpr int64_t kBlockKeys = 8;  // whose maps, with all heads, stay in the L1 cache
 constexpr int kOuterRows = kLanes == 16 ? 8 : 6, kOuterColumns = kLanes == 16 ? 3 : 2;
 constexpr int kPairRows = kLanes == 16 ? 4 : 3, kPairColumns = kLanes == 16 ? 6 : 4;
 
@@ -38,8 +39,8 @@ void add_outer_product(int64_t count, int64_t depth, const float* a, const float
   }
 }
 
-// out[h][g] += sum_i x_h[i] y_g[i], vectors all, for all pairs of heads. Of a symmetric product only what is on or
-// above the diagonal need be there.
+// out[h][g] += sum_i x_h[i] y_g[i], all of them vectors, for all pairs of heads; symmetric: at least for those on or
+// above the diagonal.
 inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, const float* y, int64_t head_stride,
                                   bool symmetric, float* out) {
   const Split rows(heads, kPairRows), columns(heads, kPairColumns);
@@ -81,7 +82,7 @@ inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, 
   }
 }
 
-// block(begin, end) for the keys, a few at a time.
+// block(begin, end) for every block of keys.
 template <class F>
 FASTVIT_INLINE void for_key_blocks(int64_t keys, const F& block) {
   for (int64_t begin = 0; begin < keys; begin += kBlockKeys) {
@@ -89,7 +90,7 @@ FASTVIT_INLINE void for_key_blocks(int64_t keys, const F& block) {
   }
 }
 
-// What a batch element's k is packed to, head by head: panels of keys, and of channels.
+// Packs k of a batch element, head by head: panels of keys, and of channels.
 template <class T, bool kPairs>
 void pack_keys(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
   const Packed<T, kPairs> layout(p.dim, keys.count);
@@ -104,18 +105,18 @@ void pack_keys(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* pac
   }
 }
 
-// A thread's scratch for a tile.
+// A thread's scratch memory for a tile.
 struct GradientScratch : MapScratch {
   HeadMapTotals totals;
-  int64_t row_stride;   // of rows of q: the channels in whole vectors
+  int64_t row_stride;   // of rows of q: the channels, padded to whole vectors
   int64_t rows_stride;  // of heads in [head][word of queries][channel]
   float* maps;          // [head][key][lane]: P
   float* gradients;     // [head][key][lane]: of M, then of P, of S', of S
-  float* logits;        // [head][key][lane]: S, where a mix before the softmax needs it
+  float* logits;        // [head][key][lane]: S, with a mix before the softmax
   float* delta;         // [head][lane]: sum_j P_g[j] dP_g[j]
   float* channels;      // [head][channel][lane]: the queries, then dq
   float* query_rows;    // [head][word of queries][channel]
-  float* lane_sums;     // [total][lane]: a tile's
+  float* lane_sums;     // [total][lane]: the sums of a tile
 
   GradientScratch(const HeadMapParams& p, Arena& arena)
       : MapScratch(p, arena),
@@ -150,7 +151,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   float* logits(int64_t h) const { return s.logits + h * s.map_stride; }
   float* lane_sum(int64_t total) const { return s.lane_sums + total * kLanes; }
 
-  // The maps P, and everything that later steps start from.
+  // The maps P and the inputs of later steps.
   void compute_maps() const {
     this->load_mask();
     this->load_lanes(p.q, s.channels);
@@ -175,7 +176,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
   }
 
-  // Rows of q, or of what lies like it, for products that sum over queries.
+  // Rows of q, or of a tensor of its shape, for products that sum over queries.
   void load_rows(const AttentionOperand& q, float* out) const {
     for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
       for (int64_t h = 0; h < p.heads; ++h) {
@@ -197,7 +198,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     add_outer_product<kPairs, kWidth>(count, layout.words(queries), map, rows, sums, s.row_stride);
   }
 
-  // Key j of a map as add_to_keys reads it: queries side by side, in pairs of them.
+  // Key j of a map in the layout that add_to_keys reads: queries, or pairs of them.
   FASTVIT_INLINE void store_for_keys(float* row, int v, Vec x) const {
     if constexpr (kPairs) {
       x.store(reinterpret_cast<bf16*>(row) + v * kLanes);
@@ -206,7 +207,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
   }
 
-  // The gradients of P of keys [begin, end), from maps `from`, which may be the gradients themselves.
+  // The gradients of P for keys [begin, end), from maps `from`, which may be the gradients themselves.
   void gradients_of_maps(int64_t begin, int64_t end, const float* from) const {
     mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias, from + at(begin, 0), s.map_stride,
               gradient(0) + at(begin, 0), s.map_stride);
@@ -228,7 +229,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     return Vec::load(map(h) + at(j, v)) * (Vec::load(gradient(h) + at(j, v)) - delta);
   }
 
-  // dS_h of two keys as products with keys and with queries read it. The maps are no longer needed.
+  // dS_h of two keys, in the layouts of the products with keys and with queries. Overwrites the maps.
   FASTVIT_INLINE void store_gradient(int64_t h, int64_t j, int v, const Vec (&x)[2]) const {
     this->store_words(gradient(h), j, v, x);
     if constexpr (kPairs) {
@@ -236,7 +237,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
   }
 
-  // From the gradients of P to all the rest.
+  // From the gradients of P to everything else.
   void gradients_of_queries_and_keys() const {
     if (p.pre_weight != nullptr) gradients_through_mixed_logits();
     for (int64_t h = 0; h < p.heads; ++h) {
@@ -287,7 +288,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   }
 };
 
-// Rows of a gradient of k or v, of one head: the parts' sums, `part_stride` floats apart; zeros for keys left out.
+// The gradient of k or v of one head: the sum over parts, `part_stride` floats apart; zeros for masked keys.
 template <class T>
 void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys keys, const float* sums, int64_t parts,
                  int64_t part_stride, float factor, void* out) {
@@ -300,7 +301,7 @@ void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys key
     for (int64_t d = 0; d < p.dim; d += kLanes) {
       Vec total = Vec::fill(0.0f);
       for (int64_t part = 0; attended && part < parts; ++part) total += Vec::load(from + part * part_stride + d);
-      store(total * Vec::fill(factor), row + d, p.dim - d);
+      store(total * Vec::fill(factor), row + d, smaller(kLanes, p.dim - d));
     }
     next += attended;
   }

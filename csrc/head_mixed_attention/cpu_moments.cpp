@@ -1,16 +1,16 @@
-// First and second moments across heads of the maps of attention, and their gradients, for one instruction set.
+// First and second moments of attention maps across heads, and their gradients; compiled once per instruction set.
 //
 // With c = 1 / keys, over all queries and keys, masked keys (P = 0) included:
 //   sums_g = sum (P_g - c)        moments_gh = sum (P_g - c) (P_h - c)
-// A row of a map sums up to one, or to zero where it has no key left: so the sums count such rows, no rounding in them.
-// And so a constant in the gradient of P, along a row, changes nothing; what remains of the two is
+// A row of a map sums to one, or to zero if all its keys are masked: so the sums only count such rows, without
+// rounding. A gradient of P that is constant along a row therefore has no effect, which leaves
 //   dP_g = sum_h (dmoments_gh + dmoments_hg) (P_h - c)
 #include "head_mixed_attention/cpu_gradients.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// --- The moments ----------------------------------------------------------------------------------------------------
+// --- The moments -----------------------------------------------------------------------------------------------------
 
 template <class T, bool kPairs>
 void pack_panels(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
@@ -62,7 +62,7 @@ struct MomentTile : MapTile<T, kPairs, kV> {
     }
     for (int64_t h = 0; h < p.heads; ++h) {
       for (int64_t i = 0; i < queries; ++i) {
-        // The largest exponential of a row is one, and so is its sum at least.
+        // The largest exponential of a row is one, so its sum is at least one unless all keys are masked.
         if (s.inverse[h * kV * kLanes + i] > 1.0f) totals[at_total.mixed() + h] -= 1.0;
       }
     }
@@ -117,7 +117,7 @@ HeadMapKernel<HeadMapParams> make_moments_kernel(const HeadMapParams& p) {
   return {kLanes, packed, arena.used, 0, pack_panels<T, kPairs>, run_moments<T, kPairs>, nullptr};
 }
 
-// --- Their gradients ------------------------------------------------------------------------------------------------
+// --- Their gradients -------------------------------------------------------------------------------------------------
 
 template <class T, bool kPairs, int kV>
 struct MomentGradientTile : GradientTile<T, kPairs, kV> {

@@ -1,11 +1,11 @@
-// The maps of one tile of queries, all heads of them, for one instruction set: what the forward and backward kernels of
-// head-mixed attention share.
+// The maps of one tile of queries, with all heads: what the forward and backward kernels of head-mixed attention share.
+// Compiled once per instruction set.
 //
 // Queries are the lanes of every vector, so that
 //   S_h[j] = sum_d k_h[j][d] q_h[d]       P_h[j] = exp(S_h[j] - max) / sum       M_h[j] = b_h + sum_g A[h][g] P_g[j]
 // are one product each of broadcast scalars (keys, mixing matrix) with vectors of queries; softmax needs no reduction
-// inside a vector; and neither head size nor key count is padded. A bias starts the sums of the mix, where it costs
-// nothing. Maps are (H, keys, lanes) floats.
+// inside a vector; and neither head size nor key count is padded. The sums of a mix start with its bias. Maps are
+// (H, keys, lanes) floats.
 #pragma once
 
 #include "attention/cpu_tiles.h"
@@ -14,13 +14,13 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kMaxWidth = kTileVectors * kLanes;  // lanes of a tile, at most
-constexpr int kStagedKeys = 4;                        // that a mix in two steps handles at a time
-constexpr int kMapPadding = 4;                        // keys that a mix may reach past the last
-// Exponentials summed in one go: about the root of how many there are. All of a row share the error of their sum.
+constexpr int64_t kMaxWidth = kTileVectors * kLanes;  // most lanes of a tile
+constexpr int kStagedKeys = 4;                        // per step of Tile::mix_in_steps
+constexpr int kMapPadding = 4;                        // keys past the last one that a mix may touch
+// Exponentials per partial sum, about the root of their number: an error of the sum is in all of a row's probabilities.
 constexpr int64_t kSoftmaxTerms = 16;
 
-// Hands out memory; of none it counts only.
+// Hands out memory; with none, only counts what is asked for.
 struct Arena {
   float* memory;
   int64_t used = 0;
@@ -31,12 +31,12 @@ struct Arena {
   }
 };
 
-// A thread's scratch for the maps of a tile.
+// A thread's scratch memory for the maps of a tile.
 struct MapScratch {
-  int64_t map_stride;   // of heads, which are shifted against each other in the cache's sets
+  int64_t map_stride;   // of heads, padded so that they do not share cache sets
   int64_t word_stride;  // of heads in [head][word of channels][lane]
   int64_t mask_heads;
-  float* mask;     // [head or 1][key][lane]: +inf where attended to, -inf elsewhere
+  float* mask;     // [head or 1][key][lane]: +inf where attended, -inf elsewhere
   float* inverse;  // [head][lane]: 1 / sum of exponentials
 
   MapScratch(const HeadMapParams& p, Arena& arena)
@@ -49,10 +49,9 @@ struct MapScratch {
         inverse(arena.take(p.heads * kMaxWidth)) {}
 };
 
-// --- Steps that depend on little, each compiled once ----------------------------------------------------------------
+// --- Products --------------------------------------------------------------------------------------------------------
 
-// out[r] = factor * sum_k a[r][k] b[k] for all rows of all panels, as Packed has them; rows of b and out are kV
-// vectors.
+// out[r] = factor * sum_k a[r][k] b[k] for the rows of all panels (see Packed); rows of b and out are kV vectors.
 template <bool kPairs, int kV>
 void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const float* a, const float* b, float factor,
                      float* out) {
@@ -64,7 +63,7 @@ void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const flo
   }
 }
 
-// Vectors that a block of a mix of kR heads takes at a time.
+// Vectors per step of a mix of kR heads.
 template <int kR>
 constexpr int kMixColumns = kR <= kRows / 2 ? 4 : 2;
 
@@ -93,8 +92,8 @@ void mix_and_store(int64_t heads, const float* weight, const float* bias, const 
   }
 }
 
-// y_h[i] = bias[h] + sum_g weight[g][h] x_g[i] for `count` vectors of every head, and for up to three behind them.
-// Strides are of heads; x and y may be the same.
+// y_h[i] = bias[h] + sum_g weight[g][h] x_g[i] for `count` vectors of every head, and up to three more. Strides are of
+// heads; x and y may be the same.
 inline void mix_heads(int64_t heads, int64_t count, const float* weight, const float* bias, const float* x,
                       int64_t x_stride, float* y, int64_t y_stride) {
   if (heads <= kRows) {
@@ -105,7 +104,7 @@ inline void mix_heads(int64_t heads, int64_t count, const float* weight, const f
     });
     return;
   }
-  constexpr int kColumns = 4;  // several blocks of heads from one copy of these columns
+  constexpr int kColumns = 4;  // copied once for several blocks of heads
   float copy[kHeadMixMaxHeads * kColumns * kLanes];
   const Split blocks(heads, kRows);
   for (int64_t i = 0; i < count; i += kColumns) {
@@ -134,7 +133,7 @@ FASTVIT_INLINE Vec inverse_deviation(int64_t heads, const float* x, int64_t head
   return Vec::fill(1.0f) / sqrt(squares * Vec::fill(1.0f / static_cast<float>(heads)) + Vec::fill(eps));
 }
 
-// --- A tile ---------------------------------------------------------------------------------------------------------
+// --- A tile ----------------------------------------------------------------------------------------------------------
 
 // x where `limit` is +inf, zero where it is -inf.
 FASTVIT_INLINE Vec where_attended(Vec limit, Vec x) {
@@ -166,10 +165,10 @@ struct MapTile {
     }
   }
 
-  // out[h][word of channels][lane] of q, or of what lies like it.
+  // out[h][word of channels][lane] of q, or of a tensor of its shape.
   void load_lanes(const AttentionOperand& q, float* out) const {
     for (int64_t first = 0; first < kWidth; first += 4) {
-      for (int64_t h = 0; h < p.heads; ++h) {  // inside: the heads of a query lie side by side
+      for (int64_t h = 0; h < p.heads; ++h) {  // innermost: the heads of a query are adjacent
         load_four_queries<T, kPairs>(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
                                      out + h * s.word_stride + first, kWidth);
       }
@@ -192,9 +191,9 @@ struct MapTile {
     mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to, s.map_stride);
   }
 
-  // exp(S_h - max) in place, and 1 / its sum over keys; a row with no key left gets zeros.
+  // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked.
   void softmax(int64_t h, float* map) const {
-    // With a mask, a row may have no key left; its largest logit must be finite for the difference to be.
+    // All keys of a row may be masked; its largest logit starts finite, so that logit - largest is.
     const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
     Vec largest[kV], sum[kV];
     for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
@@ -224,14 +223,14 @@ struct MapTile {
       for (int v = 0; v < kV; ++v) sum[v] += part[v];
     }
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only where every exponential is: any finite inverse will do.
+      // The sum is zero only if every exponential is: any finite inverse will do.
       (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v])).store(s.inverse + h * kWidth + v * kLanes);
     }
   }
 
   Vec inverse(int64_t h, int v) const { return Vec::load(s.inverse + h * kWidth + v * kLanes); }
 
-  // [head][channel][lane] become rows of a contiguous (B, N, H, D).
+  // Stores [head][channel][lane] as rows of a contiguous (B, N, H, D).
   void store_lanes(const float* channels, void* to) const {
     const int64_t stride = p.heads * p.dim;
     T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
@@ -243,16 +242,16 @@ struct MapTile {
     }
   }
 
-  // Zero where the mask says so.
+  // Zero where masked.
   template <int kKeys>
-  FASTVIT_INLINE void leave_attended(int64_t h, int64_t j, int v, Vec (&x)[kKeys]) const {
+  FASTVIT_INLINE void zero_masked(int64_t h, int64_t j, int v, Vec (&x)[kKeys]) const {
     if (p.mask == nullptr) return;
 #pragma GCC unroll 8
     for (int key = 0; key < kKeys; ++key) x[key] = where_attended(Vec::load(mask(h) + at(j + key, v)), x[key]);
   }
 
-  // Keys j on of a map as the product with values reads them; those past the last land in the padding. But a pair's
-  // second key that does not exist must be zero.
+  // Stores kKeys keys of a map, from key j on, in the layout of the product with values. Keys past the last land in the
+  // padding, but the missing half of a pair must be zero.
   template <int kKeys>
   FASTVIT_INLINE void store_words(float* map, int64_t j, int v, const Vec (&x)[kKeys]) const {
 #if defined(__AVX512BF16__)
@@ -260,7 +259,7 @@ struct MapTile {
 #pragma GCC unroll 8
       for (int key = 0; key < kKeys; key += 2) {
         const Vec second = j + key + 1 < keys.count ? x[key + 1] : Vec::fill(0.0f);
-        round_to_pairs(x[key], second).store(map + at((j + key) / 2, v));  // at or before what has been read
+        round_to_pairs(x[key], second).store(map + at((j + key) / 2, v));  // not past what has been read
       }
       return;
     }

@@ -1,4 +1,4 @@
-// fastvit::head_mixed_attention on CPU: checks, folding of the normalisation, division of the work, registration.
+// fastvit::head_mixed_attention on the CPU: checks, folding of the norm, registration.
 #include "head_mixed_attention/args.h"
 
 #include <cmath>
@@ -19,7 +19,7 @@ Tensor head_mixed_attention_cpu(const MixArguments& a, const OptionalTensor& nor
   check(!options.layer_norm || !norm_mean, kOp, ": a layer norm takes no norm_mean and norm_var");
   const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
 
-  // norm(x) * output_scale = factor * x + shift, or of a layer norm what follows the division.
+  // output_scale * norm(x) = factor * x + shift, with x divided by its deviation first in a layer norm.
   std::vector<double> factor = head_vector(kOp, a.norm_weight, "norm_weight", p.heads, 1.0);
   std::vector<double> shift = head_vector(kOp, a.norm_bias, "norm_bias", p.heads, 0.0);
   const std::vector<double> mean = head_vector(kOp, norm_mean, "norm_mean", p.heads, 0.0);

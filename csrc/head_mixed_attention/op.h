@@ -1,4 +1,4 @@
-// The division of the work of kernels whose results are sums over all queries of a batch element.
+// Dividing the work of kernels whose results are sums over all queries of a batch element.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace fastvit {
 
-// Runs the kernel over all queries of all batch elements; keys(b) gives the keys of one. Returns the totals. What is
-// computed depends on the number of threads, but not on which of them is faster.
+// Runs the kernel over all queries of all batch elements; keys(b) are the keys of one. Returns the totals. Results
+// depend on the number of threads, but not on their timing.
 template <class Params, class Keys>
 std::vector<double> run_head_maps(const Params& p, const HeadMapKernel<Params>& kernel, int64_t products_per_query,
                                   const Keys& keys) {
@@ -21,7 +21,7 @@ std::vector<double> run_head_maps(const Params& p, const HeadMapKernel<Params>& 
   const int64_t units = divide_up(p.queries, kernel.lanes);
   const int64_t products = std::max<int64_t>(1, products_per_query * p.queries);
 
-  // A batch element each, where all threads then have the same to do; else parts of one.
+  // Whole batch elements if that keeps the threads equally busy, otherwise parts of them.
   const int64_t threads = std::max(1, num_threads());
   const bool serial = p.batch * products <= kSerialProducts;
   const int64_t even = threads / std::gcd(p.batch, threads);

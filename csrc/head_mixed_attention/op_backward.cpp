@@ -1,4 +1,4 @@
-// fastvit::head_mixed_attention_backward on CPU: checks, folding, the small gradients, registration.
+// fastvit::head_mixed_attention_backward on the CPU: checks, folding, gradients of the small parameters, registration.
 #include <tuple>
 #include <vector>
 
@@ -19,7 +19,7 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
   check_heads(kOp, p);
   check_cpu_shape(kOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
   p.grad = attention_operand(kOp, grad, "grad", a.q.dtype());
-  check(layer_norm || (!a.norm_weight && !a.norm_bias), kOp, ": norm_weight and norm_bias are a layer norm's");
+  check(layer_norm || (!a.norm_weight && !a.norm_bias), kOp, ": norm_weight and norm_bias are for a layer norm only");
   const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
 
   std::vector<double> factor = head_vector(kOp, a.norm_weight, "norm_weight", p.heads, 1.0);

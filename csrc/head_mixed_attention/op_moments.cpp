@@ -1,4 +1,4 @@
-// fastvit::head_map_moments and its backward on CPU: checks, the masked keys no kernel sees, registration.
+// fastvit::head_map_moments and its backward on the CPU: checks, masked keys that kernels do not see, registration.
 #include <tuple>
 #include <vector>
 
@@ -25,17 +25,17 @@ std::tuple<Tensor, Tensor> head_map_moments_cpu(const Arguments& a) {
       run_head_maps(p, FASTVIT_PER_ISA(head_moments_kernel)(p), p.heads * (p.dim + p.heads) * p.keys,
                     [&](int64_t b) { return keys.of(b); });
 
-  // Keys left out of the lists have P = 0 in all heads.
-  int64_t left_out = 0;
-  for (int64_t b = 0; b < p.batch; ++b) left_out += p.keys - keys.of(b).count;
+  // Keys that are not in the lists have P = 0 in all heads.
+  int64_t masked_keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) masked_keys += p.keys - keys.of(b).count;
   const double share = p.keys == 0 ? 0.0 : 1.0 / static_cast<double>(p.keys);
-  const double of_left_out = static_cast<double>(left_out * p.queries) * share * share;
+  const double of_masked_keys = static_cast<double>(masked_keys * p.queries) * share * share;
   const HeadMapTotals at{p.heads};
   std::vector<double> moments;
   for (int64_t g = 0; g < p.heads; ++g) {
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t upper = std::min(g, h) * p.heads + std::max(g, h);
-      moments.push_back(totals[static_cast<size_t>(at.map_products() + upper)] + of_left_out);
+      moments.push_back(totals[static_cast<size_t>(at.map_products() + upper)] + of_masked_keys);
     }
   }
   const std::vector<double> sums(totals.begin() + at.mixed(), totals.begin() + at.norm_factor());
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const T
   constexpr char kOp[] = "head_map_moments_backward";
   HeadMapGradientParams p{{{attention_params(kOp, a.q, a.k, a.k, a.scale)}}};
   check_heads(kOp, p);
-  check_cpu_shape(kOp, dsums, "dsums", {p.heads});  // and no more: the sums are what they are for all q and k
+  check_cpu_shape(kOp, dsums, "dsums", {p.heads});  // not used: the sums do not depend on q and k
   const PreMix pre(kOp, a.pre_weight, a.pre_bias, p);
   const std::vector<double> gradient = head_matrix(kOp, dmoments, "dmoments", p.heads);
   const std::vector<float> zeros(static_cast<size_t>(p.heads), 0.0f);

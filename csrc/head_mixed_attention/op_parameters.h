@@ -1,4 +1,4 @@
-// The small parameters of head-mixed attention: read, folded in double, and handed to the kernels.
+// The small parameters of head-mixed attention, read and folded in double.
 #pragma once
 
 #include <tuple>
@@ -9,7 +9,7 @@
 
 namespace fastvit {
 
-// What the schemas of the operator and of its backward have in common; norm_mean and norm_var stand between the two.
+// Arguments that the operator and its backward share, in the schema's order; norm_mean and norm_var come in between.
 struct MixArguments {
   using Schema = std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                             OptionalTensor, OptionalTensor>;
@@ -25,42 +25,42 @@ struct MixOptions {
   double scale;
 };
 
-// (H, H) row by row, and (H,): a linear map over heads. An empty matrix is the identity.
+// A linear map over heads: an (H, H) matrix row by row, or empty for the identity, and an offset (H,).
 struct HeadMix {
   std::vector<double> matrix, offset;
 
   HeadMix(const char* op, const OptionalTensor& weight, const char* weight_name, const OptionalTensor& bias,
           const char* bias_name, int64_t heads);
 
-  // The map becomes factor[h] * it[h] + shift[h].
+  // Appends y[h] = factor[h] * x[h] + shift[h] to the map.
   void scale(const std::vector<double>& factor, const std::vector<double>& shift);
-  // Takes the mean over the heads it writes off; the matrix is there afterwards.
+  // Subtracts the mean over the heads written; the matrix is not empty afterwards.
   void centre();
   void fill_in_identity();
 };
 
-// The vector, or `heads` times `otherwise`; float32 or bfloat16.
+// The vector, float32 or bfloat16, or `otherwise` for every head.
 std::vector<double> head_vector(const char* op, const OptionalTensor& tensor, const char* name, int64_t heads,
                                 double otherwise);
 
 // The (H, H) matrix row by row; float32 or bfloat16.
 std::vector<double> head_matrix(const char* op, const Tensor& tensor, const char* name, int64_t heads);
 
-// Takes the mean over rows off each column of an (H, H) matrix, or of one column.
+// Subtracts its mean over rows from each column of an (H, H) matrix, or from one column.
 void centre_columns(std::vector<double>& matrix, size_t heads);
 
 std::vector<float> to_floats(const std::vector<double>& values);
-// Columns become rows: from the order of (written, read) heads to that of (read, written).
+// The transpose: from [head written][head read] to [head read][head written].
 std::vector<float> transposed_floats(const std::vector<double>& matrix);
 
-// The parameters of the maps of q and k; `pre` keeps what they point to.
+// The mix before the softmax: sets the pointers in p, to memory of this object.
 struct PreMix {
   std::vector<float> weight, back, bias;
 
   PreMix(const char* op, const OptionalTensor& weight, const OptionalTensor& bias, HeadMapParams& p);
 };
 
-// Throws if these are more heads than the kernels take.
+// Throws if there are more heads than the kernels support.
 void check_heads(const char* op, const AttentionParams& p);
 
 // A float32 tensor of `sizes`, or of size 0 where the parameter it is the gradient of is absent.

@@ -1,4 +1,4 @@
-// A linear layer and its activation: what the checks hand to the kernels.
+// A linear layer and its activation: the arguments of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,10 @@ struct LinearParams {
   void* out;          // contiguous
   bool bfloat16;      // x, weight and out; float32 otherwise
   Activation activation;
-  bool goes_on;  // float32: adds to what is in out, in place of the bias
+  bool accumulate;  // float32: adds to out instead of the bias
 };
 
-// The steps of the computation. Columns come in panels, and those in groups that share a packed copy of the weight.
+// The steps of the computation. Columns are divided into panels, and panels into groups that share a packed weight.
 struct LinearKernel {
   int64_t panel_columns, row_tile;
   int64_t packed_floats_of_panel, scratch_floats_of_panel, scratch_floats;

@@ -1,13 +1,13 @@
-// A linear layer and its activation, for one instruction set.
+// A linear layer and its activation, compiled once per instruction set.
 //
 // Columns are the lanes of every vector. A tile of the result is kRows rows by a panel of kPanelVectors vectors; its
-// sums stay in registers while x is broadcast, word by word, against the packed weight:
+// sums stay in registers while words of x are broadcast and multiplied by the packed weight:
 //   sums[r][c] += x[r][k] * weight[k][c]
-// Every kPartialSum terms the sums move on to the tile's totals, which start with the bias: partial sums keep the
-// rounding error of long sums small. The rows of x are copied next to each other, a block of the depth at a time, so
-// that their distance is a constant that fits the addressing and no power of two that would fight for cache lines.
+// Every kPartialSum terms the sums are added to the tile's totals, which start with the bias: partial sums keep the
+// rounding error of long sums small. The rows of x are copied, a block of the depth at a time, to rows a constant
+// distance apart: it fits the addressing modes, and is no power of two, at which rows would share cache sets.
 //
-// With the bfloat16 dot product (kPairs) a word holds two neighbours along the depth, and the sums are float32.
+// With the bfloat16 dot product (kPairs) a word is a pair along the depth, and the sums are float32.
 #include "linear/args.h"
 
 #include "common/vec_activation.h"
@@ -19,16 +19,17 @@ namespace {
 
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
-constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as registers hold beside the operands
-constexpr int64_t kDepthBlock = 512;              // words of x that a row of the copy holds
+constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as the registers hold beside the operands
+constexpr int64_t kDepthBlock = 512;              // words of x in a row of the copy
 constexpr int64_t kRowStride = kDepthBlock + 16;
-// Terms of a partial sum. Results of bfloat16 are rounded so much more that theirs may be long.
+// Terms of a partial sum; more for bfloat16, whose results are rounded far more coarsely.
 template <bool kPairs>
 constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 192;
 
-// --- Words: floats, or pairs of bfloat16 ----------------------------------------------------------------------------
+// --- Words: floats, or pairs of bfloat16 -----------------------------------------------------------------------------
 
-// `count` words from element `first` on of a contiguous row of `depth` elements; an odd one's missing half is zero.
+// Copies `count` words from element `first` of a contiguous row of `depth` elements; the last pair's missing half is
+// zero.
 template <class T, bool kPairs>
 inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count, float* to) {
   if constexpr (kPairs) {
@@ -50,13 +51,13 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 
 // --- The packed weight: [panel][word of the depth][column] -----------------------------------------------------------
 
-constexpr int64_t kStepsAhead = 8;           // of the packed weight, which comes from the L2 cache
-constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row, which are too many for the hardware to follow
+constexpr int64_t kStepsAhead = 8;           // of the packed weight, prefetched from the L2 cache
+constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row: too many rows for the hardware prefetcher
 
-// A panel whose columns lie as contiguous rows of the weight.
+// Packs a panel whose columns are contiguous rows of the weight.
 template <class T, bool kPairs>
 void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to) {
-  constexpr bool kInPlace = kPairs || sizeof(T) == sizeof(float);  // a row's elements are words as they lie
+  constexpr bool kInPlace = kPairs || sizeof(T) == sizeof(float);  // a row's elements already are words
   constexpr int64_t kElements = kPairs ? 2 : 1;
   const int64_t words = words_of<kPairs>(p.depth), whole = kInPlace ? p.depth / kElements : 0;
   for (int64_t c = 0; c < kPanel; c += kLanes) {
@@ -85,7 +86,7 @@ void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to
   }
 }
 
-// A panel of a weight whose columns lie side by side.
+// Packs a panel of a weight whose columns are adjacent.
 template <class T, bool kPairs>
 void pack_columns(const LinearParams& p, int64_t column, int64_t columns, float* to) {
   const T* weight = static_cast<const T*>(p.weight) + column;
@@ -118,16 +119,16 @@ void pack(const LinearParams& p, int64_t begin, int64_t end, float* packed) {
   }
 }
 
-// --- A tile ---------------------------------------------------------------------------------------------------------
+// --- A tile ----------------------------------------------------------------------------------------------------------
 
-// Rows of x that the next tile needs, to be fetched a cache line at a time while this one is computed: their copying
-// would wait for memory, and the hardware foresees too little of it. A prefetch beyond x does nothing.
-class RowsAhead {
+// Software-prefetches the rows of x that the next tile copies, a cache line at a time while this tile is computed: they
+// are too many for the hardware prefetcher. A prefetch beyond x is harmless.
+class PrefetchRows {
  public:
-  RowsAhead(const void* first, int64_t stride, int64_t rows)
+  PrefetchRows(const void* first, int64_t stride, int64_t rows)
       : line_(static_cast<const char*>(first)), stride_(stride), rows_(rows) {}
 
-  FASTVIT_INLINE void fetch_line() {
+  FASTVIT_INLINE void next_line() {
     __builtin_prefetch(line_ + row_ * stride_);
     if (++row_ == rows_) {
       row_ = 0;
@@ -140,14 +141,15 @@ class RowsAhead {
   int64_t stride_, rows_, row_ = 0;  // stride in bytes
 };
 
-struct NothingAhead {
-  FASTVIT_INLINE void fetch_line() {}
+struct NoPrefetch {
+  FASTVIT_INLINE void next_line() {}
 };
 
-// sink(r, c, sum) with sum_k x[r][k] weight[k][c] over `words` words, a partial sum at a time. A tile's rows have fewer
-// cache lines than words.
-template <bool kPairs, int kR, class Ahead, class Sink>
-FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, Ahead ahead, const Sink& sink) {
+// sink(r, c, sum) for every partial sum of sum_k x[r][k] weight[k][c] over `words` words. One line is prefetched per
+// word: the rows of a tile have fewer lines than words.
+template <bool kPairs, int kR, class Prefetch, class Sink>
+FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, Prefetch prefetch_x,
+                                 const Sink& sink) {
   for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
     const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
@@ -160,7 +162,7 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
       Vec columns[kPanelVectors];
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
-      ahead.fetch_line();
+      prefetch_x.next_line();
       __builtin_prefetch(weight + (k + kStepsAhead) * kPanel);
       __builtin_prefetch(weight + (k + kStepsAhead) * kPanel + kLanes);
 #pragma GCC unroll 16
@@ -178,21 +180,21 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
   }
 }
 
-// totals[r][c] += those sums.
-template <bool kPairs, int kR, class Ahead>
-void add_to_totals(int64_t words, const float* x, const float* weight, float* totals, Ahead ahead) {
-  add_products<kPairs, kR>(words, x, weight, ahead, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
+// totals[r][c] += sum_k x[r][k] weight[k][c].
+template <bool kPairs, int kR, class Prefetch>
+void add_to_totals(int64_t words, const float* x, const float* weight, float* totals, Prefetch prefetch_x) {
+  add_products<kPairs, kR>(words, x, weight, prefetch_x, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
     float* total = totals + r * kPanel + c * kLanes;
     (Vec::load(total) + sum).store(total);
   });
 }
 
-// out[r][c] = bias[c] + those sums, where they are one partial sum each.
-template <bool kPairs, class T, class Ahead>
-void give_short_sums(int64_t words, const float* x, const float* weight, const float* bias, T* out, int64_t stride,
-                     Ahead ahead) {
+// out[r][c] = bias[c] + sum_k x[r][k] weight[k][c], for sums of one partial sum.
+template <bool kPairs, class T, class Prefetch>
+void store_short_sums(int64_t words, const float* x, const float* weight, const float* bias, T* out, int64_t stride,
+                      Prefetch prefetch_x) {
   Vec results[kPanelVectors];
-  add_products<kPairs, kRows>(words, x, weight, ahead, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
+  add_products<kPairs, kRows>(words, x, weight, prefetch_x, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
     results[c] = Vec::load(bias + c * kLanes) + sum;
     if (c + 1 == kPanelVectors) store_two(results[0], results[1], out + r * stride);
   });
@@ -209,11 +211,11 @@ struct Tile {
   int64_t columns(int64_t panel) const { return smaller(kPanel, p.columns - panel * kPanel); }
   float* total(int64_t panel, int64_t r) const { return totals + ((panel - begin_panel) * kRows + r) * kPanel; }
 
-  // Before it panels are given straight from registers: whole ones, whose sums are short and stay as they are. An
-  // activation's tables would not fit beside the sums.
+  // Panels before it are stored straight from registers: whole panels of sums that are a single partial sum, without an
+  // activation, whose constants would not fit beside the sums.
   int64_t first_panel_with_totals(int64_t words) const {
     const bool is_short = words <= kPartialSum<kPairs> && words <= kDepthBlock;
-    if (!is_short || rows < kRows || p.goes_on || p.activation != Activation::none) return begin_panel;
+    if (!is_short || rows < kRows || p.accumulate || p.activation != Activation::none) return begin_panel;
     const int64_t whole = p.columns / kPanel;
     return whole < begin_panel ? begin_panel : smaller(whole, end_panel);
   }
@@ -226,54 +228,54 @@ struct Tile {
       const int64_t count = smaller(kDepthBlock, words - first);
       copy_rows(first, count);
       for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
-        if (first == 0) fetch_out(panel);
+        if (first == 0) prefetch_out(panel);
         const float* weight = packed + ((panel - begin_panel) * words + first) * kPanel;
         if (rows < kRows) {
           with_constant<kRows>(rows, [&](auto n) {
-            add_to_totals<kPairs, n.value>(count, copy, weight, total(panel, 0), NothingAhead());
+            add_to_totals<kPairs, n.value>(count, copy, weight, total(panel, 0), NoPrefetch());
           });
         } else if (panel == begin_panel) {
           const T* below = static_cast<const T*>(p.x) + (row + rows) * p.x_stride + first * (kPairs ? 2 : 1);
           multiply(panel, count, weight, panel < first_total,
-                   RowsAhead(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
+                   PrefetchRows(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
         } else {
-          multiply(panel, count, weight, panel < first_total, NothingAhead());
+          multiply(panel, count, weight, panel < first_total, NoPrefetch());
         }
       }
     }
     with_activation(p.activation, [&]<Activation activation>() { finish<activation>(first_total); });
   }
 
-  // A whole tile's rows.
-  template <class Ahead>
-  void multiply(int64_t panel, int64_t words, const float* weight, bool directly, Ahead ahead) const {
+  // A panel of a whole tile.
+  template <class Prefetch>
+  void multiply(int64_t panel, int64_t words, const float* weight, bool directly, Prefetch prefetch_x) const {
     if (directly) {
       T* out = static_cast<T*>(p.out) + row * p.columns + panel * kPanel;
-      give_short_sums<kPairs>(words, copy, weight, p.bias + panel * kPanel, out, p.columns, ahead);
+      store_short_sums<kPairs>(words, copy, weight, p.bias + panel * kPanel, out, p.columns, prefetch_x);
     } else {
-      add_to_totals<kPairs, kRows>(words, copy, weight, total(panel, 0), ahead);
+      add_to_totals<kPairs, kRows>(words, copy, weight, total(panel, 0), prefetch_x);
     }
   }
 
-  // Totals of the panels from `first_panel` on, where they begin.
+  // Initialises the totals of the panels from `first_panel` on.
   void start(int64_t first_panel) const {
-    // A bias is the same for all rows; what is in the result is not.
-    const float* from = p.goes_on ? static_cast<const float*>(p.out) + row * p.columns : p.bias;
-    const int64_t step = p.goes_on ? p.columns : 0;
+    // The bias is the same for all rows, unlike the previous result.
+    const float* from = p.accumulate ? static_cast<const float*>(p.out) + row * p.columns : p.bias;
+    const int64_t step = p.accumulate ? p.columns : 0;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       for (int64_t c = 0; c < kPanel; c += kLanes) {
         const int64_t column = panel * kPanel + c, left = columns(panel) - c;
         for (int64_t r = 0; r < rows; ++r) {
           const float* start = from + r * step + column;
-          const Vec value = left > 0 ? load(start, left) : Vec::fill(0.0f);
+          const Vec value = left > 0 ? load(start, smaller(kLanes, left)) : Vec::fill(0.0f);
           value.store(total(panel, r) + c);
         }
       }
     }
   }
 
-  // Brings a panel of the result near, which is written when all are summed up.
-  void fetch_out(int64_t panel) const {
+  // Prefetches a panel of the result, which is written once all sums are done.
+  void prefetch_out(int64_t panel) const {
     for (int64_t r = 0; r < rows; ++r) {
       const T* out = static_cast<const T*>(p.out) + (row + r) * p.columns + panel * kPanel;
       for (int64_t c = 0; c < kPanel; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + c, 1);
@@ -302,7 +304,7 @@ struct Tile {
           continue;
         }
         for (int64_t c = 0; c < columns(panel); c += kLanes) {
-          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, columns(panel) - c);
+          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, smaller(kLanes, columns(panel) - c));
         }
       }
     }
@@ -313,7 +315,7 @@ template <class T, bool kPairs>
 void multiply(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
               const float* packed, float* scratch) {
   for (int64_t row = row_begin; row < row_end;) {
-    // Whole tiles, but for the last two, which may share what is left: few rows leave the units waiting.
+    // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
     const int64_t left = row_end - row;
     const int64_t rows = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
     Tile<T, kPairs>{p, row, rows, begin, end, packed, scratch, scratch + kRows * kRowStride}.run();

@@ -1,4 +1,4 @@
-// fastvit::linear on the CPU: checks, division of the work, registration.
+// fastvit::linear on the CPU: checks, dividing the work, registration.
 #include "linear/args.h"
 
 #include <algorithm>
@@ -12,18 +12,18 @@ namespace fastvit {
 namespace {
 
 constexpr char kOp[] = "linear";
-constexpr int64_t kPackedFloats = 128 << 10;  // of a group, so that it stays in the L2 cache
-constexpr int64_t kDepthSlice = 1024;         // of a long sum: with more of it a group would have few panels, and every
-                                              // group reads x again
+constexpr int64_t kPackedFloats = 128 << 10;  // of a group, which stays in the L2 cache
+// Terms of a long sum per slice: a group of deeper panels would have few of them, and every group reads x again.
+constexpr int64_t kDepthSlice = 1024;
 
-// The rows of x, (..., K), as one axis; throws where no single stride leads from row to row.
+// The rows of x, (..., K), as one axis; throws if they have no common stride.
 int64_t take_rows(const Tensor& x, LinearParams& p) {
   const int64_t last = x.dim() - 1;
   check(x.size(last) <= 1 || x.stride(last) == 1, kOp, ": x must be contiguous along its last axis");
   int64_t rows = 1, stride = x.size(last);
   for (int64_t axis = last - 1; axis >= 0; --axis) {
     if (x.size(axis) != 1) {
-      check(rows == 1 || x.stride(axis) == rows * stride || x.numel() == 0, kOp, ": the leading axes of x, ",
+      check(rows == 1 || x.stride(axis) == rows * stride || x.numel() == 0, kOp, ": the leading axes of x, of shape ",
             shape_of(x), ", must be viewable as one");
       if (rows == 1) stride = x.stride(axis);
     }
@@ -37,7 +37,7 @@ void run_slice(const LinearParams& p) {
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
   const int64_t threads = p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
   const int64_t panels = divide_up(p.columns, kernel.panel_columns);
-  // Groups no larger than the cache, and a multiple of the threads if there are panels enough.
+  // Groups that fit the cache, in a multiple of the number of threads if there are enough panels.
   int64_t groups = divide_up(panels * kernel.packed_floats_of_panel, kPackedFloats);
   groups = std::min(panels, divide_up(groups, threads) * threads);
   const int64_t chunks = std::min(divide_up(threads, groups), divide_up(p.rows, kernel.row_tile));
@@ -60,7 +60,7 @@ void run_slice(const LinearParams& p) {
   });
 }
 
-// Float32 sums go on from slice to slice where they end up, in the result.
+// Long float32 sums accumulate in the result, slice by slice.
 void run(const LinearParams& p) {
   const int64_t slices = p.bfloat16 ? 1 : divide_up(std::max<int64_t>(p.depth, 1), kDepthSlice);
   for (int64_t slice = 0; slice < slices; ++slice) {
@@ -71,7 +71,7 @@ void run(const LinearParams& p) {
       part.x = static_cast<const float*>(p.x) + begin;
       part.weight = static_cast<const float*>(p.weight) + begin * p.weight_depth_stride;
     }
-    part.goes_on = slice > 0;
+    part.accumulate = slice > 0;
     if (slice + 1 < slices) part.activation = Activation::none;
     run_slice(part);
   }

@@ -1,5 +1,5 @@
-// What the passes of token_depthwise_conv share, compiled once per instruction set: a block of channels with its
-// parameters, the rows of its input, and the convolution of them.
+// What all passes of token_depthwise_conv share, compiled once per instruction set: a block of channels with its
+// parameters and input rows, and their convolution.
 #pragma once
 
 #include "common/vec.h"
@@ -9,10 +9,10 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Output rows that a call of a convolution makes at most.
+// Most output rows per call of a Convolve.
 constexpr int64_t kRows = kLanes == 16 ? kMaxRows : 1;
 
-// f(c, n) for the channels of a block: vectors of n = kLanes, and one of fewer where the block ends in between.
+// f(c, n) for every vector of a block's channels: n is kLanes, except in a shorter last vector.
 template <class F>
 FASTVIT_INLINE void for_each_vector(int64_t channels, const F& f) {
   int64_t c = 0;
@@ -20,7 +20,7 @@ FASTVIT_INLINE void for_each_vector(int64_t channels, const F& f) {
   if (c < channels) f(c, channels - c);
 }
 
-// streams: past the caches, of a whole vector.
+// streams: a non-temporal store, of a whole vector.
 template <class T>
 FASTVIT_INLINE void store(Vec v, T* p, int64_t n, bool streams) {
   if (kStreams && streams) {
@@ -47,35 +47,35 @@ Affine fold(const ChannelNorm& norm, int64_t at, int64_t n) {
   return {scale, fnma(read(norm.mean, at, n, 0.0f), scale, read(norm.bias, at, n, 0.0f))};
 }
 
-// What a thread works with: the parameters of every channel block, packed when the thread first meets it, and the rows
-// of the one at hand. It lies in the scratch the thread was given. The ring holds the last op.ring_rows input rows:
-// as many as the kernel has to go through a map once, or the whole map.
+// A thread's working set, in its scratch memory: the parameters of every channel block, packed on first use, and the
+// input rows of the current one. The ring buffer holds the last op.ring_rows input rows: those under the kernel, or the
+// whole map.
 struct Block {
   const TokenDepthwiseConvWork& op;
   int64_t first = 0;     // channel
-  int64_t channels = 0;  // the last block may be short
+  int64_t channels = 0;  // fewer in the last block
   float *taps, *shift, *pre_scale, *pre_shift;
   float *zeros, *ring;
-  float* end;                       // of what it takes of the scratch
-  const void* out = nullptr;        // the image of the result whose tokens are fetched as those of x are taken; or null
-  const void* following = nullptr;  // the block's channels of the first grid token that is taken next; or null
+  float* end;                       // of the scratch memory that is used
+  const void* out = nullptr;        // the image of the result to prefetch while x is loaded; or null
+  const void* following = nullptr;  // the next item's first grid token, at its first channel; or null
 
   Block(const TokenDepthwiseConvWork& operation, float* scratch) : op(operation), parameters_(scratch) {
     const int64_t line = op.padded_width * op.channel_block;
     zeros = parameters_ + op.channel_blocks * parameter_floats();
     ring = zeros + line;
     end = ring + op.ring_rows * line;
-    // Nothing packed yet; padding columns and rows are zero, as are the lanes behind the last channel.
+    // Nothing is packed yet. Padding columns and rows and the lanes beyond the last channel stay zero.
     for (int64_t i = 0; i < op.channel_blocks; ++i) is_packed(i) = 0.0f;
     memset(zeros, 0, static_cast<size_t>((op.ring_rows + 1) * line) * sizeof(float));
   }
 
-  // Makes a channel block the one at hand, without its parameters.
+  // Makes a channel block the current one, without its parameters.
   void enter_unpacked(int64_t index) {
     first = index * op.channel_block;
     channels = op.channels - first < op.channel_block ? op.channels - first : op.channel_block;
   }
-  // Makes a channel block the one at hand; whether it is for the first time.
+  // Makes a channel block the current one; returns whether it is for the first time.
   bool enter(int64_t index) {
     enter_unpacked(index);
     taps = parameters_ + index * parameter_floats();
@@ -88,8 +88,8 @@ struct Block {
     return true;
   }
 
-  // Takes over the other's channels, and its taps turned round, without the shift.
-  void turn(const Block& other) {
+  // Takes the channels of another block and its taps, flipped, with a shift of zero.
+  void flip(const Block& other) {
     const int64_t area = op.kernel * op.kernel, width = op.channel_block;
     first = other.first;
     channels = other.channels;
@@ -101,17 +101,17 @@ struct Block {
     memset(shift, 0, static_cast<size_t>(width) * sizeof(float));
   }
 
-  // Where input row y lies in the ring, behind its padding columns.
+  // Input row y in the ring buffer, after its left padding.
   float* ring_row(int64_t y) const {
     return ring + ((y % op.ring_rows) * op.padded_width + op.padding) * op.channel_block;
   }
-  // The same for reading; rows above and below the map are zeros.
+  // The same for reading; rows outside of the map are zeros.
   const float* input_row(int64_t y) const {
     return y < 0 || y >= op.height ? zeros + op.padding * op.channel_block : ring_row(y);
   }
 
  private:
-  // Taps, three vectors, and a vector whose first element says whether the rest is filled in.
+  // Taps, three vectors, and a vector whose first element is 1 once the rest is packed.
   int64_t parameter_floats() const { return op.channel_block * (op.kernel * op.kernel + 4); }
   float& is_packed(int64_t index) const { return parameters_[(index + 1) * parameter_floats() - op.channel_block]; }
   void pack();
@@ -127,7 +127,7 @@ void transpose(const T* weight, int64_t channels, int64_t area, int64_t width, f
   }
 }
 
-// Lays out the taps tap by tap, the norm folded in.
+// Packs the taps, tap by tap, with the norm folded in.
 void Block::pack() {
   const int64_t width = op.channel_block, area = op.kernel * op.kernel;
   if (channels < width) memset(taps, 0, static_cast<size_t>((area + 3) * width) * sizeof(float));
@@ -155,15 +155,15 @@ void Block::pack() {
   });
 }
 
-// Vectors that are activated at once. As many as the registers hold: one after the other they would wait for
-// themselves.
-constexpr int kTogether = kLanes == 16 ? 4 : 1;
+// Vectors that are activated together, as many as the registers hold: each is a chain of dependent instructions.
+constexpr int kInterleaved = kLanes == 16 ? 4 : 1;
 
-// Input row y into the ring: widened, normalised, activated.
+// Loads input row y into the ring buffer: widened, normalised, activated. Software-prefetches the row below, and the
+// row of the result, as the hardware prefetcher does not follow a few lines of each token.
 template <class T, Activation activation, bool normalise>
-void take_row(Block& block, const T* x, int64_t y) {
+void load_input_row(Block& block, const T* x, int64_t y) {
   const TokenDepthwiseConvWork& op = block.op;
-  // Kept apart from what is stored to, for all the compiler knows.
+  // Local copies, since the stores below may alias the members.
   const int64_t channels = block.channels, width = op.width, step = op.x_token_stride, block_width = op.channel_block;
   const float *const scale = block.pre_scale, *const shift = block.pre_shift;
   const int64_t op_channels = op.channels, token = op.prefix_tokens + y * width;
@@ -172,7 +172,7 @@ void take_row(Block& block, const T* x, int64_t y) {
   const T* from = x + token * step + block.first;
   const T* below = y + 1 < op.height ? from + width * step : static_cast<const T*>(block.following);
   for (int64_t column = 0; column < width; ++column) {
-    const auto take = [&]<int count>(int64_t c, int64_t n) __attribute__((always_inline)) {
+    const auto load_vectors = [&]<int count>(int64_t c, int64_t n) __attribute__((always_inline)) {
       Vec v[count];
 #pragma GCC unroll 4
       for (int k = 0; k < count; ++k) {
@@ -185,8 +185,9 @@ void take_row(Block& block, const T* x, int64_t y) {
       for (int k = 0; k < count; ++k) v[k].store(to + c + k * kLanes);
     };
     int64_t c = 0;
-    for (; c + kTogether * kLanes <= channels; c += kTogether * kLanes) take.template operator()<kTogether>(c, kLanes);
-    for_each_vector(channels - c, [&](int64_t rest, int64_t n) { take.template operator()<1>(c + rest, n); });
+    for (; c + kInterleaved * kLanes <= channels; c += kInterleaved * kLanes)
+      load_vectors.template operator()<kInterleaved>(c, kLanes);
+    for_each_vector(channels - c, [&](int64_t rest, int64_t n) { load_vectors.template operator()<1>(c + rest, n); });
     if (below != nullptr) prefetch<0>(below + column * step, channels);
     if (out != nullptr) prefetch<1>(out + column * op_channels, channels);
     from += step;
@@ -195,38 +196,39 @@ void take_row(Block& block, const T* x, int64_t y) {
 }
 
 template <class T>
-using TakeRow = void (*)(Block&, const T*, int64_t);
+using LoadInputRow = void (*)(Block&, const T*, int64_t);
 template <class T>
-TakeRow<T> choose_take_row(const TokenDepthwiseConvWork& op) {
-  TakeRow<T> chosen = nullptr;
+LoadInputRow<T> choose_load_input_row(const TokenDepthwiseConvWork& op) {
+  LoadInputRow<T> chosen = nullptr;
   with_activation(op.pre_activation, [&]<Activation activation>() {
-    chosen = op.pre_norm.mean.data != nullptr ? take_row<T, activation, true> : take_row<T, activation, false>;
+    chosen =
+        op.pre_norm.mean.data != nullptr ? load_input_row<T, activation, true> : load_input_row<T, activation, false>;
   });
   return chosen;
 }
 
-// Takes the input rows that `rows` output rows from y on need and that are not in the ring yet; `next` is the first of
-// those.
+// Loads the input rows that `rows` output rows from y on need and that are not in the ring buffer yet; `next` is the
+// first of those.
 template <class T>
-void take_rows(Block& block, TakeRow<T> take, const T* x, int64_t y, int64_t rows, int64_t& next) {
+void load_input_rows(Block& block, LoadInputRow<T> load_row, const T* x, int64_t y, int64_t rows, int64_t& next) {
   const TokenDepthwiseConvWork& op = block.op;
   const int64_t top = y * op.stride - op.padding, end = top + (rows - 1) * op.stride + op.kernel;
   const int64_t bottom = end < op.height ? end : op.height;
   if (next < top) next = top;
-  for (; next < bottom; ++next) take(block, x, next);
+  for (; next < bottom; ++next) load_row(block, x, next);
 }
 
-// Up to kRows neighbouring output rows of a block of channels: where they go, and what is added to them.
+// Where up to kRows neighbouring output rows of a channel block are stored, and what is added to them.
 template <class T>
 struct Target {
   int64_t rows;
   T* to;                   // the first row's first token
   int64_t step, row_step;  // to the next token, and row
-  const T* add;            // null where there is nothing to add
+  const T* add;            // null if nothing is added
   int64_t add_step, add_row_step;
   bool streams;
 
-  // The rows from one of them on.
+  // The rows from `row` on.
   FASTVIT_INLINE Target from(int64_t row) const {
     Target rest = *this;
     rest.rows -= row;
@@ -239,34 +241,33 @@ struct Target {
     to += step;
     if (add != nullptr) add += add_step;
   }
-  // The channels from c on of the column it is at.
-  FASTVIT_INLINE void give(Vec value, int64_t row, int64_t c, int64_t n) const {
+  // Stores n channels from c on, in the current column.
+  FASTVIT_INLINE void put(Vec value, int64_t row, int64_t c, int64_t n) const {
     if (add != nullptr) value += load(add + row * add_row_step + c, n);
     store(value, to + row * row_step + c, n, streams);
   }
 };
 
-// Up to `together` output rows of a 3x3 convolution with padding 1 whose first input row is `top`. A vector of channels
-// walks along the input rows with the nine taps in registers, and each input it meets is added to every output that
-// needs it.
+// Up to `together` output rows of a 3x3 convolution with padding 1, whose first input row is `top`. For a vector of
+// channels the nine taps stay in registers along the rows, and every input is added to each output that needs it.
 template <int64_t together, int64_t stride, Activation activation, class T>
 FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Target<T>& target) {
   constexpr int64_t in_rows = (together - 1) * stride + 3;
-  // Kept apart from what is stored to, for all the compiler knows.
+  // Local copies, since the stores below may alias the members.
   const int64_t channels = block.channels, width = block.op.channel_block, columns = block.op.out_width;
   const float *const block_taps = block.taps, *const block_shift = block.shift;
   const float* rows[in_rows];
   for (int64_t i = 0; i < in_rows; ++i) rows[i] = block.input_row(top + i);
-  // A vector of the channels from c on; with less than a whole one, the code is another.
+  // The vector of channels from c on. A partial one is a separate instance.
   const auto walk = [&]<bool whole>(int64_t c) __attribute__((always_inline)) {
     const int64_t n = whole ? kLanes : channels - c;
     Vec taps[3][3];
     for (int64_t tap = 0; tap < 9; ++tap) taps[tap / 3][tap % 3] = Vec::load(block_taps + tap * width + c);
     const Vec shift = Vec::load(block_shift + c);
-    // The outputs of the column before, of this one and of the one behind, as far as they are. A shift beside which
-    // they are small comes last, so that it takes no digits from them but once.
-    Vec before[together], here[together], behind[together];
-    for (int64_t row = 0; row < together; ++row) here[row] = behind[row] = Vec::fill(0.0f);
+    // Partial sums of the outputs in the previous, this and the next column. The shift is added last, so that a large
+    // one costs them digits only once.
+    Vec before[together], here[together], after[together];
+    for (int64_t row = 0; row < together; ++row) here[row] = after[row] = Vec::fill(0.0f);
     const float* at[in_rows];
     for (int64_t i = 0; i < in_rows; ++i) at[i] = rows[i] + c;
     Target<T> to = target;
@@ -285,45 +286,45 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
         }
       }
     };
-    const auto give = [&](const Vec(&sums)[together]) {
+    const auto finish = [&](const Vec(&sums)[together]) {
       Vec values[together];
       for (int64_t row = 0; row < together; ++row) values[row] = sums[row] + shift;
       activate<activation, T>(values);
       for (int64_t row = 0; row < together; ++row) {
-        if (row == 0 || row < to.rows) to.give(values[row], row, c, n);
+        if (row == 0 || row < to.rows) to.put(values[row], row, c, n);
       }
       to.advance();
     };
-    const auto move_on = [&] {
+    const auto shift_sums = [&] {
       for (int64_t row = 0; row < together; ++row) {
         before[row] = here[row];
-        here[row] = behind[row];
-        behind[row] = Vec::fill(0.0f);
+        here[row] = after[row];
+        after[row] = Vec::fill(0.0f);
       }
     };
     if constexpr (stride == 1) {
       read();
       add(here, 1);
-      add(behind, 0);
-      move_on();
+      add(after, 0);
+      shift_sums();
       for (int64_t i = 1; i < columns; ++i) {
         read();
         add(before, 2);
         add(here, 1);
-        add(behind, 0);
-        give(before);
-        move_on();
+        add(after, 0);
+        finish(before);
+        shift_sums();
       }
-      give(before);
+      finish(before);
     } else {
       for (int64_t i = 0; i < columns; ++i) {
         read();
         add(here, 1);
         read();
         add(here, 2);
-        add(behind, 0);
-        give(here);
-        move_on();
+        add(after, 0);
+        finish(here);
+        shift_sums();
       }
     }
   };
@@ -332,8 +333,7 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
   if (c < channels) walk.template operator()<false>(c);
 }
 
-// Output rows of a 3x3 convolution. With stride 2 neighbours share one input row alone, too little to work them out
-// together.
+// Output rows of a 3x3 convolution. With stride 2 neighbouring rows share only one input row, too little to gain from.
 template <int64_t stride, Activation activation, class T>
 void convolve_3x3(const Block& block, int64_t top, const Target<T>& target) {
   constexpr int64_t together = stride == 1 ? kRows : 1;
@@ -360,7 +360,7 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   }
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
-    to.give(activate<activation, T>(sum[i]), 0, c, n);
+    to.put(activate<activation, T>(sum[i]), 0, c, n);
     to.advance();
   }
 }
@@ -382,7 +382,7 @@ void convolve_any(const Block& block, int64_t top, const Target<T>& target) {
 template <class T>
 using Convolve = void (*)(const Block&, int64_t top, const Target<T>&);
 
-// The convolution of what is in the ring.
+// The convolution of the rows in the ring buffer.
 template <class T>
 Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op, Activation activation) {
   Convolve<T> chosen = nullptr;

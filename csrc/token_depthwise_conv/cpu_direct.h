@@ -1,8 +1,8 @@
-// token_depthwise_conv straight from x to the result, compiled once per instruction set: 3x3 convolutions with nothing
-// but a norm or the residual around them.
+// token_depthwise_conv straight from x to the result, without a ring buffer, compiled once per instruction set: 3x3
+// convolutions with at most a norm after them and the residual.
 //
-// A tile is a few neighbouring outputs; for a vector of channels its inputs and sums lie in registers. Tiles go along
-// the channels first, as tokens lie in memory, so that every cache line is used whole and the hardware sees streams.
+// A tile is a few neighbouring outputs; for a vector of channels its inputs and sums stay in registers. Tiles iterate
+// over the channels first, in memory order, so that cache lines are used whole and the hardware prefetcher follows.
 #pragma once
 
 #include "token_depthwise_conv/cpu_block.h"
@@ -10,11 +10,11 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Output columns of a tile at most. Two rows of them are summed up at once where the stride is 1.
+// Most output columns of a tile. With stride 1 a tile may have two rows.
 constexpr int64_t kTileColumns = kLanes == 16 ? 4 : 2;
 
-// The taps and the shift of each vector of channels side by side. The last vector ends with the block, so that it may
-// overlap the one before, whose results it finds again.
+// The taps and the shift of each vector of channels, consecutive. The last vector ends with the block; where it
+// overlaps the one before, it computes the same results again.
 struct TapVectors {
   static constexpr int64_t kEach = 10 * kLanes;
   const float* data;
@@ -36,18 +36,18 @@ void pack_taps(const Block& block, const TapVectors& vectors, float* to) {
 // Neighbouring outputs of one row or two.
 template <class T>
 struct Tile {
-  const T* in;               // the first input there is, in row `first_dy` of the taps
+  const T* in;               // the first input inside the map, under row `first_dy` of the taps
   int64_t step, row_step;    // to the next column, and row
-  int64_t first_dy, end_dy;  // the rows of taps that have an input, of one output row
-  const T* ahead;            // the input, of the same column, that the next row of tiles begins with; or null
+  int64_t first_dy, end_dy;  // the rows of taps inside the map, for one output row
+  const T* ahead;            // the input in the same column that the next row of tiles starts with; or null
   T* out;
   int64_t out_step, out_row_step;
   bool streams;
 };
 
-// Fetches the inputs of `columns` tokens of the two rows that the next row of tiles is the first to need.
+// Prefetches `columns` tokens of the two input rows that the next row of tiles is the first to read.
 template <int64_t columns, class T>
-FASTVIT_INLINE void fetch_ahead(const Tile<T>& tile, int64_t c) {
+FASTVIT_INLINE void prefetch_inputs(const Tile<T>& tile, int64_t c) {
 #pragma GCC unroll 8
   for (int64_t column = 0; column < columns; ++column) {
     __builtin_prefetch(tile.ahead + column * tile.step + c);
@@ -55,9 +55,9 @@ FASTVIT_INLINE void fetch_ahead(const Tile<T>& tile, int64_t c) {
   }
 }
 
-// Fetches the outputs of the next row of tiles: a line is brought in before it is written to.
+// Prefetches the outputs of the next row of tiles for writing.
 template <int64_t rows, int64_t columns, class T>
-FASTVIT_INLINE void fetch_out(const Tile<T>& tile, int64_t c) {
+FASTVIT_INLINE void prefetch_outputs(const Tile<T>& tile, int64_t c) {
 #pragma GCC unroll 2
   for (int64_t row = rows; row < 2 * rows; ++row) {
 #pragma GCC unroll 4
@@ -67,8 +67,8 @@ FASTVIT_INLINE void fetch_out(const Tile<T>& tile, int64_t c) {
   }
 }
 
-// Adds what an input row, of a tile's columns as far as they are there, gives to the sums of the output row that has it
-// in row dy of its taps.
+// Adds an input row of a tile to the sums of an output row, which has it under row dy of its taps; left, right: its
+// first or last column is padding.
 template <int64_t columns, int64_t stride, bool left, bool right>
 FASTVIT_INLINE void add_row(const Vec* in, const float* taps, int64_t dy, Vec (&sums)[columns]) {
   constexpr int64_t inputs = (columns - 1) * stride + 3;
@@ -84,7 +84,7 @@ FASTVIT_INLINE void add_row(const Vec* in, const float* taps, int64_t dy, Vec (&
   }
 }
 
-// The inputs of a row that are there.
+// Loads the inputs of a row that are inside the map.
 template <int64_t columns, int64_t stride, bool left, bool right, class T>
 FASTVIT_INLINE void load_row(const Tile<T>& tile, const T* from, Vec* in) {
   constexpr int64_t inputs = (columns - 1) * stride + 3;
@@ -111,8 +111,8 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
     for (auto& row : sums) {
       for (Vec& sum : row) sum = shift;
     }
-    if (tile.ahead != nullptr) fetch_ahead<columns * stride>(tile, c);
-    if (!(kStreams && tile.streams)) fetch_out<rows, columns>(tile, c);
+    if (tile.ahead != nullptr) prefetch_inputs<columns * stride>(tile, c);
+    if (!(kStreams && tile.streams)) prefetch_outputs<rows, columns>(tile, c);
     const T* from = tile.in + c;
     if constexpr (rows == 1) {
       for (int64_t dy = tile.first_dy; dy < tile.end_dy; ++dy, from += tile.row_step) {
@@ -149,15 +149,15 @@ template <int64_t rows, int64_t stride, bool residual, class T>
 void convolve_tiles(const TokenDepthwiseConvWork& op, const TapVectors& vectors, Tile<T> tile) {
   if (op.width == 1) return convolve_tile<rows, 1, stride, true, true, residual>(vectors, tile);
   convolve_tile<rows, 1, stride, true, false, residual>(vectors, tile);
-  const int64_t inner = (op.width - 2) / stride;  // columns with both neighbours, behind the first
-  int64_t column = -1;                            // of those; the first tile is in front of them
+  const int64_t inner = (op.width - 2) / stride;  // columns with both neighbours, after the first
+  int64_t column = -1;                            // of those; the first tile comes before them
   const auto advance = [&](int64_t columns, int64_t inputs) __attribute__((always_inline)) {
     tile.in += inputs * tile.step;
     tile.out += columns * tile.out_step;
     if (tile.ahead != nullptr) tile.ahead += columns * stride * tile.step;
     column += columns;
   };
-  advance(1, stride - 1);  // the next tile begins a column to the left of its first output
+  advance(1, stride - 1);  // the next tile starts one column left of its first output
   for (; column + kTileColumns <= inner; advance(kTileColumns, kTileColumns * stride)) {
     convolve_tile<rows, kTileColumns, stride, false, false, residual>(vectors, tile);
   }
@@ -172,12 +172,12 @@ void convolve_tiles(const TokenDepthwiseConvWork& op, const TapVectors& vectors,
   if (1 + inner < op.out_width) convolve_tile<rows, 1, stride, false, true, residual>(vectors, tile);
 }
 
-// An item of work.
+// An item of work, at the block's first channel.
 template <class T>
 struct DirectItem {
-  const T* image;      // the block's channels of the first token of the grid
-  T* out;              // the same of the result
-  const T* following;  // the `image` that is worked on next, or null
+  const T* image;      // the first grid token
+  T* out;              // the first grid token of the result
+  const T* following;  // the `image` of the next item, or null
   int64_t first_row, end_row;
 };
 template <class T>

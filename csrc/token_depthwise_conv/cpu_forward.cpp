@@ -1,10 +1,10 @@
-// The arithmetic of token_depthwise_conv, compiled once per instruction set.
+// token_depthwise_conv at inference, compiled once per instruction set.
 //
-// One item (a channel block of a block of output rows) slides a ring of input rows over the map. Each input element is
-// read once: widened to float32, normalised and activated on its way into the ring. Output rows are convolved from the
-// ring and finished (activation, residual, rounding) in registers. The norm behind the convolution is folded into taps
-// and shift. The ring stays in the L1 cache, and x is touched in runs of whole channel blocks. Where nothing stands in
-// or behind the convolution but a norm or the residual, it goes from x to the output directly, without a ring.
+// An item (a channel block of a block of output rows) moves a ring buffer of input rows over the map. Each input
+// element is read once: widened to float32, normalised and activated on its way into the ring buffer. Output rows are
+// convolved from there and finished (activation, residual, rounding) in registers. The norm after the convolution is
+// folded into taps and shift. The ring buffer stays in the L1 cache, and x is read in runs of whole channel blocks.
+// With at most a norm after the convolution and the residual, the direct kernel needs no ring buffer.
 #include "token_depthwise_conv/cpu_direct.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -19,7 +19,7 @@ void copy_prefix(const Block& block, const T* x, T* out) {
   }
 }
 
-// The block's channels of the first token of the grid in an item's image.
+// The first grid token of an item's image, at the item's first channel.
 template <class T>
 const T* item_image(const TokenDepthwiseConvWork& op, int64_t item) {
   const int64_t channel_block = item / op.row_blocks % op.channel_blocks;
@@ -29,10 +29,10 @@ const T* item_image(const TokenDepthwiseConvWork& op, int64_t item) {
 
 // The output rows of an item.
 template <class T>
-void convolve_rows(Block& block, TakeRow<T> take, Convolve<T> convolve, const T* x, T* out, int64_t first_row,
+void convolve_rows(Block& block, LoadInputRow<T> load_row, Convolve<T> convolve, const T* x, T* out, int64_t first_row,
                    int64_t end_row) {
   const TokenDepthwiseConvWork& op = block.op;
-  int64_t next = 0;  // the first input row that is not in the ring yet
+  int64_t next = 0;  // the first input row that is not in the ring buffer yet
   for (int64_t y = first_row; y < end_row; y += kRows) {
     const int64_t rows = end_row - y < kRows ? end_row - y : kRows, top = y * op.stride - op.padding;
     const int64_t token = op.prefix_tokens + y * op.out_width;
@@ -44,7 +44,7 @@ void convolve_rows(Block& block, TakeRow<T> take, Convolve<T> convolve, const T*
                            op.x_token_stride,
                            op.out_width * op.x_token_stride,
                            op.streams};
-    take_rows(block, take, x, y, rows, next);
+    load_input_rows(block, load_row, x, y, rows, next);
     convolve(block, top, target);
   }
 }
@@ -52,12 +52,12 @@ void convolve_rows(Block& block, TakeRow<T> take, Convolve<T> convolve, const T*
 template <class T>
 void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
-  const TakeRow<T> take = choose_take_row<T>(op);
+  const LoadInputRow<T> load_row = choose_load_input_row<T>(op);
   const Convolve<T> convolve = choose_convolve<T>(op, op.activation);
   const ConvolveDirectly<T> convolve_directly = choose_convolve_directly<T>(op);
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
-    // Images outermost: what lies in the same pages is worked on together.
+    // Images in the outer loop, so that the same pages are accessed together.
     const int64_t rows = item % op.row_blocks, image = item / op.row_blocks / op.channel_blocks;
     const int64_t channel_block = item / op.row_blocks % op.channel_blocks;
     const bool is_new = block.enter(channel_block);
@@ -77,7 +77,7 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
     } else {
       block.out = op.stride == 1 && op.out_width == op.width && !(kStreams && op.streams) ? out : nullptr;
       block.following = following;
-      convolve_rows(block, take, convolve, x, out, first_row, end_row);
+      convolve_rows(block, load_row, convolve, x, out, first_row, end_row);
     }
   }
   if (kStreams && op.streams) end_streams();

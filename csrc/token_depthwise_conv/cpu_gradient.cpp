@@ -1,19 +1,19 @@
 // The gradients of a 3x3 convolution with padding 1 and stride 1 or 2, compiled once per instruction set.
 //
 // With c = conv(t) and dc the gradient of c, an input needs the same few dc twice:
-//     dt[i] = sum over taps d of w[d] dc[(i + 1 - d) / stride],  where that is whole
+//     dt[i] = sum over taps d of w[d] dc[(i + 1 - d) / stride],  for integer indices
 //     dweight[d] = sum over i of t[i] dc[(i + 1 - d) / stride]
-// So one reading of both finds both. Tiles of neighbouring inputs go along the channels first, as tokens lie in memory;
-// for a vector of channels their sums lie in registers. A ring of a few rows of dc slides over the map.
+// So both come from one reading of t and dc. Tiles of neighbouring inputs iterate over the channels first, in memory
+// order; for a vector of channels their sums stay in registers. A ring buffer of a few rows of dc moves over the map.
 #include "token_depthwise_conv/cpu_training_block.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// Inputs of a tile with stride 1, a row; with stride 2, pairs of them.
+// Inputs per row of a tile; with stride 2, pairs of inputs.
 constexpr int64_t kTileInputs = kLanes == 16 ? 4 : 2;
 
-// The channels of neighbouring tokens of one row or two.
+// Neighbouring tokens of one row or two.
 template <class T>
 struct TileTokens {
   T* p = nullptr;
@@ -24,19 +24,19 @@ struct TileTokens {
   }
 };
 
-// Neighbouring inputs of one row or two. X: x as it lies, or float, where it comes from the ring.
+// Neighbouring inputs of one row or two. X: x's own type, or float from the ring buffer.
 template <class X, class Out>
 struct GradientTile {
-  // Rows of dc; with stride 1 from the one above the inputs on, beginning a column to their left. With stride 2 that in
-  // which the first input is in the middle of the taps, and the next.
+  // Rows of dc. With stride 1 from the row above the inputs on, starting one column to their left; with stride 2 the
+  // row of which the first input is under the middle tap, and the next.
   const float* dc[4];
   int64_t dc_step;
   TileTokens<const X> x;
-  TileTokens<Out> out;        // dt goes there
-  TileTokens<const Out> add;  // to it
-  // Where the rows come from, and go to, that are next; null where that is not memory.
-  TileTokens<const X> x_ahead;
-  TileTokens<const Out> out_ahead;
+  TileTokens<Out> out;        // dt
+  TileTokens<const Out> add;  // added to dt
+  // The rows of x and dt that come next, to prefetch; null if they are in the ring buffer.
+  TileTokens<const X> next_x;
+  TileTokens<const Out> next_out;
   bool streams;
 
   FASTVIT_INLINE void advance(int64_t inputs, int64_t outputs) {
@@ -44,14 +44,14 @@ struct GradientTile {
     x.advance(inputs);
     out.advance(inputs);
     add.advance(inputs);
-    x_ahead.advance(inputs);
-    out_ahead.advance(inputs);
+    next_x.advance(inputs);
+    next_out.advance(inputs);
   }
 };
 
-// Fetches channel c, and what shares a line with it, of `columns` tokens of two rows.
+// Prefetches the line of channel c in `columns` tokens of two rows.
 template <int for_writing, class T>
-FASTVIT_INLINE void fetch_tokens(const TileTokens<T>& tokens, int64_t columns, int64_t c) {
+FASTVIT_INLINE void prefetch_tokens(const TileTokens<T>& tokens, int64_t columns, int64_t c) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   if (tokens.p == nullptr || (kLanes < line && c % line != 0)) return;
   const T* p = tokens.p + c;
@@ -62,7 +62,7 @@ FASTVIT_INLINE void fetch_tokens(const TileTokens<T>& tokens, int64_t columns, i
   }
 }
 
-// The taps of a vector of channels side by side, and the sums of their gradients.
+// The taps of each vector of channels, consecutive, and the sums of their gradients.
 struct TapSums {
   const float* taps;
   float* sums;
@@ -89,14 +89,14 @@ FASTVIT_INLINE void clear(Vec (&weight)[3][3]) {
   }
 }
 
-// Stride 1: dc of three rows and columns for every input. What is wanted: dt, with something added to it or not, and
-// the taps' gradients.
+// Stride 1: every input meets dc of three rows and columns. inputs: computes dt, adds: plus tile.add; weights: computes
+// the gradients of the taps.
 template <bool inputs, bool weights, bool adds, int64_t rows, int64_t columns, class X, class Out>
-void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
+void backward_stride_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
   const GradientTile<X, Out> tile = given;
   taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
-    if constexpr (weights) fetch_tokens<0>(tile.x_ahead, columns, c);
-    if constexpr (inputs) fetch_tokens<1>(tile.out_ahead, columns, c);
+    if constexpr (weights) prefetch_tokens<0>(tile.next_x, columns, c);
+    if constexpr (inputs) prefetch_tokens<1>(tile.next_out, columns, c);
     Vec t[rows][columns], sums[rows][columns], weight[3][3];
     clear(weight);
 #pragma GCC unroll 2
@@ -144,14 +144,14 @@ void go_back_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
   });
 }
 
-// Stride 2: inputs in even columns see dc of one column, those in odd ones of two; likewise rows. `count` pairs of
-// columns; bottom, right: of a pair the second is there.
+// Stride 2: inputs in even columns meet dc of one column, those in odd columns of two; likewise for rows. `count`
+// pairs of columns; bottom, right: whether the second row or column of a pair exists.
 template <bool inputs, bool weights, bool bottom, bool right, class X, class Out>
-void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int64_t count) {
+void backward_stride_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int64_t count) {
   const GradientTile<X, Out> tile = given;
   taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
-    if constexpr (weights) fetch_tokens<0>(tile.x_ahead, 2 * count, c);
-    if constexpr (inputs) fetch_tokens<1>(tile.out_ahead, 2 * count, c);
+    if constexpr (weights) prefetch_tokens<0>(tile.next_x, 2 * count, c);
+    if constexpr (inputs) prefetch_tokens<1>(tile.next_out, 2 * count, c);
     Vec weight[3][3], tap[3][3];
     clear(weight);
     for (int64_t i = 0; i < 9; ++i) tap[i / 3][i % 3] = Vec::load(taps + i * kLanes);
@@ -159,8 +159,8 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
     const X* x = tile.x.p + c;
     Out* out = tile.out.p + c;
     Vec left_above = Vec::load(above), left_below = Vec::load(below);
-    // An input, and the gradients that it sees with their taps.
-    const auto meet = [&](const X* from, Out* to, const auto&... pairs) __attribute__((always_inline)) {
+    // An input, with the dc that it meets and their taps.
+    const auto add_input = [&](const X* from, Out* to, const auto&... pairs) __attribute__((always_inline)) {
       if constexpr (inputs) {
         Vec sum = Vec::fill(0.0f);
         ((sum = fma(pairs.dc, tap[pairs.dy][pairs.dx], sum)), ...);
@@ -178,15 +178,16 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
     for (int64_t pair = 0; pair < count; ++pair) {
       above += tile.dc_step, below += tile.dc_step;
       const Vec right_above = Vec::load(above), right_below = Vec::load(below);
-      meet(x, out, Pair{left_above, 1, 1});
-      if constexpr (right) meet(x + tile.x.step, out + tile.out.step, Pair{left_above, 1, 2}, Pair{right_above, 1, 0});
+      add_input(x, out, Pair{left_above, 1, 1});
+      if constexpr (right)
+        add_input(x + tile.x.step, out + tile.out.step, Pair{left_above, 1, 2}, Pair{right_above, 1, 0});
       if constexpr (bottom) {
         const X* lower = x + tile.x.row_step;
         Out* lower_out = out + tile.out.row_step;
-        meet(lower, lower_out, Pair{left_above, 2, 1}, Pair{left_below, 0, 1});
+        add_input(lower, lower_out, Pair{left_above, 2, 1}, Pair{left_below, 0, 1});
         if constexpr (right) {
-          meet(lower + tile.x.step, lower_out + tile.out.step, Pair{left_above, 2, 2}, Pair{right_above, 2, 0},
-               Pair{left_below, 0, 2}, Pair{right_below, 0, 0});
+          add_input(lower + tile.x.step, lower_out + tile.out.step, Pair{left_above, 2, 2}, Pair{right_above, 2, 0},
+                    Pair{left_below, 0, 2}, Pair{right_below, 0, 0});
         }
       }
       left_above = right_above, left_below = right_below;
@@ -196,10 +197,10 @@ void go_back_2(const TapSums& taps_sums, const GradientTile<X, Out>& given, int6
   });
 }
 
-// f.operator()<inputs, weights, adds>() for what is wanted.
+// f.operator()<inputs, weights, adds>() for the gradients wanted: both at once, or one after the other.
 template <class F>
 FASTVIT_INLINE void with_wanted(bool inputs, bool weights, bool adds, const F& f) {
-  constexpr bool together = kLanes == 16;  // other instruction sets have too few registers for both
+  constexpr bool together = kLanes == 16;  // other instruction sets have too few registers
   if (together && inputs && weights) {
     adds ? f.template operator()<true, together, true>() : f.template operator()<true, together, false>();
     return;
@@ -208,7 +209,7 @@ FASTVIT_INLINE void with_wanted(bool inputs, bool weights, bool adds, const F& f
   if (weights) f.template operator()<false, true, false>();
 }
 
-// The gradients of a map and channel block.
+// The gradients of one map and channel block at a time.
 template <class T>
 class Gradients3x3 {
  public:
@@ -223,9 +224,9 @@ class Gradients3x3 {
         sums_memory_(weight_memory_ + SplitSums::floats(9, op.channel_block)),
         pre_sums_memory_(sums_memory_ + SplitSums::floats(2, op.channel_block)),
         is_plain_(op.pre_activation == Activation::none && op.pre.mean == nullptr),
-        take_(choose_take_row<T>(op)),
-        pass_output_back_(choose_output_back<T>(op.activation, op.post.mean != nullptr)),
-        pass_input_back_(choose_input_back<T>(op.pre_activation, op.pre.mean != nullptr)) {
+        load_input_row_(choose_load_input_row<T>(op)),
+        output_backward_kernel_(choose_output_backward<T>(op.activation, op.post.mean != nullptr)),
+        input_backward_kernel_(choose_input_backward<T>(op.pre_activation, op.pre.mean != nullptr)) {
     memset(dc_, 0, static_cast<size_t>(kDcRows * line_) * sizeof(float));
   }
 
@@ -247,25 +248,25 @@ class Gradients3x3 {
     int64_t known = 0;  // rows of dc
     for (int64_t y = 0; y < op_.height; y += kMaxRows) {
       const int64_t rows = op_.height - y < kMaxRows ? op_.height - y : kMaxRows;
-      // The last row of dc that the inputs reach.
+      // The last row of dc that the inputs meet.
       const int64_t reach = op_.stride == 1 ? y + rows : (y + rows) / 2;
-      for (; known <= reach && known < op_.out_height; ++known) output_back(image, known, sums);
+      for (; known <= reach && known < op_.out_height; ++known) output_backward(image, known, sums);
       if (is_plain_) {
-        go_back(plain_tile(image, y), y, rows, op_.dx != nullptr, weight_sums);
+        backward_rows(plain_tile(image, y), y, rows, op_.dx != nullptr, weight_sums);
         continue;
       }
-      for (int64_t row = 0; weights && row < rows; ++row) take_(block_, x, y + row);
+      for (int64_t row = 0; weights && row < rows; ++row) load_input_row_(block_, x, y + row);
       const bool wanted = op_.dx != nullptr || op_.pre_sums != nullptr;
-      go_back(ring_tile(), y, rows, wanted, weight_sums);
+      backward_rows(ring_tile(), y, rows, wanted, weight_sums);
       for (int64_t row = 0; wanted && row < rows; ++row) {
         const float* dt = dt_ + row * op_.width * op_.channel_block;
-        pass_input_back_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, dt), pre_sums);
+        input_backward_kernel_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, dt), pre_sums);
       }
     }
-    give_sums(sums, op_.sums, image, block_);
-    give_sums(pre_sums, op_.pre_sums, image, block_);
+    store_sums(sums, op_.sums, image, block_);
+    store_sums(pre_sums, op_.pre_sums, image, block_);
     copy_prefix_gradient<T>(op_, block_, image);
-    if (weights) give_weight_sums(weight_sums, image);
+    if (weights) store_weight_sums(weight_sums, image);
   }
 
   void pack_taps() {
@@ -276,7 +277,7 @@ class Gradients3x3 {
     }
   }
 
-  void give_weight_sums(SplitSums& sums, int64_t image) {
+  void store_weight_sums(SplitSums& sums, int64_t image) {
     const float* from = sums.get(0);
     for_each_vector(block_.channels, [&](int64_t c, int64_t n) {
       for (int64_t tap = 0; tap < 9; ++tap) {
@@ -285,23 +286,23 @@ class Gradients3x3 {
     });
   }
 
-  // From the result's gradient to the convolution's, into the ring.
-  void output_back(int64_t image, int64_t y, SplitSums& sums) {
+  // From the gradient of the result to dc, into the ring buffer.
+  void output_backward(int64_t image, int64_t y, SplitSums& sums) {
     auto back = output_row<T>(op_, block_, image, y);
     back.out = {dc_ + y % kDcRows * line_ + op_.channel_block, op_.channel_block};
-    pass_output_back_(op_.post, block_, back, sums);
+    output_backward_kernel_(op_.post, block_, back, sums);
   }
 
-  // Row y of dc with a column of zeros on each side, which are all there is of rows beyond the map.
+  // Row y of dc with a column of zeros on each side; zeros outside of the map.
   const float* dc_row(int64_t y) const {
     const float* row = y < 0 || y >= op_.out_height ? block_.zeros : dc_ + y % kDcRows * line_;
     return row + op_.channel_block;
   }
 
-  // Row y of the block's channels of a tensor, or where that is beyond the map, of what is worked on next; or null.
-  // tokens(image, channel): the image's first token there.
+  // Row y of a tensor at the block's first channel; beyond the map, the corresponding row of the next item, or null.
+  // tokens(image, channel): the image's first token.
   template <class F>
-  auto row_ahead(int64_t image, int64_t y, int64_t step, const F& tokens) const {
+  auto next_row(int64_t image, int64_t y, int64_t step, const F& tokens) const {
     int64_t channel = block_.first;
     if (y >= op_.height) {
       y -= op_.height;
@@ -312,19 +313,19 @@ class Gradients3x3 {
     return tokens(image, channel) + (op_.prefix_tokens + y * op_.width) * step;
   }
 
-  // The tile at the left edge of rows y and y + 1, from x to dx.
+  // The first tile of rows y and y + 1, from x to dx.
   GradientTile<T, T> plain_tile(int64_t image, int64_t y) const {
     GradientTile<T, T> tile{};
     const int64_t token = op_.prefix_tokens + y * op_.width, x_step = op_.x_token_stride;
     const auto x = [&](int64_t of, int64_t channel) { return image_of<T>(op_, of) + channel; };
     const auto dx = [&](int64_t of, int64_t channel) { return dx_of<T>(op_, of, channel); };
     tile.x = {x(image, block_.first) + token * x_step, x_step, op_.width * x_step};
-    tile.x_ahead = {row_ahead(image, y + 2, x_step, x), x_step, tile.x.row_step};
+    tile.next_x = {next_row(image, y + 2, x_step, x), x_step, tile.x.row_step};
     if (op_.dx == nullptr) return tile;
     tile.out = {dx(image, block_.first) + token * op_.channels, op_.channels, op_.width * op_.channels};
     tile.streams = op_.streams;
     if (!(kStreams && op_.streams)) {
-      tile.out_ahead = {row_ahead(image, y + 2, op_.channels, dx), op_.channels, tile.out.row_step};
+      tile.next_out = {next_row(image, y + 2, op_.channels, dx), op_.channels, tile.out.row_step};
     }
     const int64_t grad_step = op_.grad_token_stride;
     if (op_.residual) {
@@ -333,7 +334,7 @@ class Gradients3x3 {
     return tile;
   }
 
-  // The same from the ring to dt_.
+  // The same from the ring buffer to dt_.
   GradientTile<float, float> ring_tile() const {
     GradientTile<float, float> tile{};
     tile.x = {block_.ring_row(0), op_.channel_block, op_.padded_width * op_.channel_block};
@@ -341,13 +342,13 @@ class Gradients3x3 {
     return tile;
   }
 
-  // The gradients that one row of inputs or two have, from the one at the left edge on.
+  // The gradients of one row of inputs or two, given the first tile.
   template <class X, class Out>
-  void go_back(GradientTile<X, Out> tile, int64_t y, int64_t rows, bool inputs, SplitSums& weight_sums) const {
+  void backward_rows(GradientTile<X, Out> tile, int64_t y, int64_t rows, bool inputs, SplitSums& weight_sums) const {
     const TapSums sums{taps_, weight_sums.partial(), block_.channels};
     const bool weights = op_.weight_sums != nullptr;
     tile.dc_step = op_.channel_block;
-    const auto go_on = [&](int64_t inputs, int64_t outputs) {
+    const auto advance = [&](int64_t inputs, int64_t outputs) {
       weight_sums.end_term();
       tile.advance(inputs, outputs);
     };
@@ -357,12 +358,12 @@ class Gradients3x3 {
         const int64_t count = column + kTileInputs <= op_.width ? kTileInputs : 1;
         with_wanted(inputs, weights, tile.add.p != nullptr, [&]<bool dt, bool dw, bool adds>() {
           const auto go = [&]<int64_t columns>() {
-            rows == 2 ? go_back_1<dt, dw, adds, 2, columns>(sums, tile)
-                      : go_back_1<dt, dw, adds, 1, columns>(sums, tile);
+            rows == 2 ? backward_stride_1<dt, dw, adds, 2, columns>(sums, tile)
+                      : backward_stride_1<dt, dw, adds, 1, columns>(sums, tile);
           };
           count == 1 ? go.template operator()<1>() : go.template operator()<kTileInputs>();
         });
-        go_on(count, count);
+        advance(count, count);
         column += count;
       }
       return;
@@ -372,12 +373,13 @@ class Gradients3x3 {
       const int64_t pairs = (op_.width - column) / 2, count = pairs < kTileInputs ? pairs : kTileInputs;
       with_wanted(inputs, weights, false, [&]<bool dt, bool dw, bool>() {
         const auto go = [&]<bool right>(int64_t of) {
-          rows == 2 ? go_back_2<dt, dw, true, right>(sums, tile, of) : go_back_2<dt, dw, false, right>(sums, tile, of);
+          rows == 2 ? backward_stride_2<dt, dw, true, right>(sums, tile, of)
+                    : backward_stride_2<dt, dw, false, right>(sums, tile, of);
         };
         count > 0 ? go.template operator()<true>(count) : go.template operator()<false>(1);
       });
       const int64_t outputs = count > 0 ? count : 1;
-      go_on(2 * outputs, outputs);
+      advance(2 * outputs, outputs);
       column += 2 * outputs;
     }
   }
@@ -387,10 +389,10 @@ class Gradients3x3 {
   int64_t line_;
   float *dc_, *dt_, *taps_, *weight_memory_, *sums_memory_, *pre_sums_memory_;
   bool is_plain_;
-  TakeRow<T> take_;
-  PassOutputBack<T> pass_output_back_;
-  PassInputBack<T> pass_input_back_;
-  int64_t following_ = -1;  // the item that is next, or -1
+  LoadInputRow<T> load_input_row_;
+  OutputBackward<T> output_backward_kernel_;
+  InputBackward<T> input_backward_kernel_;
+  int64_t following_ = -1;  // the next item, or -1
 };
 
 }  // namespace

@@ -1,14 +1,13 @@
-// The passes of token_depthwise_conv's training, compiled once per instruction set; for the gradients of a 3x3
-// convolution with padding 1 see cpu_gradient.cpp.
+// The passes of token_depthwise_conv in training, compiled once per instruction set; cpu_gradient.cpp has the gradients
+// of a 3x3 convolution with padding 1.
 #include "token_depthwise_conv/cpu_direct.h"
 #include "token_depthwise_conv/cpu_training_block.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-// The moments of a map's channels about a center near the mean, from some of its tokens after the other. The first ones
-// give the center: as it is the mean of a share of what is summed up, its square is no more than the variance over
-// that share.
+// The moments of a map's channels about a center near the mean, in one pass over its tokens. The center is the mean of
+// the first ones, so its squared distance from the mean is at most the variance divided by their share of the tokens.
 class Moments {
  public:
   Moments(float* scratch, int64_t channels, int64_t width)
@@ -35,10 +34,10 @@ class Moments {
     }
   }
 
-  void give(const TokenDepthwiseConvPass& op, int64_t image, const Block& block) {
+  void store(const TokenDepthwiseConvPass& op, int64_t image, const Block& block) {
     memcpy(place(op.moments, 3, image, 0, block), center_, static_cast<size_t>(channels_) * sizeof(float));
-    sums_.give(0, channels_, place(op.moments, 3, image, 1, block));
-    sums_.give(1, channels_, place(op.moments, 3, image, 2, block));
+    sums_.store(0, channels_, place(op.moments, 3, image, 1, block));
+    sums_.store(1, channels_, place(op.moments, 3, image, 2, block));
   }
 
  private:
@@ -66,29 +65,29 @@ void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end,
     Moments moments(block.end, block.channels, op.channel_block);
     moments.add(first, op.width, op.x_token_stride);
     moments.add(first + op.width * op.x_token_stride, (op.height - 1) * op.width, op.x_token_stride);
-    moments.give(op, image, block);
+    moments.store(op, image, block);
   });
 }
 
-// Output rows from x to their place: with a ring, or directly.
+// Output rows of the plain convolution, with a ring buffer or directly.
 template <class T>
 class ConvolveRows {
  public:
   ConvolveRows(const TokenDepthwiseConvPass& op, float* scratch)
       : op_(op),
         block_(op, scratch),
-        take_(choose_take_row<T>(op)),
+        load_input_row_(choose_load_input_row<T>(op)),
         convolve_(choose_convolve<T>(op, Activation::none)),
         convolve_directly_(choose_convolve_directly<T>(op)) {}
 
-  // The block's channels of the first output of the grid.
+  // Starts an item; returns its first grid output, at the block's first channel.
   T* begin(int64_t item) {
     index_ = item % op_.channel_blocks;
     const bool is_new = block_.enter(index_);
     const int64_t image = item / op_.channel_blocks, tokens = op_.prefix_tokens + op_.out_height * op_.out_width;
     x_ = image_of<T>(op_, image);
     out_ = static_cast<T*>(op_.out) + image * tokens * op_.channels + block_.first;
-    // So that results are the same each time, to the last of their elements.
+    // So that all elements of the result are deterministic.
     for (int64_t token = 0; token < op_.prefix_tokens; ++token, out_ += op_.channels) {
       memset(out_, 0, static_cast<size_t>(block_.channels) * sizeof(T));
     }
@@ -105,7 +104,7 @@ class ConvolveRows {
     const int64_t row_step = op_.out_width * op_.channels;
     for (int64_t y = first_row; y < end_row; y += kRows) {
       const int64_t rows = end_row - y < kRows ? end_row - y : kRows;
-      take_rows(block_, take_, x_, y, rows, next_);
+      load_input_rows(block_, load_input_row_, x_, y, rows, next_);
       convolve_(block_, y * op_.stride - op_.padding,
                 {rows, out_ + y * row_step, op_.channels, row_step, nullptr, 0, 0, false});
     }
@@ -126,7 +125,7 @@ class ConvolveRows {
 
   const TokenDepthwiseConvPass& op_;
   Block block_;
-  TakeRow<T> take_;
+  LoadInputRow<T> load_input_row_;
   Convolve<T> convolve_;
   ConvolveDirectly<T> convolve_directly_;
   int64_t index_ = 0, next_ = 0;
@@ -146,13 +145,13 @@ void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int6
       continue;
     }
     Moments moments(convolve.end(), convolve.block().channels, op.channel_block);
-    // The first row alone, as it has no neighbour of which it could share inputs.
+    // The first row alone: at the edge of the map it is not computed together with the next one.
     for (int64_t y = 0, next; y < op.out_height; y = next) {
       next = y == 0 ? 1 : y + 2 < op.out_height ? y + 2 : op.out_height;
       convolve(y, next, following);
       moments.add(out + y * row_step, (next - y) * op.out_width, op.channels);
     }
-    moments.give(op, item / op.channel_blocks, convolve.block());
+    moments.store(op, item / op.channel_blocks, convolve.block());
   }
 }
 
@@ -162,7 +161,7 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
   float *mean = block.end, *scale = mean + op.channel_block, *bias = scale + op.channel_block;
   const int64_t tokens = op.out_height * op.out_width, channels = op.channels;
   const Vec eps = Vec::fill(op.norm.mean.data == nullptr ? 0.0f : op.norm.eps);
-  int64_t known = -1;  // the first channel of the block whose parameters are there
+  int64_t known = -1;  // the first channel of the block whose parameters are loaded
   for_each_unpacked(op, block, begin, end, [&](int64_t image) {
     if (known != block.first) {
       known = block.first;
@@ -200,25 +199,25 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
 template <class T>
 void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
   Block block(op, scratch);
-  const PassOutputBack<T> pass = choose_output_back<T>(op.activation, op.post.mean != nullptr);
+  const OutputBackward<T> pass = choose_output_backward<T>(op.activation, op.post.mean != nullptr);
   for_each_unpacked(op, block, begin, end, [&](int64_t image) {
     SplitSums sums(block.end, 2, op.channel_block);
     auto row = output_row<T>(op, block, image, 0);
     row.columns = op.out_height * op.out_width;
-    row.grad_ahead = 16 * op.grad_token_stride;
-    row.value_ahead = 16 * op.channels;
+    row.next_grad = 16 * op.grad_token_stride;
+    row.next_value = 16 * op.channels;
     pass(op.post, block, row, sums);
-    give_sums(sums, op.sums, image, block);
+    store_sums(sums, op.sums, image, block);
   });
 }
 
-// The transposed convolution as one of stride 1 with the taps turned round: the gradient's tokens lie `op.stride` apart
-// in a map of zeros, the first of them `offset` beyond its edge.
-struct Turned {
+// The transposed convolution, as a convolution of stride 1 with flipped taps: of a map of zeros with the gradient's
+// tokens `op.stride` apart, the first of them at `offset`.
+struct TransposedConv {
   TokenDepthwiseConvWork op;
   int64_t offset;
 
-  explicit Turned(const TokenDepthwiseConvWork& of) : op(of) {
+  explicit TransposedConv(const TokenDepthwiseConvWork& of) : op(of) {
     const int64_t padding = of.kernel - 1 - of.padding;
     op.padding = padding > 0 ? padding : 0;
     offset = padding < 0 ? padding : 0;
@@ -233,14 +232,14 @@ struct Turned {
   }
 };
 
-// Up to kRows rows of a convolution's result, beginning at `to`, as far as they are tokens of the map.
+// Up to kRows rows of a convolution's result from row y on, stored at `to`.
 inline Target<float> rows_at(const Block& block, int64_t y, float* to) {
   const TokenDepthwiseConvWork& op = block.op;
   const int64_t left = op.out_height - y, line = op.out_width * op.channel_block;
   return {left < kRows ? left : kRows, to, op.channel_block, line, nullptr, 0, 0, false};
 }
 
-// The outputs along an axis that lie in the turned map: from `first` to before `end`.
+// The outputs along an axis that are inside the transposed convolution's map: [first, end).
 struct Range {
   int64_t first, end;
   Range(int64_t outputs, int64_t stride, int64_t offset, int64_t size)
@@ -249,24 +248,24 @@ struct Range {
   }
 };
 
-// The gradients of a map and channel block, for any convolution.
+// The gradients of one map and channel block at a time, for any convolution.
 template <class T>
 class ConvGradients {
  public:
   ConvGradients(const TokenDepthwiseConvPass& op, float* scratch)
       : op_(op),
-        turned_(op),
+        transposed_(op),
         block_(op, scratch),
-        behind_(turned_.op, block_.end),
-        values_(behind_.end),
+        gradient_map_(transposed_.op, block_.end),
+        values_(gradient_map_.end),
         sums_memory_(values_ + kMaxRows * op.width * op.channel_block),
         weight_sums_(sums_memory_ + SplitSums::floats(2, op.channel_block)),
-        rows_(op.out_height, op.stride, turned_.offset, turned_.op.height),
-        columns_(op.out_width, op.stride, turned_.offset, turned_.op.width),
-        take_(choose_take_row<T>(op)),
-        convolve_turned_(choose_convolve<float>(turned_.op, Activation::none)),
-        pass_output_back_(choose_output_back<T>(op.activation, op.post.mean != nullptr)),
-        pass_input_back_(choose_input_back<T>(op.pre_activation, op.pre.mean != nullptr)) {}
+        rows_(op.out_height, op.stride, transposed_.offset, transposed_.op.height),
+        columns_(op.out_width, op.stride, transposed_.offset, transposed_.op.width),
+        load_input_row_(choose_load_input_row<T>(op)),
+        convolve_transposed_(choose_convolve<float>(transposed_.op, Activation::none)),
+        output_backward_kernel_(choose_output_backward<T>(op.activation, op.post.mean != nullptr)),
+        input_backward_kernel_(choose_input_backward<T>(op.pre_activation, op.pre.mean != nullptr)) {}
 
   void operator()(int64_t begin, int64_t end) {
     for_each_item(op_, block_, begin, end, [&](int64_t image) { run(image); });
@@ -275,20 +274,20 @@ class ConvGradients {
  private:
   void run(int64_t image) {
     const T* x = image_of<T>(op_, image);
-    for (int64_t y = 0; y < op_.height; ++y) take_(block_, x, y);
+    for (int64_t y = 0; y < op_.height; ++y) load_input_row_(block_, x, y);
     SplitSums sums(sums_memory_, 2, op_.channel_block);
-    for (int64_t y = 0; y < op_.out_height; ++y) output_back(image, y, sums);
-    give_sums(sums, op_.sums, image, block_);
+    for (int64_t y = 0; y < op_.out_height; ++y) output_backward(image, y, sums);
+    store_sums(sums, op_.sums, image, block_);
     if (op_.weight_sums != nullptr) weight_gradient(image);
     if (op_.dx != nullptr || op_.pre_sums != nullptr) input_gradient(image);
   }
 
-  // Where the gradient at an output lies in the turned map.
-  float* behind(int64_t y) const { return behind_.ring_row(y * op_.stride + turned_.offset); }
-  int64_t behind_column(int64_t x) const { return (x * op_.stride + turned_.offset) * op_.channel_block; }
+  // Where the gradient of an output is in the map.
+  float* gradient_row(int64_t y) const { return gradient_map_.ring_row(y * op_.stride + transposed_.offset); }
+  int64_t gradient_column(int64_t x) const { return (x * op_.stride + transposed_.offset) * op_.channel_block; }
 
-  // From the result's gradient to the convolution's, of which that within `columns_` has a place in the map.
-  void output_back(int64_t image, int64_t y, SplitSums& sums) {
+  // From the gradient of the result to the convolution's, of which only `rows_` and `columns_` are stored in the map.
+  void output_backward(int64_t image, int64_t y, SplitSums& sums) {
     const auto row = output_row<T>(op_, block_, image, y);
     const bool counts = y >= rows_.first && y < rows_.end && columns_.first < columns_.end;
     const int64_t first = counts ? columns_.first : op_.out_width, end = counts ? columns_.end : op_.out_width;
@@ -298,25 +297,25 @@ class ConvGradients {
       some.value = row.value.from(from);
       some.grad = row.grad.from(from);
       some.out = out;
-      pass_output_back_(op_.post, block_, some, sums);
+      output_backward_kernel_(op_.post, block_, some, sums);
     };
     part(0, first, {});
-    if (counts) part(first, end, {behind(y) + behind_column(first), op_.stride * op_.channel_block});
+    if (counts) part(first, end, {gradient_row(y) + gradient_column(first), op_.stride * op_.channel_block});
     part(end, op_.out_width, {});
   }
 
   void input_gradient(int64_t image) {
-    behind_.turn(block_);
+    gradient_map_.flip(block_);
     SplitSums sums(sums_memory_, 2, op_.channel_block);
     for (int64_t y = 0; y < op_.height; y += kRows) {
-      const Target<float> to = rows_at(behind_, y, values_);
-      convolve_turned_(behind_, y - turned_.op.padding, to);
+      const Target<float> to = rows_at(gradient_map_, y, values_);
+      convolve_transposed_(gradient_map_, y - transposed_.op.padding, to);
       for (int64_t row = 0; row < to.rows; ++row) {
         const float* grad = values_ + row * op_.width * op_.channel_block;
-        pass_input_back_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, grad), sums);
+        input_backward_kernel_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, grad), sums);
       }
     }
-    give_sums(sums, op_.pre_sums, image, block_);
+    store_sums(sums, op_.pre_sums, image, block_);
     copy_prefix_gradient<T>(op_, block_, image);
   }
 
@@ -335,7 +334,7 @@ class ConvGradients {
     }
   }
 
-  // The taps' gradients from outputs first to before last of row y, for a vector of channels.
+  // The gradients of the taps from outputs [first, last) of row y, for a vector of channels.
   void correlate(int64_t y, int64_t first, int64_t last, int64_t c) {
     for (int64_t dy = 0; dy < op_.kernel; ++dy) {
       int64_t dx = 0;
@@ -348,7 +347,7 @@ class ConvGradients {
   template <int64_t height, int64_t width>
   FASTVIT_INLINE void correlate(int64_t y, int64_t first, int64_t last, int64_t c, int64_t dy, int64_t dx) {
     const int64_t block = op_.channel_block, step = op_.stride * block;
-    const float* grad = behind(y) + behind_column(first) + c;
+    const float* grad = gradient_row(y) + gradient_column(first) + c;
     const float* rows[height];
     for (int64_t i = 0; i < height; ++i) {
       rows[i] =
@@ -374,14 +373,14 @@ class ConvGradients {
   }
 
   const TokenDepthwiseConvPass& op_;
-  Turned turned_;
-  Block block_, behind_;
+  TransposedConv transposed_;
+  Block block_, gradient_map_;
   float *values_, *sums_memory_, *weight_sums_;
   Range rows_, columns_;
-  TakeRow<T> take_;
-  Convolve<float> convolve_turned_;
-  PassOutputBack<T> pass_output_back_;
-  PassInputBack<T> pass_input_back_;
+  LoadInputRow<T> load_input_row_;
+  Convolve<float> convolve_transposed_;
+  OutputBackward<T> output_backward_kernel_;
+  InputBackward<T> input_backward_kernel_;
 };
 
 template <class T>

@@ -1,5 +1,5 @@
-// What the passes of token_depthwise_conv's training share, compiled once per instruction set: sums over tokens, and
-// gradients on their way back through a norm and an activation.
+// What the passes of token_depthwise_conv in training share, compiled once per instruction set: sums over tokens, and
+// the backward pass through a norm and an activation.
 #pragma once
 
 #include "token_depthwise_conv/cpu_block.h"
@@ -8,10 +8,10 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int64_t kSumTerms = 64;  // of a float32 sum, before it is added to the others
-constexpr int64_t kGroup = 16;     // tokens that are summed up in registers
+constexpr int64_t kSumTerms = 64;  // of a partial sum in float32
+constexpr int64_t kGroup = 16;     // tokens that are summed in registers
 
-// Sums of several kinds of values, channel by channel; what is added may itself be a sum of kSumTerms.
+// Sums of several kinds of values per channel, made of partial sums of kSumTerms terms, which may be sums themselves.
 class SplitSums {
  public:
   SplitSums(float* scratch, int64_t kinds, int64_t width)
@@ -24,18 +24,18 @@ class SplitSums {
     float* p = partial_ + kind * width_ + c;
     (Vec::load(p) + value).store(p);
   }
-  // The sums that are added to, kind by kind.
+  // The partial sums, kind by kind.
   float* partial() { return partial_; }
-  // To be called once something was added to every sum.
+  // To be called after a term was added to every sum.
   void end_term() {
     if (++terms_ == kSumTerms) fold();
   }
-  // The sums of a kind, to be read once no more is added.
+  // The sums of a kind, once all terms are added.
   const float* get(int64_t kind) {
     fold();
     return total_ + kind * width_;
   }
-  void give(int64_t kind, int64_t channels, float* to) {
+  void store(int64_t kind, int64_t channels, float* to) {
     memcpy(to, get(kind), static_cast<size_t>(channels) * sizeof(float));
   }
 
@@ -60,7 +60,7 @@ const T* grad_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channe
   return static_cast<const T*>(op.grad) + image * op.grad_batch_stride + channel;
 }
 
-// Of what is laid out as the result.
+// Of a tensor laid out as the result.
 template <class T>
 const T* conv_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
   const int64_t tokens = op.prefix_tokens + op.out_height * op.out_width;
@@ -73,15 +73,15 @@ T* dx_of(const TokenDepthwiseConvPass& op, int64_t image, int64_t channel) {
   return op.dx == nullptr ? nullptr : static_cast<T*>(op.dx) + image * tokens * op.channels + channel;
 }
 
-// Where the sums of a kind of an image belong, from the block's first channel on.
+// The sums of a kind of an image, at the block's first channel.
 inline float* place(float* sums, int64_t kinds, int64_t image, int64_t kind, const Block& block) {
   return sums + (image * kinds + kind) * block.op.channels + block.first;
 }
 
-// The sums of a norm's gradient (dn, dn (c - mean)) to their place, if they are wanted.
-inline void give_sums(SplitSums& sums, float* to, int64_t image, const Block& block) {
+// Stores the sums of a norm's gradient, dn and dn (c - mean), if they are wanted.
+inline void store_sums(SplitSums& sums, float* to, int64_t image, const Block& block) {
   for (int64_t kind = 0; to != nullptr && kind < 2; ++kind) {
-    sums.give(kind, block.channels, place(to, 2, image, kind, block));
+    sums.store(kind, block.channels, place(to, 2, image, kind, block));
   }
 }
 
@@ -96,7 +96,7 @@ void copy_prefix_gradient(const TokenDepthwiseConvPass& op, const Block& block, 
   }
 }
 
-// f(image) for every item, the block entered.
+// f(image) for every item, with the block entered.
 template <class F>
 void for_each_item(const TokenDepthwiseConvPass& op, Block& block, int64_t begin, int64_t end, const F& f) {
   for (int64_t item = begin; item < end; ++item) {
@@ -114,7 +114,7 @@ void for_each_unpacked(const TokenDepthwiseConvPass& op, Block& block, int64_t b
   }
 }
 
-// The channels of a row of tokens, `step` apart; p is null, and step 0, where there are none.
+// A row of tokens, `step` apart; p is null, and step 0, if there are none.
 template <class T>
 struct Tokens {
   T* p = nullptr;
@@ -123,36 +123,36 @@ struct Tokens {
   FASTVIT_INLINE Tokens from(int64_t token) const { return {p + token * step, step}; }
 };
 
-// A row on its way back through an activation and the norm in front of it.
+// A row of tokens in the backward pass through a norm and the activation after it.
 template <class Value, class Grad, class Out>
 struct BackwardRow {
   int64_t columns;
-  Tokens<const Value> value;  // in front of the norm; null where neither of the two is there
-  Tokens<const Grad> grad;    // behind the activation
-  Tokens<Out> out;            // in front of the norm; null where not wanted
-  Tokens<const Out> add;      // to out
-  bool unnormed = false;      // out is to be the gradient behind the norm
-  // How far behind a token of each lies that which comes in its place later; it is fetched ahead.
-  int64_t value_ahead = 0, grad_ahead = 0, out_ahead = 0;
+  Tokens<const Value> value;    // the norm's input; null with neither norm nor activation
+  Tokens<const Grad> grad;      // of the activation's output
+  Tokens<Out> out;              // the gradient of the norm's input; null if not wanted
+  Tokens<const Out> add;        // added to out
+  bool of_norm_output = false;  // out is the gradient of the norm's output instead
+  // The distance from a token to the one to prefetch, in the next row; 0: none.
+  int64_t next_value = 0, next_grad = 0, next_out = 0;
 };
 
-// Fetches channel c, and what shares a line with it, of tokens that lie `ahead` behind; ahead is 0 where nothing does.
+// Prefetches the line of channel c in the tokens at a distance of `next`, unless that is 0.
 template <int for_writing, class T>
-FASTVIT_INLINE void fetch_row(Tokens<T> tokens, int64_t ahead, int64_t count, int64_t c) {
+FASTVIT_INLINE void prefetch_row(Tokens<T> tokens, int64_t next, int64_t count, int64_t c) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  if (ahead == 0 || (kLanes < line && c % line != 0)) return;
-  const T* p = tokens.p + ahead + c;
+  if (next == 0 || (kLanes < line && c % line != 0)) return;
+  const T* p = tokens.p + next + c;
   for (int64_t token = 0; token < count; ++token, p += tokens.step) __builtin_prefetch(p, for_writing);
 }
 
-// Of a tensor of T, for a block of channels. Adds dn and dn (value - mean) to the sums, the latter where there is a
-// norm.
+// The backward pass of a row, for a tensor of T and a block of channels. Adds dn, and with a norm dn (value - mean), to
+// the sums.
 template <class T, Activation activation, bool normed, class Value, class Grad, class Out>
-void pass_back(const NormCoefficients& norm, const Block& block, const BackwardRow<Value, Grad, Out>& row,
-               SplitSums& sums) {
+void row_backward(const NormCoefficients& norm, const Block& block, const BackwardRow<Value, Grad, Out>& row,
+                  SplitSums& sums) {
   constexpr bool valued = normed || activation != Activation::none;
   const int64_t first = block.first;
-  const bool goes = row.out.p != nullptr, adds = row.add.p != nullptr, through = normed && !row.unnormed;
+  const bool has_out = row.out.p != nullptr, adds = row.add.p != nullptr, through = normed && !row.of_norm_output;
   const Vec zero = Vec::fill(0.0f);
   for (int64_t begin = 0; begin < row.columns; begin += kGroup) {
     const int64_t count = begin + kGroup < row.columns ? kGroup : row.columns - begin;
@@ -161,9 +161,9 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
     const auto outs = row.out.from(begin);
     const auto added = row.add.from(begin);
     for_each_vector(block.channels, [&](int64_t c, int64_t n) {
-      fetch_row<0>(values, row.value_ahead, count, c);
-      fetch_row<0>(grads, row.grad_ahead, count, c);
-      fetch_row<1>(outs, row.out_ahead, count, c);
+      prefetch_row<0>(values, row.next_value, count, c);
+      prefetch_row<0>(grads, row.next_grad, count, c);
+      prefetch_row<1>(outs, row.next_out, count, c);
       const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : zero; };
       const Vec mean = read(norm.mean), scale = read(norm.scale), bias = read(norm.bias);
       const Vec slope = read(norm.slope), offset = read(norm.offset);
@@ -182,7 +182,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
         grad += grads.step;
         sum += dn;
         if constexpr (normed) product = fma(dn, centred, product);
-        if (!goes) continue;
+        if (!has_out) continue;
         Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
         if (adds) result += load(add, n), add += added.step;
         store(result, out, n);
@@ -195,8 +195,7 @@ void pass_back(const NormCoefficients& norm, const Block& block, const BackwardR
   }
 }
 
-// Input row y of x as it is behind the norm and activation in front of the convolution, backwards: from the gradient at
-// the convolution's input to dx.
+// Input row y: from the gradient of the convolution's input, through pre_activation and pre_norm, to dx.
 template <class T>
 BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y,
                                    const float* grad) {
@@ -207,45 +206,45 @@ BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block
                                {},
                                {}};
   if (op.dx != nullptr) row.out = {dx_of<T>(op, image, block.first) + token * op.channels, op.channels};
-  if (op.residual && !op.dx_is_unnormed) {
+  if (op.residual && !op.dx_of_norm_output) {
     row.add = {grad_of<T>(op, image, block.first) + token * op.grad_token_stride, op.grad_token_stride};
   }
-  row.unnormed = op.dx_is_unnormed;
-  row.out_ahead = op.width * op.channels;
+  row.of_norm_output = op.dx_of_norm_output;
+  row.next_out = op.width * op.channels;
   return row;
 }
 
-// Outputs from row y on, backwards: from the result's gradient to that of the convolution.
+// Output row y: from the gradient of the result, through activation and norm, to that of the convolution.
 template <class T>
 BackwardRow<T, T, float> output_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y) {
   const int64_t token = op.prefix_tokens + y * op.out_width;
   const T* grad = grad_of<T>(op, image, block.first) + token * op.grad_token_stride;
   BackwardRow<T, T, float> row{op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
   if (op.conv != nullptr) row.value = {conv_of<T>(op, image, block.first) + token * op.channels, op.channels};
-  row.grad_ahead = op.out_width * op.grad_token_stride;
-  row.value_ahead = op.conv == nullptr ? 0 : op.out_width * op.channels;
+  row.next_grad = op.out_width * op.grad_token_stride;
+  row.next_value = op.conv == nullptr ? 0 : op.out_width * op.channels;
   return row;
 }
 
 template <class T>
-using PassOutputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, T, float>&, SplitSums&);
+using OutputBackward = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, T, float>&, SplitSums&);
 template <class T>
-using PassInputBack = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, float, T>&, SplitSums&);
+using InputBackward = void (*)(const NormCoefficients&, const Block&, const BackwardRow<T, float, T>&, SplitSums&);
 
 template <class T>
-PassOutputBack<T> choose_output_back(Activation activation, bool normed) {
-  PassOutputBack<T> chosen = nullptr;
+OutputBackward<T> choose_output_backward(Activation activation, bool normed) {
+  OutputBackward<T> chosen = nullptr;
   with_activation(activation, [&]<Activation known>() {
-    chosen = normed ? pass_back<T, known, true, T, T, float> : pass_back<T, known, false, T, T, float>;
+    chosen = normed ? row_backward<T, known, true, T, T, float> : row_backward<T, known, false, T, T, float>;
   });
   return chosen;
 }
 
 template <class T>
-PassInputBack<T> choose_input_back(Activation activation, bool normed) {
-  PassInputBack<T> chosen = nullptr;
+InputBackward<T> choose_input_backward(Activation activation, bool normed) {
+  InputBackward<T> chosen = nullptr;
   with_activation(activation, [&]<Activation known>() {
-    chosen = normed ? pass_back<T, known, true, T, float, T> : pass_back<T, known, false, T, float, T>;
+    chosen = normed ? row_backward<T, known, true, T, float, T> : row_backward<T, known, false, T, float, T>;
   });
   return chosen;
 }

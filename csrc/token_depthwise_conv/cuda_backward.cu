@@ -1,4 +1,4 @@
-// fastvit::token_depthwise_conv_backward on CUDA. What the kernels do is in cuda_gradient.h.
+// fastvit::token_depthwise_conv_backward on CUDA. The kernels are in cuda_gradient.h and cuda_channels.h.
 #include "token_depthwise_conv/cuda_device.cuh"
 #include "token_depthwise_conv/op_training.h"
 

@@ -1,23 +1,23 @@
-// Kernels of token_depthwise_conv in training that go through tokens channel by channel, without a window: statistics
+// CUDA kernels of token_depthwise_conv in training that process tokens channel by channel, without a window: statistics
 // of BatchNorm, sums over tokens, and the element-wise passes that need them.
 //
 // A reduction has two stages, both in a fixed order: a block reduces some tokens of a few channels to a partial result,
-// and a second kernel the partial results. How the tokens are divided depends on the shape alone. A thread adds up few
-// numbers, in float32; what many threads have found is added in float64: BatchNorm's backward pass subtracts sums that
-// nearly cancel.
+// and a second kernel reduces the partial results. The division of the tokens depends on the shape only. A thread adds
+// up few values, in float32; their sums are added in float64, as BatchNorm's backward pass subtracts sums that nearly
+// cancel.
 #pragma once
 
 #include "token_depthwise_conv/cuda_forward.h"
 
 namespace fastvit::tokens {
 
-// `rows` tokens of all images in a row, divided among blocks.
+// The tokens of all images, `rows` in all, divided among blocks.
 struct Division {
   int64_t channel_blocks, splits, rows, rows_per_block;
 
   Division(int64_t channels, int block_channels, int64_t all_rows, int walkers) : rows(all_rows) {
     channel_blocks = divide_up(channels, block_channels);
-    // Enough blocks, of more than a few rows and of not so many that a thread's sums lose digits.
+    // Enough blocks, each of more than a few rows, but not of so many that a thread's sums lose digits.
     const int64_t wanted = larger(smaller(divide_up(kBlocks, channel_blocks), divide_up(rows, 2 * walkers)),
                                   divide_up(rows, 64 * walkers));
     rows_per_block = divide_up(rows, larger(wanted, 1));
@@ -28,7 +28,7 @@ struct Division {
   FASTVIT_DEVICE int64_t rows_of(int64_t block) const { return smaller(rows_per_block, rows - first_row(block)); }
 };
 
-// What the kernels here have in common: a thread's channels and its walk through a block's rows.
+// What these kernels share: a thread's channels, and its loop over a block's rows.
 template <class T, int V>
 struct RowKernel : BlockKernel, Lanes<T, V> {
   using Lanes<T, V>::lanes;
@@ -37,7 +37,7 @@ struct RowKernel : BlockKernel, Lanes<T, V> {
 
   TokenDepthwiseConv op;
   Division division;
-  int64_t tokens;  // per image, that are walked through
+  int64_t tokens;  // per image, to loop over
 
   RowKernel(const TokenDepthwiseConv& operation, int64_t tokens_per_image)
       : op(operation),
@@ -53,7 +53,7 @@ struct RowKernel : BlockKernel, Lanes<T, V> {
   }
   // f(image, token) for every row of the thread.
   template <class F>
-  FASTVIT_DEVICE void walk(const Place& place, const F& f) const {
+  FASTVIT_DEVICE void for_each_row(const Place& place, const F& f) const {
     const int64_t first = division.first_row(place.block) + place.thread / lanes;
     const int64_t end = division.first_row(place.block) + division.rows_of(place.block);
     int64_t image = first / tokens, token = first % tokens;
@@ -65,7 +65,7 @@ struct RowKernel : BlockKernel, Lanes<T, V> {
   }
 };
 
-// --- Statistics -----------------------------------------------------------------------------------------------------
+// --- Statistics ------------------------------------------------------------------------------------------------------
 
 // Per block and channel the number of values, their mean, and the sum of squares about it: (splits, 3, C).
 template <class T, int V>
@@ -92,7 +92,7 @@ struct Statistics : RowKernel<T, V> {
     clear(state.squares);
     if (channel >= this->op.channels) return;
     float count = 0.0f;
-    this->walk(place, [&](int64_t image, int64_t token) {
+    this->for_each_row(place, [&](int64_t image, int64_t token) {
       float value[V];
       load_wide<T, V>(values.grid(image, token, channel), value);
       const float weight = 1.0f / (count += 1.0f);
@@ -117,7 +117,7 @@ struct Statistics : RowKernel<T, V> {
     if (c >= channels || channel >= this->op.channels) return;
     const auto* means = reinterpret_cast<const float*>(place.shared) + c;
     const float* squares = means + walkers * channels;
-    const auto count = [&](int walker) {  // rows are dealt out in turn
+    const auto count = [&](int walker) {  // rows are assigned in turn
       return static_cast<double>(larger((rows - walker + walkers - 1) / walkers, 0));
     };
     double sum = 0.0, about = 0.0;
@@ -136,7 +136,7 @@ struct Statistics : RowKernel<T, V> {
   }
 };
 
-// What Statistics left to mean and biased variance per channel.
+// From the results of Statistics to mean and biased variance per channel.
 struct MergeStatistics : BlockKernel {
   static constexpr int lanes = 32, walkers = kThreads / lanes;
 
@@ -160,7 +160,7 @@ struct MergeStatistics : BlockKernel {
     return sum;
   }
 
-  // The first round finds the mean, the second one the squares about it.
+  // The first round computes the mean, the second one the sum of squares about it.
   FASTVIT_DEVICE void compute(State& state, const Place& place, int64_t round) const {
     const int lane = place.thread % lanes, walker = place.thread / lanes;
     const int64_t channel = place.block * lanes + lane;
@@ -193,7 +193,7 @@ struct MergeStatistics : BlockKernel {
   }
 };
 
-// --- Sums -----------------------------------------------------------------------------------------------------------
+// --- Sums ------------------------------------------------------------------------------------------------------------
 
 FASTVIT_DEVICE double exact_deviation(const ChannelNorm& norm, int64_t channel) {
   return sqrt(static_cast<double>(read(norm.var, channel, 1.0f)) + static_cast<double>(norm.eps));
@@ -216,7 +216,7 @@ struct NormLanes {
   }
 };
 
-// One step backwards, through activation(norm(value)): where grad comes from, and what was seen in the forward pass.
+// A step of the backward pass, through activation(norm(value)): the gradient of its result, and its inputs.
 template <class T>
 struct Step {
   TokenView<const T> grad, values;
@@ -224,8 +224,8 @@ struct Step {
   Activation activation;
 };
 
-// Per block and channel the sums of d and of d * xhat, with d = grad * activation'(norm(value)) and xhat the value
-// less its mean over its deviation: (splits, 2, C).
+// Per block and channel the sums of d and of d * xhat, with d = grad * activation'(norm(value)) and xhat the normalised
+// value: (splits, 2, C).
 template <class T, int V>
 struct NormSums : RowKernel<T, V> {
   using Base = RowKernel<T, V>;
@@ -250,7 +250,7 @@ struct NormSums : RowKernel<T, V> {
     clear(state.weighted);
     if (channel >= this->op.channels) return;
     const NormLanes<V> norm(step.norm, channel);
-    this->walk(place, [&](int64_t image, int64_t token) {
+    this->for_each_row(place, [&](int64_t image, int64_t token) {
       float grad[V], value[V];
       load_wide<T, V>(step.grad.grid(image, token, channel), grad);
       load_wide<T, V>(step.values.grid(image, token, channel), value);
@@ -286,8 +286,8 @@ struct NormSums : RowKernel<T, V> {
   }
 };
 
-// Partial sums (splits, rows, C) to their sums. Rows below `taps` go to first (C, taps), the one behind to second (C),
-// all of them to whole (rows, C); each where it is not null.
+// Adds up partial sums (splits, rows, C). The first `taps` rows go to first (C, taps), the next to second (C), all of
+// them to whole (rows, C); each unless null.
 template <class Partial>
 struct SumPartials : BlockKernel {
   static constexpr int lanes = 32, walkers = kThreads / lanes;
@@ -322,9 +322,9 @@ struct SumPartials : BlockKernel {
   }
 };
 
-// --- Element-wise passes --------------------------------------------------------------------------------------------
+// --- Element-wise passes ---------------------------------------------------------------------------------------------
 
-// out = activation(norm(conv)) [+ x]; prefix tokens are x's.
+// out = activation(norm(conv)) [+ x]; prefix tokens are copied from x.
 template <class T, int V>
 struct Finish : RowKernel<T, V> {
   using Base = RowKernel<T, V>;
@@ -344,7 +344,7 @@ struct Finish : RowKernel<T, V> {
     const auto x = input_of<T>(op);
     const auto from = contiguous_view<const T>(op, conv, tokens);
     const auto out = contiguous_view<T>(op, op.out, tokens);
-    this->walk(place, [&](int64_t image, int64_t token) {
+    this->for_each_row(place, [&](int64_t image, int64_t token) {
       T* to = out.at(image, token, channel);
       if (token < op.prefix_tokens) {
         store_pack<T, V>(load_pack<T, V>(x.at(image, token, channel)), to);
@@ -362,13 +362,13 @@ struct Finish : RowKernel<T, V> {
   }
 };
 
-// The gradient of a norm's input from d, its output's: scale * d, less what the batch statistics carry.
+// The gradient of a norm's input from d, that of its output: scale * d, minus the part through batch statistics.
 template <int V>
 struct NormGradient {
   NormLanes<V> norm;
   float constant[V], slope[V];
 
-  // sums: (2, C) as NormSums finds them over `count` values, or null where the statistics were given.
+  // sums: (2, C), from NormSums over `count` values, or null if the statistics were given.
   FASTVIT_DEVICE NormGradient(const ChannelNorm& of, int64_t channel, int64_t channels, const double* sums,
                               int64_t count)
       : norm(of, channel) {
@@ -390,7 +390,7 @@ struct NormGradient {
   }
 };
 
-// dx from the gradient behind pre_norm and pre_activation, [+ the output's]; prefix tokens' is the output's.
+// dx from the gradient of pre_activation's output, [+ the output's]; for prefix tokens the output's.
 template <class T, int V>
 struct Apply : RowKernel<T, V> {
   using Base = RowKernel<T, V>;
@@ -411,7 +411,7 @@ struct Apply : RowKernel<T, V> {
     if (channel >= op.channels) return;
     const NormGradient<V> gradient(step.norm, channel, op.channels, sums, op.batch * tokens);
     const auto out = contiguous_view<T>(op, dx, tokens);
-    this->walk(place, [&](int64_t image, int64_t token) {
+    this->for_each_row(place, [&](int64_t image, int64_t token) {
       T* to = out.at(image, token, channel);
       if (token < op.prefix_tokens) {
         store_pack<T, V>(load_pack<T, V>(grad.at(image, token, channel)), to);

@@ -1,4 +1,4 @@
-// token_depthwise_conv on CUDA: what its files share.
+// What the CUDA files of token_depthwise_conv share.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -6,10 +6,10 @@
 
 namespace fastvit {
 
-// The convolution, and what stands around it; conv: where its result goes as well, or null.
+// The forward pass at inference; conv: where to store the convolution's result as well, or null.
 void convolve_tokens(const TokenDepthwiseConv& op, void* conv, blocks::CudaDevice& device);
 
-// A device whose convolution is compiled in cuda_forward.cu alone.
+// A device whose convolution is compiled in cuda_forward.cu only.
 struct TokenDevice : blocks::CudaDevice {
   using CudaDevice::CudaDevice;
 

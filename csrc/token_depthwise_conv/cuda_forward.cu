@@ -1,4 +1,4 @@
-// fastvit::token_depthwise_conv on CUDA. What the kernel does is in cuda_forward.h.
+// fastvit::token_depthwise_conv on CUDA. The kernel is in cuda_forward.h.
 #include "token_depthwise_conv/cuda_device.cuh"
 
 #include "token_depthwise_conv/op.h"

@@ -1,9 +1,9 @@
-// The forward kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
+// The forward CUDA kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
-// A block computes a tile of tile_height x tile_width outputs of a few channels of one image: the parameters of its
-// channels to shared memory (start); the input tile with its halo, normalised and activated, in the tensor's own
-// element type (load); the outputs (compute). A thread computes `run` outputs of a row at a time, so that a value read
-// from shared memory serves several of them, and a tap all of them.
+// A block computes a tile of outputs of a few channels of one image. It loads the parameters of its channels to shared
+// memory (start), then the input tile with its halo, normalised and activated, in the tensor's own element type (load),
+// and computes the outputs (compute). A thread computes `run` outputs of a row at a time, so that a value read from
+// shared memory is used for several of them, and a tap for all.
 #pragma once
 
 #include "common/cuda_block_kernel.h"
@@ -13,7 +13,7 @@ namespace fastvit::tokens {
 
 using namespace blocks;
 
-// --- Parameters -----------------------------------------------------------------------------------------------------
+// --- Parameters ------------------------------------------------------------------------------------------------------
 
 FASTVIT_DEVICE float read(const ChannelParameter& parameter, int64_t i, float absent) {
   if (parameter.data == nullptr) return absent;
@@ -39,7 +39,8 @@ FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
   return {scale, read(norm.bias, channel, 0.0f) - read(norm.mean, channel, 0.0f) * scale};
 }
 
-// The taps of a block's channels from (C, taps) to shared memory as (taps, channels); zeros behind the last channel.
+// Loads the taps of a block's channels from (C, taps) to shared memory as (taps, channels); zeros beyond the last
+// channel.
 FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channel, int channels, int thread,
                               float* taps) {
   const int area = static_cast<int>(op.kernel * op.kernel);
@@ -50,9 +51,9 @@ FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channe
   }
 }
 
-// --- Tokens ---------------------------------------------------------------------------------------------------------
+// --- Tokens ----------------------------------------------------------------------------------------------------------
 
-// V channels of tokens, the first `prefix` of an image being no grid tokens.
+// Tokens of all images, of which the first `prefix` of an image are not grid tokens.
 template <class T>
 struct TokenView {
   T* data;
@@ -77,9 +78,9 @@ FASTVIT_DEVICE TokenView<T> contiguous_view(const TokenDepthwiseConv& op, Pointe
   return {static_cast<T*>(data), (op.prefix_tokens + tokens) * op.channels, op.channels, op.prefix_tokens};
 }
 
-// --- Tiles ----------------------------------------------------------------------------------------------------------
+// --- Tiles -----------------------------------------------------------------------------------------------------------
 
-// How many outputs of a row a thread computes at a time, by kernel and stride.
+// Outputs of a row that a thread computes at a time, by kernel and stride.
 template <int K, int S>
 constexpr int run_of = K == 0             ? 1
                        : K == 3 && S == 1 ? 7
@@ -93,7 +94,7 @@ struct Tiles {
   FASTVIT_DEVICE int64_t per_image() const { return rows * columns; }
 };
 
-// Tiles of about the given size, evened out over the map; their sides are multiples of `step`, their widths of `run`.
+// Even tiles of about the given size; heights are multiples of `step`, widths of `run`.
 inline Tiles cut(int64_t map_height, int64_t map_width, int64_t height, int64_t width, int64_t step, int64_t run) {
   const auto even = [](int64_t size, int64_t wanted, int64_t unit) {
     const int64_t pieces = divide_up(size, divide_up(wanted, unit) * unit);
@@ -105,8 +106,7 @@ inline Tiles cut(int64_t map_height, int64_t map_width, int64_t height, int64_t 
   return tiles;
 }
 
-// The largest tiles whose shared memory is what other blocks leave room for; `bytes` tells it. The smallest ones may
-// take more.
+// The largest tiles whose shared memory, bytes(), leaves room for other blocks. The smallest ones may take more.
 template <class Cut, class Bytes>
 inline void choose_tiles(int64_t height, int64_t width, const Cut& cut_into, const Bytes& bytes) {
   while (cut_into(height, width), bytes() > kSharedBytes && (height > 1 || width > 1)) {
@@ -114,10 +114,10 @@ inline void choose_tiles(int64_t height, int64_t width, const Cut& cut_into, con
   }
 }
 
-// --- The kernel -----------------------------------------------------------------------------------------------------
+// --- The kernel ------------------------------------------------------------------------------------------------------
 
-// sums[r][i] += taps over the windows of R neighbouring outputs. K and S are kernel and stride; K is 0, and R is 1,
-// where the kernel is known at run time only. window: of the first output, a tile of `channels` per token.
+// sums[r][i] += the taps times the windows of R neighbouring outputs. K and S are kernel and stride; K is 0, and R is
+// 1, if the kernel is known at run time only. window: of the first output, with `channels` per token.
 template <class T, int V, int K, int S, int R>
 FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int channels, const float* taps,
                              float (&sums)[R][V]) {
@@ -153,7 +153,7 @@ FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int c
   }
 }
 
-// K and S are 0 where kernel and stride are known at run time only.
+// K and S are 0 if kernel and stride are known at run time only.
 template <class T, int V, int K, int S>
 struct Forward : BlockKernel, Lanes<T, V> {
   using Lanes<T, V>::lanes;
@@ -162,12 +162,12 @@ struct Forward : BlockKernel, Lanes<T, V> {
   static constexpr int run = run_of<K, S>;
 
   TokenDepthwiseConv op;
-  void* conv;  // the convolution's result, laid out as out; null where nobody asks for it
+  void* conv;  // the convolution's result, laid out as out; null if not wanted
   Tiles tiles;
   int halo_height, halo_width;
   int64_t channel_blocks;
 
-  // op.out may be null where only conv is asked for.
+  // op.out may be null if only conv is wanted.
   Forward(const TokenDepthwiseConv& operation, void* result) : op(operation), conv(result) {
     channel_blocks = divide_up(op.channels, channels);
     const auto cut_into = [&](int64_t height, int64_t width) {
@@ -180,7 +180,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
   }
 
   int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks; }
-  // Shared memory: the taps; vectors, one of channels each; the tile.
+  // Shared memory: the taps, the vectors of channels, the tile.
   FASTVIT_DEVICE int64_t shared_bytes() const {
     return channels * ((taps() + vectors) * static_cast<int64_t>(sizeof(float)) +
                        static_cast<int64_t>(halo_height) * halo_width * static_cast<int64_t>(sizeof(T)));
@@ -225,9 +225,9 @@ struct Forward : BlockKernel, Lanes<T, V> {
   FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
     const int c = state.lane * V;
     const int64_t channel = state.first_channel + c;
-    if (channel >= op.channels) return;  // V divides the channels; the lane will not be read
+    if (channel >= op.channels) return;  // V divides the channels; nothing reads this lane
     if (op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none) {
-      // Short code, left to be unrolled: several loads are on their way at a time.
+      // Unrolled by the compiler, so that several loads are in flight.
       for (int position = state.walker; position < halo_height * halo_width; position += walkers) {
         const T* from = source(state, position, channel);
         const Pack<T, V> zeros{};
@@ -251,7 +251,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // Where a position of the tile lies in x; null outside of the map.
+  // The input at a position of the tile; null outside of the map.
   FASTVIT_DEVICE const T* source(const State& state, int position, int64_t channel) const {
     const int64_t row = state.first_row * op.stride - op.padding + position / halo_width;
     const int64_t column = state.first_column * op.stride - op.padding + position % halo_width;
@@ -259,7 +259,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
     return input_of<T>(op).grid(state.image, row * op.width + column, channel);
   }
 
-  // The blocks of the first tile also hand the prefix tokens through.
+  // The blocks of the first tile also copy the prefix tokens.
   FASTVIT_DEVICE void compute(State& state, const Place& place, int64_t) const {
     const int c = state.lane * V;
     const int64_t channel = state.first_channel + c;
@@ -285,13 +285,13 @@ struct Forward : BlockKernel, Lanes<T, V> {
       if (op.activation == Activation::none) {
         FASTVIT_UNROLL
         for (int r = 0; r < run; ++r) {
-          if (r < count) give<false>(state, place, token + r, channel, c, sums[r]);
+          if (r < count) finish_sum<false>(state, place, token + r, channel, c, sums[r]);
         }
       } else {
-        // An activation is long code: there is to be one copy of it, so the sums move up to where it takes them.
+        // An activation is long code: to have one copy of it, every sum is moved to sums[0] in turn.
         FASTVIT_NO_UNROLL
         for (int r = 0; r < count; ++r) {
-          give<true>(state, place, token + r, channel, c, sums[0]);
+          finish_sum<true>(state, place, token + r, channel, c, sums[0]);
           FASTVIT_UNROLL
           for (int next = 1; next < run; ++next) {
             FASTVIT_UNROLL
@@ -302,10 +302,10 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // One finished sum to where it is asked for.
+  // Finishes a sum and stores it to conv and out.
   template <bool activated>
-  FASTVIT_DEVICE void give(const State& state, const Place& place, int64_t token, int64_t channel, int c,
-                           float (&sum)[V]) const {
+  FASTVIT_DEVICE void finish_sum(const State& state, const Place& place, int64_t token, int64_t channel, int c,
+                                 float (&sum)[V]) const {
     const int64_t tokens = op.out_height * op.out_width;
     if (conv != nullptr)
       store_narrow<T, V>(sum, contiguous_view<T>(op, conv, tokens).grid(state.image, token, channel));

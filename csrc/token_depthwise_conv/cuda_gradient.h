@@ -1,28 +1,28 @@
-// The gradient kernel of token_depthwise_conv, as a BlockKernel: the convolution's input gradient and the gradients of
-// its weight and bias, from one reading of each tensor.
+// The CUDA kernel of the convolution's gradients, as a BlockKernel: those of its input, weight and bias, from one
+// reading of each tensor.
 //
 // With c = conv(t) + bias and dc the gradient of c, a tile of inputs i needs the same dc twice:
-//     dt[i] = sum over taps d of w[d] dc[(i + padding - d) / stride],  where that is whole
+//     dt[i] = sum over taps d of w[d] dc[(i + padding - d) / stride],  for integer indices
 //     dweight[d] = sum over i of t[i] dc[(i + padding - d) / stride]
-// A block goes through some tiles of a few channels in turn: dc on the tile and its halo, and t on the tile, to shared
-// memory in the tensor's own element type (load); dt, and what the tile adds to dweight, which stays in registers until
-// the last tile (compute). Then the threads' shares are added up (flush, finish) to one partial result a block, and
-// SumPartials adds those.
+// A block processes several tiles of a few channels in turn. It loads dc on the tile and its halo, and t on the tile,
+// to shared memory in the tensor's own element type (load), and computes dt and the tile's part of dweight, which
+// accumulates in registers (compute). After the last tile the threads' sums are added up to one partial result per
+// block (flush, finish); SumPartials adds those.
 #pragma once
 
 #include "token_depthwise_conv/cuda_channels.h"
 
 namespace fastvit::tokens {
 
-// What the kernel is to do.
+// What to compute.
 template <class T>
 struct GradientTask {
-  Step<T> step;             // from the output's gradient to dc; values is null where the two are the same
-  const double* sums;       // of that step's norm, null where it has none or its statistics were given
+  Step<T> step;             // from the output's gradient to dc; values.data is null if they are the same
+  const double* sums;       // of that step's norm; null without one, or with given statistics
   TokenView<const T> grad;  // of the output
-  T* dt;                    // laid out as x, contiguous; null where not wanted
-  bool dt_is_dx;            // nothing stands in front of the convolution: residual and prefix tokens are seen to here
-  float* partials;          // (splits, taps + 1, C), the bias behind the weight; null where not wanted
+  T* dt;                    // as x, contiguous; null if not wanted
+  bool dt_is_dx;            // there is no pre_norm or pre_activation: adds the residual, copies prefix tokens
+  float* partials;          // (splits, taps + 1, C): weight, then bias; null if not wanted
 };
 
 template <class T, int V, int K, int S>
@@ -31,9 +31,9 @@ struct Gradient : BlockKernel, Lanes<T, V> {
   using Lanes<T, V>::walkers;
   using Lanes<T, V>::channels;
   static constexpr int run = K == 0 ? 1 : K == 3 ? 4 : 2;
-  // Threads divide the weight's gradient by tap rows, and the tile's rows among groups.
+  // Each thread accumulates one row of taps; groups of such threads divide the tile's rows.
   static constexpr int groups = K == 0 ? 1 : K == 7 ? 3 : walkers / K;
-  static constexpr int kept = K == 0 ? 1 : K;
+  static constexpr int kept_taps = K == 0 ? 1 : K;
   static constexpr int min_blocks = K == 5 || K == 7 ? 1 : 2;
 
   TokenDepthwiseConv op;
@@ -41,10 +41,10 @@ struct Gradient : BlockKernel, Lanes<T, V> {
   Tiles tiles;
   int halo_height, halo_width;  // of dc
   int64_t channel_blocks, splits, tiles_per_block;
-  int64_t margin;  // the first tile begins that far before the map, where dc's positions begin
+  int64_t margin;  // the first tile starts this far before the map, with the first positions of dc
 
   Gradient(const TokenDepthwiseConv& operation, const GradientTask<T>& of) : op(operation), task(of) {
-    // With much padding some outputs see nothing of the map, but count towards the bias.
+    // With much padding the windows of some outputs miss the map, but they count towards the bias.
     const int64_t beyond = larger(op.padding - op.kernel + 1, 0);
     margin = op.padding % op.stride + divide_up(beyond, op.stride) * op.stride;
     const auto cut_into = [&](int64_t height, int64_t width) {
@@ -57,17 +57,17 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     channel_blocks = divide_up(op.channels, channels);
     const int64_t units = op.batch * tiles.per_image();
     const int64_t enough = divide_up(units, larger(smaller(divide_up(kBlocks, channel_blocks), units), 1));
-    tiles_per_block = smaller(enough, 8);  // of more, a thread's sums would lose digits
+    tiles_per_block = smaller(enough, 8);  // with more, a thread's sums would lose digits
     splits = units == 0 ? 0 : divide_up(units, tiles_per_block);
   }
 
   int64_t grid() const { return splits * channel_blocks; }
   FASTVIT_DEVICE int taps() const { return K > 0 ? K * K : static_cast<int>(op.kernel * op.kernel); }
   FASTVIT_DEVICE int stride() const { return S > 0 ? S : static_cast<int>(op.stride); }
-  // How far dc reaches back in a tile: input a and tap d meet at (a - d) / stride + reach().
+  // The offset of dc in its tile: input a and tap d meet at (a - d) / stride + reach().
   FASTVIT_DEVICE int reach() const { return K > 0 ? (K - 1) / S : static_cast<int>((op.kernel - 1) / op.stride); }
-  // Shared memory: the taps; vectors, one of channels each; without registers to keep it, the weight's gradient; then
-  // dc and t, whose place the threads' shares of the results take in the end.
+  // Shared memory: the taps, the vectors of channels, the weight's gradient if it is not in registers; then dc and t,
+  // which the threads' sums overwrite in the end.
   enum Vector { pre_scale, pre_shift, mean, scale, bias, constant, slope, vectors };
   FASTVIT_DEVICE int parameter_floats() const { return (taps() + vectors + walkers + (K > 0 ? 0 : taps())) * channels; }
   FASTVIT_DEVICE int64_t tile_bytes() const {
@@ -75,23 +75,23 @@ struct Gradient : BlockKernel, Lanes<T, V> {
         static_cast<int64_t>(halo_height) * halo_width + static_cast<int64_t>(tiles.height) * tiles.width;
     return positions * channels * static_cast<int64_t>(sizeof(T));
   }
-  FASTVIT_DEVICE int64_t share_floats() const { return K > 0 ? groups * taps() * channels : 0; }
+  FASTVIT_DEVICE int64_t thread_sum_floats() const { return K > 0 ? groups * taps() * channels : 0; }
   FASTVIT_DEVICE int64_t shared_bytes() const {
     constexpr auto size = static_cast<int64_t>(sizeof(float));
-    return parameter_floats() * size + larger(tile_bytes(), share_floats() * size);
+    return parameter_floats() * size + larger(tile_bytes(), thread_sum_floats() * size);
   }
   FASTVIT_DEVICE static float* floats(const Place& place) { return reinterpret_cast<float*>(place.shared); }
   FASTVIT_DEVICE float* vector_of(const Place& place, int index) const {
     return floats(place) + (taps() + index) * channels;
   }
   FASTVIT_DEVICE float* bias_sums(const Place& place) const { return vector_of(place, vectors); }
-  FASTVIT_DEVICE float* slow_sums(const Place& place) const { return bias_sums(place) + walkers * channels; }
-  FASTVIT_DEVICE float* shares_of(const Place& place) const { return floats(place) + parameter_floats(); }
-  FASTVIT_DEVICE T* dc_tile(const Place& place) const { return reinterpret_cast<T*>(shares_of(place)); }
+  FASTVIT_DEVICE float* weight_sums(const Place& place) const { return bias_sums(place) + walkers * channels; }
+  FASTVIT_DEVICE float* thread_sums(const Place& place) const { return floats(place) + parameter_floats(); }
+  FASTVIT_DEVICE T* dc_tile(const Place& place) const { return reinterpret_cast<T*>(thread_sums(place)); }
   FASTVIT_DEVICE T* t_tile(const Place& place) const { return dc_tile(place) + halo_height * halo_width * channels; }
 
   struct State {
-    float weight[kept][V];
+    float weight[kept_taps][V];
   };
 
   FASTVIT_DEVICE int64_t first_channel(const Place& place) const { return place.block % channel_blocks * channels; }
@@ -115,7 +115,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
 
   FASTVIT_DEVICE void start(State& state, const Place& place) const {
     FASTVIT_UNROLL
-    for (int i = 0; i < kept; ++i) clear(state.weight[i]);
+    for (int i = 0; i < kept_taps; ++i) clear(state.weight[i]);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) bias_sums(place)[place.thread * V + i] = 0.0f;
     load_taps(op, first_channel(place), channels, place.thread, floats(place));
@@ -134,7 +134,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
       vector_of(place, slope)[i] = gradient.slope[0];
     }
     if constexpr (K == 0) {
-      for (int i = place.thread; i < taps() * channels; i += kThreads) slow_sums(place)[i] = 0.0f;
+      for (int i = place.thread; i < taps() * channels; i += kThreads) weight_sums(place)[i] = 0.0f;
     }
   }
 
@@ -147,7 +147,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     if (task.partials != nullptr) load_t(place, origin, c, channel, walker);
   }
 
-  // An output counts towards the bias in the tile that has the first input of its window, or the map's nearest.
+  // An output counts towards the bias in the tile with the first input of its window, clamped to the map.
   FASTVIT_DEVICE bool owns(int64_t input, int64_t size, int64_t first, int tile) const {
     const int64_t nearest = larger(-margin, smaller(input, size + margin - 1));
     return nearest >= first && nearest < first + tile;
@@ -211,16 +211,16 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     const int c = place.thread % lanes * V, walker = place.thread / lanes;
     const int64_t channel = first_channel(place) + c;
     if (channel >= op.channels) return;
-    if (task.dt != nullptr) give_dt(place, round, c, channel, walker);
+    if (task.dt != nullptr) store_dt(place, round, c, channel, walker);
     if (task.partials == nullptr) return;
     if constexpr (K > 0) {
-      gather_weight(state, place, c, walker);
+      accumulate_weight(state, place, c, walker);
     } else {
-      gather_weight_slowly(place, c, walker);
+      accumulate_weight_in_shared_memory(place, c, walker);
     }
   }
 
-  FASTVIT_DEVICE void give_dt(const Place& place, int64_t round, int c, int64_t channel, int walker) const {
+  FASTVIT_DEVICE void store_dt(const Place& place, int64_t round, int c, int64_t channel, int walker) const {
     const Origin origin = origin_of(place, round);
     const auto dt = contiguous_view<T>(op, task.dt, op.height * op.width);
     if (task.dt_is_dx && origin.row == -margin && origin.column == -margin) {
@@ -238,7 +238,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
       float sums[run][V];
       FASTVIT_UNROLL
       for (int r = 0; r < run; ++r) clear(sums[r]);
-      scatter(place, c, a, b, sums);
+      input_gradient(place, c, a, b, sums);
       FASTVIT_UNROLL
       for (int r = 0; r < run; ++r) {
         const int column = origin.column + b + r;
@@ -256,7 +256,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
   }
 
   // dt at the inputs (a, b), (a, b + 1), ... of the tile.
-  FASTVIT_DEVICE void scatter(const Place& place, int c, int a, int b, float (&sums)[run][V]) const {
+  FASTVIT_DEVICE void input_gradient(const Place& place, int c, int a, int b, float (&sums)[run][V]) const {
     const T* dc = dc_tile(place) + c;
     if constexpr (K > 0) {
       FASTVIT_NO_UNROLL
@@ -301,8 +301,8 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // The thread's tap row over the tile rows of its group.
-  FASTVIT_DEVICE void gather_weight(State& state, const Place& place, int c, int walker) const {
+  // Accumulates the thread's row of taps over the tile rows of its group.
+  FASTVIT_DEVICE void accumulate_weight(State& state, const Place& place, int c, int walker) const {
     if constexpr (K > 0) {
       const int dy = walker % K, group = walker / K;
       if (group >= groups) return;
@@ -332,8 +332,8 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // Kernels known at run time only: a thread has some taps, whose sums lie in shared memory.
-  FASTVIT_DEVICE void gather_weight_slowly(const Place& place, int c, int walker) const {
+  // For a kernel known at run time only: a thread has some taps, whose sums are in shared memory.
+  FASTVIT_DEVICE void accumulate_weight_in_shared_memory(const Place& place, int c, int walker) const {
     const int step = stride(), kernel = static_cast<int>(op.kernel);
     for (int tap = walker; tap < kernel * kernel; tap += walkers) {
       const int dy = tap / kernel, dx = tap % kernel;
@@ -349,11 +349,11 @@ struct Gradient : BlockKernel, Lanes<T, V> {
         }
       }
       FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) slow_sums(place)[tap * channels + c + i] += sum[i];
+      for (int i = 0; i < V; ++i) weight_sums(place)[tap * channels + c + i] += sum[i];
     }
   }
 
-  // The threads' shares of the weight, (groups, taps, channels).
+  // Stores the threads' sums for the weight, (groups, taps, channels).
   FASTVIT_DEVICE void flush(State& state, const Place& place) const {
     if constexpr (K > 0) {
       const int c = place.thread % lanes * V, walker = place.thread / lanes;
@@ -361,14 +361,14 @@ struct Gradient : BlockKernel, Lanes<T, V> {
       if (task.partials == nullptr || group >= groups) return;
       FASTVIT_UNROLL
       for (int dx = 0; dx < K; ++dx) {
-        store_floats<V>(state.weight[dx], shares_of(place) + ((group * K + dy) * K + dx) * channels + c);
+        store_floats<V>(state.weight[dx], thread_sums(place) + ((group * K + dy) * K + dx) * channels + c);
       }
     }
   }
 
   FASTVIT_DEVICE void finish(State&, const Place& place) const {
     if (task.partials == nullptr) return;
-    const float* shares = shares_of(place);
+    const float* thread_totals = thread_sums(place);
     const int area = taps();
     float* to = task.partials + place.block / channel_blocks * (area + 1) * op.channels + first_channel(place);
     for (int k = place.thread; k < (area + 1) * channels; k += kThreads) {
@@ -379,9 +379,9 @@ struct Gradient : BlockKernel, Lanes<T, V> {
         FASTVIT_NO_UNROLL
         for (int w = 0; w < walkers; ++w) sum += bias_sums(place)[w * channels + c];
       } else if constexpr (K > 0) {
-        for (int group = 0; group < groups; ++group) sum += shares[(group * area + row) * channels + c];
+        for (int group = 0; group < groups; ++group) sum += thread_totals[(group * area + row) * channels + c];
       } else {
-        sum = slow_sums(place)[row * channels + c];
+        sum = weight_sums(place)[row * channels + c];
       }
       to[row * op.channels + c] = sum;
     }

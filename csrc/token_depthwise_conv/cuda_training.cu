@@ -1,4 +1,4 @@
-// fastvit::token_depthwise_conv_training on CUDA. What the kernels do is in cuda_channels.h.
+// fastvit::token_depthwise_conv_training on CUDA. The kernels are in cuda_channels.h.
 #include "token_depthwise_conv/cuda_device.cuh"
 #include "token_depthwise_conv/op_training.h"
 

@@ -1,4 +1,4 @@
-// fastvit::token_depthwise_conv on the CPU: division of the work, registration.
+// fastvit::token_depthwise_conv on the CPU: dividing the work, registration.
 #include "token_depthwise_conv/cpu.h"
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kCacheFloats = 12288;    // of the L1 cache, for the rows of a channel block
-constexpr int64_t kItemsPerThread = 4;     // enough for the threads to end at about the same time
-constexpr int64_t kSerialNumel = 1 << 17;  // below it, waking other threads costs more than it saves
+constexpr int64_t kCacheFloats = 12288;    // of the L1 cache, for the input rows of a channel block
+constexpr int64_t kItemsPerThread = 4;     // enough for threads to finish at about the same time
+constexpr int64_t kSerialNumel = 1 << 17;  // smaller results are faster on one thread
 
-// Whole maps where there are enough of them; otherwise blocks of rows, not so small that the rows which two blocks both
-// read weigh much.
+// Whole maps if there are enough of them, otherwise blocks of rows, large compared with the rows that two blocks both
+// read.
 int64_t choose_row_block(const TokenDepthwiseConvWork& work, int64_t threads) {
   const int64_t maps = work.batch * work.channel_blocks;
   if (maps % threads == 0 || maps >= kItemsPerThread * threads) return work.out_height;

@@ -8,7 +8,7 @@
 
 namespace fastvit {
 
-// --- Arguments, in the schema's order (fastvit/ops/token_depthwise_conv.py) ------------------------------------------
+// --- Arguments, in the order of the schemas --------------------------------------------------------------------------
 
 // A norm with given statistics.
 struct NormArguments {
@@ -32,7 +32,7 @@ struct ConvolutionArguments {
   bool residual;
 };
 
-// --- Checks ---------------------------------------------------------------------------------------------------------
+// --- Checks ----------------------------------------------------------------------------------------------------------
 
 // Reads and checks the arguments of a call. Messages begin with the operator that was called and name an argument as
 // its schema does: `prefix` and then the name given here.
@@ -69,7 +69,7 @@ class TokenArguments {
             parameter(from.mean, "mean", group), parameter(from.var, "var", group), static_cast<float>(from.eps)};
   }
 
-  // Fills in the sizes and strides; height, width, stride, padding, prefix_tokens and residual are there.
+  // Fills in sizes and strides; height, width, stride, padding, prefix_tokens and residual must be set.
   void set_geometry(TokenDepthwiseConv& op, const Tensor& weight) const {
     require(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) == weight.size(3) && weight.size(2) > 0 &&
                 weight.size(0) == x_.size(2),
@@ -115,7 +115,7 @@ class TokenArguments {
   const Tensor& x_;
 };
 
-// What the arguments describe; x and out are yet to be set.
+// Everything but x and out.
 template <class Norm>
 TokenDepthwiseConv describe(const char* name, const Tensor& x, const ConvolutionArguments<Norm>& from) {
   const TokenArguments arguments(name, x);
@@ -141,10 +141,9 @@ inline Tensor empty_result(const TokenDepthwiseConv& op, const Tensor& x) {
   return empty({op.batch, op.prefix_tokens + op.out_height * op.out_width, op.channels}, x);
 }
 
-// --- The operator ---------------------------------------------------------------------------------------------------
+// --- The operator ----------------------------------------------------------------------------------------------------
 
-// For inference. `run` computes what is described, on the device of x; it is called only where there is something to
-// compute.
+// At inference. `run` computes op on the device of x; it is not called for an empty result.
 template <void (*run)(const TokenDepthwiseConv& op, const Tensor& x)>
 Tensor token_depthwise_conv_entry(const Tensor& x, const ConvolutionArguments<NormArguments>& arguments) {
   TokenDepthwiseConv op = describe("token_depthwise_conv", x, arguments);

@@ -1,4 +1,4 @@
-// fastvit::token_depthwise_conv_training and _backward on the CPU: the order of the passes, what happens per channel
+// fastvit::token_depthwise_conv_training and _backward on the CPU: the sequence of passes, computations per channel
 // between them, registration.
 #include "token_depthwise_conv/cpu_training.h"
 
@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kMapFloats = 1 << 16;    // of the L2 cache, for the maps of a channel block
 constexpr int64_t kRingFloats = 3 << 13;   // of the L1 and L2 cache, for the rows of one
-constexpr int64_t kTokenFloats = 1 << 14;  // of the L1 and L2 cache, for sums and parameters alone
-constexpr int64_t kMomentFloats = 5;       // that a channel's moments take while they are found
+constexpr int64_t kTokenFloats = 1 << 14;  // of the L1 and L2 cache, for sums and parameters only
+constexpr int64_t kMomentFloats = 5;       // per channel, while its moments are computed
 
 using Kernel = void (*)(const TokenDepthwiseConvPass&, int64_t, int64_t, float*);
 
@@ -30,7 +30,7 @@ TokenDepthwiseConvPass pass_of(const TokenDepthwiseConv& op) {
   return pass;
 }
 
-// per_channel: floats a kernel needs for each channel of a block beside its Block.
+// per_channel: floats of scratch memory that a kernel needs per channel of a block, besides its Block.
 void run_divided(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
   pass.scratch_floats =
       block_floats(pass) + pass.channel_blocks * pass.direct_floats + pass.channel_block * per_channel;
@@ -49,13 +49,13 @@ void run_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel, 
   run_divided(pass, kernel, per_channel);
 }
 
-// A pass over tokens one by one, without a ring; per_channel counts parameters that lie elsewhere, too.
+// A pass over single tokens, without a ring buffer; per_channel includes parameters that are not in scratch memory.
 void run_token_pass(TokenDepthwiseConvPass& pass, Kernel kernel, int64_t per_channel) {
   pass.ring_rows = pass.padded_width = 0;
   run_pass(pass, kernel, per_channel, kTokenFloats);
 }
 
-// Sums of the images' sums, in double; kind k of channel c at [k * channels + c].
+// Adds up the images' sums in double; kind k of channel c is at [k * channels + c].
 std::vector<double> add_images(const float* sums, int64_t batch, int64_t kinds, int64_t channels) {
   std::vector<double> total(static_cast<size_t>(kinds * channels));
   for (int64_t image = 0; image < batch; ++image) {
@@ -64,7 +64,7 @@ std::vector<double> add_images(const float* sums, int64_t batch, int64_t kinds, 
   return total;
 }
 
-// The mean and variance over all images of the same number of tokens.
+// Mean and variance over all images from the moments of each, of `tokens` tokens.
 void combine_moments(const float* moments, int64_t batch, int64_t channels, int64_t tokens, float* mean, float* var) {
   const double share = 1.0 / static_cast<double>(tokens), images = static_cast<double>(batch);
   for (int64_t c = 0; c < channels; ++c) {
@@ -84,10 +84,10 @@ void combine_moments(const float* moments, int64_t batch, int64_t channels, int6
   }
 }
 
-// f(moments), which is to find them of `tokens` tokens an image; gives mean and variance.
+// Mean and variance, which become the norm's statistics; f(moments) computes the moments of every image.
 template <class F>
-void find_statistics(const TokenDepthwiseConv& op, int64_t tokens, float* mean, float* var, ChannelNorm& norm,
-                     const F& f) {
+void compute_statistics(const TokenDepthwiseConv& op, int64_t tokens, float* mean, float* var, ChannelNorm& norm,
+                        const F& f) {
   std::vector<float> moments(static_cast<size_t>(op.batch * 3 * op.channels));
   f(moments.data());
   combine_moments(moments.data(), op.batch, op.channels, tokens, mean, var);
@@ -95,7 +95,7 @@ void find_statistics(const TokenDepthwiseConv& op, int64_t tokens, float* mean, 
   norm.var = {var, Element::float32};
 }
 
-// The plain convolution's result, with its moments where they are wanted.
+// The plain convolution into op.conv, and its moments unless null.
 void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
   TokenDepthwiseConvPass pass = pass_of(op);
   pass.out = op.conv;
@@ -114,7 +114,7 @@ void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
 
 void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   if (op.pre_mean != nullptr) {
-    find_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, [&](float* moments) {
+    compute_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, [&](float* moments) {
       TokenDepthwiseConvPass pass = pass_of(op);
       pass.moments = moments;
       run_token_pass(pass, FASTVIT_PER_ISA(token_moments), kMomentFloats);
@@ -122,8 +122,8 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   }
   if (op.conv == nullptr) return run_token_depthwise_conv(op);
   if (op.mean != nullptr) {
-    find_statistics(op, op.out_height * op.out_width, op.mean, op.var, op.norm,
-                    [&](float* moments) { convolve(op, moments); });
+    compute_statistics(op, op.out_height * op.out_width, op.mean, op.var, op.norm,
+                       [&](float* moments) { convolve(op, moments); });
   } else {
     convolve(op, nullptr);
   }
@@ -139,7 +139,7 @@ float read(const ChannelParameter& parameter, int64_t channel, float absent) {
   return float_of_bfloat16(static_cast<const uint16_t*>(parameter.data)[channel]);
 }
 
-// A norm's coefficients in backward, and its gradients, once the sums of dn and dn (c - mean) are known.
+// A norm in the backward pass: its coefficients, and its gradients from the sums of dn and dn (c - mean).
 class NormGradient {
  public:
   NormGradient(const ChannelNorm& norm, bool exists, int64_t channels)
@@ -158,8 +158,8 @@ class NormGradient {
     return {row(kMean), row(kScale), row(kBias), row(kSlope), row(kOffset)};
   }
 
-  // Makes every value of the batch answer for its share in the statistics, which are over `count` of them.
-  void through_statistics(const std::vector<double>& sums, int64_t count) {
+  // Adds the gradients through the batch's statistics, which are over `count` values.
+  void add_statistics_gradients(const std::vector<double>& sums, int64_t count) {
     for (int64_t c = 0; c < channels_; ++c) {
       const double scale = row(kScale)[c], inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
       row(kOffset)[c] = static_cast<float>(-scale * share * sums[static_cast<size_t>(c)]);
@@ -168,7 +168,7 @@ class NormGradient {
     }
   }
 
-  void give_affine(const std::vector<double>& sums, float* weight, float* bias) {
+  void store_affine(const std::vector<double>& sums, float* weight, float* bias) {
     for (int64_t c = 0; c < channels_; ++c) {
       const double centred = sums[static_cast<size_t>(channels_ + c)];
       if (weight != nullptr) weight[c] = static_cast<float>(centred * row(kInverse)[c]);
@@ -176,8 +176,8 @@ class NormGradient {
     }
   }
 
-  // The sum over the gradient in front of the norm, to which statistics of the batch leave nothing.
-  void give_sum(const std::vector<double>& sums, bool batch_statistics, float* to) {
+  // The sum of the gradient of the norm's input, which is zero with batch statistics.
+  void store_sum(const std::vector<double>& sums, bool batch_statistics, float* to) {
     for (int64_t c = 0; c < channels_; ++c) {
       const double scale = batch_statistics ? 0.0 : exists_ ? row(kScale)[c] : 1.0;
       to[c] = static_cast<float>(scale * sums[static_cast<size_t>(c)]);
@@ -193,8 +193,8 @@ class NormGradient {
   std::vector<float> values_;
 };
 
-// From [image][tap][channel] to [channel][tap].
-void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels, float* weight) {
+// From [tap][channel] to [channel][tap].
+void store_weight(const std::vector<double>& sums, int64_t area, int64_t channels, float* weight) {
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t tap = 0; tap < area; ++tap) {
       *weight++ = static_cast<float>(sums[static_cast<size_t>(tap * channels + c)]);
@@ -202,8 +202,8 @@ void give_weight(const std::vector<double>& sums, int64_t area, int64_t channels
   }
 }
 
-// The pass that goes back through the convolution.
-void find_gradients(TokenDepthwiseConvPass& pass) {
+// The pass backward through the convolution.
+void compute_gradients(TokenDepthwiseConvPass& pass) {
   if (is_3x3(pass)) {
     const int64_t rows = kDcRows * (pass.out_width + 2) + kMaxRows * pass.width;
     pass.ring_rows = kMaxRows;
@@ -211,12 +211,12 @@ void find_gradients(TokenDepthwiseConvPass& pass) {
     return;
   }
   pass.ring_rows = pass.height;
-  // Beside the map of inputs there is that of gradients, as csrc's Turned lays it out, with a Block of its own.
+  // Besides the map of inputs that of gradients, with a Block of its own: see TransposedConv in cpu_training.cpp.
   const int64_t area = pass.kernel * pass.kernel, padding = std::max<int64_t>(pass.kernel - 1 - pass.padding, 0);
-  const int64_t turned_height = pass.height + pass.kernel - 1 - 2 * padding;
-  const int64_t turned = (turned_height + 1) * (pass.width + pass.kernel - 1) + area + 4;
+  const int64_t transposed_height = pass.height + pass.kernel - 1 - 2 * padding;
+  const int64_t transposed = (transposed_height + 1) * (pass.width + pass.kernel - 1) + area + 4;
   const int64_t values = kMaxRows * pass.width;
-  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), turned + values + 4 + area, kMapFloats);
+  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), transposed + values + 4 + area, kMapFloats);
 }
 
 void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
@@ -229,8 +229,8 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   pass.grad_batch_stride = op.grad_batch_stride;
   pass.grad_token_stride = op.grad_token_stride;
   pass.dx = op.dx;
-  pass.dx_is_unnormed = op.pre_batch_statistics;
-  pass.streams = !pass.dx_is_unnormed && is_streamed(op, op.dx, op.batch * op.height * op.width * op.channels);
+  pass.dx_of_norm_output = op.pre_batch_statistics;
+  pass.streams = !pass.dx_of_norm_output && is_streamed(op, op.dx, op.batch * op.height * op.width * op.channels);
   pass.pre = pre.coefficients();
   pass.post = post.coefficients();
 
@@ -248,26 +248,26 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
     TokenDepthwiseConvPass sums_pass = pass;
     run_token_pass(sums_pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
     total = add_images(sums, op.batch, 2, op.channels);
-    post.through_statistics(total, op.batch * op.out_height * op.out_width);
+    post.add_statistics_gradients(total, op.batch * op.out_height * op.out_width);
     pass.sums = nullptr;  // known
   } else if (wants_sums) {
     pass.sums = sums;
   }
   pass.pre_sums = wants_pre_sums ? pre_sums : nullptr;
   pass.weight_sums = parameters ? weight_sums : nullptr;
-  find_gradients(pass);
+  compute_gradients(pass);
   if (pass.sums != nullptr) total = add_images(sums, op.batch, 2, op.channels);
   std::vector<double> pre_total;
   if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);
   if (op.pre_batch_statistics && op.dx != nullptr) {
-    pre.through_statistics(pre_total, op.batch * op.height * op.width);
+    pre.add_statistics_gradients(pre_total, op.batch * op.height * op.width);
     run_token_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 5);
   }
   if (parameters) {
-    give_weight(add_images(weight_sums, op.batch, area, op.channels), area, op.channels, op.dweight);
-    if (op.dbias != nullptr) post.give_sum(total, op.batch_statistics, op.dbias);
-    if (op.has_norm) post.give_affine(total, op.dnorm_weight, op.dnorm_bias);
-    if (op.has_pre_norm) pre.give_affine(pre_total, op.dpre_norm_weight, op.dpre_norm_bias);
+    store_weight(add_images(weight_sums, op.batch, area, op.channels), area, op.channels, op.dweight);
+    if (op.dbias != nullptr) post.store_sum(total, op.batch_statistics, op.dbias);
+    if (op.has_norm) post.store_affine(total, op.dnorm_weight, op.dnorm_bias);
+    if (op.has_pre_norm) pre.store_affine(pre_total, op.dpre_norm_weight, op.dpre_norm_bias);
   }
   workspace.give_back();
 }

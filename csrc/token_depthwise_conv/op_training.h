@@ -8,7 +8,7 @@
 
 namespace fastvit {
 
-// batch: the statistics are those of the batch. The forward pass finds them, the backward pass is given them.
+// batch: the statistics are the batch's, which the forward pass computes and the backward pass is given.
 struct TrainingNormArguments : NormArguments {
   using Schema = std::tuple<NormArguments, bool>;
   bool batch;
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_
   return {std::move(out), std::move(conv), std::move(pre_mean), std::move(pre_var), std::move(mean), std::move(var)};
 }
 
-// With an empty batch `run` is called too, to make the parameters' gradients zero.
+// `run` is called with an empty batch, too, to zero the gradients of the parameters.
 template <void (*run)(TokenDepthwiseConvBackward& op, const Tensor& x)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_backward_entry(
     const Tensor& grad, const Tensor& x, const Tensor& conv, const TrainingArguments& arguments, bool x_grad,

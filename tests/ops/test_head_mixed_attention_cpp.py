@@ -349,7 +349,7 @@ def test_bad_arguments_are_named() -> None:
         "grad must have a contiguous last axis": lambda: ops.head_mixed_attention_backward(
             q[..., :1].expand_as(q), q, k, v, *mix, None, 1.0
         ),
-        "are a layer norm's": lambda: ops.head_mixed_attention_backward(
+        "are for a layer norm only": lambda: ops.head_mixed_attention_backward(
             q, q, k, v, *mix._replace(norm_bias=torch.ones(4)), None, 1.0
         ),
         "post_weight has shape": lambda: ops.head_mixed_attention_backward(
