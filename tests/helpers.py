@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, multiprocessing
@@ -16,7 +15,6 @@ from fastvit import accuracy
 HANG_GUARD = 3600.0
 """Seconds after which a process or thread that a test waits for counts as hung. No result is judged by a clock."""
 
-Result = TypeVar("Result")
 _pool: dict[tuple[int, str], accuracy.Deviation] | None = None
 _judged = 0
 
@@ -33,7 +31,8 @@ def assert_as_accurate(
 
     Args:
         fused: what is tested, any floating dtype.
-        plain: the plain form's result in the same dtype and shape, or several of them (see :func:`at_thread_counts`).
+        plain: the plain form's result in the same dtype and shape, or several, which add in other orders, as the plain
+            form does with each number of threads: it is held to be as wrong as the worst of them.
         exact: the plain form's result in float64, same shape.
     """
     global _judged
@@ -78,18 +77,6 @@ def _broken(found: accuracy.Deviation, name: str) -> str:
         f"{name}: error {found.excess:.3g} beyond the last places, allowed is "
         f"{accuracy.FACTOR:g} x {found.plain_error:.3g}, the plain form's own"
     )
-
-
-def at_thread_counts(call: Callable[[], Result], counts: Sequence[int] = (1, 2, 4)) -> list[Result]:
-    """What ``call`` gives with each number of threads; the plain form adds in another order with each."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            results.append(call())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 def spawned(worker: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:

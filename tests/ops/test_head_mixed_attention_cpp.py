@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.reference.functional import attention_probabilities
-from tests.helpers import assert_as_accurate, on_pooled_draws, poisoned_empty
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
@@ -137,19 +137,19 @@ def gradients(
     return {name: results[("q", "k", "v", *Mix._fields).index(name)] for name in named((q, k, v), mix)}
 
 
-def plain_gradients_in(order: Tensor, grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> dict[str, Tensor]:
-    """The same gradients, with the products of q and k added in another order."""
-    found = plain_gradients(grad, q[..., order], k[..., order], *rest)
-    return found | {name: found[name][..., order.argsort()] for name in ("q", "k")}
-
-
-def worst(exact: dict[str, Tensor], candidates: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of each number the candidate that is farthest off."""
-    found = {}
-    for name, right in exact.items():
-        each = torch.stack([candidate[name] for candidate in candidates])
-        found[name] = each.gather(0, (each - right).abs().argmax(0, keepdim=True))[0]
-    return found
+def reordered_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mix: Mix, mask: Tensor | None, scale: float
+) -> dict[str, Tensor]:
+    """The same as :func:`plain_gradients`, with the queries, the keys and the head dimension in a random order each."""
+    rows, columns, dims = (torch.randperm(size) for size in (q.shape[2], *k.shape[2:]))
+    if mask is not None:
+        mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+        mask = mask[..., columns] if mask.shape[3] > 1 else mask
+    turned = grad[:, :, rows], q[:, :, rows][..., dims], k[:, :, columns][..., dims], v[:, :, columns]
+    found = plain_gradients(*turned, mix, mask, scale)
+    back = {"q": rows.argsort(), "k": columns.argsort(), "v": columns.argsort()}
+    found |= {name: found[name][:, :, order] for name, order in back.items()}
+    return found | {name: found[name][..., dims.argsort()] for name in ("q", "k")}
 
 
 def check_gradients(
@@ -161,30 +161,25 @@ def check_gradients(
     size: float = 1.0,
     scale: float = 0.3,
     draws: int = 6,
-    orders: int = 1,
+    orders: int = 2,
 ) -> None:
     """All gradients of several random calls taken together: in a few numbers the plain form may be exact by chance.
 
-    The plain form is held to be as wrong as the worst of several orders in which it adds the products of q and k.
+    The plain form is held to be as wrong as the worst of several orders in which it adds.
     """
-
-    def compare() -> None:
-        got, reference, exact = [], [], []
-        for _ in range(draws):
-            q, k, v = make_qkv(*shape, dtype, size)
-            grad, mix = torch.randn(q.shape).to(dtype), make_mix(kind, shape[1])
-            wide = [t.double() for t in (grad, q, k, v)]
-            got.append(gradients(grad, q, k, v, mix, mask, scale))
-            exact.append(plain_gradients(*wide, mix.to(torch.float64), mask, scale))
-            ordered = [
-                plain_gradients_in(torch.randperm(shape[-1]), grad, q, k, v, mix, mask, scale)
-                for _ in range(orders - 1)
-            ]
-            reference.append(worst(exact[-1], [plain_gradients(grad, q, k, v, mix, mask, scale), *ordered]))
-        for name in got[0]:
-            assert_as_accurate(*(torch.stack([g[name] for g in each]) for each in (got, reference, exact)), name=name)
-
-    on_pooled_draws(compare)
+    got, plains, exact = [], [], []
+    for _ in range(draws):
+        q, k, v = make_qkv(*shape, dtype, size)
+        grad, mix = torch.randn(q.shape).to(dtype), make_mix(kind, shape[1])
+        call = grad, q, k, v, mix, mask, scale
+        wide = [t.double() for t in (grad, q, k, v)]
+        got.append(gradients(*call))
+        exact.append(plain_gradients(*wide, mix.to(torch.float64), mask, scale))
+        plains.append([plain_gradients(*call), *(reordered_gradients(*call) for _ in range(orders))])
+    for name in got[0]:
+        each = (got, exact, *zip(*plains, strict=True))
+        ours, right, *others = (torch.stack([found[name] for found in of_draws]) for of_draws in each)
+        assert_as_accurate(ours, others, right, name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -306,6 +301,11 @@ def moment_gradients(
     return torch.autograd.grad((sums, moments), leaves, (torch.ones_like(sums), dmoments.to(q.dtype)))
 
 
+def of_moments(dmoments: Tensor, q: Tensor, k: Tensor, mix: Mix, mask: Tensor | None, scale: float) -> list[Tensor]:
+    """The moments, and the gradients of everything they are made of."""
+    return [*plain_moments(q, k, mix, mask, scale), *moment_gradients(dmoments, q, k, mix, mask, scale)]
+
+
 MOMENT_CASES: list[tuple[tuple[int, int, int, int, int], tuple[int, ...] | None]] = [
     ((2, 4, 37, 53, 32), None),
     ((2, 12, 20, 21, 33), None),
@@ -324,7 +324,7 @@ def test_moments_and_their_gradients(isa: str, kind: str, dtype: torch.dtype) ->
     for shape, mask_shape in MOMENT_CASES:
         heads = shape[1]
         mask = None if mask_shape is None else torch.rand(mask_shape) < 0.5
-        got, reference, exact = [], [], []
+        got, plain, exact = [], [], []
         for _ in range(16 if heads == 1 else 3):
             q, k, _ = make_qkv(*shape, dtype, 2.0)
             mix, dmoments = make_mix(kind, heads), torch.randn(heads, heads)
@@ -333,10 +333,10 @@ def test_moments_and_their_gradients(isa: str, kind: str, dtype: torch.dtype) ->
                 moments = operators.head_map_moments(q, k, *mix[:2], mask, 0.3)
                 grads = operators.head_map_moments_backward(torch.ones(heads), dmoments, q, k, *mix[:2], mask, 0.3)
             got.append([*moments, *(t for t in grads if t.numel())])
-            reference.append([*plain_moments(q, k, mix, mask, 0.3), *moment_gradients(dmoments, q, k, mix, mask, 0.3)])
-            exact.append([*plain_moments(*wide), *moment_gradients(dmoments, *wide)])
-        for ours, plain_ones, true in zip(*(zip(*each, strict=True) for each in (got, reference, exact)), strict=True):
-            assert_as_accurate(torch.stack(ours), torch.stack(plain_ones).to(ours[0].dtype), torch.stack(true))
+            plain.append(of_moments(dmoments, q, k, mix, mask, 0.3))
+            exact.append(of_moments(dmoments, *wide))
+        for ours, theirs, right in zip(*(zip(*each, strict=True) for each in (got, plain, exact)), strict=True):
+            assert_as_accurate(torch.stack(ours), torch.stack(theirs).to(ours[0].dtype), torch.stack(right))
 
 
 def test_bad_arguments_are_named() -> None:
