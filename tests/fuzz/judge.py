@@ -92,7 +92,9 @@ def _foreign(tensor: Tensor, kind: str) -> Any:
 Results = dict[str, Tensor]
 
 
-def _execute(function: Callable[..., Any], case: Case, arguments: dict[str, Any], upstream: Callable[..., Tensor]) -> Results:
+def _execute(
+    function: Callable[..., Any], case: Case, arguments: dict[str, Any], upstream: Callable[..., Tensor]
+) -> Results:
     """The outputs, the gradients of what is trained and the running statistics, by name."""
     context = {"inference": torch.inference_mode, "no grad": torch.no_grad}.get(case.mode, torch.enable_grad)
     with context():
@@ -157,7 +159,9 @@ def measure(name: str, fused: Tensor, plain: list[Tensor], exact: Tensor, dtype:
     differ nothing is measured.
     """
     if fused.shape != exact.shape or fused.dtype != dtype:
-        raise WrongError("shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}")
+        raise WrongError(
+            "shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}"
+        )
     candidates = [*plain, exact.to(dtype)]
     alike = torch.zeros(exact.shape, dtype=torch.bool)
     finite = fused.isfinite()
@@ -205,7 +209,11 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, De
     dtypes = {path: tensor.dtype for path, tensor in leaves(memory.arguments, Tensor)}
     return {
         name: measure(
-            name, fused[name], [s[name] for s in same], exact[name], dtypes.get(name.rpartition(" ")[2], same[0][name].dtype)
+            name,
+            fused[name],
+            [s[name] for s in same],
+            exact[name],
+            dtypes.get(name.rpartition(" ")[2], same[0][name].dtype),
         )
         for name in exact
     }
@@ -249,8 +257,10 @@ def _may_be_seen_elsewhere(case: Case) -> bool:
     """Whether another argument is as likely to be the wrong one: their sizes, devices or dtypes do not go together."""
     spoilt = dict(leaves(case.arguments, object)).get(case.wrong or "")
     kinds = ("meta", "int64", "complex64", "bool")
-    return isinstance(spoilt, Spec) or (isinstance(spoilt, Foreign) and spoilt.kind in kinds) or case.wrong in (
-        "grid", "padding", "stride", "prefix_tokens"
+    return (
+        isinstance(spoilt, Spec)
+        or (isinstance(spoilt, Foreign) and spoilt.kind in kinds)
+        or case.wrong in ("grid", "padding", "stride", "prefix_tokens")
     )
 
 

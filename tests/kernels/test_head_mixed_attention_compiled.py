@@ -28,6 +28,7 @@ from fastvit.kernels.head_mixed_attention_configs import (
     Config,
     configurations,
 )
+
 from tests.kernels.aot import Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from fastvit.kernels import leff as kernels
+
 from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow

@@ -361,7 +361,9 @@ def test_bad_arguments_are_named() -> None:
         "dmoments has shape": lambda: ops.head_map_moments_backward(
             torch.ones(4), torch.eye(3), q, k, None, None, None, 1.0
         ),
-        "expected at most 32 heads, got 33": lambda: ops.head_map_moments(*make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0),
+        "expected at most 32 heads, got 33": lambda: ops.head_map_moments(
+            *make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0
+        ),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             call()
