@@ -110,8 +110,10 @@ class Operator:
         if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
             return self.implementations[-1].run(call)
         try:
-            if (
-                torch.compiler._is_exporting_flag
+            if not inner and (
+                _must_be_plain()
+                if compiling
+                else torch.compiler._is_exporting_flag
                 or _is_tracing()
                 or _is_transformed()
                 or forward_ad._current_level >= 0
@@ -188,6 +190,11 @@ class Operator:
                 _logged.add(message)
                 log.debug(message)
         return chosen.run(call) if around is None else around(chosen.run, call)
+
+
+def _must_be_plain() -> bool:
+    """Whether a call is recorded for another runtime, or transformed: as ``__call__`` asks it, for Dynamo to trace."""
+    return torch.compiler.is_exporting() or _is_transformed() or forward_ad._current_level >= 0
 
 
 # --- Observing ------------------------------------------------------------------------------------------------------
