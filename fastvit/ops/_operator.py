@@ -45,7 +45,7 @@ log = logging.getLogger("fastvit")
 
 # Bound once: each is asked on every call.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_tracing = torch._C._is_tracing
+_tracing_state = torch._C._get_tracing_state  # which Dynamo knows, unlike torch._C._is_tracing
 _is_transformed = torch._C._are_functorch_transforms_active
 _Proxy = torch.fx.Proxy
 
@@ -112,7 +112,7 @@ class Operator:
         try:
             if (
                 torch.compiler._is_exporting_flag
-                or _is_tracing()
+                or _tracing_state() is not None
                 or _is_transformed()
                 or forward_ad._current_level >= 0
             ):
