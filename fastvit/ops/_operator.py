@@ -45,7 +45,7 @@ log = logging.getLogger("fastvit")
 
 # Bound once: each is asked on every call.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_tracing = torch._C._is_tracing
+_tracing_state = torch._C._get_tracing_state  # which Dynamo knows, unlike torch._C._is_tracing
 _is_transformed = torch._C._are_functorch_transforms_active
 _Proxy = torch.fx.Proxy
 
@@ -111,10 +111,8 @@ class Operator:
             return self.implementations[-1].run(call)
         try:
             if not inner and (
-                _must_be_plain()
-                if compiling
-                else torch.compiler._is_exporting_flag
-                or _is_tracing()
+                torch.compiler._is_exporting_flag
+                or _tracing_state() is not None
                 or _is_transformed()
                 or forward_ad._current_level >= 0
             ):
@@ -190,11 +188,6 @@ class Operator:
                 _logged.add(message)
                 log.debug(message)
         return chosen.run(call) if around is None else around(chosen.run, call)
-
-
-def _must_be_plain() -> bool:
-    """Whether a call is recorded for another runtime, or transformed: as ``__call__`` asks it, for Dynamo to trace."""
-    return torch.compiler.is_exporting() or _is_transformed() or forward_ad._current_level >= 0
 
 
 # --- Observing ------------------------------------------------------------------------------------------------------
