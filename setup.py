@@ -1,8 +1,8 @@
 """Builds fastvit and its native part, fastvit._C. Project metadata is in pyproject.toml.
 
 The native part needs a C++20 compiler and pybind11, and no torch: it declares the few functions of LibTorch's stable C
-interface itself (csrc/common/torch_abi.h). So pip's isolated build environment need not download torch, and one binary loads
-with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
+interface itself (csrc/common/torch_abi.h). So pip's isolated build environment need not download torch, and one binary
+loads with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
 
 Environment:
     FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is
