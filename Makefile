@@ -1,6 +1,7 @@
 # make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
 # make test   the whole test suite                              (ARGS="-k cvt")
 # make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
+# make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
 # make lint   ruff, mypy, clang-format;  make format  applies what can be applied
 # make build  the native part alone
 #
@@ -23,7 +24,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test versions lint format build clean
+.PHONY: demo test overhead versions lint format build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -31,6 +32,12 @@ demo: $(STAMPS)/demo $(STAMPS)/native
 
 test: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python -m pytest $(PYTEST_JOBS) $(ARGS)
+
+overhead: $(STAMPS)/test $(STAMPS)/native
+	@mkdir -p benchmarks/out
+	$(BIN)/python -m pytest benchmarks/overhead -q --benchmark-enable --benchmark-quiet --benchmark-max-time 0.3 \
+		--benchmark-json benchmarks/out/overhead.json $(ARGS)
+	$(BIN)/python -m benchmarks.overhead.report benchmarks/out/overhead.json
 
 versions: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python requirements/versions.py $(VENV)/versions
@@ -68,7 +75,7 @@ $(STAMPS)/torch: FORCE
 FORCE:
 
 # fastvit itself, editable, with the native part where it can be built.
-$(STAMPS)/native: $(NATIVE) | $(if $(filter test,$(MAKECMDGOALS)),$(STAMPS)/test,$(STAMPS)/demo)
+$(STAMPS)/native: $(NATIVE) | $(if $(filter test overhead versions,$(MAKECMDGOALS)),$(STAMPS)/test,$(STAMPS)/demo)
 	@echo "==> building fastvit"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps -e .

@@ -1,7 +1,7 @@
 """Builds fastvit and its native part, fastvit._C. Project metadata is in pyproject.toml.
 
 The native part needs a C++20 compiler and pybind11, and no torch: it declares the few functions of LibTorch's stable C
-interface itself (csrc/torch_abi.h). So pip's isolated build environment need not download torch, and one binary loads
+interface itself (csrc/common/torch_abi.h). So pip's isolated build environment need not download torch, and one binary loads
 with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
 
 Environment:
@@ -111,7 +111,7 @@ def extension_mode() -> str:
     """FASTVIT_BUILD_EXT: "0", "1" or "" (try)."""
     mode = os.environ.get("FASTVIT_BUILD_EXT", "")
     if mode not in ("", "0", "1"):
-        raise SystemExit(f"FASTVIT_BUILD_EXT: got {mode!r}, accepted are 0, 1 or unset")
+        raise SystemExit(f"FASTVIT_BUILD_EXT: expected 0, 1 or unset, got {mode!r}")
     return mode
 
 
@@ -167,7 +167,7 @@ def find_isas(cxx: list[str]) -> list[str]:
     """The instruction sets of this architecture that the compiler can build, as far as they are asked for."""
     asked = re.split(r"[;,\s]+", os.environ.get("FASTVIT_ISA_LIST", "").strip())
     if unknown := [isa for isa in asked if isa and isa not in ISA_FLAGS]:
-        raise BuildError(f"FASTVIT_ISA_LIST: got {unknown}, accepted are {list(ISA_FLAGS)}")
+        raise BuildError(f"FASTVIT_ISA_LIST: expected some of {list(ISA_FLAGS)}, got {unknown}")
     wanted = {"portable", *(isa for isa in asked if isa)} if any(asked) else set(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["portable"]
@@ -193,7 +193,7 @@ def cuda_archs(known: list[str]) -> list[str]:
     for word in re.split(r"[;,\s]+", asked.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
         if match is None:
-            raise BuildError(f"CUDA architecture {word!r} is not of the form 8.0, 80 or 9.0+PTX")
+            raise BuildError(f"CUDA architecture: expected a form such as 8.0, 80 or 9.0+PTX, got {word!r}")
         number = match[1] + match[2] + match[3]
         archs += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
     return list(dict.fromkeys(archs))
@@ -205,7 +205,7 @@ def add_cuda(toolchain: Toolchain) -> None:
     if nvcc is None:
         toolchain.cuda_reason = "nvcc was not found at build time (CUDACXX, CUDA_HOME, PATH)"
         return
-    if not any(CSRC.glob("cuda/*.cu")):
+    if not any(CSRC.glob("*/cuda*.cu")):
         toolchain.cuda_reason = "these sources have no CUDA part"
         return
     if platform.system() != "Linux":
@@ -245,20 +245,20 @@ def macro(name: str, value: str) -> str:
 
 
 def plan_units(toolchain: Toolchain) -> list[Unit]:
-    """Every compiler run: CPU kernels once per instruction set, other C++ once, CUDA files for all architectures."""
+    """Every compiler run: csrc/*/cpu*.cpp once per instruction set, other C++ once, CUDA files for all architectures."""
     base = [*toolchain.cxx, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}"]
     has_isas = [f"-DFASTVIT_HAS_{isa.upper()}" for isa in toolchain.isas]
     units: list[Unit] = []
-    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
+    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cpp")]):
         name = source.relative_to(CSRC).with_suffix("")
-        if source.stem.endswith("_kernels"):
+        if source.stem.startswith("cpu"):
             for isa in toolchain.isas:
                 command = [*base, f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]]
                 units.append(Unit(source, OBJECTS / f"{name}.{isa}.o", command))
         else:
             extra = binding_flags(toolchain) if source.stem == "bindings" else []
             units.append(Unit(source, OBJECTS / f"{name}.o", [*base, *has_isas, *extra]))
-    for source in sorted(CSRC.glob("cuda/*.cu")) if toolchain.nvcc else []:
+    for source in sorted(CSRC.glob("*/cuda*.cu")) if toolchain.nvcc else []:
         name = source.relative_to(CSRC).with_suffix("")
         units.append(Unit(source, OBJECTS / f"{name}.cu.o", [*toolchain.nvcc, *cuda_flags(toolchain)]))
     return units

@@ -1,9 +1,9 @@
-"""The main job of fastvit, on real photographs: each family before and after ``fastvit.patch``, parity beside speed.
+"""The seven families on photographs, before and after ``fastvit.patch``: speed, and the error of the logits.
 
     python -m benchmarks.demo [--models NAME ...] [--batch N] [--dtype float32] [--device cpu] [--image PATH ...]
 
 For every model the plain and the patched copy are timed in turn in one run, each round on a differently ordered batch.
-No speed-up is printed for a model whose patched logits are further from float64 than the accuracy rule allows.
+No speed-up is printed for a model whose patched logits deviate from float64 by more than the accuracy rule allows.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from rich.table import Table  # noqa: E402
 from torch import nn  # noqa: E402
 
 import fastvit  # noqa: E402
-from benchmarks.lived_in import lived_in  # noqa: E402
 from benchmarks.photos import bundled_photographs, open_photograph, photo_batch  # noqa: E402
-from benchmarks.timing import interleaved  # noqa: E402
+from benchmarks.randomize import randomize_like_trained  # noqa: E402
+from benchmarks.timing import on_inputs  # noqa: E402
 from fastvit.accuracy import deviation  # noqa: E402
 
 MODELS = (
@@ -75,11 +75,11 @@ def replaced_blocks(model: nn.Module) -> dict[str, int]:
 def measure(
     name: str, photos: Sequence[Path], *, batch: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> Outcome:
-    """Build one model twice (plain and patched), hold both against float64, and time them in turn."""
+    """Build one model twice (plain and patched), compare both with float64, and time them in turn."""
     torch.manual_seed(0)
     plain = fastvit.create_model(name, fused=False)
     images = photo_batch(photos, batch, plain.default_cfg)
-    lived_in(plain, images)
+    randomize_like_trained(plain, images)
     plain = plain.eval().to(device)
     few = images[:ORACLE_BATCH].to(device)
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def measure(
         patched = fastvit.patch(copy.deepcopy(plain))
         found = deviation(patched(few.to(dtype)), plain(few.to(dtype)), oracle)
         batches = [images.roll(i, 0).to(device, dtype) for i in range(min(rounds, batch))]
-        before, after = interleaved([plain, patched], batches, rounds=rounds, device=device)
+        before, after = on_inputs([plain, patched], batches, rounds=rounds, device=device)
     ratios = [b / a for b, a in zip(before, after, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Outcome(
@@ -106,7 +106,7 @@ def measure(
 
 
 def result_table(outcomes: Sequence[Outcome], title: str) -> Table:
-    """The table a reader of the terminal sees."""
+    """The table for the terminal."""
     caption = "speed-up: median of the paired rounds (quartiles); error: largest deviation of the logits from float64"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     for heading, justify in (
@@ -159,7 +159,7 @@ def bar_chart(outcomes: Sequence[Outcome], title: str, path: Path) -> Path:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line to checked settings; argparse prints the message and exits with 2 on a bad one."""
+    """Parse and check the command line; argparse reports an error and exits with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), metavar="NAME", help="names of fastvit.list_models()"
@@ -169,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; a GPU by default where there is one")
     parser.add_argument("--image", nargs="+", type=Path, metavar="PATH", help="your own pictures instead")
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each model (default 11)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out", help="where chart and JSON go")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out", help="folder of chart and JSON")
     settings = parser.parse_args(arguments)
     try:
         settings.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -182,7 +182,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--models: unknown model {name!r}; python -m fastvit list names all {len(known)}")
     for option in ("batch", "rounds"):
         if getattr(settings, option) < 1:
-            parser.error(f"--{option}: got {getattr(settings, option)}, accepted is a positive number")
+            parser.error(f"--{option}: expected a positive number, got {getattr(settings, option)}")
     if settings.device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: {settings.device} was asked for, but torch sees no GPU")
     for path in settings.image or ():
@@ -196,7 +196,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 when every patched model is accurate, 1 otherwise."""
+    """Run the demo; the exit status is 0 if every patched model is accurate, else 1."""
     settings = parse_arguments(arguments)
     console = Console()
     if not console.is_terminal:

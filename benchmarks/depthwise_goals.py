@@ -1,15 +1,15 @@
-"""The depthwise family on the CPU and its goals in one command: ``python -m benchmarks.depthwise_goals``.
+"""The depthwise family on the CPU and its goals: ``python -m benchmarks.depthwise_goals``.
 
     python -m benchmarks.depthwise_goals [--isa avx2] [--threads 2] [--batch 1 8] [--dtype float32] [--only ceit]
                                          [--rounds N] [--json FILE]
 
-1. ``token_depthwise_conv`` at inference beside eager, the library's convolutions and a copy of its bytes.
-2. ``conv_projection`` at inference beside eager and the library's convolutions.
-3. A training step of ``token_depthwise_conv`` and its backward pass alone, beside eager's.
-4. Which of the goals were reached, each in every row that it is about.
+1. ``token_depthwise_conv`` at inference, compared with eager, the library's convolutions and a copy of its bytes.
+2. ``conv_projection`` at inference, compared with eager and the library's convolutions.
+3. A training step of ``token_depthwise_conv`` and its backward pass alone, compared with eager.
+4. The goals, each of which is met if all of its rows meet it.
 
-What the columns are is said in ``benchmarks/ops/token_depthwise_conv.py`` and ``benchmarks/ops/conv_projection.py``.
-Ends with 0 whatever is reached: timings are no gate.
+``benchmarks/ops/token_depthwise_conv.py`` and ``benchmarks/ops/conv_projection.py`` describe the columns. The exit
+status is 0 whether or not a goal is met.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ TABLES = {
     ("conv_projection", "inference"): conv_projection.TABLE,
     ("token_depthwise_conv", "training"): token_depthwise_conv.TRAINING,
 }
-"""By operator and mode: what is measured, in this order."""
+"""What is measured, by operator and mode."""
 
 
 class Rows(NamedTuple):
-    """What a goal is about: the rows of a table whose names start with one of ``names``, and which of their times."""
+    """The rows of a goal: those of a table whose names start with one of ``names``; and which of their times count."""
 
     what: str
     op: str
@@ -41,9 +41,9 @@ class Rows(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """In every row fastvit is to be at least ``wanted`` times as fast as the fastest of ``over``.
+    """In every row fastvit must be at least ``wanted`` times as fast as the fastest of ``over``.
 
-    Of a floor: to take at most ``wanted`` times its time.
+    If that is a ``floor``, fastvit must take at most ``wanted`` times as long.
     """
 
     rows: Rows
@@ -54,7 +54,7 @@ class Goal(NamedTuple):
     floor: bool = False
 
     def reached(self, row: Row) -> float | None:
-        """What one row reached; None where its result is inaccurate."""
+        """What one row reached; None if its result is inaccurate."""
         times = {name: measured["median"] for name, measured in row[self.rows.times].items()}
         peer, ours = min(times[name] for name in self.over), times["fastvit"]
         if not row["accurate"]:
@@ -85,7 +85,7 @@ GOALS = (
 
 
 def _rows_of(goal: Goal, rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """What each of a goal's rows reached."""
+    """What the rows of a goal reached."""
     found = []
     for row in rows:
         wanted = (goal.rows.op, goal.rows.mode, goal.dtype, goal.batch)
@@ -97,7 +97,7 @@ def _rows_of(goal: Goal, rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every goal with what its rows reached (none where it was not measured) and whether that is enough."""
+    """Every goal, what its rows reached (no rows if it was not measured), and whether it is met."""
     judged = []
     for goal in GOALS:
         found = _rows_of(goal, rows)
@@ -107,7 +107,7 @@ def judge(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def describe_goal(goal: Mapping[str, Any]) -> str:
-    """A line of the report: the lowest and the highest of the rows, and the names of those that are not enough."""
+    """A line of the report: the range of the rows, and the names of those that miss the goal."""
     peers = f"the fastest of {', '.join(goal['over'])}" if len(goal["over"]) > 1 else goal["over"][0]
     wanted = f"{'at most' if goal['floor'] else 'at least'} {goal['wanted']:.2f}"
     name = f"{goal['what']} over {peers}, batch {goal['batch']}, {goal['dtype']}"
@@ -122,7 +122,7 @@ def _spread(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _count(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are enough, and which are not."""
+    """How many rows meet the goal, and which do not."""
     if not rows:
         return ""
     missed = [

@@ -1,17 +1,17 @@
-"""Proof on a GPU in one command: ``python -m benchmarks.gpu``.
+"""All tests and measurements on a GPU in one command: ``python -m benchmarks.gpu``.
 
 1. The parity suite, every test marked ``gpu``: each Triton and CUDA operator, forward and backward, against float64.
 2. compute-sanitizer, memcheck and racecheck, over the small cases of the CUDA extension, forward and backward, and
-   memcheck over the small forward cases of the Triton kernels, where it is found.
-3. Every operator at the sizes of ``benchmarks/jobs.py``, inference and training step, beside its peers: the plain code,
-   the plain code under torch.compile (default and max-autotune), each backend of SDPA, cuDNN's convolution with its
-   transposes; and beside floors: a copy of the same bytes, attention without mixing. No time of ours is given for a
-   result that is less accurate than the rule allows. With each row its peak memory, the bytes and floating-point
-   operations the job needs, and the device's kernels by time: how far from the roofline it is, and where.
-4. Whole training steps, ``benchmarks/gpu_models.py``: peak memory and time, fused beside plain.
-5. ``benchmarks/gpu_goals.py``: which of the goals were reached.
+   memcheck over the small forward cases of the Triton kernels, if it is installed.
+3. Every operator at the sizes of ``benchmarks/jobs.py``, inference and training step, compared with its peers: the
+   plain code, the plain code under torch.compile (default and max-autotune), each backend of SDPA, cuDNN's convolution
+   with its transposes; and with floors: a copy of the same bytes, attention without mixing. A fused result that is less
+   accurate than the rule allows has no time. A row also has the peak memory, the bytes and floating-point operations
+   that the job needs, and its slowest kernels: how far it is from the roofline, and where.
+4. Whole training steps, ``benchmarks/gpu_models.py``: peak memory and time of the fused and the plain model.
+5. The goals, ``benchmarks/gpu_goals.py``.
 
-Writes a dated JSON into ``benchmarks/results/``; ends with 1 if a test failed or a fused result was inaccurate.
+Writes a dated JSON into ``benchmarks/results/``; exits with 1 if a test failed or a fused result was inaccurate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_goals import describe_goal, judge
 from benchmarks.gpu_models import MODELS, describe_steps, measure_steps, peak_mebibytes
-from benchmarks.gpu_peers import Call, floors, library_ways, traffic
+from benchmarks.gpu_peers import Call, floors, library_peers, traffic
 from benchmarks.jobs import JOBS, Job, Result, Tensors, images, parts, widened
 from benchmarks.ops._timing import compare
 from fastvit import backends, ops
@@ -53,41 +53,43 @@ SANITIZED = {
     "racecheck of the extension": ("racecheck", "small and cuda and (test_forward or test_gradients)"),
     "memcheck of Triton": ("memcheck", "small and triton and test_forward and float16"),
 }
-"""By name: compute-sanitizer's tool, and which tests it watches."""
+"""By name: compute-sanitizer's tool, and the tests it runs, as for ``pytest -k``."""
 
 COMPILED = {"compile": {}, "compile_max_autotune": {"mode": "max-autotune"}}
 KERNELS = ("triton", "cuda")
 TAIL = 60
-"""So many lines of what a step said are kept."""
+"""Lines of a command's output that are kept."""
 
 PROFILED = 8
-"""So many kernels of a row are named."""
+"""Kernels listed in a row."""
 
 
 def run_suite(command: Sequence[str], timeout: float, only: str = "") -> dict[str, Any]:
-    """The outcome of one command over the suite: its exit status and the end of what it said.
+    """Run the suite; its exit status and the end of its output.
 
     Args:
-        command: in front of pytest's. only: the tests, as for ``pytest -k``.
+        command: prefix of pytest's command line.
+        timeout: in seconds.
+        only: the tests, as for ``pytest -k``.
     """
     files = SUITE[:1] if only else SUITE
     arguments = [*command, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
     arguments += ["-k", only] if only else []
-    # So that every tensor is an allocation of its own, whose bounds the sanitizer sees.
+    # Every tensor is then an allocation of its own, whose bounds the sanitizer knows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if command else None
     try:
         done = subprocess.run(
             arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired as stopped:
-        said = (stopped.stdout or b"").decode(errors="replace").strip().splitlines()
-        return {"status": None, "summary": f"stopped after {timeout:.0f} s", "tail": said[-TAIL:]}
+        lines = (stopped.stdout or b"").decode(errors="replace").strip().splitlines()
+        return {"status": None, "summary": f"stopped after {timeout:.0f} s", "tail": lines[-TAIL:]}
     lines = (done.stdout + done.stderr).strip().splitlines()
     return {"status": done.returncode, "summary": lines[-1] if lines else "", "tail": lines[-TAIL:]}
 
 
 def sanitize(timeout: float) -> dict[str, Any]:
-    """compute-sanitizer's verdicts, by what was watched, or why there is none."""
+    """The outcome of every run under compute-sanitizer, or why there is none."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return {"status": None, "summary": "compute-sanitizer was not found"}
@@ -101,7 +103,7 @@ def sanitize(timeout: float) -> dict[str, Any]:
 
 
 def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
-    """Who computes the job, by name: "fused" is the automatic choice."""
+    """The implementations of a job by name; "fused" is the automatic choice."""
 
     def fused(backend: str) -> Call:
         return lambda t: job.call(ops, t, backend=backend)
@@ -110,11 +112,11 @@ def candidates(job: Job, compiled: Sequence[str]) -> dict[str, Call]:
         return job.call(functional, t)
 
     found = {"fused": fused("auto"), "plain": plain}
-    found |= {entry.name: fused(entry.name) for entry in ops.IMPLEMENTATIONS[job.op] if entry.name in KERNELS}
+    found |= {entry.name: fused(entry.name) for entry in ops.OPERATORS[job.op].implementations if entry.name in KERNELS}
     for name in compiled:
         torch.compiler.reset()
         found[name] = torch.compile(plain, dynamic=False, **COMPILED[name])
-    return found | library_ways(job)
+    return found | library_peers(job)
 
 
 def _step(job: Job, tensors: Tensors, call: Call, grads: Sequence[Tensor]) -> Callable[[], None]:
@@ -137,7 +139,7 @@ def _inference(tensors: Tensors, call: Call) -> Callable[[], None]:
 
 
 def device_kernels(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Microseconds of one call by kernel of the device (by operator on a CPU), the longest few."""
+    """Microseconds of one call by kernel of the device (on a CPU, by operator); the slowest few."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -152,7 +154,7 @@ def device_kernels(run: Callable[[], object], device: torch.device) -> dict[str,
 
 
 def _operations(run: Callable[[], object]) -> int:
-    """The floating-point operations of the products and convolutions in a call of the plain code."""
+    """Floating-point operations of the products and convolutions in a call of the plain code."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -161,7 +163,7 @@ def _operations(run: Callable[[], object]) -> int:
 def measure(
     job: Job, batch: int, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, training: bool
 ) -> dict[str, Any]:
-    """One row: milliseconds and peak memory of every candidate that takes the call, and why the others do not."""
+    """One row: milliseconds and peak memory of every candidate that can run the job, and why the others cannot."""
     tensors = job.tensors(batch, dtype, device, small=options.small)
     few = images(tensors, 2)
     with torch.no_grad():
@@ -181,7 +183,7 @@ def measure(
                 accurate = name.startswith("compile") or all(map(is_accurate, parts(call(few)), plain, exact))
             run()
             found = peak_mebibytes(run, device)
-        except (RuntimeError, ValueError) as error:  # it does not take the call, or not this much memory
+        except (RuntimeError, ValueError) as error:  # unsupported, or out of memory
             refused[name] = str(error).splitlines()[0][:300]
             continue
         peak[name] = None if found is None else found["peak"] - found["held"]
@@ -191,7 +193,7 @@ def measure(
             calls[name] = run
     kernels = device_kernels(calls["fused"], device) if "fused" in calls else {}
     calls |= floors(job, tensors, out, training)
-    on_these = {name: lambda _, run=run: run() for name, run in calls.items()}  # larger than a GPU's cache as they are
+    on_these = {name: lambda _, run=run: run() for name, run in calls.items()}  # the inputs exceed a GPU's cache
     times = compare(on_these, [None], rounds=options.rounds, device=device)
     return {
         "job": job.name,
@@ -210,7 +212,7 @@ def measure(
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A line of the report: the fused time, and how many times it each other one takes."""
+    """A line of the report: the fused time, and the others as multiples of it."""
     start = f"{row['job']:<20} {row['batch']:>3} {row['dtype']:<8} {row['mode']:<9}"
     times = {name: measured["median"] for name, measured in row["milliseconds"].items()}
     if "fused" not in times:
@@ -223,7 +225,7 @@ def describe_row(row: dict[str, Any]) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cpu tries the command itself out")
+    parser.add_argument("--device", default="cuda", help="cpu tests the command itself")
     parser.add_argument("--jobs", nargs="+", choices=[job.name for job in JOBS], default=[job.name for job in JOBS])
     parser.add_argument("--batch", nargs="+", type=int, default=[64, 1])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "float16", "bfloat16"), default=["bfloat16"])
@@ -236,7 +238,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device (--device cpu tries the command itself out)")
+        parser.error("torch sees no CUDA device (--device cpu tests the command itself)")
     return options
 
 
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.out / f"{result['date']}-gpu-{slug}.json"
 
-    def save() -> None:  # after every step, so that a run that is cut off leaves what it found
+    def save() -> None:  # after every step, so that an interrupted run keeps its results
         path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
 
     if "suite" not in options.skip:

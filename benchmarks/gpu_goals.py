@@ -1,4 +1,4 @@
-"""The goals on a GPU, in bfloat16 at batch 64, and whether a run of ``benchmarks.gpu`` reached them."""
+"""The goals on a GPU, in bfloat16 at batch 64, and whether a run of ``benchmarks.gpu`` met them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ BATCH, DTYPE = 64, "bfloat16"
 
 
 class Goal(NamedTuple):
-    """The fused form is to be at least so many times as fast as the fastest candidate whose name starts with ``over``.
+    """The fused form must be ``at_least`` times as fast as the fastest candidate whose name starts with ``over``.
 
-    Below 1 for a floor: ``at_least=1 / 1.3`` is at most 1.3 times its time.
+    For a floor that is less than 1: ``at_least=1 / 1.3`` allows 1.3 times its time.
     """
 
     job: str
@@ -21,7 +21,7 @@ class Goal(NamedTuple):
 
 
 class MemoryGoal(NamedTuple):
-    """The peak memory of a fused model's training step is to be at most this share of the plain one's."""
+    """The peak memory of a fused model's training step must be at most this fraction of the plain model's."""
 
     model: str
     at_most: float
@@ -49,7 +49,7 @@ MEMORY_GOALS = (MemoryGoal("deepvit_s", 1 / 3),)
 
 
 def _speed(goal: Goal, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """How many times as fast as its peer; None where that was not measured."""
+    """How many times as fast as its peer; None if that was not measured."""
     for row in rows:
         if (row["job"], row["mode"], row["batch"], row["dtype"]) == (goal.job, goal.mode, BATCH, DTYPE):
             times = {name: measured["median"] for name, measured in row["milliseconds"].items()}
@@ -58,7 +58,7 @@ def _speed(goal: Goal, rows: Sequence[Mapping[str, Any]]) -> float | None:
     return None
 
 
-def _share(goal: MemoryGoal, steps: Sequence[Mapping[str, Any]]) -> float | None:
+def _fraction(goal: MemoryGoal, steps: Sequence[Mapping[str, Any]]) -> float | None:
     for step in steps:
         peaks = step["peak_mebibytes"]
         if (step["model"], step["batch"]) == (goal.model, BATCH) and peaks["fused"] is not None:
@@ -67,13 +67,13 @@ def _share(goal: MemoryGoal, steps: Sequence[Mapping[str, Any]]) -> float | None
 
 
 def judge(rows: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every goal with what was reached (None where it was not measured) and whether that is enough."""
+    """Every goal, what was reached (None if it was not measured), and whether it is met."""
     found = []
     for goal in GOALS:
         reached = _speed(goal, rows)
         found.append({**goal._asdict(), "reached": reached, "met": reached is not None and reached >= goal.at_least})
     for memory in MEMORY_GOALS:
-        reached = _share(memory, steps)
+        reached = _fraction(memory, steps)
         found.append({**memory._asdict(), "reached": reached, "met": reached is not None and reached <= memory.at_most})
     return found
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of a whole training step on a GPU: the fused model beside the plain one."""
+"""Peak memory and time of a whole training step on a GPU, of the fused and of the plain model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastvit
-from benchmarks.timing import interleaved
+from fastvit.patching.timing import interleaved
 
 MODELS: dict[str, dict[str, Any]] = {
     "deepvit_s": {"img_size": 32, "depth": 2, "transformed_blocks": 1},
@@ -18,13 +18,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "ceit_small": {"img_size": 64, "depth": 1},
     "cvt_13": {"img_size": 48, "depth": (1, 1, 1)},
 }
-"""By model, what makes a small one of it."""
+"""By model, the options of a small version."""
 
 CLASSES = 1000
 
 
 def peak_mebibytes(call: Callable[[], object], device: torch.device) -> dict[str, float] | None:
-    """What is held before a call, and the height its allocations reach with that; None off the GPU."""
+    """Memory that is allocated before a call, and its peak during the call; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -60,20 +60,19 @@ def _step(name: str, fused: bool, batch: int, device: torch.device, options: dic
 
 
 def measure_steps(name: str, batch: int, device: torch.device, *, rounds: int, small: bool) -> dict[str, Any]:
-    """The row of a model: peak memory, milliseconds, and the loss before the first step, which is to be the same.
+    """The row of a model: peak memory, milliseconds, and the loss of the first step, which must be the same for both.
 
-    One model is on the device while its memory is measured; both are while the two take turns for the time.
+    Memory is measured with one model on the device; time with both, which take turns.
     """
     options = MODELS[name] if small else {}
     peaks, losses = {}, {}
     for which, fused in (("plain", False), ("fused", True)):
         step = _step(name, fused, batch, device, options)
-        losses[which] = float(step())  # also makes the optimizer's state
+        losses[which] = float(step())  # also allocates the optimizer's state
         peaks[which] = peak_mebibytes(step, device)
         del step
     steps = [_step(name, fused, batch, device, options) for fused in (False, True)]
-    calls = [lambda _, step=step: step() for step in steps]
-    seconds = interleaved(calls, [None], rounds=rounds, device=device)
+    seconds = interleaved(steps, device, rounds=rounds)
     return {
         "model": name,
         "batch": batch,

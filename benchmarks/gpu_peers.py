@@ -1,6 +1,7 @@
-"""What the operators are held against on a GPU: the library's own ways, and floors that no implementation goes below.
+"""What the operators are compared with on a GPU: the library's implementations, and floors.
 
-A floor's result is not the operator's: its name starts with ``floor``, and it is not checked.
+A floor is less work than any implementation of the operator has to do. Its name starts with ``floor``, and its result,
+which is not the operator's, is not checked.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class _LibraryConvolutions:
         return out.flatten(2).transpose(1, 2).contiguous()
 
 
-def library_ways(job: Job) -> dict[str, Call]:
-    """The library's ways to compute what the job does, beside the plain code, by name."""
+def library_peers(job: Job) -> dict[str, Call]:
+    """The library's implementations of a job by name, other than the plain code."""
     if job.op in ("masked_attention", "class_attention"):
         return {"sdpa": _sdpa} | {f"sdpa_{name}": _sdpa_by(backend) for name, backend in SDPA_BACKENDS.items()}
     if job.op == "token_depthwise_conv":
@@ -77,9 +78,9 @@ def library_ways(job: Job) -> dict[str, Call]:
 
 
 def traffic(tensors: Tensors, out: Result, training: bool) -> int:
-    """The bytes that must pass through memory: what is read and written once, in training by both passes.
+    """The least number of bytes read and written, in training by both passes.
 
-    The backward pass reads the gradient of the output and every input again, and writes a gradient of each.
+    The backward pass reads the gradient of the output and every input again, and writes the gradient of each input.
     """
     read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     written = sum(tensor.numel() * tensor.element_size() for tensor in parts(out))
@@ -87,9 +88,9 @@ def traffic(tensors: Tensors, out: Result, training: bool) -> int:
 
 
 def floors(job: Job, tensors: Tensors, out: Result, training: bool) -> dict[str, Callable[[], Tensor]]:
-    """By name: a copy of as many bytes as a convolution moves, or for mixing heads attention without any mixing."""
+    """By name: for a convolution a copy of the bytes it moves, for head mixing attention without the mixing."""
     if job.op == "token_depthwise_conv":
-        # A copy reads and writes each byte.
+        # A copy moves each byte twice.
         source = torch.empty(traffic(tensors, out, training) // 2, dtype=torch.uint8, device=tensors["x"].device)
         target = torch.empty_like(source)
         return {f"{FLOOR}_copy": lambda: target.copy_(source)}

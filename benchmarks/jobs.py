@@ -1,4 +1,4 @@
-"""The operators at the sizes of published models: what the tests and benchmarks on a GPU run."""
+"""The operators at the sizes of published models, for the tests and benchmarks on a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Job:
 
     ``make(batch, small)`` gives its tensors in float32 on the CPU, of the published size or a small one of the same
     kind; ``call(namespace, tensors, **backend)`` runs it from ``fastvit.ops`` or from ``fastvit.reference.functional``.
-    Floating tensors get a gradient, but for running statistics.
+    Every floating tensor gets a gradient, except running statistics.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Job:
     call: Callable[..., Result]
 
     def tensors(self, batch: int, dtype: torch.dtype, device: torch.device | str, *, small: bool = False) -> Tensors:
-        """What it takes, in this dtype on this device, as a model in that dtype has it."""
+        """Its tensors on a device; the floating ones, norms' included, in this dtype."""
         return {
             name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
             for name, tensor in self.make(batch, small).items()
         }
 
     def leaves(self, tensors: Tensors) -> Tensors:
-        """The tensors that get a gradient, as leaves of their own."""
+        """The tensors that get a gradient, as new leaves."""
         return {
             name: tensor.detach().requires_grad_()
             for name, tensor in tensors.items()
@@ -55,12 +55,12 @@ def is_statistic(name: str) -> bool:
 
 
 def parts(result: Result) -> list[Tensor]:
-    """The tensors that a call gave."""
+    """The tensors of a result."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def images(tensors: Mapping[str, Tensor], number: int) -> Tensors:
-    """The same call on the first images alone."""
+    """The same call on the first ``number`` images."""
     return {name: tensor[:number] if name in BATCHED else tensor for name, tensor in tensors.items()}
 
 
@@ -70,7 +70,7 @@ def widened(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _attention(heads: int, queries: int, keys: int, dim: int, **others: Callable[[int, int, int], Tensor]) -> Any:
-    """q, k, v as views of packed projections, and what else there is, by (batch, queries, keys)."""
+    """q, k and v as views of packed projections; ``others`` make further tensors from (batch, queries, keys)."""
 
     def make(batch: int, small: bool) -> Tensors:
         n, m = (min(queries, 37), min(keys, 45)) if small else (queries, keys)
@@ -82,7 +82,7 @@ def _attention(heads: int, queries: int, keys: int, dim: int, **others: Callable
 
 
 def _padding(batch: int, queries: int, keys: int) -> Tensor:
-    """Images of different sizes: from half of the keys to all of them; none for the last of several images."""
+    """A mask for images of different sizes, from half of the keys to all; the last of several images has none."""
     lengths = torch.linspace(1.0, 0.5, batch).mul(keys).long()
     if batch > 1:
         lengths[-1] = 0
@@ -122,7 +122,7 @@ def _talking_heads(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
 
 def _re_attention(training: bool) -> Callable[..., Tensor]:
     def call(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
-        # A copy of the running statistics: the caller's are to be the same for every candidate.
+        # Copies, so that every candidate starts from the same running statistics.
         statistics = (t["running_mean"].clone(), t["running_var"].clone())
         norm = BatchNorm(*statistics, t["norm_weight"], t["norm_bias"], use_batch_stats=training)
         return namespace.re_attention(t["q"], t["k"], t["v"], t["weight"], t["bias"], norm, **backend)
@@ -144,7 +144,7 @@ def _norm(name: str, channels: int) -> Tensors:
 
 
 def _norm_of(t: Tensors, name: str, training: bool = False) -> BatchNorm:
-    """That BatchNorm; in training it moves copies of its running statistics."""
+    """That BatchNorm; in training it updates copies of the running statistics."""
     statistics = [t[f"{name}_{which}"] for which in ("running_mean", "running_var")]
     if training:
         statistics = [tensor.clone() for tensor in statistics]

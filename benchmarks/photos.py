@@ -12,13 +12,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
-"""Photographs that travel inside the scikit-image package."""
+"""Photographs that the scikit-image package contains."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def bundled_photographs() -> list[Path]:
-    """Paths of the photographs scikit-image ships; RuntimeError says how to get them."""
+    """Paths of the photographs in scikit-image; RuntimeError if it is not installed."""
     try:
         import skimage.data
     except ImportError as error:
@@ -27,7 +27,7 @@ def bundled_photographs() -> list[Path]:
 
 
 def open_photograph(path: Path) -> Image.Image:
-    """An RGB image, turned upright as its EXIF data says; ValueError names a file that is no image."""
+    """An RGB image in the orientation of its EXIF data; ValueError if the file is not an image."""
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def prepare(image: Image.Image, cfg: dict[str, Any]) -> Tensor:
 
 
 def photo_batch(paths: Sequence[Path], batch: int, cfg: dict[str, Any]) -> Tensor:
-    """A batch (batch, 3, h, w) of the photographs; where there are too few, mirrored and zoomed views follow."""
+    """A batch (batch, 3, h, w) of the photographs; if there are too few, mirrored and zoomed views follow."""
     images = [open_photograph(path) for path in paths]
     views = []
     for i in range(batch):

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "torch_abi.h"
+#include "common/isa.h"
+#include "common/torch_abi.h"
 
 namespace py = pybind11;
 

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operator. Installed as ``fastvit.kernels``."""
+"""Triton kernels; every file name starts with its operator's. Installed as ``fastvit.kernels``."""

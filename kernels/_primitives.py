@@ -1,7 +1,7 @@
-"""Pieces that more than one kernel is made of.
+"""What kernels of several operators share.
 
-Offsets inside a tile are 32-bit, the place of the tile is 64-bit: no tensor is too large, and addresses stay cheap.
-:func:`with_small_strides` sees to it that a tile's offsets fit.
+Offsets within a tile are 32-bit, the offset of the tile is 64-bit: tensors may be of any size, and address arithmetic
+stays cheap. :func:`with_small_strides` makes sure that the offsets within a tile fit.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-"""exp(x) = exp2(x * LOG2_E), and GPUs have an instruction for exp2 only."""
+NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
+"""How an attention mask is read: not at all, one row for all queries, or a tile of (queries, keys)."""
 
-LARGEST_TILE = 256
+MAX_TILE_SIDE = 256
 """No tile of any kernel has a longer side."""
 
 
@@ -31,9 +31,9 @@ def load_tile(
     COLUMNS: tl.constexpr,
     WHOLE_ROWS: tl.constexpr = False,
 ):
-    """The tile [ROWS, COLUMNS] at (first_row, first_column) of a (num_rows, num_columns) matrix, zeros outside.
+    """The tile [ROWS, COLUMNS] at (first_row, first_column) of a (num_rows, num_columns) matrix, zeros out of bounds.
 
-    WHOLE_ROWS: the tile is known to be as wide as the matrix.
+    WHOLE_ROWS: the tile is exactly as wide as the matrix.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -60,7 +60,7 @@ def store_rows(
 
 @triton.jit
 def load_key_mask(key_mask, first_key, num_keys, stride, KEYS: tl.constexpr):
-    """Which of KEYS keys from first_key on are visible, [KEYS]; those behind the last one are not."""
+    """Whether each of the KEYS keys from first_key on is visible, [KEYS]; False out of bounds."""
     keys = tl.arange(0, KEYS)
     place = key_mask + tl.cast(first_key, tl.int64) * stride
     return tl.load(place + keys * stride, mask=first_key + keys < num_keys, other=0) != 0
@@ -68,7 +68,7 @@ def load_key_mask(key_mask, first_key, num_keys, stride, KEYS: tl.constexpr):
 
 @triton.jit
 def visible_range(key_mask, num_keys, stride, BLOCK: tl.constexpr):
-    """First visible key and one past the last of a key padding mask; an empty range where every key is masked."""
+    """(first visible key, last visible key + 1) of a key padding mask; an empty range where every key is masked."""
     first = num_keys
     end = 0
     for start in range(0, num_keys, BLOCK):
@@ -79,24 +79,59 @@ def visible_range(key_mask, num_keys, stride, BLOCK: tl.constexpr):
     return first, end
 
 
-def with_small_strides(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where an offset inside one tile would pass 2^31 (a view of millions of columns).
+@triton.jit
+def finite_maximum(row_max):
+    """The row maximum, or 0 for a row without visible keys: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
-    ValueError where the copy would as well.
+
+@triton.jit
+def inverse_of_sum(row_sum):
+    """1 / row_sum, or 0 for a row without visible keys."""
+    return tl.where(row_sum == 0.0, 0.0, 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))
+
+
+def with_small_strides(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where offsets within a tile would exceed 2^31 (a view of millions of columns).
+
+    ValueError where those of the copy would, too.
     """
-    if LARGEST_TILE * sum(tensor.stride()[-2:]) < 2**31:
+    if MAX_TILE_SIDE * sum(tensor.stride()[-2:]) < 2**31:
         return tensor
     copy = tensor.contiguous()
-    if LARGEST_TILE * sum(copy.stride()[-2:]) >= 2**31:
-        raise ValueError(f"tensor: got shape {tuple(tensor.shape)}, accepted are last axes under 8 million elements")
+    if MAX_TILE_SIDE * sum(copy.stride()[-2:]) >= 2**31:
+        raise ValueError(f"tensor: expected a last axis under 8 million elements, got shape {tuple(tensor.shape)}")
     return copy
 
 
-def product_kind(dtype: torch.dtype) -> str:
-    """Which product a dtype takes: "half", or for float32 "tf32" where PyTorch's CUDA setting allows it, else "ieee".
+def has_aligned_rows(*tensors: Tensor) -> bool:
+    """Whether Triton can prove that all rows are whole, aligned 16-byte vectors, and so loads them as such."""
+    return all(
+        tensor.stride(-1) == 1
+        and tensor.shape[-1] % 16 == 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
 
-    ``fp32_precision`` can be read whichever of its ways PyTorch was told by; ``allow_tf32`` raises after the new one.
+
+def empty_heads_last(like: Tensor, num_tokens: int) -> Tensor:
+    """An uninitialised (B, H, num_tokens, D) with the strides of a contiguous (B, num_tokens, H, D)."""
+    batch, heads, _, head_dim = like.shape
+    return torch.empty((batch, num_tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """How matrix products of a dtype are computed, which the tables of configurations are keyed by.
+
+    "half": float16 or bfloat16 on tensor cores; "tf32": float32 on tensor cores, where PyTorch's setting allows it;
+    "ieee": true float32. The setting is read as ``fp32_precision``: ``allow_tf32`` raises once the other was assigned.
     """
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def input_precision(product: str) -> str:
+    """``input_precision`` of ``tl.dot`` for a kind of product; it affects float32 operands only."""
+    return "tf32" if product == "tf32" else "ieee"

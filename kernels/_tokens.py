@@ -1,7 +1,7 @@
-"""What the kernels on tokens as they lie share: where rows are, activations, norms.
+"""What the kernels on tokens (B, N, C) share: row offsets, activations, norms.
 
-A tensor is (B, N, C) with adjacent channels; its B * N tokens are the rows that programs divide among themselves.
-Offsets inside a tile are 32-bit, the place of the tile's first image is 64-bit: :func:`with_near_rows` sees to it.
+Channels have stride 1. The B * N tokens are the rows that programs divide among themselves. Offsets within a tile are
+32-bit, the offset of its first image is 64-bit; :func:`with_small_row_strides` makes sure that this is enough.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from torch import Tensor
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 NORMAL = tl.constexpr(0.3989422804014327)
-"""The normal distribution's density at 0."""
+"""The standard normal density at 0."""
 
-MOST_ROWS = 128
-"""No tile of any kernel here has more."""
+MAX_TILE_ROWS = 128
+"""No tile of tokens has more rows."""
 
 
-def with_near_rows(tensor: Tensor) -> Tensor:
-    """The tensor (B, N, C), copied where its channels are not adjacent, or where offsets in a tile would pass 2^31.
+def with_small_row_strides(tensor: Tensor) -> Tensor:
+    """The tensor (B, N, C), copied where channels are not of stride 1 or offsets within a tile would exceed 2^31.
 
-    ValueError where those of the copy would as well.
+    ValueError where those of the copy would, too.
     """
 
-    def reaches(view: Tensor) -> bool:
+    def fits(view: Tensor) -> bool:
         tokens = max(view.shape[1], 1)
-        steps = (MOST_ROWS // tokens + 2) * view.stride(0) + tokens * view.stride(1)
+        steps = (MAX_TILE_ROWS // tokens + 2) * view.stride(0) + tokens * view.stride(1)
         return steps + view.shape[2] < 2**31
 
-    if tensor.stride(2) == 1 and reaches(tensor):
+    if tensor.stride(2) == 1 and fits(tensor):
         return tensor
     copy = tensor.contiguous()
-    if not reaches(copy):
-        raise ValueError(f"tensor: got shape {tuple(tensor.shape)}, accepted are up to 2^29 elements per image")
+    if not fits(copy):
+        raise ValueError(f"tensor: expected at most 2^29 elements per image, got shape {tuple(tensor.shape)}")
     return copy
 
 
 @triton.jit
-def place_rows(first_row, num_rows, tokens, BLOCK: tl.constexpr):
-    """Where the BLOCK rows from first_row on lie, of images of `tokens` rows each.
+def locate_rows(first_row, num_rows, tokens, BLOCK: tl.constexpr):
+    """The BLOCK rows from first_row on, of images of ``tokens`` rows each.
 
-    The first row's image; then per row its image, counted from there, its token, and whether it exists.
+    Returns the first row's image, and per row its image counted from there, its token, and whether it is in bounds.
     """
     rows = tl.arange(0, BLOCK)
     places = first_row % tokens + rows
@@ -51,8 +51,8 @@ def place_rows(first_row, num_rows, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_vector(vector, first, size, BLOCK: tl.constexpr, absent: tl.constexpr = 0.0):
-    """BLOCK elements from first on, in float32; zeros behind the last one, `absent` where there is no vector at all."""
-    # A return within the first branch would leave the compiler to look at what follows it.
+    """BLOCK elements from first on, in float32; zeros out of bounds, ``absent`` where the vector is None."""
+    # Not an early return: Triton would compile the code after it all the same.
     if vector is None:
         values = tl.full([BLOCK], absent, tl.float32)
     else:
@@ -63,13 +63,13 @@ def load_vector(vector, first, size, BLOCK: tl.constexpr, absent: tl.constexpr =
 
 @triton.jit
 def gelu(x):
-    """The erf form."""
+    """GELU, erf form."""
     return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """By code: none, gelu, quick_gelu, silu, relu."""
+    """The activation of a code: 0 none, 1 gelu, 2 quick_gelu, 3 silu, 4 relu."""
     if ACTIVATION == 1:
         return gelu(x)
     if ACTIVATION == 2:
@@ -89,10 +89,10 @@ def _swish_derivative(scaled):
 
 @triton.jit
 def derivative(x, ACTIVATION: tl.constexpr):
-    """Of the activation of that code, at x."""
+    """The derivative of :func:`activate` at x."""
     if ACTIVATION == 1:
-        near = tl.minimum(tl.maximum(x, -30.0), 30.0)  # x phi(x) has vanished long before x * x overflows
-        return 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + near * NORMAL * tl.exp(-0.5 * near * near)
+        clamped = tl.minimum(tl.maximum(x, -30.0), 30.0)  # x phi(x) underflows to 0 long before x * x overflows
+        return 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + clamped * NORMAL * tl.exp(-0.5 * clamped * clamped)
     if ACTIVATION == 2:
         return _swish_derivative(1.702 * x)
     if ACTIVATION == 3:
@@ -104,7 +104,7 @@ def derivative(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_norm(mean, var, weight, bias, eps, first, size, BLOCK: tl.constexpr):
-    """A BatchNorm of BLOCK channels as (mean, scale, bias): n = (v - mean) * scale + bias. No norm: var is None."""
+    """A BatchNorm of BLOCK channels as (mean, scale, bias): (v - mean) * scale + bias; no norm where var is None."""
     center = load_vector(mean, first, size, BLOCK)
     scale = load_vector(weight, first, size, BLOCK, 1.0)
     if var is not None:

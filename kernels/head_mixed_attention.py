@@ -1,16 +1,16 @@
-"""Head-mixed attention (talking heads, re-attention), forward; no map is written.
+"""Head-mixed attention (talking heads, re-attention), forward. No attention map reaches memory.
 
-    P as in :mod:`fastvit.kernels._head_maps`;  X_h = sum_g post_weight[h, g] P_g + post_bias[h]
+    P as in :mod:`fastvit.kernels.head_mixed_attention_maps`;  X_h = sum_g post_weight[h, g] P_g + post_bias[h]
     M_h = X_h, or LayerNorm over the heads of X, norm_weight[h] * (X_h - mean) / sqrt(var + eps) + norm_bias[h];
           zero at masked positions
     out_h = output_scale * M_h v_h
 
-Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), any strides as long as the last axis is adjacent. The result is
-(B, H, Nq, D) in the memory order of (B, Nq, H, D).
+Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), any strides with stride 1 in the last axis. The result is (B, H, Nq, D)
+with the strides of a contiguous (B, Nq, H, D).
 
-Tile plan: a pass for the statistics of the rows, then one program per block of queries (all heads of it) that loops
-over the keys: S, mix, P, mix, M V; four products a tile. Where the accumulator [SLOTS, BLOCK_M, D] of many or large
-heads does not fit the registers, BLOCK_OUT columns of it are made per program, each of which computes the maps anew.
+Tiling: a pass for the row statistics, then one program per block of queries, with all heads, which loops over the keys:
+S, mix, P, mix, M V; four products per tile. Where the accumulator [SLOTS, BLOCK_M, D] does not fit the registers, a
+program computes BLOCK_OUT columns of it, and each of these programs recomputes the maps.
 
 Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shazeer et al. 2020 (talking heads).
 """
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
-from fastvit.kernels._head_maps import (
+from fastvit.kernels._primitives import empty_heads_last
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_launch import Problem, as_heads, as_operand, column_blocks, options, programs
+from fastvit.kernels.head_mixed_attention_maps import (
     attention_tile,
     batch_entry,
     batch_entry_of_mask,
@@ -30,16 +31,16 @@ from fastvit.kernels._head_maps import (
     load_mix,
     load_per_head,
     mix,
+    opaque_zero,
     store_heads,
     this_block,
-    zero_of,
 )
 from torch import Tensor
 
 
 @triton.jit
 def mean_over_heads(maps, PLAN: tl.constexpr):
-    """The mean over the heads of a group, at every slot of it. Padded heads must be zero."""
+    """The mean over the heads of a group, broadcast to its slots. Padded heads must be zero."""
     GROUPS: tl.constexpr = PLAN.slots // PLAN.padded_heads
     HEADS: tl.constexpr = PLAN.padded_heads
     POSITIONS: tl.constexpr = maps.shape[1] * maps.shape[2]
@@ -50,7 +51,7 @@ def mean_over_heads(maps, PLAN: tl.constexpr):
 
 @triton.jit
 def normalised_over_heads(maps, eps, PLAN: tl.constexpr):
-    """LayerNorm over heads before its affine part, and the reciprocal standard deviation."""
+    """LayerNorm over heads without its affine part, and the reciprocal standard deviation."""
     real = (heads_of(PLAN) < PLAN.heads)[:, None, None]
     centred = tl.where(real, maps - mean_over_heads(maps, PLAN), 0.0)
     inverse = 1.0 / tl.sqrt(mean_over_heads(centred * centred, PLAN) + tl.cast(eps, tl.float32))
@@ -69,7 +70,7 @@ def post_mixed(p, mixes, zero, PLAN: tl.constexpr):
 
 @triton.jit
 def finished_maps(p, visible, mixes, zero, PLAN: tl.constexpr):
-    """M from P, without the output scale."""
+    """M from P, except for the output scale."""
     maps = post_mixed(p, mixes, zero, PLAN)
     if PLAN.layer_norm:
         maps, _inverse = normalised_over_heads(maps, mixes.norm_eps, PLAN)
@@ -96,7 +97,7 @@ def head_mixed_attention_kernel(q, k, v, mask, mixes, rows, out, num_queries, nu
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
         )
-        maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        maps = finished_maps(p, visible, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         values = load_keys(v, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         acc = tl.dot(maps.to(values.dtype), values, acc, input_precision=PLAN.precision)
     acc *= tl.cast(mixes.output_scale, tl.float32)  # a Python float may arrive as float64
@@ -123,11 +124,11 @@ def head_mixed_attention_forward(
 
     Args:
         q: (B, H, Nq, D), k, v: (B, H, Nk, D); float32, float16 or bfloat16, all the same; H up to 32, D up to 128. Any
-            strides: copied only where the last axis is not adjacent.
-        pre_weight, post_weight: (H, H), row h makes output head h; pre_bias, post_bias: (H,); any floating dtype. None
-            leaves that step out.
-        norm_weight, norm_bias, norm_eps: of a LayerNorm over heads, with ``layer_norm``.
-        output_scale: factor on the finished map.
+            strides; copied where rows are not aligned.
+        pre_weight, post_weight: (H, H), row h computes head h; pre_bias, post_bias: (H,); any floating dtype. None
+            omits the step.
+        norm_weight, norm_bias, norm_eps: of the LayerNorm over heads, if ``layer_norm``.
+        output_scale: multiplies the final maps.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk).
         scale: multiplies q k^T.
 
@@ -139,13 +140,13 @@ def head_mixed_attention_forward(
         output_scale,
     )  # fmt: skip
     if problem.empty:
-        return empty_heads(q).zero_()
+        return empty_heads_last(q, q.shape[2]).zero_()
     rows = problem.row_statistics()
     values = as_operand(v)
 
     def launch(config: Config) -> Tensor:
         plan = problem.plan(config)
-        out = empty_heads(q)
+        out = problem.new_heads(problem.num_queries)
         grid = (programs(problem.batch, problem.num_queries, plan.block_m, plan), column_blocks(plan))
         head_mixed_attention_kernel[grid](
             problem.q, problem.k, values, problem.mask, problem.mixes, rows, as_heads(out),

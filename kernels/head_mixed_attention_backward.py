@@ -1,29 +1,28 @@
-"""Head-mixed attention, backward; the maps are recomputed tile by tile from q and k, none is written.
+"""Head-mixed attention, backward. The maps are recomputed from q and k tile by tile; none reaches memory.
 
-With the forward's names, dO the gradient of the result, dM_h = output_scale * dO_h v_h^T where visible:
+With the forward's names, dO the gradient of the result, and dM_h = output_scale * dO_h v_h^T where visible:
 
-    dX = dM, or through the LayerNorm: with Y the normalised X and r the reciprocal deviation,
+    dX = dM, or with a LayerNorm, Y the normalised X and r the reciprocal standard deviation,
          dY_h = norm_weight[h] dM_h;  dX_h = r (dY_h - mean_heads(dY) - Y_h mean_heads(dY Y))
     dnorm_weight[h] = sum dM_h Y_h;  dnorm_bias[h] = sum dM_h
     dpost_weight[h, g] = sum dX_h P_g;  dpost_bias[h] = sum dX_h
     dP_g = sum_h post_weight[h, g] dX_h;  delta_g = sum over the keys of a row of P_g dP_g
-    dS'_g = P_g (dP_g - delta_g);  dpre_weight[h, g] = sum dS'_h S_g;  dpre_bias = 0, for rows of dS' sum to zero
+    dS'_g = P_g (dP_g - delta_g);  dpre_weight[h, g] = sum dS'_h S_g;  dpre_bias = 0, as rows of dS' sum to zero
     dS_g = sum_h pre_weight[h, g] dS'_h
     dq_g = scale * dS_g k_g;  dk_g = scale * dS_g^T q_g;  dv_h = output_scale * M_h^T dO_h
 
-The gradient of :mod:`fastvit.kernels.head_map_moments` is the same with another dX: given dC, the gradient of
+The gradient of :mod:`fastvit.kernels.head_mixed_attention_moments` differs in dX only: given dC, the gradient of
 C[g, g'] = sum (P_g - c)(P_g' - c), dP = (dC + dC^T)(P - c), which is a mix of X = P - c.
 
-Four kernels behind the row statistics, since delta is a row's sum over all keys and no gradient of q or k can be had
-before it:
+Four kernels run after the row statistics. delta comes first, as it is a row's sum over all keys, and dq and dk need it:
 
-- rows: one program per block of queries, loops over the keys: delta, and the program's part of the sums over all
-  positions (written apart and added in a fixed order: no atomics);
-- queries: the same blocks: dq, and the parts of dpre_weight;
-- keys and values: one program per block of keys, loops over the queries: dk, and dv. In one kernel they would share the
-  maps, but two accumulators leave no registers for more than half as many columns of each.
+- rows: one program per block of queries loops over the keys: delta, and the program's partial sums of the parameters'
+  gradients, which are added in a fixed order, without atomics;
+- queries: the same blocks: dq, and the partial sums of dpre_weight;
+- keys and values: one program per block of keys loops over the queries: dk, and dv. One kernel for both would share the
+  maps, but two accumulators would halve the columns of each that fit the registers.
 
-The last three make BLOCK_OUT columns per program, and compute the maps anew for each, where more would not fit.
+The last three compute BLOCK_OUT columns per program where more would not fit, and recompute the maps for each block.
 """
 
 from __future__ import annotations
@@ -32,9 +31,16 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels._head_launch import Problem, as_heads, as_operand, column_blocks, empty_heads, options, programs
-from fastvit.kernels._head_maps import (
+from fastvit.kernels._primitives import empty_heads_last
+from fastvit.kernels.head_mixed_attention import (
+    finished_maps,
+    mean_over_heads,
+    normalised_over_heads,
+    post_mixed,
+)
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_launch import Problem, as_heads, as_operand, column_blocks, options, programs
+from fastvit.kernels.head_mixed_attention_maps import (
     Heads,
     Rows,
     attention_tile,
@@ -45,25 +51,19 @@ from fastvit.kernels._head_maps import (
     load_mix,
     load_per_head,
     load_queries,
-    load_rows,
+    load_row_statistics,
     mix,
+    opaque_zero,
     products,
     store_heads,
-    store_rows,
+    store_row_statistics,
     this_block,
-    zero_of,
-)
-from fastvit.kernels.head_mixed_attention import (
-    finished_maps,
-    mean_over_heads,
-    normalised_over_heads,
-    post_mixed,
 )
 from torch import Tensor
 
 
 class Parts(NamedTuple):
-    """Where the rows' kernel writes each program's part of a sum over all positions."""
+    """Partial sums of the parameters' gradients, one per program of the rows kernel; None where absent."""
 
     post_weight: Any
     post_bias: Any
@@ -75,7 +75,7 @@ class Parts(NamedTuple):
 def add_outer_products(sums, a, b, PLAN: tl.constexpr):
     """Add sum over the positions of a tile of a[h] b[g] to [PIECES, SLOTS, SLOTS]: an equal share to each piece.
 
-    One product with a whole tile's depth would have too little to share among the warps, and be a long sum.
+    One product over the whole tile would have too few outputs to occupy all warps, and long sums.
     """
     PIECES: tl.constexpr = sums.shape[0]
     SLOTS: tl.constexpr = PLAN.slots
@@ -87,7 +87,7 @@ def add_outer_products(sums, a, b, PLAN: tl.constexpr):
 
 @triton.jit
 def no_outer_products(PLAN: tl.constexpr):
-    """What :func:`add_outer_products` starts from."""
+    """Zeros to accumulate :func:`add_outer_products` in."""
     SLOTS: tl.constexpr = PLAN.slots
     PIECES: tl.constexpr = min(2048 // (SLOTS * SLOTS), PLAN.block_m * PLAN.block_n // 16)
     return tl.zeros([PIECES, SLOTS, SLOTS], tl.float32)
@@ -95,7 +95,7 @@ def no_outer_products(PLAN: tl.constexpr):
 
 @triton.jit
 def store_matrix(parts, matrix, PLAN: tl.constexpr):
-    """Write the program's part of a sum of outer products."""
+    """Write the program's partial sum of outer products."""
     slots = tl.arange(0, PLAN.slots)
     place = parts + tl.program_id(0).to(tl.int64) * (PLAN.slots * PLAN.slots)
     tl.store(place + slots[:, None] * PLAN.slots + slots[None, :], tl.sum(matrix, 0))
@@ -103,7 +103,7 @@ def store_matrix(parts, matrix, PLAN: tl.constexpr):
 
 @triton.jit
 def store_vector(parts, vector, PLAN: tl.constexpr):
-    """Write the program's [SLOTS] part of a sum."""
+    """Write the program's partial sum, [SLOTS]."""
     tl.store(parts + tl.program_id(0).to(tl.int64) * PLAN.slots + tl.arange(0, PLAN.slots), vector)
 
 
@@ -112,8 +112,8 @@ def gradient_tile(
     p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys,
     MOMENTS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """dP, dX, dM and Y of a tile from its P; dM and Y are P, to be ignored, where there is no such thing."""
-    zero = zero_of(first_query, first_key, PLAN)
+    """dP, dX, dM and Y of a tile from its P. Where dM or Y does not exist, P stands in for it, to be ignored."""
+    zero = opaque_zero(first_query, first_key, PLAN)
     dm = p
     y = p
     if MOMENTS:
@@ -137,7 +137,7 @@ def gradient_tile(
 def row_gradients_kernel(
     q, k, v, grad, mask, mixes, rows, parts, num_queries, num_keys, MOMENTS: tl.constexpr, PLAN: tl.constexpr
 ):
-    """delta, and the parts of the gradients of what stands behind the softmax, for one block of queries."""
+    """delta, and the partial sums of the gradients of the parameters after the softmax, for one block of queries."""
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_M: tl.constexpr = PLAN.block_m
     first_query, b = this_block(num_queries, BLOCK_M, PLAN)
@@ -168,7 +168,7 @@ def row_gradients_kernel(
             if PLAN.layer_norm:
                 d_norm_weight += tl.sum(dm * y, 2)
                 d_norm_bias += tl.sum(dm, 2)
-    store_rows(rows.delta, delta, b, first_query, num_queries, PLAN.heads, 0, PLAN)
+    store_row_statistics(rows.delta, delta, b, first_query, num_queries, PLAN.heads, 0, PLAN)
     if not MOMENTS:
         if PLAN.post_mix:
             store_matrix(parts.post_weight, d_post_weight, PLAN)
@@ -183,7 +183,7 @@ def query_gradients_kernel(
     q, k, v, grad, mask, mixes, rows, dq, d_pre_weight_parts, num_queries, num_keys,
     MOMENTS: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_OUT columns of dq, and the part of dpre_weight, for one block of queries."""
+    """BLOCK_OUT columns of dq, and the partial sum of dpre_weight, for one block of queries."""
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_M: tl.constexpr = PLAN.block_m
     BLOCK_OUT: tl.constexpr = PLAN.block_out
@@ -195,7 +195,7 @@ def query_gradients_kernel(
         v = batch_entry(v, b)
         grad = batch_entry(grad, b)
     mask = batch_entry_of_mask(mask, b, 0, PLAN)
-    delta = load_rows(rows.delta, b, first_query, num_queries, PLAN)
+    delta = load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_M, BLOCK_OUT], tl.float32)
     d_pre_weight = no_outer_products(PLAN)
@@ -209,13 +209,13 @@ def query_gradients_kernel(
         ds = p * (dp - delta[:, :, None])
         if PLAN.pre_mix:
             d_pre_weight = add_outer_products(d_pre_weight, ds, scores, PLAN)
-            zero = zero_of(first_query, first_key, PLAN)
+            zero = opaque_zero(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         keys = load_keys(k, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PLAN.precision)
     acc *= tl.cast(mixes.scale, tl.float32)
     store_heads(batch_entry(dq, b), acc, first_query, num_queries, first_column, BLOCK_M, PLAN)
-    if PLAN.pre_mix:  # noqa: SIM102 (decided when the kernel is compiled)
+    if PLAN.pre_mix:  # noqa: SIM102 (a compile-time condition)
         if tl.program_id(1) == 0:
             store_matrix(d_pre_weight_parts, d_pre_weight, PLAN)
 
@@ -245,9 +245,9 @@ def key_gradients_kernel(
         dp, _dx, _dm, _y = gradient_tile(
             p, visible, grad, v, mixes, first_query, num_queries, first_key, num_keys, MOMENTS, PLAN
         )
-        ds = p * (dp - load_rows(rows.delta, b, first_query, num_queries, PLAN)[:, :, None])
+        ds = p * (dp - load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)[:, :, None])
         if PLAN.pre_mix:
-            zero = zero_of(first_query, first_key, PLAN)
+            zero = opaque_zero(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
@@ -274,7 +274,7 @@ def value_gradients_kernel(q, k, grad, mask, mixes, rows, dv, num_queries, num_k
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
         )
-        maps = finished_maps(p, visible, mixes, zero_of(first_query, first_key, PLAN), PLAN)
+        maps = finished_maps(p, visible, mixes, opaque_zero(first_query, first_key, PLAN), PLAN)
         grads = load_queries(grad, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
         acc = tl.dot(maps, grads, acc, input_precision=PLAN.precision)
@@ -285,7 +285,7 @@ def value_gradients_kernel(q, k, grad, mask, mixes, rows, dv, num_queries, num_k
 def query_gradients(
     problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool
 ) -> tuple[Tensor, Tensor]:
-    """dq and dpre_weight, empty if there is none; ``rows`` with delta."""
+    """dq, and dpre_weight, empty without a pre-mix; ``rows`` with delta."""
 
     def launch(config: Config) -> tuple[Tensor, Tensor]:
         plan = problem.plan(config)
@@ -336,7 +336,7 @@ def value_gradients(problem: Problem, rows: Rows, grad: Heads) -> Tensor:
 def row_gradients(
     problem: Problem, rows: Rows, v: Heads | None, grad: Heads | None, *, moments: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fill in rows.delta; the gradients of what stands behind the softmax, empty where there is no such thing."""
+    """Write rows.delta; return the gradients of the parameters after the softmax, empty where they are absent."""
 
     def launch(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plan = problem.plan(config)
@@ -379,12 +379,12 @@ def head_mixed_attention_backward(
     """Launch the kernels.
 
     Args:
-        grad: of the result, (B, H, Nq, D) in q's dtype, any strides. The others as in
-            :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
+        grad: gradient of the result, (B, H, Nq, D) in q's dtype, any strides.
+        The others: arguments of :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
 
     Returns:
-        dq, dk, dv in q's dtype and the memory order of (B, N, H, D); dpre_weight, dpre_bias, dpost_weight, dpost_bias,
-        dnorm_weight, dnorm_bias in float32, of size 0 where the parameter is absent.
+        dq, dk, dv in q's dtype with the strides of a contiguous (B, N, H, D); dpre_weight, dpre_bias, dpost_weight,
+        dpost_bias, dnorm_weight, dnorm_bias in float32, empty where the parameter is None.
     """
     problem = Problem(
         q, k, mask, scale, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
@@ -392,17 +392,17 @@ def head_mixed_attention_backward(
     )  # fmt: skip
     parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
     if problem.empty:
-        gradients = tuple(empty_heads(tensor).zero_() for tensor in (q, k, v))
+        gradients = tuple(empty_heads_last(tensor, tensor.shape[2]).zero_() for tensor in (q, k, v))
         small = tuple(problem.zeros(parameter) for parameter in parameters)
         return gradients + small
     heads_of_grad, heads_of_v = as_operand(grad), as_operand(v)
     rows = problem.row_statistics()
-    behind = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    post = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dq, d_pre_weight = query_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dk = key_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dv = value_gradients(problem, rows, heads_of_grad)
     small = (
         gradient if parameter is not None else gradient.new_empty(0)
-        for gradient, parameter in zip(behind, parameters[2:], strict=True)
+        for gradient, parameter in zip(post, parameters[2:], strict=True)
     )
     return dq, dk, dv, d_pre_weight, problem.zeros(pre_bias), *small

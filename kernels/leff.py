@@ -1,22 +1,22 @@
-"""CeiT's feed-forward at inference: two matrix products, the convolution inside the second.
+"""CeiT's feed-forward at inference: two GEMMs, the depthwise convolution fused into the prologue of the second.
 
     h = GELU(norm(x w1^T + b1))                                 on the grid tokens, (B, h*w, E)
     out = norm(GELU(norm(depthwise(h) + db)) w2^T + b2)         on the grid tokens, (B, P + h*w, O)
 
-In the paper's form a GELU follows. Prefix tokens are x's own, or zeros in the paper's form. The expansion h is written
-once, in x's dtype, and read by the last kernel; the result of the convolution never reaches memory.
+In the paper's form a GELU follows. The result's prefix tokens are those of x, in the paper's form zeros. The expansion
+h is written once, in x's dtype, and read by the last kernel; the convolution's result stays in registers.
 
-Tile plan:
+Tiling:
 
-- ``leff_fold_kernel``: biases and norms, whose statistics are given, become one scale and one offset per channel of a
-  float32 result, and the scale behind the convolution goes into its taps. Vectors only: it takes a launch, no time.
-- ``leff_expand_kernel``: one program makes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
-  Programs that share their tokens are neighbours, so x comes from the cache.
-- ``leff_contract_kernel``: one program makes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K channels
-  of h. Each step makes the left operand [BLOCK_M, BLOCK_K] in registers (``_convolved_products.py``): the convolution
-  of h, GELU. Rows are tokens with the prefix ones among them, whose result is replaced by x at the end.
+- ``leff_fold_kernel``: every epilogue (bias, and norm with given statistics) becomes a scale and an offset per channel;
+  the convolution's scale is folded into its taps. It handles vectors only, so its time is that of a launch.
+- ``leff_expand_kernel``: one program computes h [BLOCK_M grid tokens, BLOCK_N] in a loop over BLOCK_K input channels.
+  Programs that share their tokens are adjacent, so x comes from the cache.
+- ``leff_contract_kernel``: one program computes out [BLOCK_M tokens, BLOCK_N (+ BLOCK_N2)] in a loop over BLOCK_K
+  channels of h. Each iteration computes the left operand [BLOCK_M, BLOCK_K] in registers (``_depthwise_prologue.py``):
+  the convolution of h, then GELU. The rows include prefix tokens, whose results are replaced at the end.
 
-Products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
+GEMMs take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate in
 float32; everything between them is float32.
 
 Source: Yuan et al. 2021 (CeiT), section 3.2.
@@ -27,42 +27,42 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._convolved_products import (
+from fastvit.kernels._depthwise_prologue import (
     FOLD_BLOCK,
-    Behind,
     Config,
+    Epilogue,
     chip,
-    choose_contract,
-    convolved,
+    choose_configs,
+    depthwise_tile,
     fold_taps,
-    is_regular,
     scale_and_offset,
     weight_tile,
 )
-from fastvit.kernels._primitives import product_kind
-from fastvit.kernels._tokens import MOST_ROWS, gelu, load_vector, place_rows, with_near_rows
-from fastvit.kernels._tuning import choose, token_bucket
+from fastvit.kernels._primitives import has_aligned_rows, input_precision, product_kind
+from fastvit.kernels._tokens import MAX_TILE_ROWS, gelu, load_vector, locate_rows, with_small_row_strides
 from torch import Tensor
 
-# Keyed and held to as the tables of _convolved_products.py.
+from fastvit import autotune
+
+# Keyed and tested like the table of _depthwise_prologue.py.
 EXPAND: dict[str, tuple[Config, ...]] = {
     "half": (Config(64, 64, 32, 4, 2), Config(128, 128, 32, 8, 3)),
     "tf32": (Config(64, 64, 32, 4, 1),),
     "ieee": (Config(64, 32, 16, 4, 2),),
 }
-"""The second of a row is for aligned rows only."""
+"""The second candidate is for aligned rows only."""
 
 
-def choose_expand(product: str, *, regular: bool) -> tuple[Config, ...]:
-    """The candidates for the first kernel; regular: rows start on 16 bytes and hold a multiple of 16 elements."""
+def choose_expand_configs(product: str, *, regular: bool) -> tuple[Config, ...]:
+    """The candidates for the first GEMM; regular: all tensors have aligned rows."""
     return EXPAND[product] if regular else EXPAND[product][:1]
 
 
 @triton.jit
 def leff_fold_kernel(up, taps, dw, down, folded, folded_down, E, num_out, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """folded (TAPS + 3, E): the taps with the scale behind them in, the offset; scale and offset behind the expansion.
+    """folded (TAPS + 3, E): scaled taps, then the convolution's offset, then the expansion's scale and offset.
 
-    folded_down (2, num_out): scale and offset behind the contraction.
+    folded_down (2, num_out): the contraction's scale and offset.
     """
     blocks = tl.cdiv(E, BLOCK)
     program = tl.program_id(0)
@@ -83,7 +83,7 @@ def leff_fold_kernel(up, taps, dw, down, folded, folded_down, E, num_out, TAPS: 
 
 @triton.jit
 def _scaled(acc, folded, first, size, BLOCK: tl.constexpr):
-    """acc [rows, BLOCK columns from first on] * scale + offset, which are two rows of folded."""
+    """acc [rows, BLOCK columns from first on] * scale + offset; folded is these two rows."""
     scale = load_vector(folded, first, size, BLOCK)
     offset = load_vector(folded + size, first, size, BLOCK)
     return acc * scale[None, :] + offset[None, :]
@@ -108,11 +108,11 @@ def leff_expand_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """h [BLOCK_M grid tokens of all images in a row, BLOCK_N of the E channels]."""
+    """h [BLOCK_M grid tokens, counted over all images, BLOCK_N of the E channels]."""
     blocks = tl.cdiv(E, BLOCK_N)
     program = tl.program_id(0)
     first_column = (program % blocks) * BLOCK_N
-    first_image, image, token, exists = place_rows((program // blocks) * BLOCK_M, num_rows, grid_tokens, BLOCK_M)
+    first_image, image, token, exists = locate_rows((program // blocks) * BLOCK_M, num_rows, grid_tokens, BLOCK_M)
     x += first_image * stride_xb
     out += first_image * (grid_tokens * E)
     source = image * stride_xb + (prefix_tokens + token) * stride_xn
@@ -145,7 +145,7 @@ def _finish(
     PAPER: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The norm, and what the form asks for behind it and for prefix tokens; writes [BLOCK_M tokens, BLOCK_N]."""
+    """Apply the epilogue, replace prefix tokens by what the form asks for, and write [BLOCK_M tokens, BLOCK_N]."""
     columns = first_column + tl.arange(0, BLOCK_N)
     within = (columns < num_out)[None, :]
     acc = _scaled(acc, folded_down, first_column, num_out, BLOCK_N)
@@ -181,26 +181,26 @@ def leff_contract_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [BLOCK_M tokens of all images in a row, BLOCK_N + BLOCK_N2 of the num_out channels]."""
+    """out [BLOCK_M tokens, counted over all images, BLOCK_N + BLOCK_N2 of the num_out channels]."""
     blocks = tl.cdiv(num_out, BLOCK_N + BLOCK_N2)
     program = tl.program_id(0)
     first_column = (program % blocks) * (BLOCK_N + BLOCK_N2)
     tokens = prefix_tokens + height * width
-    first_image, image, token, exists = place_rows((program // blocks) * BLOCK_M, num_rows, tokens, BLOCK_M)
+    first_image, image, token, exists = locate_rows((program // blocks) * BLOCK_M, num_rows, tokens, BLOCK_M)
     x += first_image * stride_xb
     out += first_image * (tokens * num_out)
     h += first_image * (height * width * E)
-    place = token - prefix_tokens
-    row = tl.where(exists & (place >= 0), place // width, -1)
-    column = place % width
-    corner = (image * (height * width) + place) * E
+    position = token - prefix_tokens
+    row = tl.where(exists & (position >= 0), position // width, -1)
+    column = position % width
+    origin = (image * (height * width) + position) * E
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BLOCK_N2 != 0:
         acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
     for k in range(0, E, BLOCK_K):
-        left = convolved(
-            h, E, folded, corner, row, column, height, width, k, E, KERNEL // 2, KERNEL, BLOCK_M, BLOCK_K
+        left = depthwise_tile(
+            h, E, folded, origin, row, column, height, width, k, E, KERNEL // 2, KERNEL, BLOCK_M, BLOCK_K
         )  # fmt: skip
         left = gelu(left).to(h.dtype.element_ty)
         right = weight_tile(weight, first_column, k, num_out, E, BLOCK_N, BLOCK_K)
@@ -219,8 +219,8 @@ def leff_contract_kernel(
         )
 
 
-def _fold(up: Behind, dw_weight: Tensor, dw: Behind, down: Behind, num_out: int) -> tuple[Tensor, Tensor]:
-    """What :func:`leff_fold_kernel` gives."""
+def _fold(up: Epilogue, dw_weight: Tensor, dw: Epilogue, down: Epilogue, num_out: int) -> tuple[Tensor, Tensor]:
+    """Launch :func:`leff_fold_kernel`."""
     expansion, taps = dw_weight.shape[0], dw_weight.shape[-1] ** 2
     options = {"dtype": torch.float32, "device": dw_weight.device}
     folded, folded_down = torch.empty((taps + 3, expansion), **options), torch.empty((2, num_out), **options)
@@ -254,12 +254,8 @@ def _launch_expand(
         x.shape[2],
         expansion,
         TAPS=folded.shape[0] - 3,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
 
 
@@ -294,34 +290,30 @@ def _launch_contract(
         width,
         KERNEL=kernel,
         PAPER=paper,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
         BLOCK_N2=config.block_n2,
-        BLOCK_K=config.block_k,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )
 
 
-def _check_reach(tokens: int, weights: tuple[Tensor, Tensor]) -> None:
-    """Offsets inside an image and inside a weight are 32-bit."""
+def _check_offsets(tokens: int, weights: tuple[Tensor, Tensor]) -> None:
+    """ValueError where offsets within an image or a weight exceed 32 bits."""
     widest = max(weights[0].shape[0], weights[1].shape[0])
-    if (tokens + MOST_ROWS // 2) * widest >= 2**30 or any(weight.numel() >= 2**31 for weight in weights):
+    if (tokens + MAX_TILE_ROWS // 2) * widest >= 2**30 or any(weight.numel() >= 2**31 for weight in weights):
         raise ValueError(
-            f"x: got {tokens} tokens beside weights {[tuple(weight.shape) for weight in weights]}, accepted are up to "
-            "2^30 elements per image, expanded or put out, and 2^31 per weight"
+            f"x: expected at most 2^30 elements per image of the expansion and of the output, and 2^31 per weight, got "
+            f"{tokens} tokens and weights {[tuple(weight.shape) for weight in weights]}"
         )
 
 
 def leff_forward(
     x: Tensor,
     up_weight: Tensor,
-    up_behind: Behind,
+    up_epilogue: Epilogue,
     dw_weight: Tensor,
-    dw_behind: Behind,
+    dw_epilogue: Epilogue,
     down_weight: Tensor,
-    down_behind: Behind,
+    down_epilogue: Epilogue,
     grid: tuple[int, int],
     prefix_tokens: int,
     paper: bool,
@@ -332,34 +324,43 @@ def leff_forward(
     """Launch the kernels.
 
     Args:
-        x: (B, P + h*w, C); float32, float16 or bfloat16, copied only where its channels are not adjacent.
+        x: (B, P + h*w, C); float32, float16 or bfloat16; copied where channels are not of stride 1.
         up_weight: (E, C) and down_weight: (O, E), in x's dtype; O = C where there are prefix tokens.
-        dw_weight: (E, 1, k, k), zero padding k // 2; k of 1 or 3, more taps spill registers. It and the vectors may be
-            float32 beside a narrower x. All contiguous.
-        up_behind, dw_behind, down_behind: bias and BatchNorm with its statistics, each (E,), (E,) and (O,) or None.
+        dw_weight: (E, 1, k, k), zero padding k // 2; k is 1 or 3, more taps spill registers. It and the vectors may be
+            float32 with x in half precision. All contiguous.
+        up_epilogue, dw_epilogue, down_epilogue: vectors of (E,), (E,) and (O,), or None.
         grid: (h, w). prefix_tokens: P.
-        paper: gives zeros for prefix tokens, and a GELU at the end; else prefix tokens are handed through.
-        expand, contract: in place of the configurations chosen.
+        paper: whether prefix tokens give zeros and a GELU follows; else prefix tokens pass through.
+        expand, contract: configurations instead of the autotuned ones.
 
     Returns:
         (B, P + h*w, O), contiguous.
 
     Raises:
-        ValueError: a map or a weight of more elements than offsets reach.
+        ValueError: an image or a weight with more elements than 32-bit offsets allow.
     """
     batch, tokens, channels = x.shape
     expansion, kernel = up_weight.shape[0], dw_weight.shape[-1]
-    _check_reach(tokens, (up_weight, down_weight))
+    _check_offsets(tokens, (up_weight, down_weight))
     out = torch.empty((batch, tokens, down_weight.shape[0]), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     product = product_kind(x.dtype)
     with torch.cuda.device_of(x):
-        x = with_near_rows(x)
+        x = with_small_row_strides(x)
         h = torch.empty((batch, grid[0] * grid[1], expansion), dtype=x.dtype, device=x.device)
-        folded, folded_down = _fold(up_behind, dw_weight, dw_behind, down_behind, out.shape[2])
-        regular, precision = is_regular(x, up_weight, down_weight, out), "tf32" if product == "tf32" else "ieee"
-        key = (x.dtype, precision, channels, expansion, out.shape[2], kernel, regular, token_bucket(batch * tokens))
+        folded, folded_down = _fold(up_epilogue, dw_weight, dw_epilogue, down_epilogue, out.shape[2])
+        regular, precision = has_aligned_rows(x, up_weight, down_weight, out), input_precision(product)
+        key = (
+            x.dtype,
+            precision,
+            channels,
+            expansion,
+            out.shape[2],
+            kernel,
+            regular,
+            autotune.token_bucket(batch * tokens),
+        )
 
         def run_expand(config: Config) -> None:
             _launch_expand(config, x, up_weight, folded, h, prefix_tokens, precision)
@@ -367,10 +368,10 @@ def leff_forward(
         def run_contract(config: Config) -> None:
             _launch_contract(config, h, folded, down_weight, folded_down, x, out, grid, kernel, paper, precision)
 
-        candidates = choose_expand(product, regular=regular)
-        run_expand(expand or choose("leff_expand", key, candidates, run_expand))
-        candidates = choose_contract(product, out.shape[2], regular=regular, chip=chip())
-        run_contract(contract or choose("leff_contract", key, candidates, run_contract))
+        candidates = choose_expand_configs(product, regular=regular)
+        run_expand(expand or autotune.choose("leff_expand", key, candidates, run_expand))
+        candidates = choose_configs(product, out.shape[2], regular=regular, chip=chip())
+        run_contract(contract or autotune.choose("leff_contract", key, candidates, run_contract))
     return out
 
 
@@ -381,9 +382,9 @@ def leff_operator(
     down_weight: Tensor,
     *rest: Tensor | float | int | bool | None,
 ) -> Tensor:
-    """The operator ``leff_triton`` of ``fastvit/ops/_convolved_products.py``: what stands behind each layer follows."""
-    behinds = [Behind(*rest[start : start + 6]) for start in (0, 6, 12)]
+    """The operator ``fastvit::leff_triton``."""
+    epilogues = [Epilogue(*rest[start : start + 6]) for start in (0, 6, 12)]
     height, width, prefix_tokens, paper = rest[18:]
     weights = (up_weight, dw_weight, down_weight)
-    parts = [part for pair in zip(weights, behinds, strict=True) for part in pair]
+    parts = [part for pair in zip(weights, epilogues, strict=True) for part in pair]
     return leff_forward(x, *parts, (height, width), prefix_tokens, paper)

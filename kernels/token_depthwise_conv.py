@@ -1,14 +1,14 @@
-"""Depthwise convolution of tokens as they lie (B, P + h*w, C), at inference.
+"""Depthwise convolution of tokens (B, P + h*w, C) in their own layout, at inference.
 
     t = pre_activation(pre_norm(x)),  c = conv(t) + bias,  out = activation(norm(c)) [+ x]
 
 Batch statistics are in ``token_depthwise_conv_training.py``, gradients in ``token_depthwise_conv_backward.py``. The
-function at the end of each takes the arguments of its operator in ``fastvit/ops/_token_depthwise_conv_native.py``, and
-gives what that gives. Kernels see the grid tokens alone; prefix tokens are copied by PyTorch.
+function at the end of each file implements the operator of its name. Kernels work on the grid tokens only; PyTorch
+copies the prefix tokens.
 
-- ``map_kernel``: activation(norm(v)), element by element. What stands in front of the convolution is written to memory
-  once so, since every tap would have to compute it again.
-- ``convolve_kernel``: one shifted tile per tap; with TRANSPOSED the gradient of the convolution's input.
+- ``norm_activation_kernel``: activation(norm(v)) elementwise. The convolution's input is written to memory with it,
+  since every tap would otherwise compute it again.
+- ``convolve_kernel``: one shifted tile per tap; with TRANSPOSED, the gradient of the convolution's input.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import load_vector, with_small_row_strides
+from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
     Geometry,
     Norm,
@@ -25,24 +26,23 @@ from fastvit.kernels._depthwise import (
     load_tokens,
     programs,
     sizes_of,
-    store_finished,
+    store_epilogue,
     store_tokens,
     this_program,
     tile_at,
     tile_under_tap,
 )
-from fastvit.kernels._tokens import load_vector, with_near_rows
 from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
-def map_kernel(
+def norm_activation_kernel(
     v, residual, out, norm, tokens, num_rows, C, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """out = activation(norm(v)) [+ residual]."""
     first, block = this_program(C, CHANNELS)
     tile = tile_at(block * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
-    store_finished(load_tokens(v, tile), norm, residual, out, tile, first, C, ACTIVATION, CHANNELS)
+    store_epilogue(load_tokens(v, tile), norm, residual, out, tile, first, C, ACTIVATION, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_width", "tokens", "num_rows"])
@@ -70,7 +70,7 @@ def convolve_kernel(
 ):
     """out = activation(norm(c)) [+ residual] and conv = c, each where it is not None; c = conv(t) + bias.
 
-    height, width: of t's grid; out_width, tokens: of the result's. TRANSPOSED: the gradient of such an input.
+    height, width: of t's grid. out_width, tokens: of the result's. TRANSPOSED: the transposed convolution.
     """
     first, block = this_program(C, CHANNELS)
     tile = tile_at(block * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
@@ -79,19 +79,19 @@ def convolve_kernel(
     acc = tl.zeros([ROWS, CHANNELS], tl.float32) + load_vector(bias, first, C, CHANNELS)[None, :]
     for dy in tl.static_range(KERNEL):
         for dx in tl.static_range(KERNEL):
-            place = taps + tile.channels * (KERNEL * KERNEL) + (dy * KERNEL + dx)
-            tap = tl.load(place, mask=tile.within, other=0).to(tl.float32)
-            met = tile_under_tap(tile, row, column, dy, dx, height, width, PADDING, STRIDE, TRANSPOSED)
-            acc += load_tokens(t, met) * tap[None, :]
+            pointers = taps + tile.channels * (KERNEL * KERNEL) + (dy * KERNEL + dx)
+            tap = tl.load(pointers, mask=tile.within, other=0).to(tl.float32)
+            shifted = tile_under_tap(tile, row, column, dy, dx, height, width, PADDING, STRIDE, TRANSPOSED)
+            acc += load_tokens(t, shifted) * tap[None, :]
     if conv is not None:
         store_tokens(conv, tile, acc)
     if out is not None:
-        store_finished(acc, norm, residual, out, tile, first, C, ACTIVATION, CHANNELS)
+        store_epilogue(acc, norm, residual, out, tile, first, C, ACTIVATION, CHANNELS)
 
 
-def map_tokens(v: Tensor, norm: Norm, residual: Tensor | None, out: Tensor, config: Config) -> None:
+def norm_activation(v: Tensor, norm: Norm, residual: Tensor | None, out: Tensor, config: Config) -> None:
     """out = activation(norm(v)) [+ residual]; all (B, N, C)."""
-    map_kernel[programs(v, config)](
+    norm_activation_kernel[programs(v, config)](
         as_tokens(v),
         as_tokens(residual),
         as_tokens(out),
@@ -101,12 +101,12 @@ def map_tokens(v: Tensor, norm: Norm, residual: Tensor | None, out: Tensor, conf
     )
 
 
-def mapped(x: Tensor, norm: Norm, config: Config) -> Tensor:
-    """activation(norm(x)) of grid tokens x, which are given back where the norm does nothing."""
+def normalized(x: Tensor, norm: Norm, config: Config) -> Tensor:
+    """activation(norm(x)) of grid tokens x; x itself where there is neither."""
     if not norm.exists():
         return x
     t = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    map_tokens(x, norm, None, t, config)
+    norm_activation(x, norm, None, t, config)
     return t
 
 
@@ -123,9 +123,9 @@ def convolve(
     *,
     transposed: bool = False,
 ) -> None:
-    """From t on the grid in front of the convolution to conv and out on the one behind it, or TRANSPOSED back."""
+    """Launch :func:`convolve_kernel`; transposed: from the convolution's output grid to its input grid."""
     result = conv if out is None else out
-    assert result is not None, "one of the results is asked for"
+    assert result is not None, "no result was asked for"
     kernel = taps.shape[-1]
     grids = geometry.grids(kernel)
     (height, width), (_, out_width) = grids[::-1] if transposed else grids
@@ -152,7 +152,7 @@ def convolve(
 def token_depthwise_conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
 ) -> Tensor:
-    """The operator ``token_depthwise_conv``."""
+    """The operator ``fastvit::token_depthwise_conv_triton``."""
     pre_norm, norm, geometry = Norm(*rest[:6]), Norm(*rest[6:12]), Geometry(*rest[12:])
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)
@@ -160,10 +160,10 @@ def token_depthwise_conv_forward(
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(x):
-        x = with_near_rows(x)
+        x = with_small_row_strides(x)
         image = x[:, prefix:]
         residual = image if geometry.residual else None
-        t = mapped(image, pre_norm, config)
+        t = normalized(image, pre_norm, config)
         convolve(t, weight, bias, norm, residual, None, out[:, prefix:], geometry, config)
         out[:, :prefix] = x[:, :prefix]
     return out

@@ -1,11 +1,18 @@
-"""Depthwise convolution of tokens as they lie, backward; the formulas are in
-``fastvit/ops/_token_depthwise_conv_native.py``, the tile plan in ``_depthwise.py``.
+"""Depthwise convolution of tokens in their own layout, backward. The forward is in ``token_depthwise_conv.py``, the
+tiling in ``token_depthwise_conv_tiles.py``.
 
-- ``map_backward_kernel``: the way back through activation(norm(v)), element by element.
-- ``sums_kernel``: the gradients of a norm's parameters.
-- ``weight_gradient_kernel``: a program has one tap, and adds up the products of t and dc over its rows.
+With n = (v - mean) / sqrt(var + eps), u = weight n + bias, y = activation(u), v being c or x, of M values per channel:
 
-The gradient of the convolution's input is ``token_depthwise_conv.py``'s convolution, transposed.
+    d = dy activation'(u);  dbias = sum d;  dweight = sum d n
+    dv = weight / sqrt(var + eps) * d                                          with given statistics
+    dv = weight / sqrt(var + eps) * (d - sum(d) / M - n sum(d n) / M)          with those of the batch
+    dconv_weight[tap] = sum dc * (t under the tap);  dconv_bias = sum dc;  dt = dc convolved transposed
+
+- ``norm_activation_backward_kernel``: dv, elementwise.
+- ``sums_kernel``: the sums of d and d (v - mean).
+- ``weight_gradient_kernel``: the gradient of the convolution's weight and bias; a program takes one tap.
+
+dt is computed by ``convolve_kernel`` of ``token_depthwise_conv.py``, transposed.
 """
 
 from __future__ import annotations
@@ -15,33 +22,33 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import load_vector, with_small_row_strides
+from fastvit.kernels.token_depthwise_conv import convolve, normalized
+from fastvit.kernels.token_depthwise_conv_tiles import (
     NO_NORM,
     Config,
     Geometry,
     Norm,
     TrainingArguments,
+    activation_gradient,
     as_tokens,
     choose_config,
-    divide,
-    gradient_behind_norm,
     load_statistics,
     load_tokens,
     programs,
     sizes_of,
+    split_reduction,
     store_sum,
     store_tokens,
     this_program,
     tile_at,
     tile_under_tap,
 )
-from fastvit.kernels._tokens import load_vector, with_near_rows
-from fastvit.kernels.token_depthwise_conv import convolve, mapped
 from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["tokens", "num_rows"])
-def map_backward_kernel(
+def norm_activation_backward_kernel(
     grad,
     v,
     residual,
@@ -60,7 +67,7 @@ def map_backward_kernel(
     first, block = this_program(C, CHANNELS)
     tile = tile_at(block * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
     center, scale, shift = load_statistics(norm, first, C, CHANNELS)
-    d, centred = gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION)
+    d, centred = activation_gradient(grad, v, tile, center, scale, shift, ACTIVATION)
     if slope is not None:
         d -= load_vector(constant, first, C, CHANNELS)[None, :]
         d -= centred * load_vector(slope, first, C, CHANNELS)[None, :]
@@ -84,14 +91,14 @@ def sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Of `steps` tiles of rows the sums of d and d * (v - mean), d = grad * activation'(norm(v)). (programs, 2, C)."""
+    """Sums over ``steps`` tiles of rows of d = grad * activation'(norm(v)) and of d * (v - mean); (programs, 2, C)."""
     first, split = this_program(C, CHANNELS)
     center, scale, shift = load_statistics(norm, first, C, CHANNELS)
     plain = tl.zeros([CHANNELS], tl.float32)
     weighted = tl.zeros([CHANNELS], tl.float32)
     for step in range(steps):
         tile = tile_at((split * steps + step) * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
-        d, centred = gradient_behind_norm(grad, v, tile, center, scale, shift, ACTIVATION)
+        d, centred = activation_gradient(grad, v, tile, center, scale, shift, ACTIVATION)
         plain += tl.sum(d, axis=0)
         weighted += tl.sum(d * centred, axis=0)
     place = partials + tl.cast(split, tl.int64) * 2 * C
@@ -117,9 +124,9 @@ def weight_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Of `steps` tiles of rows, for one tap the sum of dc times what it met of t, and behind the last tap that of dc.
+    """Over ``steps`` tiles of rows, one tap's sum of dc times t under the tap; after the last tap the sum of dc.
 
-    (programs, taps + 1, C).
+    partials is (programs, taps + 1, C).
     """
     taps: tl.constexpr = KERNEL * KERNEL
     first, program = this_program(C, CHANNELS)
@@ -137,39 +144,39 @@ def weight_gradient_kernel(
     store_sum(partials + (tl.cast(split, tl.int64) * (taps + 1) + tap) * C, first, C, total)
 
 
-Carried = tuple[Tensor | None, Tensor | None]
-"""What batch statistics take off every value's gradient, as a constant and a slope per channel."""
+Correction = tuple[Tensor | None, Tensor | None]
+"""What batch statistics subtract from every value's gradient: per channel a constant, and a slope in v - mean."""
 
 
 class NormGradients(NamedTuple):
-    """Of a norm's parameters, where wanted, and what it carries to every value."""
+    """The gradients of a norm's parameters, and the correction by its batch statistics."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
-    carried: Carried = (None, None)
+    correction: Correction = (None, None)
 
 
-def map_backward(
-    grad: Tensor, v: Tensor, norm: Norm, carried: Carried, residual: Tensor | None, out: Tensor, config: Config
+def norm_activation_backward(
+    grad: Tensor, v: Tensor, norm: Norm, correction: Correction, residual: Tensor | None, out: Tensor, config: Config
 ) -> None:
-    """out = the gradient of v [+ residual], grad being that of activation(norm(v))."""
-    map_backward_kernel[programs(v, config)](
+    """out = the gradient of v [+ residual], given ``grad``, that of activation(norm(v))."""
+    norm_activation_backward_kernel[programs(v, config)](
         as_tokens(grad),
         as_tokens(v),
         as_tokens(residual),
         as_tokens(out),
         norm.statistics(),
-        *carried,
+        *correction,
         ACTIVATION=norm.activation,
         **sizes_of(v, config),
     )
 
 
 def norm_gradients(grad: Tensor, v: Tensor, norm: Norm, batch: bool, wanted: bool, config: Config) -> NormGradients:
-    """The gradients of a norm's parameters, and what its batch statistics carry to every value."""
+    """The gradients of a norm's parameters where ``wanted``, and with ``batch`` statistics their correction."""
     if norm.var is None or not (batch or wanted):
         return NormGradients()
-    grid, steps, partials = divide(v, 2, config)
+    grid, steps, partials = split_reduction(v, 2, config)
     sums_kernel[grid](
         as_tokens(grad),
         as_tokens(v),
@@ -182,17 +189,17 @@ def norm_gradients(grad: Tensor, v: Tensor, norm: Norm, batch: bool, wanted: boo
     deviation = (norm.var.double() + norm.eps).sqrt()
     plain, weighted = partials.sum(0, dtype=torch.float64)
     weighted = weighted / deviation
-    carried: Carried = (None, None)
+    correction: Correction = (None, None)
     if batch:
         values = max(v.shape[0] * v.shape[1], 1)
-        carried = (plain / values).float(), (weighted / (values * deviation)).float()
-    return NormGradients(weighted.float(), plain.float(), carried)
+        correction = (plain / values).float(), (weighted / (values * deviation)).float()
+    return NormGradients(weighted.float(), plain.float(), correction)
 
 
 def weight_gradients(t: Tensor, dc: Tensor, kernel: int, geometry: Geometry, config: Config) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight (C, 1, k, k) and the bias (C,), float32."""
+    """The gradients of the weight (C, 1, k, k) and of the bias (C,), float32."""
     rows, channels = kernel * kernel + 1, t.shape[2]
-    grid, steps, partials = divide(dc, rows, config, tasks=rows)
+    grid, steps, partials = split_reduction(dc, rows, config, tasks=rows)
     (height, width), (_, out_width) = geometry.grids(kernel)
     weight_gradient_kernel[grid](
         as_tokens(t),
@@ -221,7 +228,7 @@ def _input_gradient(
     parameter_grads: bool,
     config: Config,
 ) -> NormGradients:
-    """Writes dx, where it is wanted, of grid tokens `image`; gives the gradients of the norm in front."""
+    """Write dx of the grid tokens ``image`` unless it is None; return the gradients of the pre-norm."""
     pre_norm, geometry = arguments.pre_norm, arguments.geometry
     residual = dout if geometry.residual else None
     if not pre_norm.exists():
@@ -234,7 +241,7 @@ def _input_gradient(
     convolve(dc, weight, None, NO_NORM, None, None, dt, geometry, config, transposed=True)
     gradients = norm_gradients(dt, image, pre_norm, arguments.pre_batch, parameter_grads, config)
     if dx is not None:
-        map_backward(dt, image, pre_norm, gradients.carried, residual, dx, config)
+        norm_activation_backward(dt, image, pre_norm, gradients.correction, residual, dx, config)
     return gradients
 
 
@@ -246,7 +253,7 @@ def token_depthwise_conv_backward(
     bias: Tensor | None,
     *rest: Tensor | float | int | bool | None,
 ) -> tuple[Tensor, ...]:
-    """The operator ``token_depthwise_conv_backward``."""
+    """The operator ``fastvit::token_depthwise_conv_triton_backward``."""
     arguments = TrainingArguments.of(rest)
     pre_norm, _, norm, batch, geometry = arguments
     x_grad, parameter_grads = rest[20:]
@@ -254,36 +261,36 @@ def token_depthwise_conv_backward(
     config = choose_config(x.dtype, kernel)
     dx = torch.empty(x.shape if x_grad else (0,), dtype=x.dtype, device=x.device)
     dweight = dbias = None
-    behind = NormGradients()
+    post = NormGradients()
     with torch.cuda.device_of(x):
-        grad, x = with_near_rows(grad), with_near_rows(x)
+        grad, x = with_small_row_strides(grad), with_small_row_strides(x)
         dout, image = grad[:, prefix:], x[:, prefix:]
         dc = dout
         if norm.exists():
-            kept = conv[:, prefix:]
-            behind = norm_gradients(dout, kept, norm, batch, parameter_grads, config)
+            grid_conv = conv[:, prefix:]
+            post = norm_gradients(dout, grid_conv, norm, batch, parameter_grads, config)
             dc = torch.empty(dout.shape, dtype=x.dtype, device=x.device)
-            map_backward(dout, kept, norm, behind.carried, None, dc, config)
+            norm_activation_backward(dout, grid_conv, norm, post.correction, None, dc, config)
         if parameter_grads:
-            dweight, dbias = weight_gradients(mapped(image, pre_norm, config), dc, kernel, geometry, config)
-            if batch:  # which take any constant away again: a sum would find zero up to rounding
+            dweight, dbias = weight_gradients(normalized(image, pre_norm, config), dc, kernel, geometry, config)
+            if batch:  # batch statistics cancel any constant: the sum would be zero up to rounding
                 dbias.zero_()
-        into = dx[:, prefix:] if x_grad else None
-        in_front = _input_gradient(dc, dout, image, weight, arguments, into, parameter_grads, config)
+        grid_dx = dx[:, prefix:] if x_grad else None
+        pre = _input_gradient(dc, dout, image, weight, arguments, grid_dx, parameter_grads, config)
         if x_grad:
             dx[:, :prefix] = grad[:, :prefix]
 
-    def found(parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
+    def or_empty(parameter: Tensor | None, gradient: Tensor | None) -> Tensor:
         if parameter_grads and parameter is not None and gradient is not None:
             return gradient
         return torch.empty(0, dtype=torch.float32, device=x.device)
 
     return (
         dx,
-        found(weight, dweight),
-        found(bias, dbias),
-        found(pre_norm.weight, in_front.weight),
-        found(pre_norm.bias, in_front.bias),
-        found(norm.weight, behind.weight),
-        found(norm.bias, behind.bias),
+        or_empty(weight, dweight),
+        or_empty(bias, dbias),
+        or_empty(pre_norm.weight, pre.weight),
+        or_empty(pre_norm.bias, pre.bias),
+        or_empty(norm.weight, post.weight),
+        or_empty(norm.bias, post.bias),
     )

@@ -1,7 +1,8 @@
-"""Depthwise convolution of tokens as they lie, forward in training: with batch statistics, and what backward needs.
+"""Depthwise convolution of tokens in their own layout, forward in training: batch statistics, and what backward needs.
 
-The formula and the tile plan are those of ``token_depthwise_conv.py`` and ``_depthwise.py``. ``statistics_kernel``
-reduces a program's rows to a mean and the squares about it, tile by tile, so that no digits cancel.
+The formula is that of ``token_depthwise_conv.py``, the tiling that of ``token_depthwise_conv_tiles.py``.
+``statistics_kernel`` reduces a program's rows to a mean and a sum of squares about it, merged tile by tile (Chan et al.
+1979), which avoids cancellation.
 """
 
 from __future__ import annotations
@@ -9,26 +10,26 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._depthwise import (
+from fastvit.kernels._tokens import with_small_row_strides
+from fastvit.kernels.token_depthwise_conv import convolve, norm_activation, normalized
+from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
     TrainingArguments,
     as_tokens,
     choose_config,
-    divide,
     load_tokens,
     sizes_of,
+    split_reduction,
     store_sum,
     this_program,
     tile_at,
 )
-from fastvit.kernels._tokens import with_near_rows
-from fastvit.kernels.token_depthwise_conv import convolve, map_tokens, mapped
 from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["tokens", "num_rows", "steps"])
 def statistics_kernel(v, partials, tokens, num_rows, steps, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of `steps` tiles of rows, per channel: how many, their mean, the squares about it. (programs, 3, C)."""
+    """Per channel, over ``steps`` tiles of rows: count, mean, sum of squares about it; (programs, 3, C)."""
     first, split = this_program(C, CHANNELS)
     count = tl.zeros([CHANNELS], tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
@@ -36,15 +37,15 @@ def statistics_kernel(v, partials, tokens, num_rows, steps, C, ROWS: tl.constexp
     for step in range(steps):
         tile = tile_at((split * steps + step) * ROWS, first, num_rows, tokens, C, ROWS, CHANNELS)
         value = load_tokens(v, tile)
-        fresh = tl.sum(tile.exists.to(tl.float32), axis=0)
-        fresh_mean = tl.sum(value, axis=0) / tl.maximum(fresh, 1.0)
+        tile_count = tl.sum(tile.exists.to(tl.float32), axis=0)
+        tile_mean = tl.sum(value, axis=0) / tl.maximum(tile_count, 1.0)
         inside = tile.exists[:, None] & tile.within[None, :]
-        away = tl.where(inside, value - fresh_mean[None, :], 0.0)
-        both = tl.maximum(count + fresh, 1.0)
-        difference = fresh_mean - mean
-        squares += tl.sum(away * away, axis=0) + difference * difference * count * (fresh / both)
-        mean += difference * (fresh / both)
-        count += fresh
+        centred = tl.where(inside, value - tile_mean[None, :], 0.0)
+        total = tl.maximum(count + tile_count, 1.0)
+        difference = tile_mean - mean
+        squares += tl.sum(centred * centred, axis=0) + difference * difference * count * (tile_count / total)
+        mean += difference * (tile_count / total)
+        count += tile_count
     place = partials + tl.cast(split, tl.int64) * 3 * C
     store_sum(place, first, C, count)
     store_sum(place + C, first, C, mean)
@@ -53,7 +54,7 @@ def statistics_kernel(v, partials, tokens, num_rows, steps, C, ROWS: tl.constexp
 
 def channel_statistics(v: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of (B, N, C), float32."""
-    grid, steps, partials = divide(v, 3, config)
+    grid, steps, partials = split_reduction(v, 3, config)
     statistics_kernel[grid](as_tokens(v), partials, steps=steps, **sizes_of(v, config))
     count, mean, squares = partials.double().unbind(1)
     values = v.shape[0] * v.shape[1]
@@ -65,29 +66,29 @@ def channel_statistics(v: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def token_depthwise_conv_training(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
 ) -> tuple[Tensor, ...]:
-    """The operator ``token_depthwise_conv_training``; keeps the convolution's result where something follows it."""
+    """The operator ``fastvit::token_depthwise_conv_triton_training``; conv is empty where nothing follows it."""
     pre_norm, pre_batch, norm, batch, geometry = TrainingArguments.of(rest)
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)
     out = geometry.empty_result(x, kernel)
-    keeps = norm.exists() or batch
-    conv = torch.empty_like(out) if keeps else x.new_empty(0)
+    keeps_conv = norm.exists() or batch
+    conv = torch.empty_like(out) if keeps_conv else x.new_empty(0)
     pre_mean, pre_var, mean, var = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(4))
     with torch.cuda.device_of(x):
-        near = with_near_rows(x)
-        image, behind, kept = near[:, prefix:], out[:, prefix:], conv[:, prefix:] if keeps else None
+        x = with_small_row_strides(x)
+        image, grid_out, grid_conv = x[:, prefix:], out[:, prefix:], conv[:, prefix:] if keeps_conv else None
         residual = image if geometry.residual else None
         if pre_batch:
             pre_mean, pre_var = channel_statistics(image, config)
             pre_norm = pre_norm._replace(mean=pre_mean, var=pre_var)
         if out.numel() == 0:
             return out, conv, pre_mean, pre_var, mean, var
-        t = mapped(image, pre_norm, config)
-        if kept is not None and batch:
-            convolve(t, weight, bias, norm, None, kept, None, geometry, config)
-            mean, var = channel_statistics(kept, config)
-            map_tokens(kept, norm._replace(mean=mean, var=var), residual, behind, config)
+        t = normalized(image, pre_norm, config)
+        if grid_conv is not None and batch:
+            convolve(t, weight, bias, norm, None, grid_conv, None, geometry, config)
+            mean, var = channel_statistics(grid_conv, config)
+            norm_activation(grid_conv, norm._replace(mean=mean, var=var), residual, grid_out, config)
         else:
-            convolve(t, weight, bias, norm, residual, kept, behind, geometry, config)
-        out[:, :prefix] = near[:, :prefix]
+            convolve(t, weight, bias, norm, residual, grid_conv, grid_out, geometry, config)
+        out[:, :prefix] = x[:, :prefix]
     return out, conv, pre_mean, pre_var, mean, var

@@ -30,14 +30,22 @@ def declare_torchvision_nms() -> None:
             del sys.modules[name]  # half imported
 
 
-def share_of_the_cores() -> int:
-    """Two threads, or one where pytest-xdist's workers would not leave two: threads that wait for a core spin."""
+def threads() -> int:
+    """FASTVIT_TEST_THREADS, or two; one where pytest-xdist's workers would not leave two: waiting threads spin."""
+    asked = os.environ.get("FASTVIT_TEST_THREADS")
+    if asked is not None:
+        if not (asked.isdecimal() and int(asked)):
+            raise pytest.UsageError(f"FASTVIT_TEST_THREADS: expected a positive number of threads, got {asked!r}")
+        return int(asked)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     return max(1, min(2, (os.cpu_count() or 1) // workers))
 
 
+def pytest_configure() -> None:
+    torch.set_num_threads(threads())
+
+
 declare_torchvision_nms()
-torch.set_num_threads(share_of_the_cores())
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ import torch
 from fastvit._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = ROOT / "csrc" / "torch_abi.h"
+HEADER = ROOT / "csrc" / "common" / "torch_abi.h"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
@@ -73,9 +73,9 @@ def copy_sources(target: Path) -> Path:
 
 def without_kernels(source: Path) -> Path:
     """Drop the operators' code, so that a build takes seconds; what is left is everything a build must get right."""
-    for path in [*source.glob("csrc/cpu/*"), *source.glob("csrc/cuda/*")]:
-        if path.stem != "dispatch":
-            path.unlink()
+    for path in source.glob("csrc/*"):
+        if path.is_dir() and path.name != "common":
+            shutil.rmtree(path)
     return source
 
 
@@ -257,7 +257,7 @@ def device_code(binary: Path) -> set[str]:
 
 
 @needs_nvcc
-@pytest.mark.skipif(not any(ROOT.glob("csrc/cuda/*.cu")), reason="these sources have no CUDA part")
+@pytest.mark.skipif(not any(ROOT.glob("csrc/*/*.cu")), reason="these sources have no CUDA part")
 def test_cuda_part_is_compiled_without_a_gpu_and_with_a_torch_without_cuda(wheel: Path, installed: Python) -> None:
     archs = installed.info()["build"]["cuda_archs"]
     assert {"sm_80", "sm_90"} <= set(archs)
@@ -305,9 +305,8 @@ def test_without_nvcc_there_is_the_cpp_part_alone(source: Path, wheel: Path) -> 
 @needs_compiler
 @needs_nvcc
 def test_architectures_asked_for(small_source: Path, tmp_path: Path) -> None:
-    (small_source / "csrc" / "cuda").mkdir(exist_ok=True)
     kernel = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
-    (small_source / "csrc" / "cuda" / "twice.cu").write_text(kernel, encoding="utf-8")
+    (small_source / "csrc" / "common" / "cuda_twice.cu").write_text(kernel, encoding="utf-8")
     env = clean_environment(**QUICKLY, FASTVIT_CUDA_ARCH_LIST="8.6;9.0+PTX")
     wheel = make_wheel(small_source, "--no-build-isolation", env=env)
     assert build_record(wheel)["cuda_archs"] == ["sm_86", "sm_90", "compute_90"]
@@ -319,11 +318,10 @@ def test_architectures_asked_for(small_source: Path, tmp_path: Path) -> None:
 def test_malformed_architectures_are_refused(small_source: Path) -> None:
     if NVCC is None or CXX is None:
         pytest.skip("architectures are read only where there are compilers")
-    (small_source / "csrc" / "cuda").mkdir(exist_ok=True)
-    (small_source / "csrc" / "cuda" / "empty.cu").touch()
+    (small_source / "csrc" / "common" / "cuda_empty.cu").touch()
     env = clean_environment(FASTVIT_CUDA_ARCH_LIST="hopper", FASTVIT_BUILD_EXT="1")
     output = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=small_source, env=env, ok=False)
-    assert "CUDA architecture 'hopper' is not of the form" in output
+    assert "CUDA architecture: expected a form such as 8.0, 80 or 9.0+PTX, got 'hopper'" in output
 
 
 def test_pure_python_on_request(small_source: Path) -> None:
@@ -367,7 +365,7 @@ def test_a_failed_build_is_loud_on_request(small_source: Path, tmp_path: Path) -
 def test_wrong_switch_is_refused(small_source: Path) -> None:
     env = clean_environment(FASTVIT_BUILD_EXT="yes")
     output = run(sys.executable, "setup.py", "--version", cwd=small_source, env=env, ok=False)
-    assert "FASTVIT_BUILD_EXT: got 'yes', accepted are 0, 1 or unset" in output
+    assert "FASTVIT_BUILD_EXT: expected 0, 1 or unset, got 'yes'" in output
 
 
 def test_metadata_needs_no_torch(small_source: Path) -> None:
@@ -387,12 +385,12 @@ def test_builds_in_place_and_again_only_what_changed(small_source: Path) -> None
     assert (small_source / "fastvit" / f"_C{SUFFIX}").is_file()
     assert json.loads((small_source / "fastvit" / "_build_info.json").read_text())["extension"] is True
     assert "no work to do" in build()
-    header = small_source / "csrc" / "cpu" / "dispatch.h"
+    header = small_source / "csrc" / "common" / "isa.h"
     header.write_text(header.read_text() + "\n// changed\n", encoding="utf-8")
     output = build()
-    assert "compile cpu/dispatch.o" in output
+    assert "compile common/isa.o" in output
     assert "compile bindings.o" in output
-    assert "compile torch_abi.o" not in output
+    assert "compile common/torch_abi.o" not in output
 
 
 @needs_compiler
@@ -514,7 +512,7 @@ def check_syntax(folder: Path, code: str, *flags: str, ok: bool = True) -> str:
 
 @needs_torch_headers
 def test_declarations_agree_with_torch(tmp_path: Path) -> None:
-    check_syntax(tmp_path, "#include <torch/csrc/stable/library.h>\n#include <torch_abi.h>\n", TORCH_2_10)
+    check_syntax(tmp_path, "#include <torch/csrc/stable/library.h>\n#include <common/torch_abi.h>\n", TORCH_2_10)
 
 
 @needs_torch_headers
@@ -542,7 +540,7 @@ using GetStream = AOTITorchError (*)(int32_t, void**);
 static_assert(std::is_same_v<decltype(&aoti_torch_get_current_cuda_stream), GetStream>);
 """
     check_syntax(tmp_path, code, TORCH_2_10, "-DUSE_CUDA")
-    source = (ROOT / "csrc" / "torch_abi.cpp").read_text(encoding="utf-8")
+    source = (ROOT / "csrc" / "common" / "torch_abi.cpp").read_text(encoding="utf-8")
     assert "using GetStream = AOTITorchError (*)(int32_t, void**);" in source
 
 

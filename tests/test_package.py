@@ -26,20 +26,20 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_import_is_cheap_and_needs_no_optional_library():
     code = """
-import json, sys, time
+import json, sys
 import torch
-start = time.process_time()
 before = set(sys.modules)
 import fastvit
-print(json.dumps({"seconds": time.process_time() - start, "new": sorted(set(sys.modules) - before)}))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
     result = run(code)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    libraries = {name.partition(".")[0] for name in found["new"]}
+    new = json.loads(result.stdout)
+    libraries = {name.partition(".")[0] for name in new}
     optional = {"triton", "timm", "transformers", "torchvision", "vit_pytorch", "rich", "numpy", "safetensors"}
     assert not libraries & optional
-    assert found["seconds"] < 1.0
+    beside = [name for name in new if not name.startswith("fastvit.")]
+    assert len(beside) < 50, beside  # of the standard library, which torch had not imported
 
 
 def test_public_names_are_there_and_documented():
@@ -80,7 +80,7 @@ def test_every_row_names_a_class_that_exists():
     for row in recognise.reference.ROWS:
         module, _, name = row.path.rpartition(".")
         assert inspect.isclass(getattr(sys.modules[module], name)), row.path
-        assert row.op in fastvit.ops.IMPLEMENTATIONS
+        assert row.op in fastvit.ops.OPERATORS
         assert row.methods()
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of convolutions share: arguments, the library compositions, measuring beside them."""
+"""Shared by the benchmarks of convolutions: arguments, compositions of the library's layers, measuring."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvit.reference.functional import BatchNorm, activate
 
 Makers = Mapping[str, Callable[[dict[str, Any]], Call]]
 ELEMENTS = 200_000
-"""A round of small inputs is at least so many elements."""
+"""The least number of elements in a round of calls."""
 
 
 class Shape(Protocol):
@@ -32,7 +32,7 @@ class Shape(Protocol):
 
 
 def random_norm(channels: int) -> BatchNorm:
-    """A BatchNorm with statistics of its own."""
+    """A BatchNorm far from the identity."""
     mean, bias = torch.randn(2, channels)
     var, weight = 0.5 + torch.rand(2, channels)
     return BatchNorm(mean, var, weight, bias)
@@ -44,7 +44,7 @@ def converted(arguments: Any, dtype: torch.dtype) -> Any:
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """A layer's weight and bias with the norm behind it folded in, as one would do by hand, once."""
+    """Weight and bias of a layer with the norm that follows folded in."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     offset = -norm.running_mean if bias is None else bias - norm.running_mean
     shape = (-1,) + (1,) * (weight.dim() - 1)
@@ -60,7 +60,7 @@ def convolve(
     channels_last: bool,
     activation: str | None = None,
 ) -> Tensor:
-    """The library's depthwise convolution of tokens, in image layout or through a channels-last view."""
+    """The library's depthwise convolution of tokens, copied to NCHW or seen as a channels-last image."""
     image = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
     image = image if channels_last else image.contiguous()
     out = F.conv2d(image, weight, bias, stride, weight.shape[-1] // 2, groups=weight.shape[0])
@@ -68,7 +68,7 @@ def convolve(
 
 
 def measure(calls: Mapping[str, Call], exact: Call, x: Tensor, rounds: int) -> tuple[Times, bool]:
-    """The times of every candidate, and whether the first one's result is right; the second is its plain twin."""
+    """The times of every candidate, and whether the first, fastvit's, is accurate; the second is the plain form."""
     fastvit, plain, *_ = calls.values()
     with torch.no_grad():
         results = fastvit(x), plain(x), exact(x.double())
@@ -80,12 +80,12 @@ def measure(calls: Mapping[str, Call], exact: Call, x: Tensor, rounds: int) -> t
 def make_table(
     shapes: Sequence[Shape], make_arguments: Callable[[Any, int, torch.dtype], dict[str, Any]], candidates: Makers
 ) -> Table:
-    """A row a shape, measured with every candidate in turn.
+    """A table with a row for each shape.
 
     Args:
-        make_arguments: of shape, batch and dtype; x among them.
-        candidates: by name, what makes a call on x of the other arguments. The first is fastvit's, the second its
-            plain twin.
+        make_arguments: from shape, batch and dtype; ``x`` is among them.
+        candidates: by name, functions that make a call on x from the other arguments. The first is fastvit's, the
+            second the plain form's.
     """
 
     def measured(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> Row:
@@ -101,6 +101,6 @@ def make_table(
 
 
 def main(description: str | None, table: Table, argv: Sequence[str] | None = None) -> None:
-    """The command of a table."""
+    """Measure a table as a command."""
     options, machine = _table.start(_table.make_parser(description), argv)
     _table.write(options.json, machine=machine, rows=_table.fill(table, options))

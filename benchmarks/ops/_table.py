@@ -1,4 +1,4 @@
-"""What the benchmarks of convolutions share as commands: their options, the table they print, the JSON they write."""
+"""The command line of the benchmarks of convolutions: options, the printed table, JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastvit import backends
 Row = dict[str, Any]
 Times = Mapping[str, Measured]
 TIMES = ("ms", "backward_ms")
-"""Where a row keeps milliseconds by candidate, fastvit's in front."""
+"""Keys under which a row has milliseconds by candidate, fastvit's first."""
 
 NAME = 42
-"""Characters of a row's name."""
+"""Width of a row's name."""
 
 
 class Table(NamedTuple):
-    """The heads of the columns of times and of ratios; by name, what measures a row, of batch, dtype and rounds."""
+    """Headings of the columns of times and of ratios; by name, the function (batch, dtype, rounds) of each row."""
 
     columns: Sequence[str]
     ratios: Sequence[str]
@@ -32,7 +32,7 @@ class Table(NamedTuple):
 
 
 def make_row(facts: Mapping[str, Any], batch: int, dtype: torch.dtype, accurate: bool, **times: Times) -> Row:
-    """What is written of one row; ``times`` under the names of :data:`TIMES`."""
+    """One row; ``times`` are named as in :data:`TIMES`."""
     row = {"shape": dict(facts), "batch": batch, "dtype": str(dtype).removeprefix("torch."), "accurate": accurate}
     return row | {
         key: {name: measured._asdict() for name, measured in candidates.items()} for key, candidates in times.items()
@@ -45,14 +45,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write the measurements here")
     return parser
 
 
 def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The options, as they are wanted from here on, and the machine they are in force on, which is printed."""
+    """Parse the options and apply those of the whole process; also describe the machine, which is printed."""
     options = parser.parse_args(argv)
     if reasons := backends.cpp_reasons():
         parser.error("; ".join(reasons))
@@ -69,9 +69,9 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 
 
 def fill(table: Table, options: argparse.Namespace) -> list[Row]:
-    """Measure the rows that are asked for, each in every dtype and batch, and print them."""
+    """Measure and print the selected rows, each in every dtype and batch size."""
     print("median milliseconds | the peer's time over fastvit's")
-    print(f"{'':<{NAME}}" + _heads(table.columns) + " |" + _heads(table.ratios))
+    print(f"{'':<{NAME}}" + _headings(table.columns) + " |" + _headings(table.ratios))
     rows = []
     for dtype in options.dtype:
         for batch in options.batch:
@@ -84,12 +84,12 @@ def fill(table: Table, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _heads(names: Sequence[str]) -> str:
+def _headings(names: Sequence[str]) -> str:
     return "".join(f"{name[:8]:>9}" for name in names)
 
 
 def _cells(row: Row) -> str:
-    """The times of a row and, if its result is right, how many times fastvit's each of the others is."""
+    """The times of a row and, if its result is accurate, the others as multiples of fastvit's."""
     columns, ratios = "", ""
     for times in (row[key] for key in TIMES if key in row):
         first, *peers = medians = [measured["median"] for measured in times.values()]
@@ -99,6 +99,6 @@ def _cells(row: Row) -> str:
 
 
 def write(path: Path | None, **found: Any) -> None:
-    """Write what was found where a file was asked for."""
+    """Write the measurements, if a file was named."""
     if path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the benchmarks of single operators share: candidates in turn within one run, medians with their spread."""
+"""Shared by the benchmarks of operators: candidates take turns within one run; medians and their spread."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.timing import as_it_is, interleaved
+from benchmarks.timing import on_inputs, unchanged
 
 Call = Callable[[Any], Any]
-FRESH_BYTES = 64 << 20  # more than the caches of the machines at hand hold
+FRESH_BYTES = 64 << 20  # more than most caches hold
 FRESH_COPIES = 32
 
 
@@ -38,14 +38,14 @@ def _each(call: Call) -> Call:
 
 
 def _all(prepare: Call) -> Call:
-    """Every input of a round, prepared before the first of its calls."""
+    """Prepare every input of a round before its first call."""
     return lambda inputs: list(map(prepare, inputs))
 
 
 def fresh(make: Callable[[], Any], size: int) -> list[Any]:
-    """Inputs for :func:`compare` of ``size`` bytes each: so many that none is in a cache still when its turn comes.
+    """Inputs of ``size`` bytes each for :func:`compare`, so many that each has left the caches when its turn comes.
 
-    Small ones, of which that would be a great many, are as far away as the outer caches.
+    There are at most ``FRESH_COPIES``, so that small ones may still be in an outer cache.
     """
     return [make() for _ in range(max(2, min(FRESH_COPIES, FRESH_BYTES // max(1, size))))]
 
@@ -59,13 +59,13 @@ def compare(
     device: torch.device | str = "cpu",
     prepare: Mapping[str, Call] | None = None,
 ) -> dict[str, Measured]:
-    """Time the candidates in turn, ``rounds`` times each, in an order that is drawn.
+    """Time the candidates in turn, ``rounds`` times each, in random order.
 
-    A round averages over ``repeats`` calls, each of which has another one of ``inputs``, which take turns. What
-    ``prepare`` makes of an input, for the candidates it names, is made untimed in front of the round.
+    A round is the average of ``repeats`` calls, each on the next of ``inputs``. For the candidates that it names,
+    ``prepare`` makes the argument of each call from the input, untimed, before the round.
     """
     groups = [[inputs[(i * repeats + j) % len(inputs)] for j in range(repeats)] for i in range(len(inputs))]
-    first = [_all(prepare[name]) if prepare and name in prepare else as_it_is for name in calls]
+    first = [_all(prepare[name]) if prepare and name in prepare else unchanged for name in calls]
     timed = list(map(_each, calls.values()))
-    seconds = interleaved(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
+    seconds = on_inputs(timed, groups, rounds=rounds, device=device, warmup=3, prepare=first)
     return {name: _measured(times, repeats) for name, times in zip(calls, seconds, strict=True)}

@@ -1,4 +1,4 @@
-"""CvT's three projections against the library's convolutions and linear layers, on the shapes of CvT-13 and CvT-W24.
+"""CvT's three projections, compared with the library's convolutions and linear layers, in CvT-13 and CvT-W24.
 
     python -m benchmarks.ops.conv_projection [--isa avx2] [--threads 2] [--batch 1 8] [--only 384] [--json FILE]
 
@@ -8,7 +8,7 @@ Columns, all timed in turn in one run:
     nchw            the library's convolution on NCHW, the norm folded into its weight beforehand, then the linears
     channels-last   the same on a view of the tokens as a channels-last image, without transposes
 
-No ratio is printed where the result fails the accuracy rule.
+No ratio is printed for a result that fails the accuracy rule.
 """
 
 from __future__ import annotations

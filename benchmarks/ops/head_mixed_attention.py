@@ -1,12 +1,12 @@
-"""Head-mixed attention on CPU beside its plain form and beside attention without any mixing (torch's SDPA).
+"""Head-mixed attention on CPU, compared with its plain form and with attention without mixing (torch's SDPA).
 
     python -m benchmarks.ops.head_mixed_attention [--passes inference training] [--dtype float32 bfloat16]
                                                   [--batch 8 1] [--rounds 30] [--threads 2] [--json PATH]
 
-One line a shape: median milliseconds of the fused operator, of the plain one and of SDPA on the same q, k and v, all
-timed in turn within one run; then how many times faster than the plain form, and the time relative to SDPA. Training
-rows are a forward and a backward pass, re-attention by the batch's statistics. A row in which a result or a gradient is
-not as accurate as the plain form's names them and prints no speed.
+One line for each shape: median milliseconds of the fused operator, of the plain form and of SDPA on the same q, k and
+v, all timed in turn within one run; the speed-up over the plain form, and the time relative to SDPA. Training rows are
+a forward and a backward pass, re-attention with batch statistics. A row that fails the accuracy rule names the results
+and gradients that do, and has no times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops._timing import fresh
-from benchmarks.timing import interleaved, keep_memory
+from benchmarks.ops._timing import Call, compare, fresh
+from benchmarks.timing import keep_memory
 from fastvit import backends, ops
 from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
@@ -35,7 +34,7 @@ PASSES = ("inference", "training")
 
 
 class Shape(NamedTuple):
-    """One model's attention: heads, tokens, head dimension; the norm behind the mix, or None where heads talk twice."""
+    """One model's attention: heads, tokens, head dimension; the norm of re-attention, or None for talking heads."""
 
     model: str
     heads: int
@@ -55,7 +54,7 @@ SHAPES = (
 
 
 def make_parameters(shape: Shape) -> dict[str, Tensor]:
-    """The mixes, and the tensors of the norm."""
+    """The weights and biases of the mixes, and the tensors of the norm."""
     heads = shape.heads
     names = ("pre", "post") if shape.norm is None else ("post",)
     made = {f"{name}_weight": torch.eye(heads) + 0.1 * torch.randn(heads, heads) for name in names}
@@ -69,12 +68,12 @@ def make_parameters(shape: Shape) -> dict[str, Tensor]:
 
 
 class Step:
-    """What is timed: an operator on q, k and v, beside parameters in one dtype; in training with its backward pass."""
+    """A call of an operator on q, k and v, with its parameters in one dtype; in training with the backward pass."""
 
     def __init__(self, shape: Shape, parameters: dict[str, Tensor], weights: Tensor | None, dtype: torch.dtype):
         training = weights is not None
         self.weights = None if weights is None else weights.to(dtype)
-        # Copies: the running statistics move.
+        # Copies, since training updates the running statistics.
         own = {name: tensor.to(dtype, copy=True) for name, tensor in parameters.items()}
         running = [own.pop(name, None) for name in ("running_mean", "running_var")]
         self.leaves = {name: tensor.requires_grad_(training) for name, tensor in own.items()}
@@ -83,7 +82,7 @@ class Step:
         self.arguments: dict[str, Any] = {**own, "norm": None if shape.norm is None else norms[shape.norm]}
 
     def __call__(self, op: Callable[..., Tensor], qkv: Sequence[Tensor], mixed: bool = True) -> list[Tensor]:
-        """The result, and the gradients of q, k, v and (of an operator that mixes) the parameters."""
+        """The result, and in training the gradients of q, k, v and, if ``mixed``, of the parameters."""
         if self.weights is None:
             return [op(*qkv, **(self.arguments if mixed else {}))]
         qkv = [tensor.detach().requires_grad_() for tensor in qkv]
@@ -92,7 +91,7 @@ class Step:
 
 
 def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds: int) -> dict[str, Any]:
-    """Times one row; its errors are against float64."""
+    """Measure one row; its errors are those against float64."""
     packed = (batch, shape.tokens, 3, shape.heads, shape.dim)
     inputs = fresh(
         lambda: torch.randn(packed).to(dtype).permute(2, 0, 3, 1, 4).unbind(0), math.prod(packed) * dtype.itemsize
@@ -100,26 +99,23 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds
     weights = torch.randn(batch, shape.heads, shape.tokens, shape.dim).to(dtype) if training else None
     parameters = {name: tensor.to(dtype) for name, tensor in make_parameters(shape).items()}
     step, exact = (Step(shape, parameters, weights, numbers) for numbers in (dtype, torch.float64))
-    calls: list[Callable[[Any], list[Tensor]]] = [
-        lambda qkv: step(ops.head_mixed_attention, qkv),
-        lambda qkv: step(functional.head_mixed_attention, qkv),
-        lambda qkv: step(F.scaled_dot_product_attention, qkv, mixed=False),
-    ]
+    calls: dict[str, Call] = {
+        "fused_ms": lambda qkv: step(ops.head_mixed_attention, qkv),
+        "plain_ms": lambda qkv: step(functional.head_mixed_attention, qkv),
+        "sdpa_ms": lambda qkv: step(F.scaled_dot_product_attention, qkv, mixed=False),
+    }
     with torch.set_grad_enabled(training):
-        results = calls[0](inputs[0]), calls[1](inputs[0])
+        results = calls["fused_ms"](inputs[0]), calls["plain_ms"](inputs[0])
         oracle = exact(functional.head_mixed_attention, [tensor.double() for tensor in inputs[0]])
         names = ["out", *"qkv", *step.leaves]
         wrong = [name for name, *tensors in zip(names, *results, oracle, strict=False) if not is_accurate(*tensors)]
-        seconds = interleaved(calls, inputs, rounds=rounds)
-    fused, plain, sdpa = (1e3 * statistics.median(times) for times in seconds)
+        times = compare(calls, inputs, rounds=rounds)
     return {
         "model": shape.model,
         "pass": PASSES[training],
         "shape": [batch, shape.heads, shape.tokens, shape.dim],
         "dtype": str(dtype).removeprefix("torch."),
-        "fused_ms": fused,
-        "plain_ms": plain,
-        "sdpa_ms": sdpa,
+        **{name: measured.median for name, measured in times.items()},
         "inaccurate": wrong,
     }
 
@@ -127,13 +123,13 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, training: bool, rounds
 def describe_row(row: dict[str, Any]) -> str:
     name = f"{row['model']:<15} {row['pass']:<9} {tuple(row['shape'])!s:<17} {row['dtype']:<9}"
     if row["inaccurate"]:
-        return f"{name} WRONG: {', '.join(row['inaccurate'])} less accurate than the plain form's"
+        return f"{name} WRONG: {', '.join(row['inaccurate'])} less accurate than the rule allows"
     fused, plain, sdpa = row["fused_ms"], row["plain_ms"], row["sdpa_ms"]
     return f"{name} {fused:8.3f} {plain:8.3f} {sdpa:8.3f} {plain / fused:8.2f}x {fused / sdpa:8.2f}"
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran."""
+    """Description of the machine."""
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),

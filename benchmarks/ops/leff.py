@@ -1,14 +1,14 @@
-"""CeiT's feed-forward whole against the library's layers, on the shapes of CeiT tiny, small and base.
+"""CeiT's whole feed-forward, compared with the library's layers, on the shapes of CeiT tiny, small and base.
 
     python -m benchmarks.ops.leff [--isa avx2] [--threads 2] [--batch 1 8] [--only small] [--json FILE]
 
 Columns, all timed in turn in one run:
     fastvit         the operator
     eager           the plain function: each step its own pass, tokens to image and back around the convolution
-    nchw            every norm folded into the layer in front of it beforehand, the library's convolution on NCHW
+    nchw            every norm folded into the preceding layer beforehand, the library's convolution on NCHW
     channels-last   the same on a view of the tokens as a channels-last image, without transposes
 
-No ratio is printed where the result fails the accuracy rule.
+No ratio is printed for a result that fails the accuracy rule.
 """
 
 from __future__ import annotations

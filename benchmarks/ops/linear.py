@@ -1,13 +1,12 @@
-"""Linear layers and MLPs on CPU beside torch's.
+"""Linear layers and MLPs on CPU, compared with torch's.
 
     python -m benchmarks.ops.linear [--dtype float32 bfloat16] [--batch 8 1] [--backend auto] [--train] [--rounds 15]
         [--json PATH]
 
-One line a layer: median milliseconds of the operator and of the plain form (the library's product, and GELU behind it
-where the layer has one), timed in turn within one run; how many times faster the operator is, with its spread (20th and
-80th percentile of the operator beneath the plain form's median). ``--train`` times forward and backward. A row whose
-result is not as accurate as the plain form's says so and prints no speed. ``--backend cpp`` shows the C++ kernel where
-the automatic choice is the library, too.
+One line for each layer: median milliseconds of the operator and of the plain form (the library's product, in an MLP
+followed by GELU), timed in turn within one run; and the speed-up (with the plain form's median over the 80th and the
+20th percentile of the operator). ``--train`` times forward and backward. A row that fails the accuracy rule says so and
+has no times. ``--backend cpp`` measures the C++ kernel even where the automatic choice is the library.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fastvit.reference import functional
 
 
 class Shape(NamedTuple):
-    """One layer of a model: tokens of an image, widths of its input and output; ``hidden`` where it is an MLP."""
+    """One layer of a model: tokens of an image, widths of input and output, and of the hidden layer of an MLP."""
 
     layer: str
     tokens: int
@@ -55,7 +54,7 @@ PRODUCTS_PER_ROUND = 1 << 28
 
 
 def make_calls(shape: Shape, dtype: torch.dtype, backend: str) -> dict[str, Call]:
-    """Of x: the operator, the plain form, and the plain form in float64."""
+    """Calls on x: the operator, the plain form, the plain form in float64, and training steps of the first two."""
     widths = [shape.depth, shape.hidden or shape.columns, *([shape.columns] if shape.hidden else [])]
     tensors = []
     for depth, columns in itertools.pairwise(widths):
@@ -80,7 +79,7 @@ def _step(run: Callable[..., Tensor], tensors: Sequence[Tensor], **options: Any)
 
 
 def measure(shape: Shape, batch: int, dtype: torch.dtype, backend: str, train: bool, rounds: int) -> dict[str, Any]:
-    """Times one row."""
+    """Measure one row."""
     calls = make_calls(shape, dtype, backend)
     x = torch.randn(batch, shape.tokens, shape.depth).to(dtype)
     inputs = fresh(lambda: torch.randn_like(x), x.nbytes)
@@ -104,7 +103,7 @@ def describe_row(row: dict[str, Any]) -> str:
     sizes = " ".join(str(size) for size in row["shape"] if size is not None)
     name = f"{row['layer']:<13} {sizes:<22} {row['dtype']:<9}"
     if not row["accurate"]:
-        return f"{name} WRONG: less accurate than the plain form"
+        return f"{name} WRONG: less accurate than the rule allows"
     fused, plain = (Measured(**row[key]) for key in ("fused", "plain"))
     spread = f"({plain.median / fused.high:.2f} to {plain.median / fused.low:.2f})"
     return f"{name} {fused.median:9.3f} {plain.median:9.3f} {plain.median / fused.median:7.2f}x {spread}"

@@ -1,19 +1,19 @@
-"""Token depthwise convolution against the library's convolutions and a plain copy, on the shapes of CPVT, CeiT and CvT.
+"""Token depthwise convolution, compared with the library's and with a copy, on the shapes of CPVT, CeiT and CvT.
 
     python -m benchmarks.ops.token_depthwise_conv [--isa avx2] [--threads 2] [--batch 1 8] [--only ceit] [--training]
                                                   [--json FILE]
 
 Columns, all timed in turn in one run:
-    fastvit         the operator, on tokens as they lie
+    fastvit         the operator, on tokens in their own layout, (B, N, C)
     eager           the plain function: tokens to image and back, each step its own pass
     nchw            the library's convolution on NCHW, the norm folded into its weight, with both transposes
     channels-last   the same on a view of the tokens as a channels-last image, without transposes
-    copy            a copy of x into a tensor already there
-With --training, batch statistics in the norms, fastvit and eager alone:
+    copy            a copy of x into an existing tensor
+With --training, fastvit and eager alone, norms with batch statistics:
     fastvit, eager  a forward and a backward pass
-    backward of     the same two's backward pass alone, of a forward pass run untimed in front of it
+    backward, of eager  the backward pass alone of each, after an untimed forward pass
 
-No ratio is printed where the result fails the accuracy rule.
+No ratio is printed for a result that fails the accuracy rule.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
 
 
 def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> Row:
-    """The times of every candidate, and whether fastvit's result is right."""
+    """The times of every candidate, and whether fastvit's result is accurate."""
     arguments = make_arguments(shape, batch, dtype)
     x = arguments.pop("x")
     calls: dict[str, Call] = {
@@ -119,17 +119,17 @@ def measure(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> Row:
 
 
 def trainable(value: Any) -> Any:
-    """An argument with gradients asked for; of a norm, batch statistics and its weight's and bias's gradients."""
+    """The argument with its gradient required; of a norm with batch statistics, those of its weight and bias."""
     if isinstance(value, Tensor):
         return value.requires_grad_()
     if isinstance(value, BatchNorm):
-        running = (tensor.clone() for tensor in value[:2])  # a view of what is trained would be moved in place
+        running = (tensor.clone() for tensor in value[:2])  # else views of a trained tensor, updated in place
         return BatchNorm(*running, *map(trainable, value[2:4]), use_batch_stats=True)
     return value
 
 
 class Step:
-    """A training step of one form of the operator on x, whole or in its two passes."""
+    """A training step of one implementation on x, as a whole or pass by pass."""
 
     def __init__(self, run: Call, arguments: dict[str, Any], grad: Tensor):
         self.run, self.grad = run, grad
@@ -139,11 +139,11 @@ class Step:
         self.trained = [tensor for tensor in trained if tensor is not None]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and the x that it is of."""
+        """The result, and the x that requires its gradient."""
         return self.run(x.requires_grad_(), **self.arguments), x
 
     def backward(self, passed: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """The gradients of x and of every parameter, of what :meth:`forward` returned."""
+        """The gradients of x and of every parameter, from what :meth:`forward` returned."""
         out, x = passed
         return torch.autograd.grad(out, [x, *self.trained], self.grad)
 
@@ -152,7 +152,7 @@ class Step:
 
 
 def measure_training(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> Row:
-    """As :func:`measure`, of forward and backward together, and of the backward pass alone."""
+    """Like :func:`measure`, for forward and backward together and for the backward pass alone."""
     arguments = make_arguments(shape, batch, dtype)
     x, twin = arguments.pop("x"), functional.token_depthwise_conv
     grad = torch.randn_like(twin(x, **arguments))

@@ -1,44 +1,41 @@
 """The fused operators: the functions of ``fastvit.reference.functional``, each with a ``backend`` to choose from.
 
-``IMPLEMENTATIONS`` holds, by operator, who can compute it in order of preference.
+``OPERATORS`` holds, by name, who can compute each in order of preference.
 """
 
-from fastvit.ops.class_attention import IMPLEMENTATIONS as _CLASS_ATTENTION
-from fastvit.ops.class_attention import class_attention
-from fastvit.ops.conv_batch_norm import IMPLEMENTATIONS as _CONV_BATCH_NORM
+from fastvit.ops import attention as _attention
+from fastvit.ops import conv_batch_norm as _conv_batch_norm
+from fastvit.ops import conv_projection as _conv_projection
+from fastvit.ops import head_mixed_attention as _head_mixed_attention
+from fastvit.ops import leff as _leff
+from fastvit.ops import linear as _linear
+from fastvit.ops import token_depthwise_conv as _token_depthwise_conv
+from fastvit.ops.attention import class_attention, masked_attention
 from fastvit.ops.conv_batch_norm import conv_batch_norm
-from fastvit.ops.conv_projection import IMPLEMENTATIONS as _CONV_PROJECTION
-from fastvit.ops.conv_projection import conv_projection
-from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as _DEPTHWISE_SEPARABLE_CONV
-from fastvit.ops.depthwise_separable_conv import depthwise_separable_conv
-from fastvit.ops.head_mixed_attention import IMPLEMENTATIONS as _HEAD_MIXED_ATTENTION
+from fastvit.ops.conv_projection import conv_projection, depthwise_separable_conv
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
-from fastvit.ops.leff import IMPLEMENTATIONS as _LEFF
 from fastvit.ops.leff import leff
-from fastvit.ops.linear import IMPLEMENTATIONS as _LINEAR
-from fastvit.ops.linear import linear
-from fastvit.ops.masked_attention import IMPLEMENTATIONS as _MASKED_ATTENTION
-from fastvit.ops.masked_attention import masked_attention
-from fastvit.ops.mlp import IMPLEMENTATIONS as _MLP
-from fastvit.ops.mlp import mlp
-from fastvit.ops.token_depthwise_conv import IMPLEMENTATIONS as _TOKEN_DEPTHWISE_CONV
+from fastvit.ops.linear import linear, mlp
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
-IMPLEMENTATIONS = {
-    "class_attention": _CLASS_ATTENTION,
-    "conv_batch_norm": _CONV_BATCH_NORM,
-    "conv_projection": _CONV_PROJECTION,
-    "depthwise_separable_conv": _DEPTHWISE_SEPARABLE_CONV,
-    "head_mixed_attention": _HEAD_MIXED_ATTENTION,
-    "leff": _LEFF,
-    "linear": _LINEAR,
-    "masked_attention": _MASKED_ATTENTION,
-    "mlp": _MLP,
-    "token_depthwise_conv": _TOKEN_DEPTHWISE_CONV,
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        _attention.CLASS,
+        _conv_batch_norm.OPERATOR,
+        _conv_projection.PROJECTION,
+        _conv_projection.SEPARABLE,
+        _head_mixed_attention.OPERATOR,
+        _leff.OPERATOR,
+        _linear.LINEAR,
+        _attention.MASKED,
+        _linear.MLP,
+        _token_depthwise_conv.OPERATOR,
+    )
 }
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "OPERATORS",
     "class_attention",
     "conv_batch_norm",
     "conv_projection",

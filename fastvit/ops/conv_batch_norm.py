@@ -1,4 +1,4 @@
-"""Convolution of an image, BatchNorm and activation (the stems of CeiT and DeepViT): the checks, and who computes it.
+"""Convolution of an image, BatchNorm and activation: the stems of CeiT and DeepViT.
 
 - ``channels_last``: the library's convolution in channels-last layout, the norm (by running statistics) folded into its
   weight; inference on the CPU.
@@ -7,17 +7,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops._checks import describe
-from fastvit.ops._convolution_checks import check_bias, check_norm
-from fastvit.ops._dispatch import Implementation, gradients_needed, select
+from fastvit.ops._checks import INTS, LARGEST, check_activation, check_batch_norm, check_parameter, fail
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import ACTIVATIONS, BatchNorm
 
 __all__ = ["conv_batch_norm"]
 
@@ -25,50 +25,82 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Call(NamedTuple):
-    """The arguments of one call, checked."""
+    """The arguments of the public function."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     norm: BatchNorm
-    stride: tuple[int, int]
-    padding: tuple[int, int]
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int]
     activation: str | None
 
 
-def _channels_last_reasons(call: Call) -> list[str]:
+def _check_pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, ...]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    for each in pair:
+        if len(pair) != 2 or not isinstance(each, INTS) or isinstance(each, bool) or not least <= each <= LARGEST:
+            fail(name, f"an int from {least} to {LARGEST}, or two", value)
+    return pair
+
+
+def _check(call: Call) -> None:
+    x, weight = call.x, call.weight
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        fail("x", "a floating tensor (B, C, H, W)", x)
+    shaped = isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == x.shape[1]
+    if not shaped or not weight.is_floating_point():
+        fail("weight", f"a floating tensor (O, {x.shape[1]}, k, l)", weight)
+    if weight.device != x.device:
+        fail("weight", f"a tensor on {x.device}", weight)
+    check_parameter("bias", call.bias, (weight.shape[0],), x)
+    if call.norm is None:
+        fail("norm", "BatchNorm.of(module)", call.norm)
+    check_batch_norm("norm", call.norm, weight.shape[0], x)
+    _check_pair("stride", call.stride, 1)
+    padding, sizes, kernel = _check_pair("padding", call.padding, 0), tuple(x.shape[2:]), tuple(weight.shape[2:])
+    if sizes[0] + 2 * padding[0] < kernel[0] or sizes[1] + 2 * padding[1] < kernel[1]:
+        fail("padding", f"enough for a kernel of {kernel} to fit the padded {sizes}", call.padding)
+    check_activation("activation", call.activation)
+
+
+def _channels_last_reasons(call: Call, named: bool) -> Iterator[str]:
     x, norm = call.x, call.norm
-    if x.device.type != "cpu":
-        return [f"it has been measured on the CPU only, x is on {x.device}"]
-    reasons = []
+    if not x.is_cpu:
+        yield f"it has been measured on the CPU only, x is on {x.device}"
     if x.dtype not in _DTYPES:
-        reasons.append(f"dtype {x.dtype} is not one of float32, bfloat16")
+        yield f"dtype {x.dtype} is not one of float32, bfloat16"
     if torch.is_autocast_enabled("cpu"):
-        reasons.append("autocast is on, whose cast weights the library keeps")
+        yield "autocast is on, whose cast weights the library keeps"
     if norm.layer is not None:
-        reasons.append(f"the norm is a {type(norm.layer).__name__}, which has to be called")
+        yield f"the norm is a {type(norm.layer).__name__}, which has to be called"
     if norm.use_batch_stats:
-        reasons.append("the norm uses batch statistics")
-    if gradients_needed(x, call.weight, call.bias, *norm[:4]):
-        reasons.append("gradients are needed")
-    return reasons
+        yield "the norm uses batch statistics"
+    if torch.is_grad_enabled() and gradients_needed(x, call.weight, call.bias, *norm[:4]):
+        yield "gradients are needed"
 
 
 def _run_channels_last(call: Call) -> Tensor:
-    norm = call.norm
-    assert norm.running_mean is not None and norm.running_var is not None  # by the checks
+    x, weight, bias, norm, stride, padding, activation = call
+    for vector in (bias, *norm[:4]):
+        if vector is not None and (vector.shape != weight.shape[:1] or vector.device != x.device):
+            raise ValueError("norm")  # torch would broadcast it
+        if vector is not None and not vector.is_floating_point():
+            raise ValueError("norm")
+    if x.dim() != 4 or weight.device != x.device or not weight.is_floating_point():
+        raise ValueError("x")
+    assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.float() + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight
     shift = -norm.running_mean * factor
-    if call.bias is not None:
-        shift = shift + call.bias * factor
+    if bias is not None:
+        shift = shift + bias * factor
     if norm.bias is not None:
         shift = shift + norm.bias
-    dtype = call.x.dtype
-    weight = (call.weight * factor.view(-1, 1, 1, 1)).to(dtype, memory_format=torch.channels_last)
-    x = call.x.contiguous(memory_format=torch.channels_last)
-    return functional.activate(F.conv2d(x, weight, shift.to(dtype), call.stride, call.padding), call.activation)
+    weight = (weight * factor.view(-1, 1, 1, 1)).to(x.dtype, memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return ACTIVATIONS[activation](F.conv2d(x, weight, shift.to(x.dtype), stride, padding))
 
 
 def _run_reference(call: Call) -> Tensor:
@@ -76,22 +108,14 @@ def _run_reference(call: Call) -> Tensor:
     return functional.conv_batch_norm(x, weight, bias, norm, stride=stride, padding=padding, activation=activation)
 
 
-def _no_reasons(call: Call) -> list[str]:
-    return []
-
-
-IMPLEMENTATIONS = (
-    Implementation("channels_last", _channels_last_reasons, _run_channels_last),
-    Implementation("reference", _no_reasons, _run_reference),
+OPERATOR = Operator(
+    "conv_batch_norm",
+    (
+        Implementation("channels_last", _run_channels_last, _channels_last_reasons, validates=True),
+        Implementation(REFERENCE, _run_reference),
+    ),
+    _check,
 )
-"""In order of preference."""
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name}: got {value!r}, accepted is an int of at least {least}, or two")
-    return pair
 
 
 def conv_batch_norm(
@@ -103,7 +127,7 @@ def conv_batch_norm(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     activation: str | None = None,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """activation(norm(conv(x) + bias)) of an image.
 
@@ -124,18 +148,4 @@ def conv_batch_norm(
 
     Source: Yuan et al. 2021 (CeiT), section 3.1; the plain form is ``fastvit.reference.functional.conv_batch_norm``.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x: got {describe(x)}, accepted is a floating tensor (B, C, H, W)")
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight: got {describe(weight)}, accepted beside x {describe(x)} is (O, {x.shape[1]}, k, l)")
-    if weight.device != x.device:
-        raise ValueError(f"weight: got {describe(weight)}, x is on {x.device}")
-    check_bias("bias", bias, weight.shape[0], x)
-    if norm is None:
-        raise ValueError("norm: got None, accepted is BatchNorm.of(module)")
-    check_norm("norm", norm, weight.shape[0], x)
-    if activation not in functional.ACTIVATIONS:
-        accepted = sorted(map(str, functional.ACTIVATIONS))
-        raise ValueError(f"activation: got {activation!r}, accepted are {accepted}")
-    call = Call(x, weight, bias, norm, _pair("stride", stride, 1), _pair("padding", padding, 0), activation)
-    return select("conv_batch_norm", IMPLEMENTATIONS, backend, (call,), {}).run(call)
+    return OPERATOR(Call(x, weight, bias, norm, stride, padding, activation), backend)

@@ -1,135 +1,307 @@
-"""CvT's three projections of one x: the operator's schema, and who computes it.
+"""CvT's projections: depthwise convolution of tokens, BatchNorm, linear layer; one of them, or q, k and v of one x.
 
-- ``cpp``: at inference one pass over x for the three convolutions and norms (``csrc/cpu/conv_projection.cpp``); in
-  training ``token_depthwise_conv`` thrice. Then the linear layers.
-- ``cuda``, ``triton``: ``depthwise_separable_conv`` thrice by that backend.
-- ``reference``: ``fastvit.reference.functional.conv_projection``.
+- ``cpp``, ``cuda``: ``token_depthwise_conv`` by that backend with the norm in it, then a product. For q, k and v at
+  inference ``cpp`` reads x once (``csrc/conv_projection``).
+- ``triton``: the same; at inference, with kernels up to 3 x 3, ``kernels/conv_projection.py``, which never brings the
+  convolution's result into memory.
+- ``reference``: the functions of the same names in ``fastvit.reference.functional``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _at_once
-from fastvit.ops._composition import KERNELS, has_batch_statistics, linear, parameters_of
-from fastvit.ops._convolution_checks import check_x
-from fastvit.ops._dispatch import Implementation, gradients_needed, select
-from fastvit.ops._measured import fastest_first
-from fastvit.ops._token_depthwise_conv_native import out_size
-from fastvit.ops.depthwise_separable_conv import IMPLEMENTATIONS as SEPARATE
-from fastvit.ops.depthwise_separable_conv import Call as SeparateCall
-from fastvit.ops.depthwise_separable_conv import checked
+from fastvit.ops._checks import (
+    check_batch_norm,
+    check_depthwise,
+    check_geometry,
+    check_grid,
+    check_linear,
+    check_parameter,
+    check_tokens,
+    fail,
+)
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
+from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
+from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
+from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, Projection
 
-__all__ = ["conv_projection"]
+__all__ = ["conv_projection", "depthwise_separable_conv"]
 
-_NAME = "conv_projection"
-_PART = (
-    "Tensor {0}_weight, Tensor? {0}_bias, Tensor? {0}_norm_weight, Tensor? {0}_norm_bias, Tensor? {0}_norm_mean, "
-    "Tensor? {0}_norm_var, float {0}_norm_eps, int {0}_stride, int {0}_padding"
-)
-_PARTS = ", ".join(_PART.format(name) for name in "qkv")
-
-torch.library.define(
-    f"fastvit::{_NAME}",
-    f"(Tensor x, {_PARTS}, SymInt height, SymInt width, int prefix_tokens) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+MAX_FUSED_KERNEL = 3  # more taps spill registers
 
 
-@torch.library.register_fake(f"fastvit::{_NAME}")
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    height, width, prefix_tokens = rest[-3:]
-    outputs = []
-    for part in (rest[0:9], rest[9:18], rest[18:27]):
-        kernel, (stride, padding) = part[0].shape[-1], part[-2:]
-        tokens = out_size(height, kernel, stride, padding) * out_size(width, kernel, stride, padding)
-        outputs.append(x.new_empty((x.shape[0], prefix_tokens + tokens, x.shape[2])))
-    return tuple(outputs)
+class Separable(NamedTuple):
+    """A convolution with its norm, and the linear layer that follows; ``part`` prefixes their names in errors."""
+
+    x: Tensor
+    convolution: Convolution
+    pw_weight: Tensor
+    pw_bias: Tensor | None
+    part: str = ""
 
 
-class Call(NamedTuple):
-    """The checked arguments of one call: three convolutions of one x, each with its linear layer."""
+class Projections(NamedTuple):
+    """Those of q, k and v, of one x."""
 
-    q: SeparateCall
-    k: SeparateCall
-    v: SeparateCall
+    x: Tensor
+    q: Separable
+    k: Separable
+    v: Separable
 
 
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
-def _reads_once(call: Call) -> bool:
-    """Whether one pass over x will do: no gradients, no batch statistics, and a kernel for it."""
-    norms = [part.convolution.norm for part in call]
-    parameters = [tensor for part in call for tensor in parameters_of(*part.convolution[1:3], part.convolution.norm)]
-    x = call.q.convolution.x
-    if has_batch_statistics(*norms) or gradients_needed(x, *parameters):
-        return False
-    return backends.extension().has_op(_NAME, x.device.type)
+def _check_separable(call: Separable) -> None:
+    x, c, part = call.x, call.convolution, call.part
+    check_tokens(x)
+    check_grid(x, c.grid, c.prefix_tokens)
+    channels = x.shape[2]
+    kernel = check_depthwise(f"{part}dw_weight", c.weight, channels, x)
+    check_parameter(f"{part}dw_bias", c.bias, (channels,), x)
+    check_batch_norm(f"{part}norm", c.norm, channels, x)
+    outputs = check_linear(f"{part}pw_weight", call.pw_weight, channels, x)
+    check_parameter(f"{part}pw_bias", call.pw_bias, (outputs,), x)
+    check_geometry(c.grid, kernel, c.stride, c.padding, part)
 
 
-def _low_level(
-    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, stride: int, padding: int
-) -> tuple[Any, ...]:
-    """One convolution's arguments of the operator."""
-    statistics = (None,) * 4 if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    vectors = [None if tensor is None else tensor.contiguous() for tensor in (bias, *statistics)]
-    eps = 0.0 if norm is None else norm.eps
-    return weight.contiguous(), *vectors, eps, stride, padding
+def _check_projections(call: Projections) -> None:
+    for part in (call.q, call.k, call.v):
+        _check_separable(part)
 
 
-def _convolve_together(call: Call) -> tuple[Tensor, ...]:
-    first = call.q.convolution
-    x = first.x if first.x.stride(2) == 1 else first.x.contiguous()
-    convolutions = [part.convolution for part in call]
-    parts = [argument for c in convolutions for argument in _low_level(c.weight, c.bias, c.norm, c.stride, c.padding)]
-    return torch.ops.fastvit.conv_projection(x, *parts, *first.grid, first.prefix_tokens)
+def _trains(call: Separable) -> bool:
+    """Whether it needs gradients or statistics of the batch."""
+    norm = call.convolution.norm
+    if norm is not None and norm.use_batch_stats:
+        return True
+    return gradients_needed(*call.convolution.tensors(), call.pw_weight, call.pw_bias)
 
 
-def _by(kernels: Implementation, separate: Implementation) -> Implementation:
-    """Three calls of ``separate``, whose convolutions are computed by ``kernels``; or one pass over x for all three."""
+# --- Registered operators -------------------------------------------------------------------------------------------
 
-    def reasons(call: Call) -> list[str]:
-        found = [reason for part in call for reason in kernels.reasons(part.convolution)]
-        return list(dict.fromkeys(found))
 
-    def run(call: Call) -> Projected:
-        if kernels.name != "triton" and _reads_once(call):
-            tokens = _convolve_together(call)
-            q, k, v = (linear(each, part.pw_weight, part.pw_bias) for each, part in zip(tokens, call, strict=True))
-        else:
-            q, k, v = (separate.run(part) for part in call)
+def _part(name: str) -> str:
+    tensors = f"Tensor {name}_weight, Tensor? {name}_bias"
+    return f"{tensors}, {norm_arguments(f'{name}_norm')}, int {name}_stride, int {name}_padding"
+
+
+class _Geometry(NamedTuple):
+    height: int
+    width: int
+    stride: int
+    padding: int
+    prefix_tokens: int
+
+
+def _fake_together(a: Any) -> tuple[Tensor, ...]:
+    outputs = []
+    for name in "qkv":
+        stride, padding = getattr(a, f"{name}_stride"), getattr(a, f"{name}_padding")
+        geometry = _Geometry(a.height, a.width, stride, padding, a.prefix_tokens)
+        outputs.append(convolved(a.x, getattr(a, f"{name}_weight"), geometry))
+    return tuple(outputs)
+
+
+_together = define(
+    "conv_projection",
+    f"Tensor x, {', '.join(map(_part, 'qkv'))}, SymInt height, SymInt width, int prefix_tokens",
+    "(Tensor, Tensor, Tensor)",
+    _fake_together,
+).call
+_HAS_TOGETHER = {device: backends.extension().has_op("conv_projection", device) for device in ("cpu", "cuda")}
+
+
+def _fake_fused(a: Any) -> Tensor:
+    batch, tokens, _ = convolved(a.x, a.dw_weight, a).shape
+    return a.x.new_empty((batch, tokens, a.pw_weight.shape[0]))
+
+
+_fused = define(
+    "depthwise_separable_conv_triton",
+    f"Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? pw_bias, Tensor? dw_bias, {norm_arguments('dw_norm')}, "
+    "SymInt height, SymInt width, int stride, int padding, int prefix_tokens",
+    "Tensor",
+    _fake_fused,
+).call
+launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator")
+
+
+def _fits(call: Separable) -> bool:
+    """Whether the fused Triton kernel takes these sizes: its offsets inside an image and in a weight are 32-bit."""
+    c, outputs = call.convolution, call.pw_weight.shape[0]
+    kernel = c.weight.shape[3]
+    padding = kernel // 2 if c.padding is None else c.padding
+    small = (c.x.shape[1] + 64) * outputs < 2**30 and call.pw_weight.numel() < 2**31
+    return kernel <= MAX_FUSED_KERNEL and padding <= kernel // 2 and small
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _run_fused(call: Separable) -> Tensor:
+    """By ``kernels/conv_projection.py``, in the dtype that the linear layer takes under autocast."""
+    c, dtype = call.convolution, linear_dtype(call.x)
+    *vectors, eps = (c.bias, *(NO_NORM if c.norm is None else unpack(c.norm)))
+    return _fused(
+        c.x.to(dtype),
+        c.weight.contiguous(),
+        call.pw_weight.to(dtype).contiguous(),
+        contiguous(call.pw_bias),
+        *map(contiguous, vectors),
+        eps,
+        *c.grid,
+        c.stride,
+        c.weight.shape[3] // 2 if c.padding is None else c.padding,
+        c.prefix_tokens,
+    )
+
+
+def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
+    """The two operators with the convolution computed so."""
+    assert kernels.reasons is not None
+    convolution_reasons = kernels.reasons
+
+    def reasons(call: Separable, named: bool) -> Iterator[str]:
+        return convolution_reasons(call.convolution, named)
+
+    def run(call: Separable) -> Tensor:
+        norm = call.convolution.norm
+        if norm is not None and norm.use_batch_stats:
+            _check_separable(call)  # before running statistics move
+        if kernels.name == "triton" and not _trains(call) and _fits(call):
+            return _run_fused(call)
+        tokens, weight, bias = kernels.run(call.convolution), call.pw_weight, call.pw_bias
+        if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
+            weight, bias = cast_like(tokens, weight, bias)
+        return LINEAR(Linear(tokens, weight, bias), inner=True)
+
+    def reasons_together(call: Projections, named: bool) -> Iterator[str]:
+        for part in (call.q, call.k, call.v):
+            yield from convolution_reasons(part.convolution, named)
+
+    def run_together(call: Projections) -> Projected:
+        x, *parts = call
+        together = kernels.name != "triton" and _HAS_TOGETHER[x.device.type]
+        for part in parts:
+            norm = part.convolution.norm
+            together = together and not (norm is not None and norm.use_batch_stats)
+        if not together or (torch.is_grad_enabled() and any(map(_trains, parts))):
+            _check_projections(call)  # before running statistics move
+            q, k, v = map(run, parts)
+            return q, k, v
+        outputs = []
+        for tokens, part in zip(_convolve_together(call), parts, strict=True):
+            weight, bias = part.pw_weight, part.pw_bias
+            if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
+                weight, bias = cast_like(tokens, weight, bias)
+            outputs.append(LINEAR(Linear(tokens, weight, bias), inner=True))
+        q, k, v = outputs
         return q, k, v
 
-    return Implementation(kernels.name, reasons, run)
+    return Implementation(kernels.name, run, reasons, kernels.validates), Implementation(
+        kernels.name, run_together, reasons_together, kernels.validates
+    )
 
 
-def _project_at_once(x: Tensor, parts: tuple[Projection, ...], grid: tuple[int, int], prefix_tokens: int) -> Projected:
+def _convolve_together(call: Projections) -> Projected:
+    x, *parts = call
+    if x.stride(2) != 1:
+        x = x.clone(memory_format=torch.contiguous_format)
     arguments: list[Any] = []
     for part in parts:
-        norm = _at_once.norm_arguments(part.norm)
-        _at_once.require_cpu(part.dw_weight, part.dw_bias)
-        padding = part.dw_weight.shape[3] // 2 if part.padding is None else part.padding
-        arguments += (part.dw_weight, part.dw_bias, *norm, part.stride, padding)
-    q, k, v = torch.ops.fastvit.conv_projection.default(x, *arguments, *grid, prefix_tokens)
-    q, k, v = (
-        _at_once.product(each, part.pw_weight, part.pw_bias) for each, part in zip((q, k, v), parts, strict=True)
+        c = part.convolution
+        weight, norm = c.weight, c.norm
+        *vectors, eps = (c.bias, *(NO_NORM if norm is None else unpack(norm)))
+        for vector in vectors:
+            if vector is not None and not vector.is_contiguous():
+                vectors = list(map(contiguous, vectors))
+                break
+        padding = weight.shape[3] // 2 if c.padding is None else c.padding
+        height, width = c.grid
+        if not type(height) is type(width) is type(c.prefix_tokens) is type(c.stride) is type(padding) is int:
+            _check_projections(call)  # a schema takes True, and a tensor of one number
+        arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, c.stride, padding)
+    return _together(x, *arguments, *c.grid, c.prefix_tokens)
+
+
+def _run_reference(call: Separable) -> Tensor:
+    x, c = call.x, call.convolution
+    dw_weight, dw_bias, pw_weight, pw_bias = cast_like(x, c.weight, c.bias, call.pw_weight, call.pw_bias)
+    return functional.depthwise_separable_conv(
+        x,
+        dw_weight,
+        c.norm,
+        pw_weight,
+        pw_bias,
+        grid=c.grid,
+        stride=c.stride,
+        padding=c.padding,
+        prefix_tokens=c.prefix_tokens,
+        dw_bias=dw_bias,
     )
+
+
+def _run_reference_together(call: Projections) -> Projected:
+    _, *parts = call
+    q, k, v = map(_run_reference, parts)
     return q, k, v
 
 
-def _run_reference(call: Call) -> Projected:
-    q, k, v = (SEPARATE[-1].run(part) for part in call)
-    return q, k, v
+_SEPARABLE, _TOGETHER = zip(*map(_by, KERNELS), strict=True)
+SEPARABLE = Operator(
+    "depthwise_separable_conv", (*_SEPARABLE, Implementation(REFERENCE, _run_reference)), _check_separable
+)
+PROJECTION = Operator(
+    "conv_projection", (*_TOGETHER, Implementation(REFERENCE, _run_reference_together)), _check_projections
+)
 
 
-IMPLEMENTATIONS = (*map(_by, KERNELS, SEPARATE), Implementation("reference", lambda call: [], _run_reference))
-"""In order of preference."""
+def depthwise_separable_conv(
+    x: Tensor,
+    dw_weight: Tensor,
+    norm: BatchNorm | None,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    stride: int = 1,
+    padding: int | None = None,
+    prefix_tokens: int = 0,
+    dw_bias: Tensor | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Depthwise k x k convolution of tokens, BatchNorm, then a linear layer: one of CvT's projections.
+
+    Prefix tokens skip the convolution and the norm, and join at the linear layer.
+
+    Args:
+        x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
+        dw_weight: (C, 1, k, k), dw_bias: (C,). pw_weight: (O, C), pw_bias: (O,). On x's device.
+        norm: BatchNorm over channels, between the two, or None.
+        grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default.
+        backend: "auto", "cuda", "cpp", "triton" or "reference".
+
+    Returns:
+        (B, P + h'*w', O) with h' = (h + 2 * padding - k) // stride + 1, likewise w'.
+
+    Raises:
+        ValueError: a shape, device, number or name that is not accepted, or an unknown backend.
+        RuntimeError: the backend asked for cannot run this call; lists every reason.
+
+    Source: Wu et al. 2021 (CvT), section 3.2; the plain form is
+    ``fastvit.reference.functional.depthwise_separable_conv``.
+    """
+    convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=norm)
+    return SEPARABLE(Separable(x, convolution, pw_weight, pw_bias), backend)
 
 
 def conv_projection(
@@ -140,7 +312,7 @@ def conv_projection(
     *,
     grid: tuple[int, int],
     prefix_tokens: int = 0,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Projected:
     """CvT's queries, keys and values: three depthwise-separable convolutions of the same tokens.
 
@@ -161,14 +333,11 @@ def conv_projection(
 
     Source: Wu et al. 2021 (CvT), section 3.2; the plain form is ``fastvit.reference.functional.conv_projection``.
     """
-    found = _at_once.tried(backend, _project_at_once, x, (q, k, v), grid, prefix_tokens)
-    if found is not None:
-        return found
-    check_x(x)
-    calls = []
-    for name, part in (("q", q), ("k", k), ("v", v)):
+    parts = []
+    for name, part in (("q.", q), ("k.", k), ("v.", v)):
         if not isinstance(part, Projection):
-            raise ValueError(f"{name}: got {type(part).__name__}, accepted is a Projection")
-        calls.append(checked(x, *part, grid, prefix_tokens, f"{name}."))
-    call = Call(*calls)
-    return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)
+            fail(name[0], "a Projection", part)
+        dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias = part
+        convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=norm)
+        parts.append(Separable(x, convolution, pw_weight, pw_bias, name))
+    return PROJECTION(Projections(x, *parts), backend)

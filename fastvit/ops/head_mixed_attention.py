@@ -1,23 +1,49 @@
-"""Attention mixed across heads (talking heads, re-attention): the checks, and who computes it.
+"""Attention mixed across heads: talking heads (CaiT), re-attention (DeepViT), and both.
 
-- ``cpp``: ``csrc/cpu/head_mixed_attention*``: all heads of a few queries at a time, their maps never leave the caches.
+- ``cpp``: ``csrc/head_mixed_attention``: all heads of a few queries at a time, so that their maps stay in the caches.
 - ``triton``: ``kernels/head_mixed_attention*.py``, the same on a GPU.
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
-The others are engines of :mod:`fastvit.ops._head_mixing`, which has the algebra of the norms around them.
+Kernels mix maps by H x H matrices, and gather two sums over the maps, which they compute anew. A BatchNorm over heads
+is folded into the mix in front of it: A and b with norm(W P + c) = A P + b.
+
+    by running statistics:  f_h = gamma_h / sqrt(var_h + eps);  A = diag(f) W;  b = beta + f (c - mean)
+    by the batch's:         the same with mean = W e + c and var_h = w_h^T C w_h, where e_g is the mean of map g over
+                            the batch, queries and keys, and C the H x H covariance of the maps; so b = beta - f (W e)
+
+That is arithmetic on H x H numbers, in float64, which costs nothing and which autocast leaves alone. So the backward of
+batch statistics is two backward passes of the kernels, with H x H numbers between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _head_mixed_attention_native as native
-from fastvit.ops import _head_mixed_attention_triton as triton
-from fastvit.ops._checks import check_mask, check_tokens, describe
-from fastvit.ops._dispatch import Implementation, gradients_needed, select
-from fastvit.ops._head_mixing import Call, attend
+from fastvit.ops._checks import (
+    check_attention,
+    check_batch_norm,
+    check_number,
+    check_parameter,
+    check_probability,
+    fail,
+    four_axes,
+)
+from fastvit.ops._operator import (
+    AUTO,
+    REFERENCE,
+    Implementation,
+    Operator,
+    compute_dtype,
+    differentiable_backward,
+    gradients_needed,
+)
+from fastvit.ops._schema import adjacent_channels, define, heads_last, launch, unpack
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
@@ -27,127 +53,520 @@ CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
+_CPP_REASONS = tuple(backends.cpp_reasons())
 
 
-def _check_parameter(name: str, tensor: Tensor | None, shape: tuple[int, ...], q: Tensor) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name}: got {describe(tensor)}, accepted is a floating tensor {shape}, q has {shape[0]} heads"
-        )
-    if tensor.device != q.device:
-        raise ValueError(f"{name}: got {describe(tensor)}, q is on {q.device}")
+class Call(NamedTuple):
+    """The arguments of the public functions.
+
+    ``post_names`` is what the function called names the weight and bias of the mix after the softmax.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pre_weight: Tensor | None
+    pre_bias: Tensor | None
+    post_weight: Tensor | None
+    post_bias: Tensor | None
+    norm: BatchNorm | LayerNorm | None
+    output_scale: float
+    mask: Tensor | None
+    scale: float | None
+    dropout_p: float
+    dropout_after_mix: bool
+    post_names: tuple[str, str] = ("post_weight", "post_bias")
 
 
-def _check_mix(names: tuple[str, str], weight: Tensor | None, bias: Tensor | None, q: Tensor) -> None:
-    if weight is None:
-        if bias is not None:
-            raise ValueError(f"{names[1]}: got {describe(bias)} without {names[0]}, accepted is None then")
-        return
+def _check(call: Call) -> None:
+    q, norm = call.q, call.norm
+    check_attention(q, call.k, call.v, call.mask, call.scale)
     heads = q.shape[1]
-    _check_parameter(names[0], weight, (heads, heads), q)
-    _check_parameter(names[1], bias, (heads,), q)
+    mixes = ("pre_weight", "pre_bias", call.pre_weight, call.pre_bias)
+    for weight_name, bias_name, weight, bias in (mixes, (*call.post_names, call.post_weight, call.post_bias)):
+        if weight is None and bias is not None:
+            fail(bias_name, f"None without {weight_name}", bias)
+        check_parameter(weight_name, weight, (heads, heads), q)
+        check_parameter(bias_name, bias, (heads,), q)
+    if isinstance(norm, LayerNorm):
+        check_parameter("norm.weight", norm.weight, (heads,), q)
+        check_parameter("norm.bias", norm.bias, (heads,), q)
+        check_number("norm.eps", norm.eps)
+    elif norm is not None and not isinstance(norm, BatchNorm):
+        fail("norm", "BatchNorm.of(module), LayerNorm.of(module) or None", norm)
+    elif norm is not None and norm.layer is None:
+        check_batch_norm("norm", norm, heads, q)
+    check_number("output_scale", call.output_scale)
+    check_probability("dropout_p", call.dropout_p)
 
 
-def _check_given(name: str, weight: Tensor) -> None:
-    if weight is None:
-        raise ValueError(f"{name}: got None, accepted is a floating tensor (H, H)")
+# --- Registered operators -------------------------------------------------------------------------------------------
+
+_PRE = "Tensor? pre_weight, Tensor? pre_bias"
+_MIXES = f"{_PRE}, Tensor? post_weight, Tensor? post_bias"
+_AFFINE = "Tensor? norm_weight, Tensor? norm_bias"
+_SETTINGS = "float norm_eps, bool layer_norm, float output_scale, Tensor? mask, float scale"
+_TENSORS = f"Tensor q, Tensor k, Tensor v, {_MIXES}, {_AFFINE}"
 
 
-def _check_norm(norm: BatchNorm | LayerNorm, q: Tensor) -> None:
-    shape = (q.shape[1],)
-    if isinstance(norm, BatchNorm):
-        if (norm.running_mean is None) != (norm.running_var is None):
-            raise ValueError("norm: running_mean and running_var must both be given or both be None")
-        if norm.running_mean is None and not norm.use_batch_stats:
-            raise ValueError("norm: got no running statistics and use_batch_stats=False, accepted is one of the two")
-        _check_parameter("norm.running_mean", norm.running_mean, shape, q)
-        _check_parameter("norm.running_var", norm.running_var, shape, q)
-    elif not isinstance(norm, LayerNorm):
-        accepted = "BatchNorm.of(module), LayerNorm.of(module) or None"
-        raise ValueError(f"norm: got {type(norm).__name__}, accepted is {accepted}")
-    _check_parameter("norm.weight", norm.weight, shape, q)
-    _check_parameter("norm.bias", norm.bias, shape, q)
+def _gradients(a: Any, names: str) -> Iterator[Tensor]:
+    """Of small tensors, in float32; size 0 for what is absent."""
+    for name in names.split():
+        tensor = getattr(a, name)
+        yield a.q.new_empty((0,) if tensor is None else tensor.shape, dtype=torch.float32)
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    """The dtype q is computed in: autocast's where it is on and q is not float64."""
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return q.dtype
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
+    small = "pre_weight pre_bias post_weight post_bias norm_weight norm_bias"
+    return *map(heads_last, (a.q, a.k, a.v)), *_gradients(a, small)
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def _fake_moments(a: Any) -> tuple[Tensor, Tensor]:
+    heads = a.q.shape[1]
+    return a.q.new_empty((heads,), dtype=torch.float32), a.q.new_empty((heads, heads), dtype=torch.float32)
 
 
-def _reasons(call: Call, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """What no engine can do, and the dtypes that one cannot."""
-    reasons = []
-    dtype = _compute_dtype(call.q)
-    if dtype not in dtypes:
-        reasons.append(f"dtype {dtype} is not one of {_names(dtypes)}")
-    if call.q.shape[1] > MAX_HEADS:
-        reasons.append(f"{call.q.shape[1]} heads are more than {MAX_HEADS}")
-    if call.q.shape[3] > MAX_HEAD_DIM:
-        reasons.append(f"head dimension {call.q.shape[3]} is larger than {MAX_HEAD_DIM}")
-    if call.dropout_p > 0.0:
-        reasons.append("attention dropout is not implemented")
-    for tensor in call.parameters():
-        if tensor is not None and tensor.dtype not in dtypes:
-            reasons.append(f"a parameter of dtype {tensor.dtype} is not one of {_names(dtypes)}")
-            break
-    if isinstance(call.norm, BatchNorm):
-        reasons += _batch_norm_reasons(call.norm, call)
-    return reasons
+class Kernels(NamedTuple):
+    """The registered operators of one kind of kernel; mixes and norms in float32, mask with four axes.
+
+    - ``forward(q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
+      output_scale, mask, scale)``: the result, (B, H, Nq, D) in the memory order of (B, Nq, H, D), in q's dtype; with
+      ``layer_norm`` over heads, to which alone norm_weight and norm_bias belong.
+    - ``backward(grad, *the same)``: the gradients of q, k, v in their dtype and in the memory order of (B, N, H, D),
+      and of the six small tensors in float32, of size 0 for what is absent.
+    - ``moments(q, k, pre_weight, pre_bias, mask, scale)``: sums over b, i, j of P_g - 1/Nk (H,), and of the products
+      (P_g - 1/Nk) (P_g' - 1/Nk) (H, H); P is zero where masked.
+    - ``moments_backward(dsums, dmoments, *the same)``: the gradients of q, k, pre_weight and pre_bias.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+    moments: Callable[..., tuple[Tensor, Tensor]]
+    moments_backward: Callable[..., tuple[Tensor, ...]]
 
 
-def _batch_norm_reasons(norm: BatchNorm, call: Call) -> list[str]:
-    if norm.layer is not None and norm.process_group is None:
-        return [f"the norm is {type(norm.layer).__name__}, which has to be called"]
-    if norm.process_group is not None:
-        return ["a synchronised norm is not traced"] if torch.compiler.is_compiling() else []
-    values = call.q.shape[0] * call.q.shape[2] * call.k.shape[2]
-    if norm.use_batch_stats and values <= 1:
-        return [f"the norm uses batch statistics, of {values} values"]
-    return []
+def _define(suffix: str = "", running: str = "") -> Kernels:
+    """The four operators; ``running``: arguments by which the first folds running statistics itself."""
+    forward = define(
+        f"head_mixed_attention{suffix}", f"{_TENSORS}, {running}{_SETTINGS}", "Tensor", lambda a: heads_last(a.q)
+    )
+    backward = define(
+        f"head_mixed_attention{suffix}_backward",
+        f"Tensor grad, {_TENSORS}, {_SETTINGS}",
+        f"({', '.join(['Tensor'] * 9)})",
+        _fake_backward,
+    )
+    inputs = f"Tensor q, Tensor k, {_PRE}, Tensor? mask, float scale"
+    moments = define(f"head_map_moments{suffix}", inputs, "(Tensor, Tensor)", _fake_moments)
+    moments_backward = define(
+        f"head_map_moments{suffix}_backward",
+        f"Tensor dsums, Tensor dmoments, {inputs}",
+        "(Tensor, Tensor, Tensor, Tensor)",
+        lambda a: (heads_last(a.q), heads_last(a.k), *_gradients(a, "pre_weight pre_bias")),
+    )
+    return Kernels(forward.call, backward.call, moments.call, moments_backward.call)
 
 
-def _cpp_reasons(call: Call) -> list[str]:
-    if call.q.device.type != "cpu":
-        return [*backends.cpp_reasons(), f"it takes tensors on the CPU, q is on {call.q.device}"]
-    return backends.cpp_reasons() + _reasons(call, CPP_DTYPES)
+_INFER = _define(running="Tensor? norm_mean, Tensor? norm_var, ")
+TRITON = _define("_triton")
+launch("head_mixed_attention_triton", "head_mixed_attention", "head_mixed_attention_forward")
+launch("head_mixed_attention_triton_backward", "head_mixed_attention_backward", "head_mixed_attention_backward")
+launch("head_map_moments_triton", "head_mixed_attention_moments", "head_map_moments")
+launch("head_map_moments_triton_backward", "head_mixed_attention_moments", "head_map_moments_backward")
+
+
+def _cpp_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    """Without running statistics, which are folded where gradients are needed."""
+    small = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
+    return _INFER.forward(q, k, v, *small, None, None, *settings)
+
+
+CPP = _INFER._replace(forward=_cpp_forward)
+
+
+# --- Autograd -------------------------------------------------------------------------------------------------------
+
+
+def _present(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else grad for grad, tensor in zip(gradients, tensors, strict=True))
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        settings: tuple[float, bool, float],  # norm_eps, layer_norm, output_scale
+        mask: Tensor | None,
+        scale: float,
+        *tensors: Tensor | None,  # q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias
+    ) -> Tensor:
+        ctx.save_for_backward(mask, *tensors)
+        ctx.kernels, ctx.settings, ctx.scale = kernels, settings, scale
+        return kernels.forward(*tensors, *settings, mask, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *tensors = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            _, _, _, _, *needed = ctx.needs_input_grad
+            norm_eps, layer_norm, output_scale = ctx.settings
+
+            def plain(q, k, v, pre_weight, pre_bias, post_weight, post_bias, *affine):  # type: ignore[no-untyped-def]
+                wide = torch.promote_types(q.dtype, torch.float32)
+                if post_weight is None and post_bias is not None:
+                    post_weight = torch.eye(q.shape[1], dtype=wide, device=q.device)
+                out = functional.head_mixed_attention(
+                    *(tensor.to(wide) for tensor in (q, k, v)),
+                    pre_weight=pre_weight,
+                    pre_bias=pre_bias,
+                    post_weight=post_weight,
+                    post_bias=post_bias,
+                    norm=LayerNorm(affine[0], affine[1], norm_eps) if layer_norm else None,
+                    output_scale=output_scale,
+                    mask=mask,
+                    scale=ctx.scale,
+                )
+                return out.to(q.dtype)
+
+            return None, None, None, None, *differentiable_backward(plain, tensors, needed, grad)
+        gradients = ctx.kernels.backward(adjacent_channels(grad, grad.dtype), *tensors, *ctx.settings, mask, ctx.scale)
+        return None, None, None, None, *_present(gradients, tensors)
+
+
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        mask: Tensor | None,
+        scale: float,
+        *tensors: Tensor | None,  # q, k, pre_weight, pre_bias
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(mask, *tensors)
+        ctx.kernels, ctx.scale = kernels, scale
+        return kernels.moments(*tensors, mask, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dsums: Tensor, dmoments: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *tensors = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            _, _, _, *needed = ctx.needs_input_grad
+
+            def plain(q, k, pre_weight, pre_bias):  # type: ignore[no-untyped-def]
+                wide = torch.promote_types(q.dtype, torch.float32)
+                maps = (q.to(wide) * ctx.scale) @ k.to(wide).mT
+                if pre_weight is not None:
+                    maps = torch.einsum("hg,bgij->bhij", pre_weight, maps)
+                if pre_bias is not None:
+                    maps = maps + pre_bias[:, None, None]
+                maps = functional.attention_probabilities(maps, mask) - 1.0 / k.shape[2]
+                centred = maps.transpose(0, 1).flatten(1)
+                return centred.sum(1), centred @ centred.t()
+
+            return None, None, None, *differentiable_backward(plain, tensors, needed, (dsums, dmoments))
+        gradients = ctx.kernels.moments_backward(dsums, dmoments, *tensors, mask, ctx.scale)
+        return None, None, None, *_present(gradients, tensors)
+
+
+# --- BatchNorm over heads, folded -----------------------------------------------------------------------------------
+
+Folded = tuple[Tensor, Tensor]
+"""A (H, H) and b (H,), float64."""
+
+
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+def fold_running(norm: BatchNorm, weight: Tensor | None, bias: Tensor | None) -> Folded:
+    """The mix (None: the identity, or no bias) followed by a norm with running statistics."""
+    assert norm.running_mean is not None and norm.running_var is not None  # checked with the arguments
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    mean = norm.running_mean.double()
+    shift = factor * (-mean if bias is None else bias.double() - mean)
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return factor.diag() if weight is None else factor[:, None] * weight.double(), shift
+
+
+def fold_batch(
+    norm: BatchNorm,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    moments: Tensor,
+    keys: int,
+    values: int,
+) -> Folded:
+    """The mix followed by a norm with the batch's statistics; moves the running ones.
+
+    Args:
+        weight, bias: (H, H) and (H,); None is the identity, or no bias.
+        sums, moments: (H,) and (H, H), of the maps less 1 / keys.
+        values: numbers in a map over the whole batch. Like the sums, those of this process.
+    """
+    small = (weight, bias, norm.weight, norm.bias)
+    settings = (norm.eps, norm.process_group, 1.0 / max(keys, 1), values)
+    mix, shift, mean, variance, count = _FoldBatch.apply(settings, *map(_wide, (sums, moments, *small)))
+    _track(norm, mean, variance, count)
+    return mix, shift
+
+
+def _over_processes(group: Any, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Each part summed over a group's processes, in one exchange; None: as they are."""
+    if group is None:
+        return parts
+    total = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(total, group=group)
+    pieces = total.split([part.numel() for part in parts])
+    return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+
+
+class _FoldBatch(torch.autograd.Function):
+    """By hand, since autograd makes some sixty small operations of it, which a step of a small batch feels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: tuple[float, Any, float, int],
+        sums: Tensor,
+        moments: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        _, group, centre, values = settings
+        # About zero rather than about 1 / Nk, which is not every process's; float64 has the digits for that.
+        totals = sums + values * centre
+        products = moments + centre * (sums[:, None] + sums) + values * centre**2
+        count, totals, products = _over_processes(group, sums.new_full((1,), values), totals, products)
+        mix, shift, mean, variance, saved = _fold(settings, count, totals, products, weight, bias, gamma, beta)
+        ctx.save_for_backward(sums, moments, weight, bias, gamma, beta, count, *saved)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(mean, variance, count)
+        return mix, shift, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, dmix: Tensor, dshift: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        sums, moments, weight, bias, gamma, beta, count, each, moved, mean, inverse, factor = ctx.saved_tensors
+        _, group, centre, values = ctx.settings
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            if group is not None:
+                raise RuntimeError("norm: double backward through statistics of several processes is not implemented")
+
+            def plain(sums, moments, weight, bias, gamma, beta):  # type: ignore[no-untyped-def]
+                totals = sums + values * centre
+                products = moments + centre * (sums[:, None] + sums) + values * centre**2
+                return _fold(ctx.settings, count, totals, products, weight, bias, gamma, beta)[:2]
+
+            _, *needed = ctx.needs_input_grad
+            tensors = (sums, moments, weight, bias, gamma, beta)
+            return None, *differentiable_backward(plain, tensors, needed, (dmix, dshift))
+        mix = torch.eye(each.numel(), dtype=each.dtype, device=each.device) if weight is None else weight
+        dfactor = (dmix * mix).sum(1) - dshift * mean
+        dmean = -factor * dshift
+        dvariance = -0.5 * dfactor * factor * inverse.square()
+        scaled = dvariance[:, None] * mix
+        dcovariance = mix.t() @ scaled
+        deach = mix.t() @ dmean - 2.0 * (dcovariance @ each)
+        # Every process's result depends on every one's sums.
+        dtotals, dproducts = _over_processes(group, deach / count, dcovariance / count)
+        dsums = dtotals + 2.0 * centre * dproducts.sum(1)
+        dweight = factor[:, None] * dmix + dmean[:, None] * each + 2.0 * dvariance[:, None] * moved
+        return (
+            None,
+            dsums,
+            dproducts,
+            None if weight is None else dweight,
+            None if bias is None else bias * 0.0,  # the mean takes a bias away again; NaN stays NaN
+            None if gamma is None else dfactor * inverse,
+            None if beta is None else dshift,
+        )
+
+
+def _fold(settings, count, totals, products, weight, bias, gamma, beta):  # type: ignore[no-untyped-def]
+    """(A, b, mean, variance, what the backward needs) from sums over the batch; differentiable."""
+    each = totals / count
+    covariance = products / count - each[:, None] * each
+    mix = torch.eye(each.numel(), dtype=each.dtype, device=each.device) if weight is None else weight
+    moved = mix @ covariance
+    variance = (moved * mix).sum(1)
+    if bias is not None:
+        variance = variance + bias * 0.0  # the mean takes a bias away again, but not a NaN or inf
+    mean = mix @ each
+    inverse = (variance + settings[0]).rsqrt()
+    factor = inverse if gamma is None else inverse * gamma
+    shift = -factor * mean
+    saved = (each, moved, mean, inverse, factor)
+    return (
+        factor[:, None] * mix,
+        shift if beta is None else shift + beta,
+        mean if bias is None else mean + bias,
+        variance,
+        saved,
+    )
+
+
+def _track(norm: BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """Move the running statistics, in place, as ``nn.BatchNorm2d`` does: the variance without bias."""
+    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
+        return
+    with torch.no_grad():
+        unbiased = variance * (count / (count - 1.0))
+        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.copy_(torch.lerp(running.double(), new, norm.momentum))
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _parameters(call: Call) -> tuple[Tensor | None, ...]:
+    """Every small tensor that a gradient may be asked for."""
+    norm = call.norm
+    affine = (None, None) if norm is None else (norm.weight, norm.bias)
+    return call.pre_weight, call.pre_bias, call.post_weight, call.post_bias, *affine
+
+
+def attend(kernels: Kernels, call: Call) -> Tensor:
+    """The call by these kernels, differentiable but for dropout; moves the running statistics of a BatchNorm."""
+    dtype = compute_dtype(call.q)
+    small = torch.promote_types(dtype, torch.float32)
+    q, k, v = (adjacent_channels(tensor, dtype) for tensor in call[:3])
+    mask = None if call.mask is None else four_axes(call.mask, key_padding=True)
+    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+    pre = _as(small, call.pre_weight), _as(small, call.pre_bias)
+    weight, bias, norm = call.post_weight, call.post_bias, call.norm
+    affine: tuple[Tensor | None, Tensor | None] = None, None
+    eps, layer_norm = 0.0, isinstance(norm, LayerNorm)
+    if isinstance(norm, LayerNorm):
+        affine, eps = (_as(small, norm.weight), _as(small, norm.bias)), norm.eps
+    elif norm is not None and not norm.use_batch_stats:
+        weight, bias = fold_running(norm, weight, bias)
+    elif norm is not None:
+        sums, moments = _Moments.apply(kernels, mask, scale, q, k, *pre)
+        keys = k.shape[2]
+        weight, bias = fold_batch(norm.opened(), weight, bias, sums, moments, keys, q.shape[0] * q.shape[2] * keys)
+    post = _as(small, weight), _as(small, bias)
+    settings = (eps, layer_norm, call.output_scale)
+    return _Mix.apply(kernels, settings, mask, scale, q, k, v, *pre, *post, *affine)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _run_cpp(call: Call) -> Tensor:
-    dtype = _compute_dtype(call.q)
-    by_batch = isinstance(call.norm, BatchNorm) and call.norm.use_batch_stats
-    if by_batch or gradients_needed(call.q, call.k, call.v, *call.parameters()):
-        return attend(native.ENGINE, call, dtype)
-    return native.infer(call, dtype)
-
-
-def _triton_reasons(call: Call) -> list[str]:
-    if reasons := backends.triton_reasons(call.q.device):
-        return reasons
-    reasons = _reasons(call, TRITON_DTYPES)
-    if call.q.device.type == "cpu" and _compute_dtype(call.q) == torch.bfloat16:
-        reasons.append("Triton's interpreter multiplies bfloat16 as integers")
-    return reasons
+    """Inference in one call, a BatchNorm with running statistics folded in C++; the rest by :func:`attend`."""
+    q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm, output_scale, mask, scale, *_ = call
+    layer_norm = isinstance(norm, LayerNorm)
+    batch_stats = norm is not None and not isinstance(norm, LayerNorm) and norm.use_batch_stats
+    if batch_stats or (torch.is_grad_enabled() and gradients_needed(q, k, v, *_parameters(call))):
+        _check(call)  # before running statistics move, and before H x H arithmetic could broadcast
+        return attend(CPP, call)
+    if type(output_scale) is not float or not (scale is None or type(scale) is float):
+        _check(call)  # a schema takes a tensor of one number
+    if torch.is_autocast_enabled("cpu"):
+        dtype = compute_dtype(q)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = (adjacent_channels(tensor, tensor.dtype) for tensor in (q, k, v))
+    if mask is not None and mask.dim() != 4:
+        mask = four_axes(mask, key_padding=True)
+    normed: tuple[Any, ...] = (None, None, None, None, 0.0)
+    if isinstance(norm, LayerNorm):
+        normed = norm.weight, norm.bias, None, None, norm.eps
+    elif norm is not None:
+        normed = unpack(norm)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    mixes = (pre_weight, pre_bias, post_weight, post_bias)
+    return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, mask, scale)
 
 
 def _run_triton(call: Call) -> Tensor:
-    return attend(triton.ENGINE, call, _compute_dtype(call.q))
+    return attend(TRITON, call)
 
 
-def _no_reasons(call: Call) -> list[str]:
-    return []
+def _reasons_of(
+    device_type: str, unavailable: Callable[[Tensor, bool], Sequence[str]], dtypes: tuple[torch.dtype, ...]
+) -> Callable[[Call, bool], Iterator[str]]:
+    """``reasons`` of an implementation.
+
+    Args:
+        device_type: of tensors which it is there for; "" where that has to be asked.
+        unavailable: ``unavailable(q, named)`` says why it cannot run where q is.
+    """
+
+    def reasons(call: Call, named: bool) -> Iterator[str]:
+        q, norm = call.q, call.norm
+        if q.device.type != device_type:
+            yield from unavailable(q, named)
+        dtype = q.dtype if not torch.is_autocast_enabled(q.device.type) else compute_dtype(q)
+        if dtype not in dtypes:
+            yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
+        if q.shape[1] > MAX_HEADS:
+            yield f"{q.shape[1]} heads are more than {MAX_HEADS}"
+        if q.shape[3] > MAX_HEAD_DIM:
+            yield f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}"
+        if call.dropout_p != 0.0:
+            yield "attention dropout is not implemented"
+        if not call.k.device == call.v.device == q.device or (call.mask is not None and call.mask.device != q.device):
+            yield f"not all tensors are on {q.device}"
+        small: tuple[Tensor | None, ...] = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
+        if norm is not None:
+            small += norm[:2] if isinstance(norm, LayerNorm) else norm[:4]
+        for tensor in small:
+            if tensor is not None and (tensor.dtype not in dtypes or tensor.device != q.device):
+                yield f"a parameter is {tensor.dtype} on {tensor.device}"
+        for weight, bias in ((call.pre_weight, call.pre_bias), (call.post_weight, call.post_bias)):
+            if weight is None and bias is not None:
+                yield "a mix has a bias and no weight"
+        if norm is None or isinstance(norm, LayerNorm):
+            return
+        if norm.layer is not None:
+            if norm.process_group is None:
+                yield f"the norm is {type(norm.layer).__name__}, which has to be called"
+            elif torch.compiler.is_compiling():
+                yield "a synchronised norm is not traced"
+        elif norm.running_mean is None and not norm.use_batch_stats:
+            yield "the norm has no statistics"
+        elif norm.use_batch_stats and q.shape[0] * q.shape[2] * call.k.shape[2] <= 1:
+            yield "batch statistics need more than one value per head"
+
+    return reasons
+
+
+def _unavailable_cpp(q: Tensor, named: bool) -> Sequence[str]:
+    return (*_CPP_REASONS, *(() if q.is_cpu else (f"it takes tensors on the CPU, q is on {q.device}",)))
+
+
+def _unavailable_triton(q: Tensor, named: bool) -> Sequence[str]:
+    reasons = list(backends.triton_reasons(q.device))
+    if q.is_cpu and compute_dtype(q) == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies bfloat16 as integers")
+    return reasons if named or not q.is_cpu else [*reasons, "on the CPU it is interpreted"]
+
+
+_cpp_reasons = _reasons_of("" if _CPP_REASONS else "cpu", _unavailable_cpp, CPP_DTYPES)
+_triton_reasons = _reasons_of("", _unavailable_triton, TRITON_DTYPES)
 
 
 def _run_reference(call: Call) -> Tensor:
-    # torch's convolution wants the maps' dtype, which under autocast it sees to itself.
+    # torch's convolution wants the maps' dtype, which autocast sees to itself.
     mixes = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
     pre_weight, pre_bias, post_weight, post_bias = (None if t is None else t.to(call.q.dtype) for t in mixes)
     return functional.head_mixed_attention(
@@ -167,46 +586,15 @@ def _run_reference(call: Call) -> Tensor:
     )
 
 
-IMPLEMENTATIONS = (
-    Implementation("cpp", _cpp_reasons, _run_cpp),
-    Implementation("triton", _triton_reasons, _run_triton),
-    Implementation("reference", _no_reasons, _run_reference),
+OPERATOR = Operator(
+    "head_mixed_attention",
+    (
+        Implementation("cpp", _run_cpp, _cpp_reasons, validates=True),
+        Implementation("triton", _run_triton, _triton_reasons),
+        Implementation(REFERENCE, _run_reference),
+    ),
+    _check,
 )
-"""In order of preference."""
-
-
-def _attend(
-    post_names: tuple[str, str],
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    norm: BatchNorm | LayerNorm | None,
-    output_scale: float,
-    mask: Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    dropout_after_mix: bool,
-) -> Tensor:
-    """Check, choose and run; ``post_names``: what the caller calls the weight and bias of the mix after the softmax."""
-    check_tokens(q, k, v)
-    _check_mix(("pre_weight", "pre_bias"), pre_weight, pre_bias, q)
-    _check_mix(post_names, post_weight, post_bias, q)
-    if norm is not None:
-        _check_norm(norm, q)
-    if mask is not None:
-        mask = check_mask(mask, q, k)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p!r}, accepted is a probability from 0 to 1")
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    mixes = (pre_weight, pre_bias, post_weight, post_bias)
-    call = Call(q, k, v, *mixes, norm, output_scale, mask, scale, dropout_p, dropout_after_mix)
-    return select("head_mixed_attention", IMPLEMENTATIONS, backend, (call,), {}).run(call)
 
 
 def head_mixed_attention(
@@ -224,7 +612,7 @@ def head_mixed_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     dropout_after_mix: bool = False,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """Attention whose maps are mixed linearly across heads before and/or after the softmax; no map is written.
 
@@ -254,8 +642,8 @@ def head_mixed_attention(
     Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shazeer et al. 2020 (talking heads). The
     plain form is ``fastvit.reference.functional.head_mixed_attention``.
     """
-    arguments = (q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm, output_scale, mask, scale)
-    return _attend(("post_weight", "post_bias"), backend, *arguments, dropout_p, dropout_after_mix)
+    mixes = (pre_weight, pre_bias, post_weight, post_bias)
+    return OPERATOR(Call(q, k, v, *mixes, norm, output_scale, mask, scale, dropout_p, dropout_after_mix), backend)
 
 
 def talking_heads_attention(
@@ -270,16 +658,16 @@ def talking_heads_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """CaiT's talking heads: heads mixed before and after the softmax, dropout on the finished map.
 
     Arguments, result and errors as in :func:`head_mixed_attention`. Source: facebookresearch/deit ``cait_models.py``.
     """
-    _check_given("pre_weight", pre_weight)
-    _check_given("post_weight", post_weight)
-    arguments = (q, k, v, pre_weight, pre_bias, post_weight, post_bias, None, 1.0, mask, scale)
-    return _attend(("post_weight", "post_bias"), backend, *arguments, dropout_p, True)
+    if pre_weight is None or post_weight is None:
+        fail("pre_weight" if pre_weight is None else "post_weight", "a floating tensor (H, H)", None)
+    mixes = (pre_weight, pre_bias, post_weight, post_bias)
+    return OPERATOR(Call(q, k, v, *mixes, None, 1.0, mask, scale, dropout_p, True), backend)
 
 
 def re_attention(
@@ -294,7 +682,7 @@ def re_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """DeepViT's re-attention: softmax, dropout, linear mix across heads, norm over heads, output scale.
 
@@ -302,6 +690,9 @@ def re_attention(
     Zhou et al. 2021, equation 3, and zhoudaquan/dvit_repo ``layers.py``; with a LayerNorm and no bias it is
     lucidrains/vit-pytorch's.
     """
-    _check_given("weight", weight)
-    arguments = (q, k, v, None, None, weight, bias, norm, output_scale, mask, scale)
-    return _attend(("weight", "bias"), backend, *arguments, dropout_p, False)
+    if weight is None:
+        fail("weight", "a floating tensor (H, H)", None)
+    names = ("weight", "bias")
+    return OPERATOR(
+        Call(q, k, v, None, None, weight, bias, norm, output_scale, mask, scale, dropout_p, False, names), backend
+    )

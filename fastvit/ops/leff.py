@@ -1,213 +1,210 @@
-"""CeiT's locally-enhanced feed-forward on tokens as they lie: the checks, and who computes it.
+"""CeiT's locally-enhanced feed-forward on tokens as they lie.
 
-- ``cuda``, ``cpp``: the library's products around ``token_depthwise_conv`` by that backend, which takes the first two
-  norms and both GELUs along.
+- ``cpp``, ``cuda``: products around ``token_depthwise_conv`` by that backend, with the first two norms and both GELUs
+  in it.
 - ``triton``: at inference ``kernels/leff.py``, which never brings the convolution's result into memory; in training,
   and for kernels of more than 3 x 3, as above.
 - ``reference``: ``fastvit.reference.functional.leff``.
 
 In a composition at inference prefix tokens go through every step with the others, and are put right at the end: that
-costs less than taking them off in front and joining them again, which copies x and the result.
+costs less than cutting them off first and concatenating them last, which copies x and the result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.ops import _at_once, _convolved_products
-from fastvit.ops._composition import (
-    KERNELS,
-    as_dtype_of,
-    has_batch_statistics,
-    linear,
-    linear_dtype,
-    parameters_of,
-)
-from fastvit.ops._convolution_checks import (
-    check_bias,
+from fastvit.ops._checks import (
+    check_batch_norm,
     check_depthwise,
     check_grid,
     check_linear,
-    check_norm,
-    check_x,
+    check_parameter,
+    check_tokens,
+    fail,
 )
-from fastvit.ops._dispatch import Implementation, gradients_needed, select
-from fastvit.ops._measured import fastest_first
-from fastvit.ops._token_depthwise_conv_native import Call as Convolution
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
+from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
+from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
 from fastvit.reference.functional import LEFF_FORMS, BatchNorm
 
 __all__ = ["leff"]
 
-_NAME = "leff"
+MAX_FUSED_KERNEL = 3  # more taps spill registers
 
 
 class Call(NamedTuple):
-    """The checked arguments of one call."""
+    """The arguments of the public function. ``convolution`` is that of the hidden tokens, once x in it is replaced."""
 
     x: Tensor
+    convolution: Convolution
     up_weight: Tensor
     up_bias: Tensor | None
-    dw_weight: Tensor
-    dw_bias: Tensor | None
     down_weight: Tensor
     down_bias: Tensor | None
-    grid: tuple[int, int]
-    up_norm: BatchNorm | None
-    dw_norm: BatchNorm | None
     down_norm: BatchNorm | None
-    prefix_tokens: int
     form: str
 
-    def layers(self) -> tuple[tuple[Tensor, Tensor | None, BatchNorm | None], ...]:
-        """Weight, bias and norm of each."""
-        return (
-            (self.up_weight, self.up_bias, self.up_norm),
-            (self.dw_weight, self.dw_bias, self.dw_norm),
-            (self.down_weight, self.down_bias, self.down_norm),
-        )
 
-    def norms(self) -> tuple[BatchNorm | None, ...]:
-        """Those there are, and None."""
-        return self.up_norm, self.dw_norm, self.down_norm
-
-
-def _middle(call: Call, hidden: Tensor, prefix_tokens: int) -> Convolution:
-    """The convolution with what surrounds it, of hidden tokens behind so many prefix tokens."""
-    padding = call.dw_weight.shape[-1] // 2
-    geometry = (call.grid, 1, padding, prefix_tokens)
-    around = (call.up_norm, "gelu", call.dw_norm, "gelu")
-    return Convolution(hidden, call.dw_weight, call.dw_bias, *geometry, *around, False)
-
-
-def _expected_hidden(call: Call) -> Tensor:
-    """A view with all of the hidden tokens but their values, to ask kernels whether they would take those."""
-    channel = call.x[:, :, :1].to(linear_dtype(call.x))
-    for parameter in (call.up_weight, call.up_bias):
-        if parameter is not None and gradients_needed(parameter):
-            channel = channel + parameter.flatten()[:1].to(channel.dtype)
-    return channel.expand(-1, -1, call.up_weight.shape[0])
+def _check(call: Call) -> None:
+    x, c = call.x, call.convolution
+    check_tokens(x)
+    check_grid(x, c.grid, c.prefix_tokens)
+    hidden = check_linear("up_weight", call.up_weight, x.shape[2], x)
+    if check_depthwise("dw_weight", c.weight, hidden, x) % 2 == 0:
+        fail("dw_weight", "an odd kernel, which keeps the grid", c.weight)
+    channels = check_linear("down_weight", call.down_weight, hidden, x)
+    if c.prefix_tokens and channels != x.shape[2]:
+        fail("down_weight", f"({x.shape[2]}, {hidden}), as many channels as x has with prefix tokens", call.down_weight)
+    parts = (
+        ("up", call.up_bias, c.pre_norm, hidden),
+        ("dw", c.bias, c.norm, hidden),
+        ("down", call.down_bias, call.down_norm, channels),
+    )
+    for name, bias, norm, size in parts:
+        check_parameter(f"{name}_bias", bias, (size,), x)
+        check_batch_norm(f"{name}_norm", norm, size, x)
+    if call.form not in LEFF_FORMS:
+        fail("form", f"one of {LEFF_FORMS}", call.form)
 
 
-def _trains(call: Call) -> bool:
-    parameters = parameters_of(*call[1:7], *call.norms())
-    return has_batch_statistics(*call.norms()) or gradients_needed(call.x, *parameters)
+# --- Registered operator --------------------------------------------------------------------------------------------
+
+_EPILOGUES = ", ".join(f"Tensor? {part}_bias, {norm_arguments(f'{part}_norm')}" for part in ("up", "dw", "down"))
+_fused = define(
+    "leff_triton",
+    f"Tensor x, Tensor up_weight, Tensor dw_weight, Tensor down_weight, {_EPILOGUES}, "
+    "SymInt height, SymInt width, int prefix_tokens, bool paper",
+    "Tensor",
+    lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0])),
+).call
+launch("leff_triton", "leff", "leff_operator")
 
 
-def _normalise(norm: BatchNorm | None, tokens: Tensor) -> Tensor:
-    """A norm over batch and tokens alike, as one of BatchNorm2d is over batch and map."""
-    return tokens if norm is None else norm(tokens.flatten(0, 1)).view_as(tokens)
+def _fits(call: Call) -> bool:
+    """Whether the fused Triton kernels take these sizes: their offsets inside an image and in a weight are 32-bit."""
+    weights = (call.up_weight, call.down_weight)
+    small = (call.x.shape[1] + 64) * max(weight.shape[0] for weight in weights) < 2**30
+    kernel = call.convolution.weight.shape[3]
+    return kernel <= MAX_FUSED_KERNEL and small and max(weight.numel() for weight in weights) < 2**31
+
+
+def _run_fused(call: Call) -> Tensor:
+    """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
+    x, c = call.x.to(linear_dtype(call.x)), call.convolution
+    epilogues: list[Tensor | float | None] = []
+    for bias, norm in ((call.up_bias, c.pre_norm), (c.bias, c.norm), (call.down_bias, call.down_norm)):
+        *vectors, eps = (bias, *(NO_NORM if norm is None else unpack(norm)))
+        epilogues += (*map(contiguous, vectors), eps)
+    weights = (weight.to(x.dtype).contiguous() for weight in (call.up_weight, c.weight, call.down_weight))
+    out = _fused(x, *weights, *epilogues, *c.grid, c.prefix_tokens, call.form == "paper")
+    if c.prefix_tokens and x.dtype != call.x.dtype:
+        out = out.to(torch.promote_types(x.dtype, call.x.dtype))
+        if call.form == "official":
+            out[:, : c.prefix_tokens] = call.x[:, : c.prefix_tokens]
+    return out
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer with parameters of any dtype, by whichever product is the faster."""
+    return LINEAR(Linear(x, *cast_like(x, weight, bias)), inner=True)
 
 
 def _train(call: Call, kernels: Implementation) -> Tensor:
     """By differentiable pieces, prefix tokens kept out of the statistics."""
-    prefix, tokens = call.x[:, : call.prefix_tokens], call.x[:, call.prefix_tokens :]
-    hidden = kernels.run(_middle(call, linear(tokens, call.up_weight, call.up_bias), 0))
-    out = _normalise(call.down_norm, linear(hidden, call.down_weight, call.down_bias))
+    c, norm = call.convolution, call.down_norm
+    prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
+    hidden = _multiply(tokens, call.up_weight, call.up_bias)
+    out = _multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
+    if norm is not None:  # over batch and tokens alike, as one of BatchNorm2d is over batch and map
+        out = norm(out.flatten(0, 1)).view_as(out)
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
-    return torch.cat((prefix, out), dim=1) if call.prefix_tokens else out
+    return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out
 
 
-def _infer(call: Call, kernels: Implementation) -> Tensor:
-    """With every token through every step, and the prefix tokens put right at the end."""
-    hidden = kernels.run(_middle(call, linear(call.x, call.up_weight, call.up_bias), call.prefix_tokens))
-    return _finish(call, _normalise(call.down_norm, linear(hidden, call.down_weight, call.down_bias)))
-
-
-def _feed_forward_at_once(x: Tensor, call: Call) -> Tensor:
-    if call.form not in LEFF_FORMS or call.dw_weight.shape[-1] % 2 == 0:
-        raise _at_once.NotAtOnceError
-    hidden = _at_once.product(x, call.up_weight, call.up_bias)
-    hidden = _at_once.convolution(hidden, call.dw_weight, call.dw_bias, *_middle(call, hidden, call.prefix_tokens)[3:])
-    out = _at_once.product(hidden, call.down_weight, call.down_bias)
-    return _finish(call, _at_once.normalise(out, call.down_norm))
-
-
-def _finish(call: Call, out: Tensor) -> Tensor:
-    """What is behind the last norm, with the prefix tokens put right."""
-    if call.form == "paper":
-        out = F.gelu(out)
-    if call.prefix_tokens:
-        out = out.to(torch.promote_types(out.dtype, call.x.dtype))
-        prefix = out[:, : call.prefix_tokens]
-        prefix.zero_() if call.form == "paper" else prefix.copy_(call.x[:, : call.prefix_tokens])
-    return out
-
-
-def _infer_by_triton(call: Call) -> Tensor:
-    """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
-    x, prefix_tokens = call.x.to(linear_dtype(call.x)), call.prefix_tokens
-    layers = tuple((weight.to(x.dtype), bias, norm) for weight, bias, norm in call.layers())
-    out = _convolved_products.leff(x, layers, call.grid, prefix_tokens, call.form == "paper")
-    if prefix_tokens and x.dtype != call.x.dtype:
-        out = out.to(torch.promote_types(x.dtype, call.x.dtype))
-        if call.form == "official":
-            out[:, :prefix_tokens] = call.x[:, :prefix_tokens]
-    return out
+def _trains(call: Call) -> bool:
+    """Whether it needs gradients; under statistics of the batch it counts as training anyhow."""
+    tensors = (call.up_weight, call.up_bias, call.down_weight, call.down_bias, *(call.down_norm or ())[:4])
+    return gradients_needed(*call.convolution.tensors(), *tensors)
 
 
 def _by(kernels: Implementation) -> Implementation:
-    """The composition whose convolution is computed so."""
+    """The operator with the convolution computed so."""
+    assert kernels.reasons is not None
+    convolution_reasons = kernels.reasons
 
-    def reasons(call: Call) -> list[str]:
-        found = kernels.reasons(_middle(call, _expected_hidden(call), call.prefix_tokens))
-        if call.down_norm is not None and call.down_norm.layer is not None:
-            layer = type(call.down_norm.layer).__name__
-            found.append(f"down_norm is a {layer}, of which only the layer itself knows what it does")
-        return found
+    def reasons(call: Call, named: bool) -> Iterator[str]:
+        x, norm, convolution = call.x, call.down_norm, call.convolution
+        if torch.is_autocast_enabled(x.device.type):  # the hidden tokens may have another dtype than x
+            convolution = convolution._replace(x=x[:, :, :1].to(linear_dtype(x)))
+        yield from convolution_reasons(convolution, named)
+        if norm is not None:
+            if norm.layer is not None:
+                yield f"down_norm is a {type(norm.layer).__name__}, which has to be called"
+            elif norm.running_mean is None and not norm.use_batch_stats:
+                yield "a norm has no statistics"
 
     def run(call: Call) -> Tensor:
-        if _trains(call):
+        x, convolution, up_weight, up_bias, down_weight, down_bias, down_norm, form = call
+        for norm in (convolution.pre_norm, convolution.norm, down_norm):
+            if norm is not None and norm.use_batch_stats:
+                _check(call)  # before running statistics move
+                return _train(call, kernels)
+        if torch.is_grad_enabled() and _trains(call):
+            _check(call)
             return _train(call, kernels)
-        if kernels.name == "triton" and _convolved_products.leff_fits(
-            call.x, *(weight for weight, _, _ in call.layers())
-        ):
-            return _infer_by_triton(call)
-        return _infer(call, kernels)
+        if form not in LEFF_FORMS or convolution.weight.shape[3] % 2 == 0:
+            raise ValueError("form or dw_weight")
+        if kernels.name == "triton" and _fits(call):
+            return _run_fused(call)
+        # Every token goes through every step, and the prefix tokens are put right at the end.
+        for weight, bias in ((up_weight, up_bias), (down_weight, down_bias)):
+            if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+                up_weight, up_bias, down_weight, down_bias = cast_like(x, up_weight, up_bias, down_weight, down_bias)
+        hidden = LINEAR(Linear(x, up_weight, up_bias), inner=True)
+        hidden = kernels.run(Convolution(hidden, *convolution[1:]))
+        out = LINEAR(Linear(hidden, down_weight, down_bias), inner=True)
+        if down_norm is not None:
+            out = down_norm(out.flatten(0, 1)).view_as(out)
+        if form == "paper":
+            out = F.gelu(out)
+        prefix_tokens = convolution.prefix_tokens
+        if prefix_tokens:
+            out = out.to(torch.promote_types(out.dtype, x.dtype))
+            prefix = out[:, :prefix_tokens]
+            prefix.zero_() if form == "paper" else prefix.copy_(x[:, :prefix_tokens])
+        return out
 
-    return Implementation(kernels.name, reasons, run)
+    return Implementation(kernels.name, run, reasons, kernels.validates)
 
 
 def _run_reference(call: Call) -> Tensor:
+    x, c = call.x, call.convolution
+    layers = (call.up_weight, call.up_bias, c.weight, c.bias, call.down_weight, call.down_bias)
     return functional.leff(
-        call.x,
-        *as_dtype_of(call.x, *call[1:7]),
-        grid=call.grid,
-        up_norm=call.up_norm,
-        dw_norm=call.dw_norm,
+        x,
+        *cast_like(x, *layers),
+        grid=c.grid,
+        up_norm=c.pre_norm,
+        dw_norm=c.norm,
         down_norm=call.down_norm,
-        prefix_tokens=call.prefix_tokens,
+        prefix_tokens=c.prefix_tokens,
         form=call.form,
     )
 
 
-IMPLEMENTATIONS = (*map(_by, KERNELS), Implementation("reference", lambda call: [], _run_reference))
-"""In order of preference."""
-
-
-def _check(call: Call) -> None:
-    x, prefix_tokens = call.x, call.prefix_tokens
-    check_x(x)
-    check_grid(x, call.grid, prefix_tokens)
-    hidden = check_linear("up_weight", call.up_weight, x.shape[2], x)
-    kernel = check_depthwise("dw_weight", call.dw_weight, hidden, x)
-    if kernel % 2 == 0:
-        raise ValueError(f"dw_weight: got a kernel of {kernel}, accepted are odd ones, which keep the grid")
-    channels = check_linear("down_weight", call.down_weight, hidden, x)
-    if prefix_tokens and channels != x.shape[2]:
-        raise ValueError(
-            f"down_weight: gives {channels} channels, accepted with prefix tokens are as many as x has, {x.shape[2]}"
-        )
-    for part, size in (("up", hidden), ("dw", hidden), ("down", channels)):
-        check_bias(f"{part}_bias", getattr(call, f"{part}_bias"), size, x)
-        check_norm(f"{part}_norm", getattr(call, f"{part}_norm"), size, x)
-    if call.form not in LEFF_FORMS:
-        raise ValueError(f"form: got {call.form!r}, accepted are {LEFF_FORMS}")
+OPERATOR = Operator("leff", (*map(_by, KERNELS), Implementation(REFERENCE, _run_reference)), _check)
 
 
 def leff(
@@ -225,7 +222,7 @@ def leff(
     down_norm: BatchNorm | None = None,
     prefix_tokens: int = 1,
     form: str = "official",
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """CeiT's locally-enhanced feed-forward, as what a residual adds to its input.
 
@@ -235,10 +232,10 @@ def leff(
         x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
         up_weight: (E, C), dw_weight: (E, 1, k, k) with k odd, down_weight: (O, E); O = C where there are prefix tokens.
             Biases: (E,), (E,) and (O,), or None. All on x's device.
-        up_norm, dw_norm, down_norm: BatchNorm over channels behind each, or None.
+        up_norm, dw_norm, down_norm: BatchNorm over channels after each, or None.
         grid: (h, w).
         form: "official" gives prefix tokens as they came, so that a residual doubles them, and has no GELU at the end;
-            "paper" gives zeros for them, so that a residual leaves them be, and has a GELU behind the last norm.
+            "paper" gives zeros for them, so that a residual leaves them be, and has a GELU after the last norm.
         backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
@@ -250,10 +247,7 @@ def leff(
 
     Source: Yuan et al. 2021 (CeiT), section 3.2; the plain form is ``fastvit.reference.functional.leff``.
     """
-    weights = (up_weight, up_bias, dw_weight, dw_bias, down_weight, down_bias)
-    call = Call(x, *weights, grid, up_norm, dw_norm, down_norm, prefix_tokens, form)
-    found = _at_once.tried(backend, _feed_forward_at_once, x, call)
-    if found is not None:
-        return found
-    _check(call)
-    return select(_NAME, fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call), backend, (call,), {}).run(call)
+    geometry = (grid, 1, None, prefix_tokens)  # None: the padding that keeps the grid
+    convolution = Convolution(x, dw_weight, dw_bias, *geometry, up_norm, "gelu", dw_norm, "gelu")
+    products = (up_weight, up_bias, down_weight, down_bias)
+    return OPERATOR(Call(x, convolution, *products, down_norm, form), backend)

@@ -1,51 +1,346 @@
-"""Depthwise convolution of tokens as they lie: the checks, and who computes it.
+"""Depthwise convolution of tokens as they lie, with the norms, activations and residual around it.
 
-- ``cuda``: ``csrc/cuda/token_depthwise_conv.cu``.
-- ``cpp``: ``csrc/cpu/token_depthwise_conv*.cpp``; float32 and bfloat16.
+- ``cuda``: ``csrc/token_depthwise_conv``, its CUDA kernels; ``cpp``: its CPU kernels, float32 and bfloat16.
 - ``triton``: ``kernels/token_depthwise_conv*.py``, for ROCm and for installations without the extension; where both it
   and ``cuda`` take a call at inference, the faster one by measuring.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
 
-The schemas that kernels implement, and autograd, are in ``_token_depthwise_conv_native.py``.
+Kernels implement three registered operators of nearly the same arguments:
+
+    token_depthwise_conv(x, weight, ...) -> out
+        Inference; every norm has given statistics.
+    token_depthwise_conv_training(x, weight, ...) -> (out, conv, pre_mean, pre_var, mean, var)
+        The same, with batch statistics where ``*_batch`` is true (the given ones are then None): the float32 mean and
+        biased variance of each channel of the grid tokens of x, and of the convolution's result. They are returned;
+        size 0 where a norm is absent or uses given statistics. ``conv`` is the convolution's result, for the backward,
+        of out's shape and dtype (prefix tokens unspecified), where a norm or an activation follows; else of size 0.
+    token_depthwise_conv_backward(grad, x, conv, weight, ...) -> (dx, dweight, dbias, dpre_norm_weight, dpre_norm_bias,
+        dnorm_weight, dnorm_bias)
+        ``conv`` and the statistics are those of the forward pass. dx has x's dtype, is contiguous, and includes the
+        gradient of the prefix tokens; those of parameters are float32. Size 0: dx without ``x_grad``, parameters'
+        without ``parameter_grads``, and those of parameters that are absent.
+
+With t = pre_activation(pre_norm(x)), c = conv(t) + bias, n = norm(c), y = activation(n) [+ x], and M the number of
+values of a channel in c, the gradients follow channel by channel, xhat being a norm's input less its mean over its
+deviation (batch statistics; with given ones the bracket is dn alone):
+
+    dn = dy activation'(n);  dnorm_bias = sum dn;  dnorm_weight = sum dn xhat
+    dc = norm_weight / deviation [dn - dnorm_bias / M - xhat dnorm_weight / M]
+    dbias = sum dc;  dweight = correlation of t with dc;  dt = transposed convolution of dc
+    and for dt the same two steps backwards through pre_activation and pre_norm; dx gets dy added with ``residual``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _at_once
-from fastvit.ops._convolution_checks import check_bias, check_depthwise, check_geometry, check_norm, check_x
-from fastvit.ops._dispatch import Implementation, gradients_needed, select
-from fastvit.ops._measured import fastest_first
-from fastvit.ops._token_depthwise_conv_native import ACTIVATION_CODES, NATIVE, TRITON, Call, Operators, out_size, run
+from fastvit.ops._checks import (
+    check_activation,
+    check_batch_norm,
+    check_depthwise,
+    check_geometry,
+    check_grid,
+    check_parameter,
+    check_tokens,
+    fail,
+    out_size,
+)
+from fastvit.ops._operator import (
+    AUTO,
+    REFERENCE,
+    Implementation,
+    Operator,
+    differentiable_backward,
+    gradients_needed,
+)
+from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm_arguments, unpack
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_MAX_KERNEL = 7
-_CUDA_MAX_KERNEL = 13  # one output's window must fit into shared memory
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_activation(name: str, activation: str | None) -> None:
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(f"{name}: got {activation!r}, accepted are {list(ACTIVATION_CODES)}")
+class Convolution(NamedTuple):
+    """The arguments of the public function."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    grid: tuple[int, int]
+    stride: int = 1
+    padding: int | None = None
+    prefix_tokens: int = 0
+    pre_norm: BatchNorm | None = None
+    pre_activation: str | None = None
+    norm: BatchNorm | None = None
+    activation: str | None = None
+    residual: bool = False
+
+    def tensors(self) -> list[Tensor | None]:
+        """Every tensor that a gradient could be asked for."""
+        pre_norm, norm = self.pre_norm or (), self.norm or ()
+        return [self.x, self.weight, self.bias, *pre_norm[:4], *norm[:4]]
 
 
-def _parameters(call: Call) -> list[Tensor]:
-    """Every parameter tensor there is."""
-    tensors = [call.weight, call.bias]
-    for norm in (call.pre_norm, call.norm):
-        if norm is not None:
-            tensors += norm[:4]
-    return [tensor for tensor in tensors if tensor is not None]
+def _check(call: Convolution) -> None:
+    x, prefix_tokens = call.x, call.prefix_tokens
+    check_tokens(x)
+    channels = x.shape[2]
+    kernel = check_depthwise("weight", call.weight, channels, x)
+    check_parameter("bias", call.bias, (channels,), x)
+    check_grid(x, call.grid, prefix_tokens)
+    out = check_geometry(call.grid, kernel, call.stride, call.padding)
+    if not isinstance(call.residual, bool):
+        fail("residual", "a bool", call.residual)
+    if call.residual and out != tuple(call.grid):
+        fail("residual", f"False, since the convolution gives a grid of {out} from {tuple(call.grid)}", call.residual)
+    check_activation("pre_activation", call.pre_activation)
+    check_activation("activation", call.activation)
+    check_batch_norm("pre_norm", call.pre_norm, channels, x)
+    check_batch_norm("norm", call.norm, channels, x)
+
+
+# --- Registered operators -------------------------------------------------------------------------------------------
+
+_GEOMETRY = "SymInt height, SymInt width, int stride, int padding, int prefix_tokens, bool residual"
+
+
+def _arguments(batch: bool, conv: str = "") -> str:
+    pre_norm, after = norm_arguments("pre_norm", batch), norm_arguments("norm", batch)
+    tensors = f"Tensor x, {conv}Tensor weight, Tensor? bias"
+    return f"{tensors}, {pre_norm}, int pre_activation, {after}, int activation, {_GEOMETRY}"
+
+
+def convolved(x: Tensor, weight: Tensor, a: Any) -> Tensor:
+    """Empty, of the result's size; ``a`` has the geometry."""
+    rows, columns = (out_size(size, weight.shape[-1], a.stride, a.padding) for size in (a.height, a.width))
+    return x.new_empty((x.shape[0], a.prefix_tokens + rows * columns, x.shape[2]))
+
+
+def _fake(a: Any) -> Tensor:
+    return convolved(a.x, a.weight, a)
+
+
+def _fake_training(a: Any) -> tuple[Tensor, ...]:
+    out, channels = _fake(a), a.x.shape[2]
+    keeps = a.norm_mean is not None or a.norm_batch or a.activation != 0
+    sizes = (channels * used for used in (a.pre_norm_batch, a.pre_norm_batch, a.norm_batch, a.norm_batch))
+    statistics = (a.x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return out, torch.empty_like(out) if keeps else a.x.new_empty(0), *statistics
+
+
+def _fake_backward(a: Any) -> tuple[Tensor, ...]:
+    parameters = (a.weight, a.bias, a.pre_norm_weight, a.pre_norm_bias, a.norm_weight, a.norm_bias)
+    shapes = ((0,) if p is None or not a.parameter_grads else p.shape for p in parameters)
+    gradients = (a.x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return a.x.new_empty(a.x.shape if a.x_grad else (0,)), *gradients
+
+
+class Kernels(NamedTuple):
+    """The three registered operators of one kind of kernel, and the arguments of the second."""
+
+    forward: Callable[..., Tensor]
+    training: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    Arguments: type[Any]
+
+
+def _define(suffix: str = "") -> Kernels:
+    name = f"{_NAME}{suffix}"
+    forward = define(name, _arguments(False), "Tensor", _fake)
+    training = define(f"{name}_training", _arguments(True), f"({', '.join(['Tensor'] * 6)})", _fake_training)
+    arguments = f"Tensor grad, {_arguments(True, 'Tensor conv, ')}, bool x_grad, bool parameter_grads"
+    backward = define(f"{name}_backward", arguments, f"({', '.join(['Tensor'] * 7)})", _fake_backward)
+    return Kernels(forward.call, training.call, backward.call, training.Arguments)
+
+
+NATIVE = _define()
+"""The operators of ``fastvit._C``, for the CPU and for CUDA."""
+
+TRITON = _define("_triton")
+"""Operators of their own, since Triton's interpreter runs them on the CPU, too."""
+
+for _suffix, _function in (("", "forward"), ("_training", "training"), ("_backward", "backward")):
+    launch(f"{_NAME}_triton{_suffix}", _NAME + _suffix, f"{_NAME}_{_function}")
+
+
+# --- Autograd -------------------------------------------------------------------------------------------------------
+
+_DIFFERENTIABLE = ("x", "weight", "bias", "pre_norm_weight", "pre_norm_bias", "norm_weight", "norm_bias")
+_STATISTICS = ("pre_norm_mean", "pre_norm_var", "norm_mean", "norm_var")
+
+
+class _Convolution(torch.autograd.Function):
+    """A call in which gradients are needed: out, or with batch statistics (out, pre_mean, pre_var, mean, var)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...] | Tensor:
+        out, conv, pre_mean, pre_var, mean, var = kernels.training(*arguments)
+        a = kernels.Arguments(*arguments)
+        batch = a.pre_norm_batch or a.norm_batch
+        if a.pre_norm_batch:
+            a = a._replace(pre_norm_mean=pre_mean, pre_norm_var=pre_var)
+        if a.norm_batch:
+            a = a._replace(norm_mean=mean, norm_var=var)
+        tensors = {name: getattr(a, name) for name in (*_DIFFERENTIABLE, *_STATISTICS)}
+        ctx.kernels, ctx.arguments = kernels, a._replace(**dict.fromkeys(tensors))
+        ctx.save_for_backward(conv, *tensors.values())
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
+        if not batch:
+            return out
+        ctx.mark_non_differentiable(pre_mean, pre_var, mean, var)
+        return out, pre_mean, pre_var, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        kernels, fields = ctx.kernels, ctx.arguments._fields
+        if grad is None:  # the result was not used
+            return (None,) * (1 + len(fields))
+        conv, *saved = ctx.saved_tensors
+        a = ctx.arguments._replace(**dict(zip((*_DIFFERENTIABLE, *_STATISTICS), saved, strict=True)))
+        _, *needed = ctx.needs_input_grad
+        needs = dict(zip(fields, needed, strict=True))
+        inputs: list[Any] = [getattr(a, name) for name in _DIFFERENTIABLE]
+        wanted = [needs[name] for name in _DIFFERENTIABLE]
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            found = differentiable_backward(lambda *tensors: _plain(a, tensors), inputs, wanted, grad)
+        else:
+            # Not contiguous(), which leaves the strides of an empty tensor as they are.
+            grad = grad if grad.stride(2) == 1 else grad.clone(memory_format=torch.contiguous_format)
+            x, *rest = a
+            computed = kernels.backward(grad, x, conv, *rest, needs["x"], any(wanted[1:]))
+            found = [
+                gradient.to(tensor.dtype) if need and tensor is not None else None
+                for gradient, tensor, need in zip(computed, inputs, wanted, strict=True)
+            ]
+        gradients = dict(zip(_DIFFERENTIABLE, found, strict=True))
+        return None, *map(gradients.get, fields)
+
+
+def _plain(a: Any, tensors: tuple[Any, ...]) -> Tensor:
+    """The call by the plain form, from its differentiable inputs; no running statistics move."""
+    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    x, weight, bias, *affine = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    pre_weight, pre_bias, norm_weight, norm_bias = affine
+    names = {code: name for name, code in ACTIVATION_CODES.items()}
+    pre_norm = after = None
+    if a.pre_norm_mean is not None:
+        mean, var = (None, None) if a.pre_norm_batch else (a.pre_norm_mean.to(dtype), a.pre_norm_var.to(dtype))
+        pre_norm = BatchNorm(mean, var, pre_weight, pre_bias, a.pre_norm_batch, eps=a.pre_norm_eps)
+    if a.norm_mean is not None:
+        mean, var = (None, None) if a.norm_batch else (a.norm_mean.to(dtype), a.norm_var.to(dtype))
+        after = BatchNorm(mean, var, norm_weight, norm_bias, a.norm_batch, eps=a.norm_eps)
+    out = functional.token_depthwise_conv(
+        x,
+        weight,
+        bias,
+        grid=(a.height, a.width),
+        stride=a.stride,
+        padding=a.padding,
+        prefix_tokens=a.prefix_tokens,
+        pre_norm=pre_norm,
+        pre_activation=names[a.pre_activation],
+        norm=after,
+        activation=names[a.activation],
+        residual=a.residual,
+    )
+    return out.to(tensors[0].dtype)
+
+
+# --- A call by kernels ----------------------------------------------------------------------------------------------
+
+
+def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
+    """``run`` of an implementation by these kernels."""
+
+    def run(call: Convolution) -> Tensor:
+        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
+            call
+        )
+        if x.stride(2) != 1:
+            x = x.clone(memory_format=torch.contiguous_format)
+        weight = weight if weight.is_contiguous() else weight.contiguous()
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+        norms, batch = [], False
+        for each in (pre_norm, norm):
+            if each is None:
+                norms.append(NO_NORM)
+                continue
+            gamma, beta, mean, var, eps = unpack(each)
+            if each.use_batch_stats:
+                mean, var, batch = None, None, True
+            for vector in (gamma, beta, mean, var):
+                if vector is not None and not vector.is_contiguous():
+                    gamma, beta, mean, var = map(contiguous, (gamma, beta, mean, var))
+                    break
+            norms.append((gamma, beta, mean, var, eps))
+        before, after = norms
+        codes = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
+        height, width = grid
+        padding = weight.shape[3] // 2 if padding is None else padding
+        ints = type(height) is type(width) is type(stride) is type(padding) is type(prefix_tokens) is int
+        if not ints or type(residual) is not bool:
+            _check(call)  # a schema takes True for 1, and a tensor of one number
+        geometry = (height, width, stride, padding, prefix_tokens, residual)
+        differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
+        if not (batch or differentiate):
+            out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
+        else:
+            by_batch = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
+            for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), by_batch, strict=True):
+                if used:  # its running statistics, which the kernel does not see, are to be moved
+                    check_batch_norm(name, each, x.shape[2], x)
+            around = (*before, by_batch[0], codes[0], *after, by_batch[1], codes[1])
+            out = _train(call, kernels, differentiate, (x, weight, bias, *around, *geometry))
+        return out if not torch.is_autocast_enabled(x.device.type) else out.to(_autocast_dtype(call))
+
+    return run
+
+
+def _train(call: Convolution, kernels: Kernels, differentiate: bool, arguments: tuple[Any, ...]) -> Tensor:
+    """With gradients or statistics of the batch; moves running statistics when the result is there."""
+    x, (height, width), pre_norm, norm = call.x, call.grid, call.pre_norm, call.norm
+    pre_batch = pre_norm is not None and pre_norm.use_batch_stats
+    batch = norm is not None and norm.use_batch_stats
+    if not differentiate:
+        out, _, *statistics = kernels.training(*arguments)
+    elif pre_batch or batch:
+        out, *statistics = _Convolution.apply(kernels, *arguments)
+    else:
+        return _Convolution.apply(kernels, *arguments)
+    pre_mean, pre_var, mean, var = statistics
+    if pre_batch and pre_norm is not None:
+        _track(pre_norm, pre_mean, pre_var, x.shape[0] * height * width)
+    if batch and norm is not None:
+        _track(norm, mean, var, out.shape[0] * (out.shape[1] - call.prefix_tokens))
+    return out
+
+
+def _track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics as ``nn.BatchNorm2d`` does, the variance made unbiased."""
+    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
+        return
+    with torch.no_grad():
+        keep = 1.0 - norm.momentum
+        norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
+        norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
+
+
+def _autocast_dtype(call: Convolution) -> torch.dtype:
+    """The dtype of the plain result: autocast lowers the convolution, adding or joining x raises it again."""
+    lowered = torch.get_autocast_dtype(call.x.device.type)
+    return torch.promote_types(call.x.dtype, lowered) if call.prefix_tokens or call.residual else lowered
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
 
 
 def _missing_kernel(device_type: str, reasons: list[str]) -> tuple[str, ...]:
@@ -56,131 +351,91 @@ def _missing_kernel(device_type: str, reasons: list[str]) -> tuple[str, ...]:
 
 _CPP_REASONS = _missing_kernel("cpu", backends.cpp_reasons())
 _CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
-_TRAINABLE = {
-    device_type: all(backends.extension().has_op(_NAME + name, device_type) for name in ("_training", "_backward"))
-    for device_type in ("cpu", "cuda")
-}
 
 
-def _values(call: Call, convolved: bool) -> int:
-    """How many values of a channel a norm in front of or behind the convolution sees."""
-    h, w = call.grid
-    if convolved:
-        h, w = (out_size(size, call.weight.shape[-1], call.stride, call.padding) for size in call.grid)
-    return call.x.shape[0] * h * w
+def _reasons_of(
+    device_type: str,
+    unavailable: Callable[[Tensor, bool], Sequence[str]],
+    dtypes: tuple[torch.dtype, ...],
+    max_kernel: int,
+) -> Callable[[Convolution, bool], Iterator[str]]:
+    """``reasons`` of an implementation.
 
+    Args:
+        device_type: of tensors which it is there for; "" where that has to be asked.
+        unavailable: ``unavailable(x, named)`` says why it cannot run where x is.
+    """
 
-def _norm_reasons(norm: BatchNorm, values: int) -> list[str]:
-    """What keeps any of the kernels from a norm over that many values per channel."""
-    if norm.layer is not None:
-        return [f"a norm is a {type(norm.layer).__name__}, of which only the layer itself knows what it does"]
-    if gradients_needed(norm.running_mean, norm.running_var):
-        return ["running statistics need gradients"]
-    if norm.use_batch_stats and values < 2:
-        return [f"batch statistics need more than one value per channel, here are {values}"]
-    return []
+    def reasons(call: Convolution, named: bool) -> Iterator[str]:
+        x, weight, pre_norm, norm = call.x, call.weight, call.pre_norm, call.norm
+        dtype, device = x.dtype, x.device
+        if device.type != device_type:
+            yield from unavailable(x, named)
+        if dtype not in dtypes:
+            yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
+        if weight.shape[3] > max_kernel:
+            yield f"kernel size {weight.shape[3]} is larger than {max_kernel}"
+        tensors: tuple[Tensor | None, ...] = (weight, call.bias)
+        for each in (pre_norm, norm):
+            if each is not None:
+                tensors += each[:4]
+                if each.layer is not None:
+                    yield f"a norm is a {type(each.layer).__name__}, which has to be called"
+                elif each.running_mean is None and not each.use_batch_stats:
+                    yield "a norm has no statistics"
+                elif torch.is_grad_enabled() and gradients_needed(each.running_mean, each.running_var):
+                    yield "running statistics need gradients"
+        for tensor in tensors:
+            if tensor is not None and (tensor.device != device or tensor.dtype not in (dtype, torch.float32)):
+                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or x's {dtype} on {device}"
+                break
+        if pre_norm is not None and pre_norm.use_batch_stats and x.shape[0] * call.grid[0] * call.grid[1] < 2:
+            yield "batch statistics need more than one value per channel"
+        if norm is not None and norm.use_batch_stats:
+            kernel = weight.shape[3]
+            padding = kernel // 2 if call.padding is None else call.padding
+            rows, columns = (out_size(size, kernel, call.stride, padding) for size in call.grid)
+            if x.shape[0] * rows * columns < 2:
+                yield "batch statistics need more than one value per channel"
 
-
-def _kernel_reasons(call: Call, dtypes: tuple[torch.dtype, ...], trainable: bool) -> list[str]:
-    """What keeps any of the kernels from a call; trainable: they have gradients and batch statistics."""
-    x, parameters = call.x, _parameters(call)
-    reasons = []
-    if x.dtype not in dtypes:
-        reasons.append(f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}")
-    for parameter in parameters:
-        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-            reasons.append(f"a parameter has dtype {parameter.dtype}, it takes float32 and x's {x.dtype}")
-            break
-    trains = gradients_needed(x, *parameters)
-    for norm, convolved in ((call.pre_norm, False), (call.norm, True)):
-        if norm is not None:
-            reasons += _norm_reasons(norm, _values(call, convolved))
-            trains = trains or norm.use_batch_stats
-    if trains and not trainable:
-        reasons.append("gradients or batch statistics are needed and it has none")
     return reasons
 
 
-def _cpp_reasons(call: Call) -> list[str]:
-    reasons = list(_CPP_REASONS)
-    if call.x.device.type != "cpu":
-        reasons.append(f"the C++ kernels take tensors on the CPU, not on {call.x.device.type}")
-    return reasons + _kernel_reasons(call, _CPU_DTYPES, _TRAINABLE["cpu"])
+def _unavailable_cpp(x: Tensor, named: bool) -> Sequence[str]:
+    return (*_CPP_REASONS, *(() if x.is_cpu else (f"it takes tensors on the CPU, x is on {x.device}",)))
 
 
-def _cuda_reasons(call: Call) -> list[str]:
-    if call.x.device.type != "cuda":
-        return [f"the CUDA kernels take tensors on a CUDA device, not on {call.x.device.type}"]
-    reasons = list(_CUDA_REASONS) or backends.cuda_reasons(call.x.device)
-    if call.weight.shape[-1] > _CUDA_MAX_KERNEL:
-        reasons.append(f"kernel size {call.weight.shape[-1]} is larger than {_CUDA_MAX_KERNEL}")
-    return reasons + _kernel_reasons(call, _CUDA_DTYPES, _TRAINABLE["cuda"])
+def _unavailable_cuda(x: Tensor, named: bool) -> Sequence[str]:
+    if not x.is_cuda:
+        return (f"it takes tensors on a CUDA device, x is on {x.device}",)
+    return _CUDA_REASONS or backends.cuda_reasons(x.device)
 
 
-def _autocast_dtype(call: Call) -> torch.dtype:
-    """The dtype of the plain result: autocast lowers the convolution, adding or joining x raises it again."""
-    device, dtype = call.x.device.type, call.x.dtype
-    if not torch.is_autocast_enabled(device):
-        return dtype
-    lowered = torch.get_autocast_dtype(device)
-    return torch.promote_types(dtype, lowered) if call.prefix_tokens or call.residual else lowered
+def _unavailable_triton(x: Tensor, named: bool) -> Sequence[str]:
+    reasons = backends.triton_reasons(x.device)
+    return reasons if named or not x.is_cpu else [*reasons, "on the CPU it is interpreted"]
 
 
-def _triton_reasons(call: Call) -> list[str]:
-    reasons = list(backends.triton_reasons(call.x.device))
-    if call.weight.shape[-1] > _TRITON_MAX_KERNEL:
-        reasons.append(f"kernel size {call.weight.shape[-1]} is larger than {_TRITON_MAX_KERNEL}")
-    return reasons + _kernel_reasons(call, _CUDA_DTYPES, trainable=True)
+def _run_reference(call: Convolution) -> Tensor:
+    x, weight, bias, *_ = call
+    options = call._asdict()
+    for name in ("x", "weight", "bias"):
+        del options[name]
+    return functional.token_depthwise_conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
-def _train_at_once(*arguments: Any) -> Tensor:
-    """A call on the CPU with gradients or batch statistics; raises where it needs the long way, before any running
-    statistics have moved. The operators check the rest.
-    """
-    call = Call(*arguments)
-    if call.padding is None:
-        call = call._replace(padding=call.weight.shape[3] // 2)
-    _at_once.require_cpu(call.weight, call.bias)
-    for name, norm, convolved in (("pre_norm", call.pre_norm, False), ("norm", call.norm, True)):
-        if norm is not None:
-            check_norm(name, norm, call.x.shape[2], call.x)
-            if _norm_reasons(norm, _values(call, convolved)):
-                raise _at_once.NotAtOnceError
-    return run(call, NATIVE, gradients_needed(call.x, *_parameters(call)))
+_CPP = _reasons_of("" if _CPP_REASONS else "cpu", _unavailable_cpp, (torch.float32, torch.bfloat16), 1 << 30)
+_CUDA = _reasons_of("", _unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one output's window must fit shared memory
+_TRITON = _reasons_of("", _unavailable_triton, _GPU_DTYPES, max_kernel=7)
 
-
-def _run_by(operators: Operators, call: Call) -> Tensor:
-    out = run(call, operators, gradients_needed(call.x, *_parameters(call)))
-    dtype = _autocast_dtype(call)
-    return out if dtype == out.dtype else out.to(dtype)
-
-
-def _run_native(call: Call) -> Tensor:
-    return _run_by(NATIVE, call)
-
-
-def _run_triton(call: Call) -> Tensor:
-    return _run_by(TRITON, call)
-
-
-def _reference_reasons(_: Call) -> list[str]:
-    return []
-
-
-def _run_reference(call: Call) -> Tensor:
-    arguments = call._asdict()
-    x, weight, bias = (arguments.pop(name) for name in ("x", "weight", "bias"))
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return functional.token_depthwise_conv(x, weight, bias, **arguments)
-
-
-IMPLEMENTATIONS = (
-    Implementation("cuda", _cuda_reasons, _run_native),
-    Implementation("cpp", _cpp_reasons, _run_native),
-    Implementation("triton", _triton_reasons, _run_triton),
-    Implementation("reference", _reference_reasons, _run_reference),
+KERNELS = (
+    Implementation("cpp", _runner(NATIVE), _CPP, validates=True),
+    Implementation("cuda", _runner(NATIVE), _CUDA, validates=True),
+    Implementation("triton", _runner(TRITON), _TRITON),
 )
 """In order of preference."""
+
+OPERATOR = Operator(_NAME, (*KERNELS, Implementation(REFERENCE, _run_reference)), _check)
 
 
 def token_depthwise_conv(
@@ -197,12 +452,12 @@ def token_depthwise_conv(
     norm: BatchNorm | None = None,
     activation: str | None = None,
     residual: bool = False,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:
     """Depthwise k x k convolution of tokens laid out as (B, P + h*w, C), with what surrounds it in the models.
 
     t = pre_activation(pre_norm(x)) on the grid tokens; y = activation(norm(conv(t) + bias)); y += x with ``residual``.
-    Prefix tokens pass through untouched. The tokens are never brought into image layout.
+    Prefix tokens pass through untouched.
 
     Args:
         x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
@@ -223,33 +478,5 @@ def token_depthwise_conv(
     Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2; the
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
-    geometry, around = (grid, stride, padding, prefix_tokens), (pre_norm, pre_activation, norm, activation, residual)
-    short = _train_at_once if torch.is_grad_enabled() else _at_once.convolution
-    found = _at_once.tried(backend, short, x, weight, bias, *geometry, *around, trains=True)
-    if found is not None:
-        return found
-    check_x(x)
-    channels, kernel = x.shape[2], check_depthwise("weight", weight, x.shape[2], x)
-    check_bias("bias", bias, channels, x)
-    padding = kernel // 2 if padding is None else padding
-    check_geometry(x, kernel, grid, stride, padding, prefix_tokens, residual)
-    _check_activation("pre_activation", pre_activation)
-    _check_activation("activation", activation)
-    check_norm("pre_norm", pre_norm, channels, x)
-    check_norm("norm", norm, channels, x)
-    call = Call(
-        x,
-        weight,
-        bias,
-        grid,
-        stride,
-        padding,
-        prefix_tokens,
-        pre_norm,
-        pre_activation,
-        norm,
-        activation,
-        residual,
-    )
-    order = fastest_first(_NAME, IMPLEMENTATIONS, backend, x, call)
-    return select(_NAME, order, backend, (call,), {}).run(call)
+    around = (pre_norm, pre_activation, norm, activation, residual)
+    return OPERATOR(Convolution(x, weight, bias, grid, stride, padding, prefix_tokens, *around), backend)

@@ -16,7 +16,7 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit.ops import _dispatch
+from fastvit.ops import _operator
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.images import Shape, likely_shapes
 from fastvit.patching.plan import device_of
@@ -38,7 +38,7 @@ def share_of_flops(model: nn.Module, example: Any) -> float | None:
     args, kwargs = as_call(example)
     fused = {module for module in model.modules() if isinstance(module, Fused)}
     with undisturbed(model), _whole_products():
-        with _Counter() as outside, _dispatch.recording(outside.leave_out):
+        with _Counter() as outside, _operator.recording(outside.leave_out):
             model(*args, **kwargs)
         with _plain(fused), _Counter() as whole:
             model(*args, **kwargs)
@@ -65,7 +65,7 @@ def estimate_share(model: nn.Module) -> Estimate | None:
         return None
     for shape in likely_shapes(model):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _silent(_FAKE_LOG), _silent(_dispatch.log):
+            with FakeTensorMode(allow_non_fake_inputs=True), _silent(_FAKE_LOG), _silent(_operator.log):
                 share = share_of_flops(hollow, torch.empty(1, *shape, dtype=dtype, device=device_of(model)))
         except Exception:  # somebody's forward, which takes something else
             continue
@@ -124,9 +124,9 @@ class _Counter(TorchDispatchMode):
         self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
-    def leave_out(self, selection: _dispatch.Selection) -> Callable[..., Any] | None:
-        """For ``_dispatch.recording``: what an operator spends is not counted."""
-        return None if selection.backend == _dispatch.REFERENCE else self._uncounted
+    def leave_out(self, selection: _operator.Selection) -> Callable[..., Any] | None:
+        """For ``_operator.recording``: what an operator spends is not counted."""
+        return None if selection.backend == _operator.REFERENCE else self._uncounted
 
     def _uncounted(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = self.flops

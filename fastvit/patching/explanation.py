@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fastvit.ops import _dispatch
+from fastvit.ops import _operator
 from fastvit.patching import tables
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.plan import check_model
@@ -81,7 +81,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
         stack.callback(leave.remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
-        stack.enter_context(_dispatch.recording(lambda choice: rows.append(Choice(running[-1], *choice))))
+        stack.enter_context(_operator.recording(lambda choice: rows.append(Choice(running[-1], *choice))))
         model(*args, **kwargs)
     return Explanation(plain_class(model).__name__, tuple(rows))
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.ops._products import pays_off
+from fastvit.ops.linear import pays_off
 from fastvit.patching.fusion import is_plain, plain_class
 from fastvit.reference.cvt import QuickGELU
 

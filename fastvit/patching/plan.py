@@ -78,7 +78,7 @@ def check_backend(backend: str, model: nn.Module) -> None:
 
 def backend_names(op: str) -> list[str]:
     """Names of the implementations an operator has, in order of preference."""
-    return [implementation.name for implementation in ops.IMPLEMENTATIONS[op]]
+    return [implementation.name for implementation in ops.OPERATORS[op].implementations]
 
 
 def machine_reasons(backend: str, device: torch.device) -> list[str]:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvit import ops
-from fastvit.ops import _dispatch, _measured
+from fastvit import autotune, ops
+from fastvit.ops import _operator
 from fastvit.reference.functional import BatchNorm, Projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,11 +90,11 @@ CALLS: dict[str, Callable[[Tensor, str], None]] = {
 
 
 class _Chosen(Exception):  # noqa: N818 (no error: it ends the call where the choice is made)
-    def __init__(self, selection: _dispatch.Selection):
+    def __init__(self, selection: _operator.Selection):
         self.backend = selection.backend
 
 
-def _stop(selection: _dispatch.Selection) -> None:
+def _stop(selection: _operator.Selection) -> None:
     raise _Chosen(selection)
 
 
@@ -102,17 +102,17 @@ def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device)
     """The backend that a call of ``op`` with ``backend`` runs on, computing nothing; None where it would raise."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_measured.unmeasured())
+        stack.enter_context(autotune.unmeasured())
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(_dispatch.recording(_stop))
+        stack.enter_context(_operator.recording(_stop))
         try:
             CALLS[op](torch.empty(0, dtype=dtype, device=device), backend)
         except _Chosen as chosen:
             return chosen.backend
         except RuntimeError:  # a backend insisted on that does not take the call
             return None
-    return _dispatch.REFERENCE  # under a torch.func transform nothing is chosen
+    return _operator.REFERENCE  # under a torch.func transform nothing is chosen
 
 
 def backends_by_dtype(op: str, backend: str, device: torch.device) -> dict[str, str]:

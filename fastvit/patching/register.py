@@ -60,8 +60,8 @@ def register(
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls: got {cls!r}, accepted is a subclass of torch.nn.Module")
-    if op not in ops.IMPLEMENTATIONS:
-        raise ValueError(f"op: unknown {op!r}, accepted are {sorted(ops.IMPLEMENTATIONS)}")
+    if op not in ops.OPERATORS:
+        raise ValueError(f"op: unknown {op!r}, accepted are {sorted(ops.OPERATORS)}")
 
     def decorate(seam: Seam) -> Seam:
         if not (isinstance(seam, type) and issubclass(seam, Fused)):

@@ -1,7 +1,8 @@
-"""Timing that survives a noisy machine: candidates take turns, and every round compares like with like."""
+"""Timing on a noisy machine: candidates take turns within one run, so that every round compares like with like."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,38 +45,49 @@ def interleaved(
     prepare: Callable[[int], object] | None = None,
     warmup: int = 2,
 ) -> list[list[float]]:
-    """Seconds of each call in each round; entry i of every list belongs to round i, whose order alternates.
+    """Seconds of each call in each round; entry i of every list belongs to round i.
+
+    The order within a round is random, so that no candidate always finds the caches as the same other one left them.
 
     Args:
         calls: the candidates.
-        device: where they work; waited for.
+        device: where they run; each call is waited for.
         rounds: as many as fit into ``budget`` seconds by default, from 7 to 200.
-        prepare: called with a candidate's number before each of its calls, not timed.
-        warmup: rounds that are run and not counted.
+        prepare: called, untimed, with a candidate's index before each of its calls.
+        warmup: rounds that are run but not counted.
     """
     seconds: list[list[float]] = [[] for _ in calls]
+    draws = random.Random(0)
 
-    def play(turn: int) -> list[float]:
+    def play() -> list[float]:
         elapsed = [0.0] * len(calls)
-        order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
-        for i in order:
+        for i in draws.sample(range(len(calls)), len(calls)):
             if prepare is not None:
                 prepare(i)
             elapsed[i] = _seconds(calls[i], device)
         return elapsed
 
-    for turn in range(max(1, warmup)):
-        last = play(turn)
+    for _ in range(max(1, warmup)):
+        last = play()
     if rounds is None:
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget / max(sum(last), 1e-9))))
-    for turn in range(rounds):
-        for record, elapsed in zip(seconds, play(turn), strict=True):
+    for _ in range(rounds):
+        for record, elapsed in zip(seconds, play(), strict=True):
             record.append(elapsed)
     return seconds
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call, work on the device included."""
     _wait_for(device)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
     call()
     _wait_for(device)
@@ -88,7 +100,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def readable(seconds: float) -> str:
-    """A time in words, to three digits: "1.31 ms"."""
+    """A time with its unit, to three digits: "1.31 ms"."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size or unit == "us":
             value = seconds / size

@@ -131,16 +131,19 @@ class BatchNorm(NamedTuple):
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
         if self.layer is not None:
             return self.layer(x)
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.use_batch_stats,
-            self.momentum,
-            self.eps,
-        )
+        weight, bias = (None if t is None else t.contiguous() for t in (self.weight, self.bias))
+        mean, var = self.running_mean, self.running_var
+        if not self.use_batch_stats and mean is not None and var is not None:
+            mean, var = mean.contiguous(), var.contiguous()
+        # A fault of torch (2.10 to 2.13, CPU), in the backward pass only. Its contiguity test for channels-last ignores
+        # the strides of axes of size 1, its choice of a memory format does not. At batch 1 (or height or width 1) the
+        # views that token layouts make have such strides: input and gradient then count as laid out alike when one is
+        # channels-last and the other is not, and the kernel reads one in the order of the other. With three axes there
+        # is one format only. The channels-last kernel also reads the per-channel tensors by pointer, without strides.
+        ambiguous = torch.is_grad_enabled() and x.dim() > 3 and 1 in x.shape
+        flat = x.flatten(2) if ambiguous else x
+        out = F.batch_norm(flat, mean, var, weight, bias, self.use_batch_stats, self.momentum, self.eps)
+        return out.reshape(x.shape) if ambiguous else out
 
 
 def _synchronised_over(module: nn.Module) -> Any:
@@ -255,16 +258,52 @@ def mlp(
 
 
 def _expand_mask(mask: Tensor | None) -> Tensor | None:
-    """(B, Nk) key padding to (B, 1, 1, Nk); anything else is left to broadcasting."""
-    return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
+    """A mask with four axes: (B, Nk) key padding as (B, 1, 1, Nk), leading axes of size 1 for any other shape."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    return mask[:, None, None, :] if mask.dim() == 2 else mask[(None,) * (4 - mask.dim())]
+
+
+# A masked key is absent: NaN or infinity in it, or in its value, reaches neither the output nor a gradient. A weight of
+# zero is not enough for that, 0 * NaN being NaN. Whole rows that no unmasked pair uses are zeroed by selection. Where
+# the mask varies by query, a row hidden from one query may be visible to another, so the products are taken over finite
+# numbers, and what is not finite is put in only where the query sees it.
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x with zeros for NaN and infinities, whose gradient is zero there (and NaN for a NaN gradient)."""
+    return torch.nan_to_num(x, 0.0, 0.0, 0.0)
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """q k^T (B, H, Nq, Nk); what masked pairs hold is not to be used."""
+    if mask is not None:
+        q = torch.where(mask.any(-1, keepdim=True), q, 0.0)
+        k = torch.where(mask.any(-2, keepdim=True).transpose(-2, -1), k, 0.0)
+    logits = q @ k.transpose(-2, -1)
+    if mask is None or mask.shape[-2] == 1:
+        return logits
+    special = torch.where(mask & ~logits.isfinite(), logits, 0.0).detach()
+    return _finite(q) @ _finite(k).transpose(-2, -1) + special
+
+
+def _weighted_sum(maps: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """maps v (B, H, Nq, D) for maps (B, H, Nq, Nk) that are zero at masked pairs."""
+    if mask is not None:
+        v = torch.where(mask.any(-2, keepdim=True).transpose(-2, -1), v, 0.0)
+    if mask is None or mask.shape[-2] == 1:
+        return maps @ v
+    sees_special = mask.expand(maps.shape).to(v.dtype) @ (~v.isfinite()).to(v.dtype) > 0
+    return torch.where(sees_special, maps @ v, maps @ _finite(v))
 
 
 def attention_probabilities(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax over the last axis of (B, H, Nq, Nk) logits; masked keys get 0, a row with no key left is all zeros."""
     if mask is None:
         return logits.softmax(-1)
-    # The finite fill keeps a fully masked row free of NaN, in the gradient too; masked_fill then makes it zero.
-    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    # A row of -inf alone would give NaN, in the gradient too: such rows are filled with a finite number.
+    empty = ~mask.any(-1, keepdim=True)
+    logits = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0)
     return logits.softmax(-1).masked_fill(~mask, 0.0)
 
 
@@ -283,7 +322,9 @@ def masked_attention(
         q: (B, H, Nq, D).
         k, v: (B, H, Nk, D).
         mask: bool, True = attend; (B, Nk), or broadcastable to (B, H, Nq, Nk). A row with no key left gives zeros.
-        bias: additive, broadcastable to (B, H, Nq, Nk); -inf masks a key.
+            A masked key is absent: what it and its value hold, NaN and infinities included, changes neither the result
+            nor a gradient, and its own gradient is zero.
+        bias: additive, broadcastable to (B, H, Nq, Nk); -inf masks as False does.
         scale: D ** -0.5 by default.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
 
@@ -294,13 +335,13 @@ def masked_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = _expand_mask(mask)
-    logits = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
-        visible = bias != float("-inf")  # -inf masks as False does, fully masked rows included
+        bias = bias[(None,) * (4 - bias.dim())]
+        visible = bias != float("-inf")
         mask = visible if mask is None else mask & visible
-        logits = logits + bias
-    probabilities = attention_probabilities(logits, mask)
-    return F.dropout(probabilities, dropout_p) @ v
+    logits = _logits(q * scale, k, mask)
+    probabilities = attention_probabilities(logits if bias is None else logits + bias, mask)
+    return _weighted_sum(F.dropout(probabilities, dropout_p), v, mask)
 
 
 def class_attention(
@@ -362,8 +403,10 @@ def head_mixed_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = _expand_mask(mask)
-    maps = (q * scale) @ k.transpose(-2, -1)
-    if pre_weight is not None:
+    if pre_weight is None:
+        maps = _logits(q * scale, k, mask)
+    else:  # a head's logits count where any head attends
+        maps = _logits(q * scale, k, mask if mask is None else mask.any(1, keepdim=True))
         maps = _mix_heads(maps, pre_weight, pre_bias)
     maps = attention_probabilities(maps, mask)
     if not dropout_after_mix:
@@ -378,7 +421,7 @@ def head_mixed_attention(
         maps = maps.masked_fill(~mask, 0.0)
     if dropout_after_mix:
         maps = F.dropout(maps, dropout_p)
-    return maps @ v
+    return _weighted_sum(maps, v, mask)
 
 
 def talking_heads_attention(

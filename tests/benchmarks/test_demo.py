@@ -1,4 +1,4 @@
-"""The demo: what it makes of photographs, what it says of bad arguments, and one small run from end to end."""
+"""The demo: its photographs, its error messages, and a small run from end to end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import demo
-from benchmarks.lived_in import lived_in
 from benchmarks.photos import bundled_photographs, photo_batch, prepare
+from benchmarks.randomize import randomize_like_trained
 from fastvit.reference import create_model
 
 CFG = {"input_size": (3, 32, 48), "mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 1.0), "crop_pct": 0.875}
@@ -23,7 +23,7 @@ CFG["interpolation"] = "bicubic"
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (33, 49), (7, 5)])
-def test_an_image_is_cropped_to_the_models_size_and_normalised(size):
+def test_images_are_cropped_to_the_models_size_and_normalised(size):
     grey = Image.fromarray(np.full((size[1], size[0], 3), 51, dtype=np.uint8))
     pixels = prepare(grey, CFG)
     assert pixels.shape == (3, 32, 48)
@@ -31,18 +31,18 @@ def test_an_image_is_cropped_to_the_models_size_and_normalised(size):
         torch.testing.assert_close(pixels[channel], torch.full((32, 48), (0.2 - mean) / std))
 
 
-def test_every_view_of_a_batch_is_another_picture():
+def test_every_view_of_a_batch_is_different():
     paths = bundled_photographs()
     batch = photo_batch(paths, 3 * len(paths), CFG)
     assert len({view.numpy().tobytes() for view in batch}) == 3 * len(paths)
 
 
-def test_lived_in_models_have_logits_and_branches_that_count():
+def test_every_branch_of_a_randomized_model_reaches_its_logits():
     images = torch.randn(2, 3, 32, 32)
     vit = create_model("vit_tiny_patch16_224", img_size=32)
     assert not vit(images).any()
-    assert lived_in(vit, images)(images).std() > 0.01
-    cait = lived_in(create_model("cait_xxs24_224", img_size=32), images)
+    assert randomize_like_trained(vit, images)(images).std() > 0.01
+    cait = randomize_like_trained(create_model("cait_xxs24_224", img_size=32), images)
     assert cait.blocks[0].gamma_1.min() >= 0.1
 
 
@@ -50,15 +50,15 @@ def test_lived_in_models_have_logits_and_branches_that_count():
     ("arguments", "message"),
     [
         (["--models", "nope"], "--models: unknown model 'nope'"),
-        (["--batch", "0"], "--batch: got 0"),
-        (["--rounds", "-1"], "--rounds: got -1"),
+        (["--batch", "0"], "--batch: expected a positive number, got 0"),
+        (["--rounds", "-1"], "--rounds: expected a positive number, got -1"),
         (["--device", "gpu"], "--device: "),
         (["--image", "missing.png"], "--image: there is no file missing.png"),
         (["--image", __file__], "is not an image"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, capsys):
+def test_error_messages_name_the_argument(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.main(arguments)
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The goals of the depthwise family: how they are judged, and one small run of the command from end to end."""
+"""The goals of the depthwise family: how they are judged, and a small run of the command from end to end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PEERS = ("eager", "nchw", "channels-last", "copy")
 
 
 def made_up(name: str, ours: float, *, batch: int = 8, dtype: str = "float32", accurate: bool = True, **peers) -> dict:
-    """A row at inference; a peer whose time is not given takes 10 ms."""
+    """A row at inference; peers take 10 ms unless another time is given."""
     times = {"fastvit": {"median": ours}} | {peer: {"median": peers.get(peer, 10.0)} for peer in PEERS}
     row = {"op": "token_depthwise_conv", "mode": "inference", "shape": {"name": name}, "batch": batch, "dtype": dtype}
     return row | {"accurate": accurate, "ms": times}
 
 
 def judged(rows: list[dict], what: str, over: str, batch: int = 8, dtype: str = "float32") -> dict:
-    """The one goal that is about these."""
+    """The only goal of that description."""
     (goal,) = (
         goal
         for goal in judge(rows)
@@ -34,7 +34,7 @@ def judged(rows: list[dict], what: str, over: str, batch: int = 8, dtype: str = 
     return goal
 
 
-def test_a_goal_is_met_where_every_row_reaches_it():
+def test_a_goal_is_met_if_every_row_meets_it():
     rows = [made_up("ceit LeFF middle 768", 2.5), made_up("ceit LeFF middle 1536", 2.0)]
     goal = judged(rows, "LeFF middle", "eager")
     assert goal["met"]
@@ -52,7 +52,7 @@ def test_rows_that_miss_are_named():
     )
 
 
-def test_a_floor_is_a_limit_to_the_time():
+def test_a_floor_limits_the_time():
     rows = [made_up("cpvt PEG 192", 1.6, copy=1.0), made_up("cvt 64 stride 1", 3.5, copy=2.0)]
     goal = judged(rows, "bare convolution", "copy")
     assert [(row["reached"], row["met"]) for row in goal["rows"]] == [(1.6, True), (1.75, False)]
@@ -67,14 +67,14 @@ def test_the_fastest_peer_counts():
     assert "over the fastest of eager, nchw, channels-last, batch 8" in describe_goal(goal)
 
 
-def test_other_sizes_and_dtypes_are_other_goals():
+def test_each_batch_size_and_dtype_has_its_own_goals():
     row = made_up("ceit LeFF middle 768", 2.0, batch=1, dtype="bfloat16")
     assert [goal["dtype"] for goal in judge([row]) if goal["rows"]] == ["bfloat16"]
     goal = judged([row], "LeFF middle", "eager", 1, "bfloat16")
     assert (goal["wanted"], goal["rows"][0]["reached"], goal["met"]) == (8.0, 5.0, False)
 
 
-def test_an_inaccurate_row_reaches_nothing():
+def test_an_inaccurate_row_meets_no_goal():
     rows = [made_up("ceit LeFF middle 768", 1.0, accurate=False)]
     line = describe_goal(judged(rows, "LeFF middle", "eager"))
     assert line.endswith("inaccurate, at least 4.00; 0 of 1 rows, not ceit LeFF middle 768 (inaccurate)")
@@ -88,19 +88,19 @@ def test_what_was_not_measured_is_not_met():
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.rows.what}-{goal.over[0]}-{goal.batch}-{goal.dtype}")
-def test_goals_are_about_rows_and_candidates_there_are(goal):
+def test_goals_name_rows_and_candidates_that_exist(goal):
     table = TABLES[goal.rows.op, goal.rows.mode]
     assert set(goal.over) <= set(table.columns)
     assert all(any(row.startswith(name) for row in table.rows) for name in goal.rows.names)
 
 
-def test_bare_convolutions_and_leff_are_all_there_is():
+def test_every_shape_has_a_goal_over_a_peer_and_one_over_a_copy():
     for name in token_depthwise_conv.INFERENCE.rows:
-        assert sum(bool(goal["rows"]) for goal in judge([made_up(name, 1.0)])) == 2  # each beside a peer and a copy
+        assert sum(bool(goal["rows"]) for goal in judge([made_up(name, 1.0)])) == 2
 
 
 @needs_cpp
-def test_one_small_run_writes_what_it_found(tmp_path, capsys):
+def test_a_small_run_writes_its_measurements(tmp_path, capsys):
     path = tmp_path / "goals.json"
     depthwise_goals.main(["--only", "cvt 384", "--batch", "1", "--rounds", "1", "--json", str(path)])
     found = json.loads(path.read_text())
@@ -122,12 +122,12 @@ def test_one_small_run_writes_what_it_found(tmp_path, capsys):
     assert [row["name"] for row in backward["rows"]] == convolutions
     assert backward["rows"][0]["reached"] == times["eager"]["median"] / times["fastvit"]["median"]
     assert not goals["LeFF middle", "eager", 1, "float32"]["rows"]
-    told = capsys.readouterr().out
-    assert all(describe_goal(goal) in told for goal in found["goals"])
+    printed = capsys.readouterr().out
+    assert all(describe_goal(goal) in printed for goal in found["goals"])
 
 
 @needs_cpp
-def test_the_backward_pass_alone_is_that_of_the_step(monkeypatch):
+def test_the_backward_pass_timed_alone_is_that_of_the_step(monkeypatch):
     ran: list[None] = []
     operator = token_depthwise_conv.token_depthwise_conv
 

@@ -1,4 +1,4 @@
-"""benchmarks/results/README.md says of everything in it what it is, and of GPU code whether it ever ran on one."""
+"""benchmarks/results/README.md lists every result with its command, and the GPU code that has not run on a GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = (RESULTS / "README.md").read_text(encoding="utf-8")
 GPU_CODE = sorted(
-    path.name
-    for pattern in ("kernels/*.py", "csrc/cuda/*.cu", "csrc/cuda/*.cuh")
+    str(path.relative_to(ROOT / path.relative_to(ROOT).parts[0]))
+    for pattern in ("kernels/*.py", "csrc/*/*.cu", "csrc/*/*.cuh")
     for path in ROOT.glob(pattern)
     if path.name != "__init__.py"
 )

@@ -1,6 +1,6 @@
 """Tries the models of one library, in whatever version Python finds, plain and patched; tells the outcome as JSON.
 
-    PYTHONPATH=folder python tests/compat/other_version.py timm
+    PYTHONPATH=folder python -m tests.compat.other_version timm
 
 For :mod:`test_versions`, which says where to find which.
 """
@@ -13,28 +13,23 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "patching")]
-
-import conftest  # noqa: E402, F401  (declares what timm imports)
-from tiny import TIMM  # noqa: E402
-
-from fastvit.patching import patch, report, unpatch  # noqa: E402
+from fastvit.patching import patch, report, unpatch
+from tests import conftest  # noqa: F401  (declares what timm imports)
+from tests.tiny import TIMM
 
 MODELS: dict[str, tuple[str, tuple[str | None, ...]]] = {
-    "timm": ("tiny", TIMM),
-    "transformers": ("test_transformers", ("vit_eager", "vit_sdpa", "deit_eager", "deit_sdpa", "cvt")),
+    "timm": ("tests.tiny", TIMM),
+    "transformers": ("tests.patching.test_transformers", ("vit_eager", "vit_sdpa", "deit_eager", "deit_sdpa", "cvt")),
     "vit_pytorch": (
-        "test_vit_pytorch",
+        "tests.patching.test_vit_pytorch",
         ("vit", "simple_vit", "distillable_vit", "deepvit", "cait", "cvt", "twins_svt"),
     ),
-    "torchvision": ("test_torchvision", (None,)),
+    "torchvision": ("tests.patching.test_torchvision", (None,)),
 }
 """By library, the module that builds its tiny models, and their names; None where it builds one alone."""
 

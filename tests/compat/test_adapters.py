@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, build, images
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastvit.patching import is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
+from tests.tiny import FAMILIES, build, images
 
 TIMM = ("timm_vit", "timm_cait", "timm_twins")
 EVERY = (*FAMILIES, *TIMM)

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_as_accurate
-from tiny import FAMILIES, build, images
 from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching import reference as table
 from fastvit.patching.fusion import Fused
+from tests.helpers import assert_as_accurate
+from tests.tiny import FAMILIES, build, images
 
 SEVEN = tuple(name for name in FAMILIES if name != "twins_pcpvt")  # whose blocks are those of cpvt and vit
 
@@ -41,7 +41,7 @@ class Graphs(list):
                 found.append("sdpa")
             elif str(node.target).startswith("fastvit."):
                 name = str(node.target).split(".")[1]  # "masked_attention_cpp": several may compute an operator
-                found += [op for op in ops.IMPLEMENTATIONS if name.startswith(op)]
+                found += [op for op in ops.OPERATORS if name.startswith(op)]
         return found
 
 

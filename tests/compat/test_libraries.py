@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 
 from fastvit.patching import patch, unpatch
 
-TESTS_OF_PATCHING = str(Path(__file__).parents[1] / "patching")
 MODELS = ("vit_pytorch vit", "vit_pytorch cait", "vit_pytorch cvt", "transformers vit_sdpa", "transformers cvt")
 EVERY = (*MODELS, "torchvision")
 
@@ -27,18 +24,17 @@ def _nothing_compiled_yet() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _build(which: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Tensor]:
+def _build(which: str) -> tuple[nn.Module, Tensor]:
     """The tiny model that the library's own tests have, plain, and images."""
     library, *name = which.split()
     pytest.importorskip(library, reason=f"{library} is not installed")
-    monkeypatch.setattr(sys, "path", [TESTS_OF_PATCHING, *sys.path])
-    tests = importlib.import_module(f"test_{library}")
+    tests = importlib.import_module(f"tests.patching.test_{library}")
     return tests.build(*name), tests.images(*name)
 
 
 @pytest.mark.parametrize("which", EVERY)
-def test_copies_and_other_dtypes(which, monkeypatch):
-    model, x = _build(which, monkeypatch)
+def test_copies_and_other_dtypes(which):
+    model, x = _build(which)
     with torch.no_grad():
         before = model(x)
         expected = patch(model)(x)
@@ -55,8 +51,8 @@ def test_copies_and_other_dtypes(which, monkeypatch):
 
 
 @pytest.mark.parametrize("which", EVERY)
-def test_compile_and_export(which, monkeypatch):
-    model, x = _build(which, monkeypatch)
+def test_compile_and_export(which):
+    model, x = _build(which)
     with torch.no_grad():
         expected = model(x)
         compiled = torch.compile(patch(model), fullgraph=True, backend="eager")
@@ -67,8 +63,8 @@ def test_compile_and_export(which, monkeypatch):
 
 
 @pytest.mark.parametrize("which", EVERY)
-def test_transforms_of_torch_func(which, monkeypatch):
-    model, x = _build(which, monkeypatch)
+def test_transforms_of_torch_func(which):
+    model, x = _build(which)
     patch(model)
     parameters = dict(model.named_parameters())
 

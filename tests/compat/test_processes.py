@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, build, images
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastvit.patching import patch, unpatch
 from fastvit.patching.fusion import Fused
+from tests.conftest import declare_torchvision_nms
+from tests.helpers import spawned
+from tests.tiny import FAMILIES, build, images
 
 TIMM = ("timm_vit", "timm_cait", "timm_twins")
 EVERY = (*FAMILIES, *TIMM)
@@ -26,7 +26,6 @@ OTHER_ORDERS = ("cait", "cvt", "timm_vit", "timm_cait")
 PROCESSES = 2
 STEPS = 2
 BATCH = 4
-SECONDS = 120
 
 
 def _model(name: str) -> nn.Module:
@@ -82,15 +81,9 @@ def _sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _declare_what_timm_imports() -> None:
-    """A spawned process does not run the tests' conftest."""
-    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 def _worker(rank: int, folder: str, names: list[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _declare_what_timm_imports()
+    declare_torchvision_nms()  # a spawned process has not run the tests' conftest
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", PROCESSES)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
@@ -112,13 +105,7 @@ def losses(tmp_path_factory) -> dict[str, Tensor]:
     """What two processes report, by family and way of training."""
     folder = tmp_path_factory.mktemp("processes")
     names = [name for name in EVERY if not name.startswith("timm") or importlib.util.find_spec("timm")]
-    processes = multiprocessing.spawn(_worker, (str(folder), names), nprocs=PROCESSES, join=False)
-    deadline = time.monotonic() + SECONDS
-    while not processes.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"two processes did not end in {SECONDS} s")
+    spawned(_worker, (str(folder), names), PROCESSES)
     return torch.load(folder / "results")
 
 

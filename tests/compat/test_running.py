@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import assert_as_accurate
-from tiny import FAMILIES, build, images
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import replicate
@@ -18,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastvit.patching import patch, unpatch
 from fastvit.patching.fusion import Fused
+from tests.helpers import HANG_GUARD, assert_as_accurate
+from tests.tiny import FAMILIES, build, images
 
 TIMM = ("timm_vit", "timm_cait", "timm_twins")
 EVERY = (*FAMILIES, *TIMM)
@@ -262,7 +262,9 @@ def test_forked_workers_run_models_that_the_parent_has_run():
             return _Features(models[index], batches[index : index + 1])
 
         everything = torch.utils.data.ConcatDataset([first_of(index) for index in range(len(models))])
-        loader = DataLoader(everything, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+        loader = DataLoader(
+            everything, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=HANG_GUARD
+        )
         torch.testing.assert_close(list(loader), expected)
         with torch.no_grad():
             torch.testing.assert_close([model(x) for model, x in zip(models, batches, strict=True)], expected)

@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_as_accurate, on_most_draws
-from tiny import FAMILIES, build, images
 from torch import Tensor, nn
 
 from fastvit.patching import is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.reference.layers import Attention
+from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.tiny import FAMILIES, build, images
 
 EVERY = (*FAMILIES, "timm_vit", "timm_cait", "timm_twins")
 
@@ -128,7 +128,7 @@ def test_a_part_of_the_blocks(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_other_dtypes_after_patch(name):
-    on_most_draws(lambda: check_other_dtypes(build(name), torch.randn_like(images(name))))
+    on_pooled_draws(lambda: check_other_dtypes(build(name), torch.randn_like(images(name))))
 
 
 def check_other_dtypes(plain, x):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import HANG_GUARD
+
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("FASTVIT_TEST_VERSIONS", ROOT / ".venv" / "versions"))
 VERSIONS = [
@@ -30,9 +32,11 @@ def test_a_version(version):
     if not (FOLDER / version).exists():
         pytest.skip(f"{version} is not installed in {FOLDER}: make versions")
     library, _, number = version.partition("==")
-    command = [sys.executable, str(Path(__file__).with_name("other_version.py")), library.replace("-", "_")]
+    command = [sys.executable, "-m", "tests.compat.other_version", library.replace("-", "_")]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER / version), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_GUARD, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["version"] == number

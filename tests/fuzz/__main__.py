@@ -31,17 +31,30 @@ def _seeds(text: str) -> range:
 
 def _summary(findings: list[Finding], cases: int) -> Table:
     """By operator and kind of failure, with the smallest case of each."""
-    table = Table("operator", "kind", "findings", Column("smallest case", no_wrap=True), title=f"{len(findings)} findings in {cases} cases")
+    table = Table(
+        "operator",
+        "kind",
+        "findings",
+        Column("smallest case", no_wrap=True),
+        title=f"{len(findings)} findings in {cases} cases",
+    )
     groups = defaultdict(list)
     for finding in findings:
         groups[finding.op, finding.kind].append(finding)
     for (op, kind), group in sorted(groups.items()):
-        table.add_row(op, kind, str(len(group)), min(group, key=lambda finding: finding.size).replay.removeprefix("python -m tests.fuzz "))
+        table.add_row(
+            op,
+            kind,
+            str(len(group)),
+            min(group, key=lambda finding: finding.size).replay.removeprefix("python -m tests.fuzz "),
+        )
     return table
 
 
 def _tell(finding: Finding) -> None:
-    console.print(f"\n{finding.op} {finding.kind}: {finding.detail}\n  {finding.case}\n  {finding.replay}", markup=False)
+    console.print(
+        f"\n{finding.op} {finding.kind}: {finding.detail}\n  {finding.case}\n  {finding.replay}", markup=False
+    )
 
 
 def main() -> int:

@@ -53,7 +53,9 @@ class Draw(random.Random):
             return self.choice((0, 1)) if least == 0 else 1
         return self.randint(1, usual if kind < 0.9 else 4 * usual)
 
-    def tensor(self, *shape: int, values: str | None = None, dtype: torch.dtype | None = None, plain: bool = False) -> Spec:
+    def tensor(
+        self, *shape: int, values: str | None = None, dtype: torch.dtype | None = None, plain: bool = False
+    ) -> Spec:
         """Without ``values``: random, at times those of the case's mood. ``plain``: contiguous, as what is written to."""
         if values is None:
             values = self.mood if self.chance(0.4) else "normal"
@@ -76,7 +78,9 @@ class Draw(random.Random):
         if kind == "expanded" and shape:
             strides[self.randrange(len(shape))] = 0
         if odd:  # what the stride of an axis of one element is does not matter
-            strides = [self.choice((s, 1, 7, 2**40)) if size == 1 else s for s, size in zip(strides, shape, strict=True)]
+            strides = [
+                self.choice((s, 1, 7, 2**40)) if size == 1 else s for s, size in zip(strides, shape, strict=True)
+            ]
         return tuple(strides), offset
 
     def parameter(self, *shape: int, values: str | None = None, may_be_float32: bool = True) -> Spec:
@@ -351,7 +355,11 @@ def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
     if kind == "shape":
         axis = d.randrange(len(spec.shape))
         # Three more than there are broadcast to nothing.
-        return d.tensor(*(size + 3 * (i == axis) for i, size in enumerate(spec.shape)), values="any:1" if path == "mask" else None, dtype=spec.dtype)
+        return d.tensor(
+            *(size + 3 * (i == axis) for i, size in enumerate(spec.shape)),
+            values="any:1" if path == "mask" else None,
+            dtype=spec.dtype,
+        )
     if kind == "axes":
         return d.tensor(2, 1, 3, *spec.shape, values="any:1" if path == "mask" else None, dtype=spec.dtype)
     return None if kind == "None" else Foreign(spec, kind)
@@ -364,7 +372,9 @@ def _spoil(d: Draw, arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
         wrong[path] = lambda _, path=path, spec=spec: _spoil_tensor(d, path, spec)
     for path, value in leaves(arguments, object):
         if (name := path.rpartition(".")[2]) in WRONG_NUMBERS and not isinstance(value, Spec):
-            wrong[path] = lambda _, name=name: d.choice([w for w in WRONG_NUMBERS[name] if w is not None or name not in OPTIONAL])
+            wrong[path] = lambda _, name=name: d.choice(
+                [w for w in WRONG_NUMBERS[name] if w is not None or name not in OPTIONAL]
+            )
     for name, value in arguments.items():
         if is_node(value) and d.chance(0.3):
             wrong[name] = lambda _: d.choice((torch.nn.BatchNorm2d(3), "norm", 3, [None] * 9))
@@ -414,7 +424,6 @@ def _told(value: Any) -> str:
     defaults = type(value)._field_defaults
     parts = zip(value._fields, value, strict=True)
     return f"{type(value).__name__}({', '.join(f'{n}={_told(v)}' for n, v in parts if n not in defaults or v is not defaults[n])})"
-
 
 
 def draw(op: str, seed: int) -> Case:

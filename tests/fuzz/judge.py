@@ -92,7 +92,9 @@ def _foreign(tensor: Tensor, kind: str) -> Any:
 Results = dict[str, Tensor]
 
 
-def _execute(function: Callable[..., Any], case: Case, arguments: dict[str, Any], upstream: Callable[..., Tensor]) -> Results:
+def _execute(
+    function: Callable[..., Any], case: Case, arguments: dict[str, Any], upstream: Callable[..., Tensor]
+) -> Results:
     """The outputs, the gradients of what is trained and the running statistics, by name."""
     context = {"inference": torch.inference_mode, "no grad": torch.no_grad}.get(case.mode, torch.enable_grad)
     with context():
@@ -153,7 +155,12 @@ def _run_fused(case: Case, memory: Memory, redraw: int) -> Results:
 def overflows(plain: Results, exact: Results) -> bool:
     """Whether a result overflows, or nearly so: then it may in one order of summation or precision and not in another."""
     return any(
-        bool((exact[name].isfinite() & (~tensor.isfinite() | (exact[name].abs() > torch.finfo(tensor.dtype).max / 100))).any())
+        bool(
+            (
+                exact[name].isfinite()
+                & (~tensor.isfinite() | (exact[name].abs() > torch.finfo(tensor.dtype).max / 100))
+            ).any()
+        )
         for name, tensor in plain.items()
     )
 
@@ -163,7 +170,9 @@ def measure(
 ) -> Deviation:
     """How far off a result is; WrongError where its NaN and infinities are not where the plain form puts them."""
     if fused.shape != exact.shape or fused.dtype != dtype:
-        raise WrongError("shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}")
+        raise WrongError(
+            "shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}"
+        )
     candidates = [*plain, exact.to(dtype)]
     alike = torch.zeros(exact.shape, dtype=torch.bool)
     finite = fused.isfinite()
@@ -199,9 +208,11 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, De
     refusal: Exception | None = None
     try:
         exact = plain(torch.float64)
-        same = [_scaled(plain(torch.float32), exact)] if plain.first == torch.float64 else [
-            plain(plain.first, count) for count in threads
-        ]
+        same = (
+            [_scaled(plain(torch.float32), exact)]
+            if plain.first == torch.float64
+            else [plain(plain.first, count) for count in threads]
+        )
     except Exception as error:  # it is torch's, of any kind
         refusal = error
     everything = tuple(path for path, _ in leaves(memory.arguments, Tensor))
@@ -271,8 +282,10 @@ def _may_be_seen_elsewhere(case: Case) -> bool:
     """Whether another argument is as likely to be the wrong one: their sizes, devices or dtypes do not go together."""
     spoilt = dict(leaves(case.arguments, object)).get(case.wrong or "")
     kinds = ("meta", "int64", "complex64", "bool")
-    return isinstance(spoilt, Spec) or (isinstance(spoilt, Foreign) and spoilt.kind in kinds) or case.wrong in (
-        "grid", "padding", "stride", "prefix_tokens"
+    return (
+        isinstance(spoilt, Spec)
+        or (isinstance(spoilt, Foreign) and spoilt.kind in kinds)
+        or case.wrong in ("grid", "padding", "stride", "prefix_tokens")
     )
 
 

@@ -132,9 +132,7 @@ def mapped(tree: Any, function: Callable[[str, Any], Any], path: str = "") -> An
     if isinstance(tree, dict):
         return {name: mapped(value, function, name) for name, value in tree.items()}
     if is_node(tree):
-        return type(tree)(
-            *(mapped(v, function, f"{path}.{name}") for name, v in zip(tree._fields, tree, strict=True))
-        )
+        return type(tree)(*(mapped(v, function, f"{path}.{name}") for name, v in zip(tree._fields, tree, strict=True)))
     return function(path, tree)
 
 

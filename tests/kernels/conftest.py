@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import HANG_GUARD
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 REPORT = "FASTVIT_TEST_INTERPRETER_REPORT"
-TIMEOUT = 600
 
 _outcomes = pytest.StashKey[dict[str, list[str]]]()
 _seen: dict[str, list[str]] = {}
@@ -57,7 +58,7 @@ def _run_child(root: Path, nodeids: list[str]) -> dict[str, list[str]]:
         environment.pop("PYTEST_ADDOPTS", None)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(root), *nodeids]
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=HANG_GUARD, check=False
         )
         if not report.exists():
             text = f"the interpreter's process ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"

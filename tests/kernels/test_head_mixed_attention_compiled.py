@@ -1,4 +1,4 @@
-"""The configurations of head-mixed attention's kernels, compiled ahead of time for three chips as they are launched."""
+"""The configurations of head-mixed attention, compiled ahead of time for three GPUs with the arguments of launches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels import _head_launch as launching
-from fastvit.kernels import head_map_moments as moments
 from fastvit.kernels import head_mixed_attention as forward
 from fastvit.kernels import head_mixed_attention_backward as backward
-from fastvit.kernels._head_configurations import (
+from fastvit.kernels import head_mixed_attention_launch as launching
+from fastvit.kernels import head_mixed_attention_moments as moments
+from fastvit.kernels.head_mixed_attention_configs import (
     AMD_SHARED,
     HEAVY,
     LIGHT,
@@ -29,6 +28,8 @@ from fastvit.kernels._head_configurations import (
     Config,
     configurations,
 )
+
+from tests.kernels.aot import Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ KERNELS = {
     "head_map_moments": (moments, "head_map_moments_kernel"),
 }
 LIMITS = {"sm_80": SMALLEST_SHARED, "sm_90": SMALLEST_SHARED, "gfx942": AMD_SHARED}
-"""Shared memory whose configurations each chip is compiled for; sm_80 stands for sm_86 and sm_89."""
+"""The shared memory whose configurations are compiled for a GPU; sm_80 also covers sm_86 and sm_89."""
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
@@ -54,18 +55,16 @@ class Case(NamedTuple):
     product: str
     heads: int
     head_dim: int
-    load: int
+    pressure: int
     config: Config
 
     def __str__(self) -> str:
         tile = "x".join(map(str, self.config[:4]))
-        return (
-            f"{self.kernel}-{self.target}-{self.dtype}-{self.product}-{self.heads}x{self.head_dim}-{self.load}-{tile}"
-        )
+        return "-".join((*self[:4], f"{self.heads}x{self.head_dim}", str(self.pressure), tile))
 
 
 class Recorder:
-    """Stands for a kernel and notes the arguments of its launch."""
+    """Replaces a kernel and records the arguments of its launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.arguments = kernel, {}
@@ -78,7 +77,7 @@ class Recorder:
 
 
 def type_of(value: Any) -> Any:
-    """The Triton type a launch gives an argument; batches are taken to be large, so that no stride is 1."""
+    """The Triton type of an argument in a launch; batches are assumed to be large, so that no stride is 1."""
     if isinstance(value, tuple):
         return type(value)(*map(type_of, value))
     if isinstance(value, Tensor):
@@ -90,7 +89,7 @@ def type_of(value: Any) -> Any:
 
 @contextlib.contextmanager
 def recording(case: Case) -> Iterator[dict[str, Recorder]]:
-    """Every kernel's launches recorded, with the case's configuration and settings."""
+    """Record every kernel's launches with the case's configuration and settings."""
     recorders = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
     hip = "6" if case.target == "gfx942" else None
     with contextlib.ExitStack() as stack:
@@ -103,14 +102,14 @@ def recording(case: Case) -> Iterator[dict[str, Recorder]]:
 
 
 def build(case: Case) -> Build:
-    """The costliest launch of its load."""
+    """The launch with the highest register pressure of its class."""
     dtype = {name: dtype for dtype, name in TYPES.items()}[case.dtype]
     q = torch.zeros(1, case.heads, 3, case.head_dim, dtype=dtype)
     matrix, vector = torch.zeros(case.heads, case.heads), torch.zeros(case.heads)
-    pre = (None, None) if case.load == NORMED else (matrix, vector)
-    norm = (None, None) if case.load == LIGHT else (vector, vector)
-    mask = torch.ones((1, case.heads, 3, 3) if case.load == HEAVY else (1, 1, 1, 3), dtype=torch.bool)
-    settings = (*pre, matrix, vector, *norm, 1e-5, case.load != LIGHT, 1.0, mask, 1.0)
+    pre = (None, None) if case.pressure == NORMED else (matrix, vector)
+    norm = (None, None) if case.pressure == LIGHT else (vector, vector)
+    mask = torch.ones((1, case.heads, 3, 3) if case.pressure == HEAVY else (1, 1, 1, 3), dtype=torch.bool)
+    settings = (*pre, matrix, vector, *norm, 1e-5, case.pressure != LIGHT, 1.0, mask, 1.0)
     with recording(case) as recorders:
         if case.kernel == "head_map_moments":
             moments.head_map_moments(q, q, *pre, mask, 1.0)
@@ -126,25 +125,25 @@ def build(case: Case) -> Build:
 
 
 SHAPES = [(12, 64), (32, 64), (12, 128), (32, 128)]
-"""Heads and head dimensions: the largest of what an entry of the table is for."""
+"""Heads and head dimensions: the largest that an entry of the table is for."""
 
 MORE_SHAPES = [(12, 33), (12, 48), (4, 64), (12, 32)]
-"""Of the models, for which the same entries are taken."""
+"""Those of models, which use the same entries."""
 
 
 def cases() -> list[Case]:
     found = []
     for target, limit in LIMITS.items():
         for product, dtype in (("half", "bf16"), ("ieee", "fp32"), ("tf32", "fp32"), ("half", "fp16")):
-            # float16 and bfloat16 differ in the instruction alone.
+            # float16 and bfloat16 differ in the instruction only.
             shapes = {"bf16": SHAPES + MORE_SHAPES, "fp32": SHAPES, "fp16": SHAPES[:1]}[dtype]
-            for kernel, (heads, head_dim), load in itertools.product(KERNELS, shapes, (LIGHT, NORMED, HEAVY)):
-                if kernel == "head_map_moments" and load == NORMED:  # there is no norm in them
+            for kernel, (heads, head_dim), pressure in itertools.product(KERNELS, shapes, (LIGHT, NORMED, HEAVY)):
+                if kernel == "head_map_moments" and pressure == NORMED:  # moments have no norm
                     continue
-                # The row statistics of NORMED are those of single heads: no mix joins them.
-                at_once = 1 if kernel == "row_statistics" and load == NORMED else heads
-                table = configurations(kernel, at_once, head_dim, product, load, limit)
-                found += [Case(kernel, target, dtype, product, heads, head_dim, load, config) for config in table]
+                # NORMED has no pre-mix, so its row statistics are those of single heads.
+                at_once = 1 if kernel == "row_statistics" and pressure == NORMED else heads
+                table = configurations(kernel, at_once, head_dim, product, pressure, limit)
+                found += [Case(kernel, target, dtype, product, heads, head_dim, pressure, config) for config in table]
     return found
 
 
@@ -158,7 +157,7 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee" and not case.config.exact)
 
 
@@ -168,5 +167,5 @@ def test_every_call_has_a_configuration(heads):
         for head_dim in (1, 16, 32, 33, 35, 48, 64, 65, 128):
             for product in ("half", "tf32", "ieee"):
                 for limit in (AMD_SHARED, SMALLEST_SHARED, 227 * 1024):
-                    for load in (LIGHT, NORMED, HEAVY):
-                        assert configurations(kernel, heads, head_dim, product, load, limit)
+                    for pressure in (LIGHT, NORMED, HEAVY):
+                        assert configurations(kernel, heads, head_dim, product, pressure, limit)

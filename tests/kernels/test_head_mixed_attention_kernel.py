@@ -10,14 +10,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.kernels import _head_launch as launching
-from fastvit.kernels._head_configurations import Config
-from fastvit.kernels.head_map_moments import head_map_moments, head_map_moments_backward
+from fastvit.kernels import head_mixed_attention_launch as launching
 from fastvit.kernels.head_mixed_attention import head_mixed_attention_forward
 from fastvit.kernels.head_mixed_attention_backward import head_mixed_attention_backward
-from helpers import assert_as_accurate, poisoned_empty
+from fastvit.kernels.head_mixed_attention_configs import Config
+from fastvit.kernels.head_mixed_attention_moments import head_map_moments, head_map_moments_backward
 
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = pytest.mark.interpreter
 
@@ -46,7 +46,7 @@ def make_qkv(batch, heads, queries, keys, dim, dtype=torch.float32, size=1.0):
 
 
 def make_parts(kind: str, heads: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The parameters of the kind, in the dtype, and its settings."""
+    """The parameters and settings of a kind."""
     matrices = [(torch.eye(heads) + 0.3 * torch.randn(heads, heads)).to(dtype) for _ in range(2)]
     vectors = [(0.3 * torch.randn(heads)).to(dtype) for _ in range(4)]
     vectors[2] = (1.0 + vectors[2]).to(dtype)
@@ -80,7 +80,7 @@ def to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def with_gradients(q, k, v, parts, mask, scale, grad, dtype):
-    """Result and gradients of the plain form computed in a dtype, by name."""
+    """Result and gradients of the plain form in a dtype, by name."""
     leaves = {"q": q, "k": k, "v": v} | {name: parts[name] for name in NAMES if parts[name] is not None}
     leaves = {name: to(value, dtype) for name, value in leaves.items()}
     parts = parts | {name: leaves[name] for name in NAMES if name in leaves}
@@ -90,7 +90,7 @@ def with_gradients(q, k, v, parts, mask, scale, grad, dtype):
 
 
 def check(q, k, v, parts, mask=None, scale=None, grad=None):
-    """Hold forward and backward on poisoned memory to the accuracy rule; returns the results by name."""
+    """Check forward and backward on poisoned memory against the accuracy rule; returns the results by name."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grad = torch.randn_like(q) if grad is None else grad
     before = [parts[name] for name in NAMES]
@@ -111,16 +111,16 @@ def check(q, k, v, parts, mask=None, scale=None, grad=None):
     return got
 
 
-# The interpreter takes its time per program and tile, not per element.
+# The interpreter's time depends on programs and tiles, not on elements.
 WHOLE = Config(block_m=32, block_n=64, block_out=64, num_warps=1)
 RESIDENT = Config(block_m=16, block_n=16, block_out=32, num_warps=1)
-FRUGAL = RESIDENT._replace(resident=False)
-EXACT = FRUGAL._replace(block_m=2, exact=True)
+RELOADING = RESIDENT._replace(resident=False)
+EXACT = RELOADING._replace(block_m=2, exact=True)
 
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
-    """Launch with the configuration given in place of the table's: mostly one tile for the whole problem."""
+    """Sets the configuration of launches; by default one tile for the whole problem."""
 
     def use(config: Config) -> None:
         monkeypatch.setattr(launching, "configurations", lambda *_: (config,))
@@ -134,7 +134,9 @@ def test_every_kind(kind, heads):
     check(*make_qkv(1, heads, 21, 21, 16), make_parts(kind, heads))
 
 
-@pytest.mark.parametrize(("kind", "config"), [("talking", FRUGAL), ("norm", RESIDENT)], ids=["frugal", "resident"])
+@pytest.mark.parametrize(
+    ("kind", "config"), [("talking", RELOADING), ("norm", RESIDENT)], ids=["reloading", "resident"]
+)
 def test_several_tiles_and_column_blocks(kind, config, tiles):
     tiles(config)
     check(*make_qkv(1, 6, 35, 19, 33), make_parts(kind, 6))
@@ -147,7 +149,7 @@ def test_exact_products_of_half_precision_operands(tiles):
 
 @pytest.mark.parametrize("kind", ["talking", "norm"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_in_the_table_s_tiles(kind, dtype, monkeypatch):
+def test_half_precision_in_the_shipped_configurations(kind, dtype, monkeypatch):
     monkeypatch.undo()
     check(*make_qkv(1, 4, 19, 19, 32, dtype), make_parts(kind, 4, dtype))
 
@@ -165,13 +167,13 @@ def test_more_heads_than_slots_of_one_product(kind):
 @pytest.mark.parametrize("kind", ["talking", "norm"])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 21), (1, 1, 21, 21), (2, 6, 21, 21), (2, 6, 21, 1)], ids=str)
 def test_masks_of_every_broadcast_shape(kind, shape):
-    """Fully masked rows among them: they give zeros, and no gradient."""
+    """Among them fully masked rows, which give zeros and get no gradient."""
     mask = torch.rand(shape) > 0.4
     mask[0, 0, 0] = False
     got = check(*make_qkv(2, 6, 21, 21, 16), make_parts(kind, 6), mask=mask)
     empty = ~mask.expand(2, 6, 21, 21).any(-1)
     assert got["out"][empty].eq(0).all()
-    if kind == "norm":  # with a mix before the softmax other heads' rows reach this q, and give it a gradient
+    if kind == "norm":  # with a pre-mix, other heads' rows contribute to the gradient of this q
         assert got["q"][empty].eq(0).all()
 
 
@@ -248,7 +250,7 @@ def moments_with_gradients(inputs: list[Tensor | None], mask: Tensor | None, gra
     ("heads", "pre_mix", "dtype"), [(5, False, torch.float32), (6, True, torch.float32), (6, True, torch.float16)]
 )
 def test_moments(heads, pre_mix, masked, dtype, tiles):
-    tiles(FRUGAL if pre_mix else RESIDENT)
+    tiles(RELOADING if pre_mix else RESIDENT)
     q, k, _ = make_qkv(2, heads, 19, 23, 16, dtype)
     parts = make_parts("pre" if pre_mix else "plain", heads, dtype)
     mask = torch.rand(2, 1, 19, 23) > 0.4 if masked else None

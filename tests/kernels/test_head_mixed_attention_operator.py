@@ -1,4 +1,4 @@
-"""The public operator on Triton's kernels, in the interpreter: norms, statistics and gradients around them."""
+"""The public operator on the Triton kernels, in the interpreter: norms, running statistics and gradients."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from helpers import assert_as_accurate
-
 from fastvit.ops import head_mixed_attention
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
+from tests.helpers import assert_as_accurate
 
 HEADS = 3
 
 
 def step(op: Any, norm: nn.Module | None, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
-    """A training step with a mix on either side; everything it leaves behind."""
+    """A training step with a mix before and after the softmax: result, gradients and buffers by name."""
     torch.manual_seed(0)
     norm = copy.deepcopy(norm)
     sizes = {"q": (2, HEADS, 9, 8), "k": (2, HEADS, 13, 8), "v": (2, HEADS, 13, 8)}
@@ -62,12 +61,12 @@ def test_a_training_step(kind: str) -> None:
         assert_as_accurate(got[name], plain[name], exact[name], name=name)
     small = [name for name in got if name not in large and exact[name].is_floating_point() and exact[name].any()]
     sizes = {name: exact[name].square().mean().sqrt() for name in small}
-    small = [name for name in small if sizes[name] > 1e-9]  # a bias in front of a BatchNorm has none but rounding
+    small = [name for name in small if sizes[name] > 1e-9]  # a bias before a BatchNorm has a zero gradient
     joined = [torch.cat([(left[n].double() / sizes[n]).flatten() for n in small]) for left in (got, plain, exact)]
     assert_as_accurate(joined[0].float(), joined[1].float(), joined[2])
 
 
-def test_elsewhere_it_says_why_not() -> None:
+def test_on_a_cpu_the_error_says_why() -> None:
     q = torch.randn(1, HEADS, 4, 8)
     with pytest.raises(RuntimeError, match="Triton kernels run on CUDA"):
         head_mixed_attention(q, q, q, backend="triton")

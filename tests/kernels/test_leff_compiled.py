@@ -1,4 +1,4 @@
-"""Every shipped configuration of CeiT's feed-forward kernels, compiled ahead of time for three chips."""
+"""Every shipped configuration of CeiT's feed-forward kernels, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 from fastvit.kernels import leff as kernels
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
@@ -34,17 +35,17 @@ class Case(NamedTuple):
         return "-".join((*self[:4], tile, *filter(None, flags)))
 
 
-def behind(norm: bool) -> kernels.Behind:
-    """The types of what stands behind a product."""
+def epilogue(norm: bool) -> kernels.Epilogue:
+    """The types of an epilogue."""
     vector = "*fp32:16"
-    return kernels.Behind(vector, *([vector if norm else None] * 4), "fp32")
+    return kernels.Epilogue(vector, *([vector if norm else None] * 4), "fp32")
 
 
 def build(case: Case) -> Build:
     config, size = case.config, "i32:16" if case.regular else "i32"
     pointer = f"*{case.dtype}:16" if case.regular else f"*{case.dtype}"
     if case.kernel == "fold":
-        types = dict.fromkeys(("up", "dw", "down"), behind(case.norm))
+        types = dict.fromkeys(("up", "dw", "down"), epilogue(case.norm))
         types |= {"taps": pointer, "folded": "*fp32:16", "folded_down": "*fp32:16", "E": size, "num_out": size}
         constants = {"TAPS": 9, "BLOCK": kernels.FOLD_BLOCK}
         return Build(kernels.leff_fold_kernel, case.target, types, constants, 4, 2)
@@ -69,8 +70,8 @@ def build(case: Case) -> Build:
 
 def configurations(kernel: str, product: str, target: str, regular: bool) -> tuple[kernels.Config, ...]:
     if kernel == "expand":
-        return kernels.choose_expand(product, regular=regular)
-    return kernels.choose_contract(product, 384, regular=regular, chip=CHIPS[target])
+        return kernels.choose_expand_configs(product, regular=regular)
+    return kernels.choose_configs(product, 384, regular=regular, chip=CHIPS[target])
 
 
 FOLD = kernels.Config(1, kernels.FOLD_BLOCK, 1, 4, 2)
@@ -79,9 +80,9 @@ SHIPPED = [
     for kernel in ("expand", "contract")
     for target in TARGETS
     for product, dtypes in DTYPES.items()
-    for regular in ((True, False) if target != "sm_90" else (True,))  # what fits sm_80 has fitted sm_90
+    for regular in ((True, False) if target != "sm_90" else (True,))  # what fits sm_80 fits sm_90
     for config in configurations(kernel, product, target, regular)
-    # float16 and bfloat16 differ in the instruction alone: one chip for the second of them.
+    # float16 and bfloat16 differ in the instruction only: the second is compiled for one GPU.
     for dtype in (dtypes if target == "sm_80" else dtypes[:1])
 ]
 ALL = [
@@ -103,11 +104,11 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_configuration_fits_the_chip(case, reports):
+def test_configuration_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=case.product != "ieee")
 
 
 def test_a_wide_output_is_covered_by_one_program_where_registers_allow():
     for width in (192, 384):
-        widest = kernels.choose_contract("half", width, regular=True, chip=9)[-1]
+        widest = kernels.choose_configs("half", width, regular=True, chip=9)[-1]
         assert widest.block_n + widest.block_n2 >= width

@@ -1,4 +1,4 @@
-"""CeiT's feed-forward by its Triton kernels, in the interpreter: the public function against its plain twin."""
+"""CeiT's feed-forward by its Triton kernels in the interpreter: the public function against the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import leff as kernels
 
-from fastvit.ops import _convolved_products, leff
+from fastvit.ops import leff
+from fastvit.ops.leff import Call, Convolution, _fits
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
 from tests.ops.composed import check_inference, check_training, converted
@@ -18,18 +19,18 @@ from tests.ops.test_leff import make
 pytestmark = pytest.mark.interpreter
 
 WIDE = kernels.Config(64, 64, 32, 1, 1), kernels.Config(64, 32, 32, 1, 1, 16)
-"""Expansion and contraction. The interpreter takes its time per program: tiles that are wide for the sizes here."""
+"""Expansion and contraction. The interpreter's time depends on programs, so tiles are wide."""
 
 
 @pytest.fixture
 def wide(monkeypatch):
-    monkeypatch.setattr(kernels, "choose_expand", lambda *_, **__: WIDE[:1])
-    monkeypatch.setattr(kernels, "choose_contract", lambda *_, **__: WIDE[1:])
+    monkeypatch.setattr(kernels, "choose_expand_configs", lambda *_, **__: WIDE[:1])
+    monkeypatch.setattr(kernels, "choose_configs", lambda *_, **__: WIDE[1:])
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """How often the kernels ran."""
+    """One entry per call of the kernels."""
     found = []
     operator = kernels.leff_operator
     monkeypatch.setattr(kernels, "leff_operator", lambda *a: found.append(a) or operator(*a))
@@ -106,18 +107,18 @@ def test_training_composes(batch_statistics, calls):
     assert not calls
 
 
-def test_what_the_kernels_do_not_take_is_composed(wide, calls):
+def test_larger_kernels_are_composed(wide, calls):
     check(make((4, 3), channels=8, kernel=5, batch=1))
     assert not calls
 
 
-def test_maps_beyond_32_bit_offsets_are_not_taken():
+def test_images_beyond_32_bit_offsets_are_refused():
     meta = torch.empty(1, 1, 16, device="meta").expand(1, 2**21, 16)
     up, dw, down = (torch.empty(size, device="meta") for size in ((1024, 16), (1024, 1, 3, 3), (16, 1024)))
-    assert not _convolved_products.leff_fits(meta, up, dw, down)
-    assert _convolved_products.leff_fits(meta[:, :21], up, dw, down)
-    bare = kernels.Behind(None, None, None, None, None, 0.0)
-    with pytest.raises(ValueError, match="accepted are up to"):
+    for x, fits in ((meta, False), (meta[:, :21], True)):
+        assert _fits(Call(x, Convolution(x, dw, None, (3, 7)), up, None, down, None, None, "official")) is fits
+    bare = kernels.Epilogue(None, None, None, None, None, 0.0)
+    with pytest.raises(ValueError, match="expected at most 2"):
         kernels.leff_forward(meta, up, bare, dw, bare, down, bare, (2**11, 2**10), 0, False)
 
 
@@ -125,8 +126,8 @@ def test_opcheck():
     x, up, dw, down = torch.randn(2, 13, 8), torch.randn(12, 8), torch.randn(12, 1, 3, 3), torch.randn(8, 12)
     vector, narrow = torch.rand(12) + 0.5, torch.rand(8) + 0.5
     bare = (None, None, None, None, None, 0.0)
-    behind = (*[vector] * 5, 1e-5, *bare, *[narrow] * 5, 1e-5)
-    for arguments in ((x, up, dw, down, *behind, 4, 3, 1, False), (x, up, dw, down[:5], *bare * 3, 4, 3, 1, True)):
+    epilogues = (*[vector] * 5, 1e-5, *bare, *[narrow] * 5, 1e-5)
+    for arguments in ((x, up, dw, down, *epilogues, 4, 3, 1, False), (x, up, dw, down[:5], *bare * 3, 4, 3, 1, True)):
         operator = torch.ops.fastvit.leff_triton.default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

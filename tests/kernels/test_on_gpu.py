@@ -1,4 +1,4 @@
-"""Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, tuning.
+"""Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, autotuning.
 
 ``python -m benchmarks.gpu`` runs this file and the benchmarks in one go.
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.jobs import JOBS, Job, parts, widened
-from fastvit import ops
+from fastvit import autotune, ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 
@@ -28,7 +28,7 @@ BATCH = 3
 
 
 def backends_of(op: str) -> list[str]:
-    return [entry.name for entry in ops.IMPLEMENTATIONS[op] if entry.name in BACKENDS]
+    return [entry.name for entry in ops.OPERATORS[op].implementations if entry.name in BACKENDS]
 
 
 PAIRS = [(job, backend) for job in JOBS for backend in backends_of(job.op)]
@@ -62,7 +62,7 @@ def plain(job: Job, tensors):
 
 
 def weights_for(job: Job, tensors):
-    """The gradients that come back to the outputs."""
+    """Random gradients of the outputs."""
     with torch.no_grad():
         return [torch.randn_like(out) for out in plain(job, tensors)]
 
@@ -78,7 +78,7 @@ def differentiate(job: Job, tensors, call, grads):
 
 
 def check_step(job: Job, tensors, call):
-    """Hold the outputs and gradients of ``call`` to those of the plain code."""
+    """Check the outputs and gradients of ``call`` against those of the plain code, by the accuracy rule."""
     grads = weights_for(job, tensors)
     with poisoned_empty():
         ours = differentiate(job, tensors, call, grads)
@@ -113,20 +113,14 @@ def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small)
 
 @each_pair
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_every_candidate_of_the_tuner_is_as_accurate(job, backend, place, monkeypatch):
-    """In inference, which has kernels of its own, and in training."""
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
+def test_every_autotune_candidate_is_as_accurate(job, backend, place, monkeypatch):
+    """At inference, which has kernels of its own, and in training."""
     tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
-    with torch.no_grad():
-        run(job, tensors, backend)  # imports the kernels
 
     def take(name, key, candidates, run):
         return candidates[min(place, len(candidates) - 1)]
 
-    measuring = tuning.choose
-    for module in [module for name, module in sys.modules.items() if name.startswith("fastvit.kernels.")]:
-        if getattr(module, "choose", None) is measuring:
-            monkeypatch.setattr(module, "choose", take)
+    monkeypatch.setattr(autotune, "choose", take)
     with torch.no_grad():
         for each in zip(run(job, tensors, backend), plain(job, tensors), plain(job, widened(tensors)), strict=True):
             assert_as_accurate(*each)
@@ -155,17 +149,16 @@ def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backen
 
 @each_pair
 def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
-    """Nothing may be measured then, even where nothing is known yet."""
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
+    """Nothing may be measured then, even if no result is known yet."""
     tensors = job.tensors(BATCH, torch.float16, "cuda", small=True)
     with torch.no_grad():
-        eager = run(job, tensors, backend)  # compiles and loads, which a capture does not allow
+        eager = run(job, tensors, backend)  # compiles and loads the kernels, which a capture does not allow
         monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(tuning, "_chosen", {})
-        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured while captured"))
+        monkeypatch.setattr(autotune, "_chosen", {})
+        monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured while captured"))
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            run(job, tensors, backend)  # the first configuration, which the capture will take
+            run(job, tensors, backend)  # compiles the first configuration, which the capture will use
         finally:
             torch.use_deterministic_algorithms(False)
         graph = torch.cuda.CUDAGraph()
@@ -210,7 +203,7 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
         with torch.cuda.stream(side):
             busy = torch.randn(4096, 4096, device="cuda")
             for _ in range(20):
-                busy = busy @ busy / 64  # so that work on the default stream would come too early
+                busy = busy @ busy / 64  # so that work on the default stream would start too early
             late = {name: tensor + (busy.sum() * 0).to(tensor.dtype) for name, tensor in tensors.items()}
             out = run(job, late, backend)
         torch.cuda.current_stream().wait_stream(side)
@@ -221,24 +214,23 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
     "job", [job for job in JOBS if {*BACKENDS} <= {*backends_of(job.op)}], ids=lambda job: job.name
 )
 def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
-    tuning = pytest.importorskip("fastvit.kernels._tuning", exc_type=ImportError)
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(autotune, "_chosen", {})
     tensors = job.tensors(BATCH, torch.float16, "cuda")
     with torch.no_grad():
         for backend in BACKENDS:
             run(job, tensors, backend)
         for each in zip(run(job, tensors, "auto"), plain(job, tensors), plain(job, widened(tensors)), strict=True):
             assert_as_accurate(*each)
-        trains = "training" in job.name  # batch statistics, which a run to measure would move
-        assert [known[0] for known in tuning._chosen].count(job.op) == (0 if trains else 1)
-        monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured again"))
+        trains = "training" in job.name  # a run to measure would move running statistics
+        assert [known[0] for known in autotune._chosen].count(job.op) == (0 if trains else 1)
+        monkeypatch.setattr(autotune, "_fastest", lambda *_: pytest.fail("measured again"))
         run(job, tensors, "auto")
 
 
 def test_measured_configurations_are_found_again_by_another_process(tmp_path):
     program = (
-        "import sys, torch; from fastvit import ops; from fastvit.kernels import _tuning as t\n"
+        "import sys, torch; from fastvit import autotune as t, ops\n"
         "if sys.argv[1] == 'second': t._fastest = lambda *_: sys.exit('measured again')\n"
         "q, k, v = torch.randn(3, 2, 8, 197, 64, device='cuda', dtype=torch.float16)\n"
         "ops.masked_attention(q, k, v, backend='triton'); print(sorted(t._chosen.values()))"
@@ -256,8 +248,8 @@ def test_measured_configurations_are_found_again_by_another_process(tmp_path):
 
 @each_dtype
 def test_class_attention_kernels(dtype):
-    forward = pytest.importorskip("fastvit.kernels.class_attention", exc_type=ImportError)
-    backward = pytest.importorskip("fastvit.kernels.class_attention_backward", exc_type=ImportError)
+    forward = pytest.importorskip("fastvit.kernels.attention_class", exc_type=ImportError)
+    backward = pytest.importorskip("fastvit.kernels.attention_class_backward", exc_type=ImportError)
     for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
         q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
         k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)

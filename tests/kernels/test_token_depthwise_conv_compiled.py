@@ -1,4 +1,4 @@
-"""The Triton kernels of token depthwise convolution, compiled ahead of time for three chips in the shapes of models."""
+"""The Triton kernels of token depthwise convolution, compiled ahead of time for three GPUs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 import torch
-from aot import TARGETS, Build, Report, assert_fits, compile_all, sample
-from fastvit.kernels._depthwise import Statistics, Tokens, choose_config
-from fastvit.kernels.token_depthwise_conv import convolve_kernel, map_kernel
-from fastvit.kernels.token_depthwise_conv_backward import map_backward_kernel, sums_kernel, weight_gradient_kernel
+from fastvit.kernels.token_depthwise_conv import convolve_kernel, norm_activation_kernel
+from fastvit.kernels.token_depthwise_conv_backward import (
+    norm_activation_backward_kernel,
+    sums_kernel,
+    weight_gradient_kernel,
+)
+from fastvit.kernels.token_depthwise_conv_tiles import Statistics, Tokens, choose_config
 from fastvit.kernels.token_depthwise_conv_training import statistics_kernel
+
+from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
 
 pytestmark = pytest.mark.slow
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {
-    "map": map_kernel,
-    "map_backward": map_backward_kernel,
+    "norm_activation": norm_activation_kernel,
+    "norm_activation_backward": norm_activation_backward_kernel,
     "convolve": convolve_kernel,
     "statistics": statistics_kernel,
     "sums": sums_kernel,
@@ -41,7 +46,7 @@ class Case(NamedTuple):
 
 
 def build(case: Case) -> Build:
-    """Aligned rows, float32 parameters, and every optional tensor there is unless the case says otherwise."""
+    """A launch with aligned rows, float32 parameters, and every optional tensor that the case does not set to None."""
     kernel = KERNELS[case.kernel]
     config = choose_config(DTYPES[case.dtype], dict(case.constants).get("KERNEL", 3))
     constants = {"ROWS": config.rows, "CHANNELS": config.channels, **dict(case.constants)}
@@ -65,9 +70,9 @@ def shape(kernel: int, stride: int) -> dict[str, int]:
 
 NO_NORM = {"norm": None, "bias": None}
 KINDS = [
-    ("map", constants(ACTIVATION=GELU)),
-    ("map_backward", constants(ACTIVATION=GELU)),
-    ("map_backward", constants(ACTIVATION=SILU, constant=None, slope=None)),
+    ("norm_activation", constants(ACTIVATION=GELU)),
+    ("norm_activation_backward", constants(ACTIVATION=GELU)),
+    ("norm_activation_backward", constants(ACTIVATION=SILU, constant=None, slope=None)),
     ("convolve", constants(ACTIVATION=GELU, TRANSPOSED=False, **shape(3, 1))),
     ("convolve", constants(ACTIVATION=0, TRANSPOSED=False, conv=None, **NO_NORM, **shape(3, 2))),
     ("convolve", constants(ACTIVATION=0, TRANSPOSED=False, conv=None, **NO_NORM, **shape(7, 1))),
@@ -83,8 +88,8 @@ EVERY_CASE = [
     Case(kernel, target, dtype, values)
     for target in TARGETS
     for kernel, values in KINDS
-    # float16 and bfloat16 differ in the conversion alone: one chip for the second of them.
-    for dtype in (DTYPES if target == "sm_80" and kernel in {"map", "sums"} else ("bf16", "fp32"))
+    # float16 and bfloat16 differ in the conversion only: the second is compiled for one GPU.
+    for dtype in (DTYPES if target == "sm_80" and kernel in {"norm_activation", "sums"} else ("bf16", "fp32"))
 ]
 CASES = sample(EVERY_CASE, 7)
 
@@ -95,5 +100,5 @@ def reports() -> dict[Case, Report | str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_fits_the_chip(case, reports):
+def test_kernel_fits_the_gpu(case, reports):
     assert_fits(reports[case], case.target, tensor_cores=False)

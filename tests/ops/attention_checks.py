@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor
 
 from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 

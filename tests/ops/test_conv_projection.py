@@ -11,8 +11,9 @@ import torch
 from fastvit import backends
 from fastvit.ops import conv_projection
 from fastvit.ops import depthwise_separable_conv as separate
+from fastvit.ops._schema import NO_NORM, unpack
 from fastvit.reference import functional
-from fastvit.reference.functional import Projection
+from fastvit.reference.functional import BatchNorm, Projection
 from tests.helpers import poisoned_empty
 from tests.ops.composed import Arguments, check_inference, check_training, converted, random_norm
 
@@ -37,6 +38,13 @@ def make(
     q, k, v = (projection(channels, stride, batch_statistics, **changes) for stride in strides)
     x = torch.randn(batch, prefix + grid[0] * grid[1], channels)
     return {"x": x, "q": q, "k": k, "v": v, "grid": grid, "prefix_tokens": prefix}
+
+
+def low_level(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: BatchNorm | None, stride: int, padding: int
+) -> tuple[Any, ...]:
+    """One part's arguments of the registered operator."""
+    return weight, bias, *(NO_NORM if norm is None else unpack(norm)), stride, padding
 
 
 CASES = {
@@ -122,16 +130,38 @@ def test_autocast(prefix: int) -> None:
 
 
 @needs_cpp
-def test_opcheck() -> None:
-    from fastvit.ops.conv_projection import _low_level
+def test_the_kernel_names_the_operator_and_the_argument() -> None:
+    run = torch.ops.fastvit.conv_projection.default
+    part = (torch.zeros(8, 1, 3, 3), None, torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8), 1e-5, 1, 1)
+    names = [argument.name for argument in run._schema.arguments]
+    good = dict(zip(names, (torch.zeros(2, 21, 8), *part, *part, *part, 5, 4, 1), strict=True))
+    run(**good)
+    bad = {
+        "x must be (B, P + h*w, C), got shape (2, 8)": {"x": torch.zeros(2, 8)},
+        "x must be float32 or bfloat16 on the CPU, got float64": {"x": torch.zeros(2, 21, 8).double()},
+        "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
+        "q_weight must be (C, 1, k, k)": {"q_weight": torch.zeros(8, 1, 3, 5)},
+        "k_bias must be contiguous with 8 elements, got shape (7,)": {"k_bias": torch.zeros(7)},
+        "v_norm_weight must be float32 or of x's dtype": {"v_norm_weight": torch.ones(8).half()},
+        "k_norm_mean and k_norm_var must be given together": {"k_norm_mean": None},
+        "v_stride must be at least 1, got 0": {"v_stride": 0},
+        "k_padding must be at least 0, got -1": {"k_padding": -1},
+        "q_weight: a kernel of 7 does not fit": {"q_weight": torch.zeros(8, 1, 7, 7)},
+    }
+    for message, change in bad.items():
+        with pytest.raises(RuntimeError, match=re.escape(f"conv_projection: {message}")):
+            run(**good | change)
 
+
+@needs_cpp
+def test_opcheck() -> None:
     for change in ({}, {"norm": None, "dw_bias": torch.randn(16)}):
         case = make((5, 4), 1, channels=16, **change)
         x = torch.randn(2, 21, 24)[:, :, :16]
         parts = [
             value
             for name in "qkv"
-            for value in _low_level(case[name].dw_weight, case[name].dw_bias, case[name].norm, case[name].stride, 1)
+            for value in low_level(case[name].dw_weight, case[name].dw_bias, case[name].norm, case[name].stride, 1)
         ]
         torch.library.opcheck(
             torch.ops.fastvit.conv_projection.default,
@@ -150,26 +180,6 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
             torch.testing.assert_close(compiled(**case), conv_projection(**case), rtol=0, atol=0)
 
 
-BAD = {
-    "q: got dict, accepted is a Projection": {"q": {}},
-    "k.dw_weight: got (9, 1, 3, 3)": {"k": projection(8, 2, dw_weight=torch.zeros(9, 1, 3, 3))},
-    "v.pw_weight: got (8, 9)": {"v": projection(8, 2, pw_weight=torch.zeros(8, 9))},
-    "v.pw_bias: got (9,)": {"v": projection(8, 2, pw_bias=torch.zeros(9))},
-    "q.norm.running_mean: got (9,)": {"q": projection(8, 1, norm=random_norm(9))},
-    "k.stride: got 0": {"k": projection(8, 0)},
-    "k.padding: got -1": {"k": projection(8, 1, padding=-1)},
-    "grid: (5, 5) has 25 tokens": {"grid": (5, 5)},
-    "x: got (2, 21)": {"x": torch.zeros(2, 21)},
-    "backend: conv_projection has none named 'fast'": {"backend": "fast"},
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments_are_named(message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        conv_projection(**make((5, 4), 1, channels=8) | BAD[message])
-
-
 def test_backend_asked_for_gives_its_reasons() -> None:
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run this call: .*dtype torch.float64 is not one of"):
         conv_projection(**converted(make((5, 4), 1), torch.float64), backend="cpp")
@@ -178,16 +188,14 @@ def test_backend_asked_for_gives_its_reasons() -> None:
 @needs_cpp
 def test_the_kernel_itself_checks() -> None:
     """What reaches the operator without the public function must not read beyond a tensor."""
-    from fastvit.ops.conv_projection import _low_level
-
     weight = torch.zeros(8, 1, 3, 3)
-    good, norm = _low_level(weight, None, None, 1, 1), random_norm(8)
+    good, norm = low_level(weight, None, None, 1, 1), random_norm(8)
     bad = {
-        "weight must be (C, 1, k, k)": _low_level(torch.zeros(8, 1, 3, 5), None, None, 1, 1),
-        "bias must be contiguous with 8 elements": _low_level(weight, torch.zeros(7), None, 1, 1),
-        "norm_var must be contiguous": _low_level(weight, None, norm._replace(running_var=torch.ones(9)), 1, 1),
-        "a norm needs both": _low_level(weight, None, norm._replace(running_var=None), 1, 1),
-        "stride 0": _low_level(weight, None, None, 0, 1),
+        "weight must be (C, 1, k, k)": low_level(torch.zeros(8, 1, 3, 5), None, None, 1, 1),
+        "bias must be contiguous with 8 elements": low_level(weight, torch.zeros(7), None, 1, 1),
+        "norm_var must be contiguous": low_level(weight, None, norm._replace(running_var=torch.ones(9)), 1, 1),
+        "a norm needs both": low_level(weight, None, norm._replace(running_var=None), 1, 1),
+        "stride 0": low_level(weight, None, None, 0, 1),
     }
     run, x = torch.ops.fastvit.conv_projection, torch.zeros(2, 21, 8)
     run(x, *good, *good, *good, 5, 4, 1)

@@ -330,7 +330,7 @@ def test_compiles_in_one_graph_for_any_batch_and_length() -> None:
     torch._dynamo.reset()
 
 
-def test_reasons_are_told() -> None:
+def test_refusals_give_their_reasons() -> None:
     q, k, v = make_qkv(1, 4, 9, 9, 8, torch.float32)
 
     def refused(match: str, *tensors: Tensor, **options: Any) -> None:
@@ -341,41 +341,12 @@ def test_reasons_are_told() -> None:
     refused("dropout", q, k, v, dropout_p=0.5)
     refused("the norm is Identity, which has to be called", q, k, v, norm=BatchNorm.of(torch.nn.Identity()))
     refused("float64", q.double(), k.double(), v.double())
-    refused("parameter of dtype torch.float64", q, k, v, post_weight=torch.eye(4).double())
+    refused("a parameter is torch.float64", q, k, v, post_weight=torch.eye(4).double())
     refused("33 heads", *make_qkv(1, 33, 2, 2, 4, torch.float32))
     refused("head dimension 129", *make_qkv(1, 2, 2, 2, 129, torch.float32))
     refused("dtype torch.float16.*dropout", q.half(), k.half(), v.half(), dropout_p=0.5)
     meta = [t.to("meta") for t in (q, k, v)]
     refused("on meta", *meta)
-
-
-BAD = {
-    "q: got .*4, 9, 8": lambda q, k, v: ((q[0], k, v), {}),
-    "q: got .*int64": lambda q, k, v: ((q.long(), k, v), {}),
-    "k: got": lambda q, k, v: ((q, k[:, :3], v), {}),
-    "v: got": lambda q, k, v: ((q, k, v[:, :, :4]), {}),
-    "k: got .*float64": lambda q, k, v: ((q, k.double(), v), {}),
-    "pre_weight: got .*accepted is a floating tensor": lambda q, k, v: ((q, k, v), {"pre_weight": torch.eye(3)}),
-    "post_weight: got .*int64": lambda q, k, v: ((q, k, v), {"post_weight": torch.eye(4).long()}),
-    "post_weight: got .*meta": lambda q, k, v: ((q, k, v), {"post_weight": torch.eye(4, device="meta")}),
-    "post_bias: got .*\\(3,\\)": lambda q, k, v: ((q, k, v), {"post_weight": torch.eye(4), "post_bias": torch.ones(3)}),
-    "pre_bias: got .*without": lambda q, k, v: ((q, k, v), {"pre_bias": torch.ones(4)}),
-    "norm.running_mean: got": lambda q, k, v: ((q, k, v), {"norm": make_norm(3, torch.float32)}),
-    "norm: got no running": lambda q, k, v: ((q, k, v), {"norm": BatchNorm(None, None, None, None)}),
-    "norm: running_mean and": lambda q, k, v: ((q, k, v), {"norm": BatchNorm(torch.ones(4), None, None, None)}),
-    "mask: got .*float32": lambda q, k, v: ((q, k, v), {"mask": torch.ones(1, 9)}),
-    "mask: got .*broadcastable": lambda q, k, v: ((q, k, v), {"mask": torch.ones(1, 8, dtype=torch.bool)}),
-    "mask: got .*key padding": lambda q, k, v: ((q, k, v), {"mask": torch.ones(9, 9, dtype=torch.bool)}),
-    "dropout_p: got 1.5": lambda q, k, v: ((q, k, v), {"dropout_p": 1.5}),
-    "backend: .*'sdpa'": lambda q, k, v: ((q, k, v), {"backend": "sdpa"}),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_bad_arguments(message: str) -> None:
-    arguments, options = BAD[message](*make_qkv(1, 4, 9, 9, 8, torch.float32))
-    with pytest.raises(ValueError, match=message):
-        head_mixed_attention(*arguments, **options)
 
 
 LOW_LEVEL_BAD = {

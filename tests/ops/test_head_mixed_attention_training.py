@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_accurate, poisoned_empty
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,7 @@ from fastvit import backends
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
@@ -188,14 +188,6 @@ def test_batch_statistics_without_gradients() -> None:
         results.append([out, *one.buffers()])
     torch.testing.assert_close(*results)
     assert not torch.equal(results[0][1], dict(mixer.named_buffers())["norm.running_mean"])
-
-
-def test_a_second_derivative_is_refused() -> None:
-    mixer, qkv = Mixer("talking", 4), [t.requires_grad_() for t in make_qkv(1, 4, 3, 3, 8, torch.float32)]
-    out = head_mixed_attention(*qkv, **mixer.arguments(), backend="cpp")
-    (grad,) = torch.autograd.grad(out.square().sum(), qkv[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 def test_one_value_a_head_is_left_to_the_reference() -> None:

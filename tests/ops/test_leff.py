@@ -162,7 +162,7 @@ def test_a_norm_to_be_called_takes_the_plain_path(name: str) -> None:
     case = make()
     layer = nn.BatchNorm2d(case[name].running_mean.numel())
     case[name] = BatchNorm(None, None, None, None, True, layer=layer)
-    with pytest.raises(RuntimeError, match="is a BatchNorm2d, of which only the layer itself knows what it does"):
+    with pytest.raises(RuntimeError, match="is a BatchNorm2d, which has to be called"):
         leff(**case, backend="cpp" if not backends.cpp_reasons() else "cuda")
     with torch.no_grad():
         leff(**case)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _token_depthwise_conv_native as native
 from fastvit.ops import token_depthwise_conv
+from fastvit.ops._checks import out_size
+from fastvit.ops.token_depthwise_conv import NATIVE, Convolution, Kernels, _runner
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
-from tests.helpers import assert_as_accurate, on_most_draws, poisoned_empty
+from tests.helpers import assert_as_accurate, on_pooled_draws, poisoned_empty
 from tests.ops.test_token_depthwise_conv import ACTIVATIONS, CASES, LEFF, Case, check, make_arguments, to
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -59,7 +60,7 @@ def describe(
     """The struct for low-level arguments (a norm: weight, bias, mean, var, eps, activation), and the output's shape."""
     height, width, stride, padding, prefix, residual = geometry
     kernel = weight.shape[-1]
-    sizes = [native.out_size(size, kernel, stride, padding) for size in (height, width)]
+    sizes = [out_size(size, kernel, stride, padding) for size in (height, width)]
     statistics = [tensor for tensor in (pre_norm[2], norm[2]) if tensor is not None]
     arguments = Arguments(x=pointer(x), pre_eps=pre_norm[4], eps=norm[4])
     arguments.parameters[:] = [pointer(tensor) for tensor in (weight, bias, *pre_norm[:4], *norm[:4])]
@@ -136,17 +137,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     command += ["-DFASTVIT_BLOCKS=12"]  # several tiles a block, several partial results
     subprocess.run([*command, str(source), "-o", str(path)], check=True)
     computed = Host(ctypes.CDLL(str(path)))
-    operators = native.Operators(computed.forward, computed.training, computed.backward)
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-        if options["padding"] is None:
-            options["padding"] = weight.shape[-1] // 2
-        call = native.Call(x, weight, bias, **options)
-        norms = [tensor for norm in (call.pre_norm, call.norm) if norm is not None for tensor in norm[2:4]]
-        trained = [tensor for tensor in (x, weight, bias, *norms) if tensor is not None and tensor.requires_grad]
-        return native.run(call, operators, torch.is_grad_enabled() and bool(trained))
-
-    return run
+    by_host = _runner(Kernels(computed.forward, computed.training, computed.backward, NATIVE.Arguments))
+    return lambda **arguments: by_host(Convolution(**arguments))
 
 
 def on_lanes(case: Case, dtype: torch.dtype, vectors: bool) -> Case:
@@ -265,7 +257,7 @@ def check_step(run: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
 
 def check_training(run: Callable[..., Tensor], case: Case, dtype: torch.dtype, batch: bool) -> None:
     """A training step of the case, with batch statistics or running ones."""
-    on_most_draws(lambda: check_step(run, with_statistics(make_arguments(case, dtype), batch)))
+    on_pooled_draws(lambda: check_step(run, with_statistics(make_arguments(case, dtype), batch)))
 
 
 @FORMS

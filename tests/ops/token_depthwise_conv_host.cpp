@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "token_depthwise_conv_passes.h"
+#include "token_depthwise_conv/cuda_passes.h"
 
 using namespace fastvit;
 
@@ -32,7 +32,7 @@ struct HostDevice {
   template <class Kernel>
   void run(const Kernel& kernel) {
     const int64_t bytes = kernel.shared_bytes();
-    most_shared = blocks::larger(most_shared, bytes);
+    most_shared = larger(most_shared, bytes);
     std::vector<typename Kernel::State> states(blocks::kThreads);
     const auto every_thread = [&](int64_t block, unsigned char* shared, const auto& step) {
       for (int thread = 0; thread < blocks::kThreads; ++thread) {

@@ -29,6 +29,7 @@ from fastvit.patching.fusion import Fused
 
 fastvit.auto.disable()  # the import switched it on, for every test file this process collects
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
 
 timm = pytest.importorskip("timm")
@@ -275,10 +276,10 @@ def test_fastvit_backend_reference_leaves_models_plain(monkeypatch):
 
 _FRESH = """
 import json, sys
-sys.path.insert(0, {tests!r})
 import fastvit
 libraries = sorted(name for name in fastvit.auto.LIBRARIES if name in sys.modules)
-import conftest, vit_pytorch
+from tests import conftest
+import vit_pytorch
 model = vit_pytorch.ViT(image_size=32, patch_size=8, num_classes=7, dim=48, depth=2, heads=4, mlp_dim=96)
 print(json.dumps([libraries, fastvit.is_patched(model)]))
 """
@@ -286,9 +287,9 @@ print(json.dumps([libraries, fastvit.is_patched(model)]))
 
 def test_a_library_may_be_imported_afterwards():
     """Before it is how every other test here has it."""
-    command = [sys.executable, "-W", "ignore", "-c", _FRESH.format(tests=str(Path(__file__).parent.parent))]
+    command = [sys.executable, "-W", "ignore", "-c", _FRESH]
     environment = {**os.environ, "FASTVIT_AUTO": "timm,vit_pytorch"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [[], True]
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+import sys
 
 import pytest
 import torch
-from helpers import assert_as_accurate, on_most_draws
-from tiny import FAMILIES, TIMM, build, images
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvit import backends
-from fastvit.ops import _dispatch, _products
-from fastvit.patching import explain, parts, patch, report, unpatch
+from fastvit.ops._operator import recording
+from fastvit.patching import explain, patch, report, unpatch
+from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.patching.fused_and_plain import check_inference, check_training, training_step
+from tests.tiny import FAMILIES, TIMM, build, images
 
 EVERY = (*FAMILIES, *TIMM)
 FUSED = {
@@ -43,9 +44,9 @@ FUSED = {
 def _own_products(monkeypatch):
     """Linear layers by our own kernel on every machine that has it, few rows or not."""
     if not backends.cpp_reasons():
-        for module in (_products, parts):
-            monkeypatch.setattr(module, "pays_off", lambda: True)
-        monkeypatch.setattr(_products, "CPP_MIN_ROWS", 1)
+        linear = sys.modules["fastvit.ops.linear"]
+        monkeypatch.setattr(linear, "_PAYS_OFF", True)
+        monkeypatch.setattr(linear, "CPP_MIN_ROWS", 1)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -63,70 +64,20 @@ def test_every_block_is_fused_and_called(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EVERY)
 def test_inference(name, dtype):
-    plain, x = build(name).to(dtype), images(name, batch=3).to(dtype)
-    with torch.inference_mode():
-        oracle = copy.deepcopy(plain).double()(x.double())
-        expected = plain(x)
-        patch(plain)
-        assert_as_accurate(plain(x), expected, oracle)
-        assert torch.equal(unpatch(plain)(x), expected)
-
-
-class Step(NamedTuple):
-    """Outputs of a training step, and every gradient and running statistic behind it."""
-
-    outputs: tuple[Tensor, ...]
-    state: dict[str, Tensor]
-
-
-def training_step(model: nn.Module, x: Tensor) -> Step:
-    torch.manual_seed(0)
-    outputs = model(x)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    weights = torch.linspace(-1, 1, outputs[0].numel(), dtype=x.dtype).view_as(outputs[0])
-    torch.stack([(output * weights).sum() for output in outputs]).sum().backward()
-    state = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return Step(outputs, state | {name: buffer.clone() for name, buffer in model.named_buffers()})
-
-
-def joined(state: dict[str, Tensor], exact: dict[str, Tensor]) -> Tensor:
-    """All tensors in one, each divided by its exact size, so that the smallest counts as the largest does.
-
-    One error budget for the model: of a single small tensor the largest error is too much a matter of luck. Gradients
-    that are zero but for rounding (the bias of keys) have no digits to compare.
-    """
-    sizes = {name: tensor.double().square().mean().sqrt() for name, tensor in exact.items()}
-    least = 1e-9 * torch.stack(list(sizes.values())).median()
-    return torch.cat([(state[name].double() / size).flatten() for name, size in sizes.items() if size > least])
-
-
-def check_training(name, dtype):
-    plain, x = build(name).to(dtype).train(), images(name, batch=3).to(dtype)
-    fused = patch(copy.deepcopy(plain))
-    exact = training_step(copy.deepcopy(plain).double(), x.double())
-    expected = training_step(plain, x)
-    got = training_step(fused, x)
-    for outputs in zip(got.outputs, expected.outputs, exact.outputs, strict=True):
-        assert_as_accurate(*outputs)
-    assert got.state.keys() == expected.state.keys() == exact.state.keys()
-    assert_as_accurate(
-        joined(got.state, exact.state).to(dtype),
-        joined(expected.state, exact.state).to(dtype),
-        joined(exact.state, exact.state),
-    )
+    check_inference(build(name), images(name, batch=3), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EVERY)
 def test_training(name, dtype):
-    on_most_draws(lambda: check_training(name, dtype))
+    on_pooled_draws(lambda: check_training(build(name), images(name, batch=3), dtype))
 
 
 @pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 @pytest.mark.parametrize("name", ["deepvit", "cait", "timm_cait"])
 def test_head_mixing_is_fused_in_training_too(name):
     model, choices = patch(build(name)).train(), []
-    with _dispatch.recording(choices.append):
+    with recording(choices.append):
         training_step(model, images(name))
     assert [choice.backend for choice in choices if choice.op == "head_mixed_attention"] == ["cpp", "cpp"]
 

@@ -6,13 +6,13 @@ import contextlib
 
 import pytest
 import torch
-from tiny import build, images
 from torch import nn
 
 from fastvit import backends
 from fastvit.patching import is_patched, patch, patched, report, swap, unpatch
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.reference.layers import Attention, Mlp
+from tests.tiny import build, images
 
 
 def classes(model: nn.Module) -> list[type]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_as_accurate
 from torch import Tensor, nn
 
 from fastvit import ops
@@ -17,6 +16,7 @@ from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused, intact
 from fastvit.patching.recognise import recognise, supported
 from fastvit.patching.register import REGISTERED, register, unregister
+from tests.helpers import assert_as_accurate
 
 
 class Mine(nn.Module):

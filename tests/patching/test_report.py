@@ -10,13 +10,12 @@ import weakref
 
 import pytest
 import torch
-from tiny import build, images
 from torch import nn
 
 from fastvit import backends, ops
-from fastvit.ops import _products
-from fastvit.patching import explain, parts, patch, preference, report, reporting, unpatch
+from fastvit.patching import explain, patch, preference, report, reporting, unpatch
 from fastvit.reference.layers import Mlp
+from tests.tiny import build, images
 
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 """The backend of attention on the CPU, inference in float32 or bfloat16."""
@@ -25,8 +24,7 @@ ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 @pytest.fixture(autouse=True)
 def _linears_are_the_librarys(monkeypatch):
     """Whether they are depends on the machine."""
-    for module in (_products, parts):
-        monkeypatch.setattr(module, "pays_off", lambda: False)
+    monkeypatch.setattr(sys.modules["fastvit.ops.linear"], "_PAYS_OFF", False)
 
 
 def test_rows_say_what_is_and_what_could_be():
@@ -177,14 +175,15 @@ def test_backends_are_those_of_each_dtype():
     assert _backends(model.double())["token_depthwise_conv"][0] == "reference"
 
 
-def test_a_backend_asked_for_is_told_for_the_dtypes_it_takes(monkeypatch):
-    convolution = ops.IMPLEMENTATIONS["token_depthwise_conv"]
+def test_a_named_backend_is_reported_for_the_dtypes_it_takes(monkeypatch):
+    convolution = ops.OPERATORS["token_depthwise_conv"]
 
-    def only_float32(call):
-        return [] if call.x.dtype == torch.float32 else ["float32 only"]
+    def only_float32(call, named):
+        if call.x.dtype != torch.float32:
+            yield "float32 only"
 
-    fake = tuple(i._replace(reasons=only_float32) if i.name == "cpp" else i for i in convolution)
-    monkeypatch.setattr(sys.modules["fastvit.ops.token_depthwise_conv"], "IMPLEMENTATIONS", fake)
+    fake = tuple(i._replace(reasons=only_float32) if i.name == "cpp" else i for i in convolution.implementations)
+    monkeypatch.setattr(convolution, "implementations", fake)
     monkeypatch.setattr(backends, "cpp_reasons", list)
     model = patch(build("cpvt"), ops="token_depthwise_conv", backend="cpp")
     assert _backends(model)["token_depthwise_conv"] == ("cpp", {"float32": "cpp"})
@@ -195,7 +194,7 @@ def test_a_backend_asked_for_is_told_for_the_dtypes_it_takes(monkeypatch):
 
 
 def test_every_operator_has_a_call_to_ask_for_its_backend():
-    assert set(preference.CALLS) == set(ops.IMPLEMENTATIONS)
+    assert set(preference.CALLS) == set(ops.OPERATORS)
 
 
 def test_asking_for_backends_computes_nothing_and_says_nothing(caplog):
@@ -203,9 +202,9 @@ def test_asking_for_backends_computes_nothing_and_says_nothing(caplog):
         raise AssertionError("ran")
 
     with pytest.MonkeyPatch.context() as monkeypatch, caplog.at_level("DEBUG", "fastvit"):
-        for name, implementations in ops.IMPLEMENTATIONS.items():
-            blocked = tuple(i._replace(run=fails) for i in implementations)
-            monkeypatch.setattr(sys.modules[f"fastvit.ops.{name}"], "IMPLEMENTATIONS", blocked)
+        for operator in ops.OPERATORS.values():
+            blocked = tuple(i._replace(run=fails) for i in operator.implementations)
+            monkeypatch.setattr(operator, "implementations", blocked)
         with torch.autocast("cpu", torch.bfloat16):
             assert preference.backend_for("masked_attention", "auto", torch.float32, torch.device("cpu")) == ATTENTION
         report(patch(build("cvt")))

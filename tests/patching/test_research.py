@@ -10,15 +10,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate
-from test_parity import joined, training_step
-from tiny import shake
 from torch import Tensor, nn
 
 from fastvit.patching import explain, is_patched, patch, report, trial, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.patching.later import Later
 from fastvit.patching.recognise import recognise
+from tests.patching.fused_and_plain import check_inference, check_training
+from tests.tiny import shake
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 DIM, HEADS = 24, 4
@@ -326,32 +325,13 @@ def test_every_block_is_fused_and_called(name):
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name, dtype):
-    model, x = build(name)
-    model, x = model.to(dtype), x.to(dtype)
-    state = model.state_dict()
-    with torch.no_grad():
-        oracle = copy.deepcopy(model).double()(x.double())
-        expected = model(x)
-        patch(model, strict=True)
-        assert_as_accurate(model(x), expected, oracle)
-        after = model.state_dict()
-        assert list(after) == list(state)
-        assert all(after[key].data_ptr() == tensor.data_ptr() for key, tensor in state.items())
-        assert torch.equal(unpatch(model)(x), expected)
+    check_inference(*build(name), dtype, strict=True)
 
 
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_training(name, dtype):
-    model, x = build(name)
-    plain, x = model.to(dtype).train(), x.to(dtype)
-    fused = patch(copy.deepcopy(plain), strict=True)
-    exact = training_step(copy.deepcopy(plain).double(), x.double())
-    expected, got = training_step(plain, x), training_step(fused, x)
-    assert_as_accurate(got.outputs[0], expected.outputs[0], exact.outputs[0])
-    assert got.state.keys() == expected.state.keys()
-    tensors = [joined(step.state, exact.state) for step in (got, expected, exact)]
-    assert_as_accurate(tensors[0].to(dtype), tensors[1].to(dtype), tensors[2])
+    check_training(*build(name), dtype, strict=True)
 
 
 class ListensToItself(Convolver):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_and_plain import check_inference, check_training
-from tiny import CLASSES, shake
 from torch import Tensor, nn
 
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise
+from tests.patching.fused_and_plain import check_inference, check_training
+from tests.tiny import CLASSES, shake
 
 vision_transformer = pytest.importorskip("torchvision.models.vision_transformer")
 

@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
-from fused_and_plain import Logits, check_inference, check_training, exactly
-from helpers import assert_as_accurate
-from tiny import CLASSES, shake
 from torch import Tensor, nn
 
 from fastvit import backends
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise
+from tests.helpers import assert_as_accurate
+from tests.patching.fused_and_plain import Logits, check_inference, check_training, exactly
+from tests.tiny import CLASSES, shake
 
 transformers = pytest.importorskip("transformers")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from tiny import build, images
 from torch import Tensor, nn
 
 from fastvit import accuracy
 from fastvit.patching import is_patched, patch, report, verification
 from fastvit.patching import reference as table
 from fastvit.patching.verification import Error, compare
+from tests.tiny import build, images
 
 
 def test_errors_reach_the_report():

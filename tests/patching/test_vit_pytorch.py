@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
-from fused_and_plain import check_inference, check_training
-from helpers import assert_as_accurate, on_most_draws
-from tiny import CLASSES, shake
 from torch import Tensor, nn
 
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.recognise import recognise
+from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.patching.fused_and_plain import check_inference, check_training
+from tests.tiny import CLASSES, shake
 
 pytest.importorskip("vit_pytorch")
 
@@ -87,7 +87,7 @@ def test_inference(name, dtype):
 @DTYPES
 @pytest.mark.parametrize("name", FUSED)
 def test_training(name, dtype):
-    on_most_draws(lambda: check_training(build(name), torch.randn_like(images(name, batch=3)), dtype))
+    on_pooled_draws(lambda: check_training(build(name), torch.randn_like(images(name, batch=3)), dtype))
 
 
 @pytest.mark.parametrize("name", ["vit", "deepvit", "cait", "cvt"])

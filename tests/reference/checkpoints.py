@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity import randomise
 from torch import nn
 
 from fastvit.reference import CPVT, CaiT, CeiT, CvT, DeepViT, DeiT, TwinsPCPVT, ViT
 from fastvit.reference.weights import load_weights
+from tests.reference.parity import randomise
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 CVT = {"img_size": 32, "embed_dim": (8, 16, 32), "depth": (1, 2, 3), "num_heads": (1, 2, 4), "num_classes": 5}

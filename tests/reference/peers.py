@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from parity import assert_same, assert_same_gradients
 from torch import Tensor, nn
+
+from tests.reference.parity import assert_same, assert_same_gradients
 
 PLAIN = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
 """Constructor arguments, in timm's names and ours; 24 patches on a grid that is not square."""

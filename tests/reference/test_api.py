@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from parity import assert_same, randomise
 from torch import nn
 
 from fastvit.reference import (
@@ -25,6 +24,7 @@ from fastvit.reference import (
     find_variant,
     list_models,
 )
+from tests.reference.parity import assert_same, randomise
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
 TWINS = {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import assert_same, randomise
-from peers import (
+from torch import nn
+
+from fastvit.reference.cait import VARIANTS, CaiT, ClassAttention, TalkingHeadAttention
+from fastvit.reference.layers import resize_pos_embed
+from tests.reference.parity import assert_same, randomise
+from tests.reference.peers import (
     PLAIN,
     assert_padding_mask_equals_leaving_tokens_out,
     assert_pairwise_mask_cuts_influence,
@@ -13,10 +17,6 @@ from peers import (
     images,
     timm_peer,
 )
-from torch import nn
-
-from fastvit.reference.cait import VARIANTS, CaiT, ClassAttention, TalkingHeadAttention
-from fastvit.reference.layers import resize_pos_embed
 
 
 def cait(**options) -> CaiT:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_same, assert_same_gradients, randomise
 from torch import Tensor, nn
 
 from fastvit.reference.cpvt import CPVT, PEG, VARIANTS, SpatialReductionAttention, TwinsPCPVT
 from fastvit.reference.vit import ViT
+from tests.reference.parity import assert_same, assert_same_gradients, randomise
 
 TINY = {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
 TINY_TWINS = {

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from parity import assert_same, assert_same_gradients, randomise
 from torch import nn
 
 from fastvit.reference import functional
 from fastvit.reference.cvt import VARIANTS, ConvAttention, ConvProjection, CvT, QuickGELU
 from fastvit.reference.pyramid import stage_mask
+from tests.reference.parity import assert_same, assert_same_gradients, randomise
 
 TINY = {"embed_dim": (8, 24, 48), "depth": (1, 2, 3), "num_heads": (1, 3, 6), "num_classes": 7}
 

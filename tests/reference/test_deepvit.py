@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_same, randomise
-from peers import (
+from torch import Tensor, nn
+
+from fastvit.reference import functional
+from fastvit.reference.deepvit import VARIANTS, CNNStem, DeepViT, ReAttention
+from tests.reference.parity import assert_same, randomise
+from tests.reference.peers import (
     PLAIN,
     assert_padding_mask_equals_leaving_tokens_out,
     assert_pairwise_mask_cuts_influence,
     images,
 )
-from torch import Tensor, nn
-
-from fastvit.reference import functional
-from fastvit.reference.deepvit import VARIANTS, CNNStem, DeepViT, ReAttention
 
 SHAPE = {**PLAIN, "transformed_blocks": 2, "scale_adjustment": 0.5, "reatten_scale": 0.3, "mlp_ratio": 3.0}
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import assert_same, randomise
-from peers import (
+from torch import nn
+
+from fastvit.reference.deit import VARIANTS, DeiT
+from fastvit.reference.layers import resize_pos_embed
+from tests.reference.parity import assert_same, randomise
+from tests.reference.peers import (
     HUGGING_FACE,
     PLAIN,
     assert_padding_mask_equals_leaving_tokens_out,
@@ -15,10 +19,6 @@ from peers import (
     images,
     timm_peer,
 )
-from torch import nn
-
-from fastvit.reference.deit import VARIANTS, DeiT
-from fastvit.reference.layers import resize_pos_embed
 
 HUGGING_FACE_HEADS = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
 

@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
-from parity import assert_same, assert_same_gradients, randomise
-from peers import (
+from torch import nn
+
+from fastvit.reference.layers import resize_pos_embed
+from fastvit.reference.vit import VARIANTS, ViT
+from tests.reference.parity import assert_same, assert_same_gradients, randomise
+from tests.reference.peers import (
     HUGGING_FACE,
     PLAIN,
     assert_padding_mask_equals_leaving_tokens_out,
@@ -17,10 +21,6 @@ from peers import (
     images,
     timm_peer,
 )
-from torch import nn
-
-from fastvit.reference.layers import resize_pos_embed
-from fastvit.reference.vit import VARIANTS, ViT
 
 TIMM_POOL = {
     "token": {"global_pool": "token"},

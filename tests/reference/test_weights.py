@@ -6,11 +6,11 @@ import argparse
 
 import pytest
 import torch
-from checkpoints import FAMILIES, assert_refused, assert_state, build
 from torch import nn
 
 from fastvit.reference.layers import resize_pos_embed
 from fastvit.reference.weights import LoadReport, ResizedTensor, SkippedHead, load_weights
+from tests.reference.checkpoints import FAMILIES, assert_refused, assert_state, build
 
 
 class TestRoundTrip:

@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, TWINS, assert_refused, assert_state, build, images, jax_arrays, snapshot
-from parity import assert_same, randomise
 from torch.nn import functional as F
 
 from fastvit.reference.layers import resize_pos_embed
 from fastvit.reference.weights import ResizedTensor, load_weights
+from tests.reference.checkpoints import SMALL, TWINS, assert_refused, assert_state, build, images, jax_arrays, snapshot
+from tests.reference.parity import assert_same, randomise
 
 HUGGING_FACE = {
     "hidden_size": 32,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, assert_refused, assert_state, build, jax_arrays, snapshot
 from torch import nn
 
 from fastvit.reference.weights import load_weights
+from tests.reference.checkpoints import FAMILIES, assert_refused, assert_state, build, jax_arrays, snapshot
 
 
 class TestNamesAndShapes:

@@ -1,0 +1,364 @@
+// Attention with a mask and an additive bias, backward; compiled once per instruction set.
+//
+// A tile is one or two vectors of queries of one head and all of its keys; with G the gradient of the output:
+//   P[j] = softmax_j(scale q k[j] + bias[j])     dP[j] = sum_d v[j][d] G[d]     dS[j] = P[j] (dP[j] - sum_i P[i] dP[i])
+//   dq[d] = scale sum_j dS[j] k[j][d]     dk[j][d] = scale sum_lane dS[j] q[d]     dv[j][d] = sum_lane P[j] G[d]
+// P is recomputed as in the forward pass, and sum_i P[i] dP[i] is taken of the same dP that it is subtracted from:
+// where one key has all the weight, the difference is exactly zero, as in the plain form. Computed from a saved output,
+// as G . out, it would be the output's rounding error. So nothing is saved for the backward pass.
+//
+// The two maps of a tile, (keys, lanes) floats each, stay in the L2 cache; no other map exists.
+#include "attention/args_masked.h"
+#include "attention/cpu_bias.h"
+#include "attention/cpu_tiles.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+// With more keys a tile is one vector of queries, so that its maps stay in the L2 cache.
+constexpr int64_t kWideTileKeys = 1536;
+constexpr int64_t kTileWidth = kTileVectors * kLanes;
+constexpr int64_t kBlockKeys = 256;  // of mask and bias, expanded at a time
+// Terms of a partial sum, in products and in sums over a row: an error in dS, where gradients cancel, appears in full
+// in dq.
+constexpr int64_t kTerms = 16, kFewTerms = 8;
+// Blocks of the products over lanes: keys times vectors of channels.
+constexpr int kSumRows = 6;
+constexpr int kSumColumns = kLanes == 16 ? 4 : 2;
+
+// Keys as panels of keys and of channels, and values as panels of keys: see Packed.
+template <class T, bool kPairs>
+struct PackedForBackward {
+  Packed<T, kPairs> layout;
+
+  PackedForBackward(int64_t dim, int64_t count) : layout(dim, count) {}
+  int64_t values() const { return layout.head_words; }
+  // The last term: a panel of fewer channels also copies those of the next one.
+  int64_t words() const { return layout.head_words + layout.key_panels.blocks * layout.key_words + kRows; }
+};
+
+template <class T, bool kPairs>
+void pack(const MaskedAttentionGradients& p, int64_t problem, AttentionKeys keys, float* packed) {
+  const int64_t b = problem / p.heads, h = problem % p.heads;
+  const Rows<T> k(p.k, b, h), v(p.v, b, h);
+  const PackedForBackward<T, kPairs> both(p.dim, keys.count);
+  for (int64_t panel = 0; panel < both.layout.key_panels.blocks; ++panel) {
+    pack_key_panel(k, both.layout, keys.indices, panel, packed);
+    pack_key_panel(v, both.layout, keys.indices, panel, packed + both.values());
+  }
+  for (int64_t word = 0; word < both.layout.words(keys.count); ++word) {
+    pack_value_row(k, both.layout, keys.indices, word, packed);
+  }
+}
+
+// A thread's scratch memory for a tile.
+struct Scratch {
+  float *map, *gradient;            // [key][lane]: P, and dP, then dS; see Tile::pack_pairs
+  float *mask, *bias;               // [key of a block][lane]
+  float *queries, *outputs;         // [word of channels][lane] of q and G
+  float* channels;                  // [channel][lane]: dq
+  float *query_rows, *output_rows;  // [lane, or pair of lanes][channel] of q and G
+
+  static int64_t map_floats(const AttentionParams& p) { return p.keys * kTileWidth; }
+  static int64_t block_floats(bool used) { return used ? kBlockKeys * kTileWidth : 0; }
+  static int64_t channel_floats(const AttentionParams& p) { return round_up(p.dim, 4) * kTileWidth; }
+  static int64_t row_floats(const AttentionParams& p) { return padded(p.dim) * kTileWidth; }
+  static int64_t floats(const MaskedAttentionParams& p) {
+    return 2 * map_floats(p) + block_floats(p.mask != nullptr) + block_floats(p.bias != nullptr) +
+           3 * channel_floats(p) + 2 * row_floats(p);
+  }
+
+  Scratch(const MaskedAttentionParams& p, float* memory)
+      : map(memory),
+        gradient(map + map_floats(p)),
+        mask(gradient + map_floats(p)),
+        bias(mask + block_floats(p.mask != nullptr)),
+        queries(bias + block_floats(p.bias != nullptr)),
+        outputs(queries + channel_floats(p)),
+        channels(outputs + channel_floats(p)),
+        query_rows(channels + channel_floats(p)),
+        output_rows(query_rows + row_floats(p)) {}
+};
+
+template <class T, bool kPairs, int kV>  // kV vectors of queries
+struct Tile {
+  static constexpr int64_t kWidth = kV * kLanes;
+
+  const MaskedAttentionGradients& p;
+  const Scratch& s;
+  int64_t b, h, first_query, queries;  // queries <= kWidth
+  AttentionKeys keys;
+  const float* packed;
+  float *sums, *bias_sums;
+
+  void run() {
+    const PackedForBackward<T, kPairs> both(p.dim, keys.count);
+    load(Rows<T>(p.q, b, h), s.queries, s.query_rows);
+    load(Rows<T>(p.grad, b, h), s.outputs, s.output_rows);
+    product_with_rows(both.layout, packed, s.queries, p.scale, s.map);
+    product_with_rows(both.layout, packed + both.values(), s.outputs, 1.0f, s.gradient);
+    softmax();
+    if (bias_sums != nullptr) add_bias_gradient();
+    pack_pairs();
+    store_query_gradient(both.layout);
+    add_key_gradients();
+  }
+
+  // q, or the gradient of the output, both as lanes and as rows.
+  void load(Rows<T> from, float* lanes, float* rows) const {
+    const int64_t width = padded(p.dim);
+    for (int64_t first = 0; first < kWidth; first += 4) {
+      load_four_queries<T, kPairs>(from, first_query + first, queries - first, p.dim, lanes + first, kWidth);
+    }
+    __builtin_memset(rows, 0, width * kWidth / (kPairs ? 2 : 1) * sizeof(float));
+    for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
+      const T* row = from[first_query + i];
+      if constexpr (kPairs) {
+        const T* next = i + 1 < queries ? from[first_query + i + 1] : nullptr;
+        float* to = rows + i / 2 * width;
+        for (int64_t d = 0; d < p.dim; ++d) to[d] = pair(row[d], next == nullptr ? bf16{0} : next[d]);
+      } else {
+        for (int64_t d = 0; d < p.dim; ++d) rows[i * width + d] = widen(row[d]);
+      }
+    }
+  }
+
+  // out[j][lane] = factor * (packed row j . lane)
+  void product_with_rows(const Packed<T, kPairs>& layout, const float* from, const float* lanes, float factor,
+                         float* out) const {
+    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
+      float* to = out + layout.key_panels.begin(panel) * kWidth;
+      with_constant<kRows>(layout.key_panels.size(panel), [&](auto rows) {
+        product_to<kPairs, rows.value, kV, kTerms>(layout.words(p.dim), from + layout.key_panel(panel), lanes,
+                                                   Vec::fill(factor), to);
+      });
+    }
+  }
+
+  FASTVIT_INLINE float* at(float* map, int64_t j, int v) const { return map + j * kWidth + v * kLanes; }
+
+  // The logits become P, dP becomes dS. Sums are made of partial sums, which are more accurate; and sum_i P[i] dP[i] is
+  // computed from the exponentials and then divided by their sum, without P's rounding errors.
+  void softmax() {
+    Vec largest[kV], sum[kV], dot[kV];
+    for (int v = 0; v < kV; ++v) {
+      largest[v] = Vec::fill(p.mask == nullptr && p.bias == nullptr ? -__builtin_inff() : -__FLT_MAX__);
+      sum[v] = dot[v] = Vec::fill(0.0f);
+    }
+    for (int64_t first = 0; first < keys.count; first += kBlockKeys) {
+      const AttentionKeys block{keys.indices + first,
+                                keys.count - first < kBlockKeys ? keys.count - first : kBlockKeys};
+      if (p.mask != nullptr) expand_mask(p, b, h, first_query, queries, block, s.mask, kWidth);
+      if (p.bias != nullptr) expand_bias<T>(p, b, h, first_query, queries, block, s.bias, kWidth);
+      for (int64_t j = 0; j < block.count; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          Vec x = Vec::load(at(s.map, first + j, v));
+          if (p.bias != nullptr) x += Vec::load(at(s.bias, j, v));
+          if (p.mask != nullptr) x = min(x, Vec::load(at(s.mask, j, v)));
+          if (p.bias != nullptr || p.mask != nullptr) x.store(at(s.map, first + j, v));
+          largest[v] = max(x, largest[v]);
+        }
+      }
+    }
+    in_parts([&](int64_t begin, int64_t end) {
+      for (int v = 0; v < kV; ++v) {
+        Vec part = Vec::fill(0.0f), dot_part = part;
+        for (int64_t j = begin; j < end;) {
+          Vec few = Vec::fill(0.0f), dot_few = few;
+          for (const int64_t last = end - j < kFewTerms ? end : j + kFewTerms; j < last; ++j) {
+            const Vec e = exp(Vec::load(at(s.map, j, v)) - largest[v]);
+            e.store(at(s.map, j, v));
+            few += e;
+            dot_few = fma(e, Vec::load(at(s.gradient, j, v)), dot_few);
+          }
+          part += few;
+          dot_part += dot_few;
+        }
+        sum[v] += part;
+        dot[v] += dot_part;
+      }
+    });
+    for (int v = 0; v < kV; ++v) {
+      // The sum is zero only if every exponential is: any finite inverse will do.
+      sum[v] = max(Vec::fill(__FLT_MIN__), sum[v]);
+      dot[v] = dot[v] / sum[v];
+      sum[v] = Vec::fill(1.0f) / sum[v];
+    }
+    for (int64_t j = 0; j < keys.count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        const Vec probability = Vec::load(at(s.map, j, v)) * sum[v];
+        probability.store(at(s.map, j, v));
+        (probability * (Vec::load(at(s.gradient, j, v)) - dot[v])).store(at(s.gradient, j, v));
+      }
+    }
+  }
+
+  template <class F>
+  FASTVIT_INLINE void in_parts(const F& f) const {
+    for (int64_t begin = 0; begin < keys.count; begin += kPartialSum) {
+      f(begin, keys.count - begin < kPartialSum ? keys.count : begin + kPartialSum);
+    }
+  }
+
+  // Compensated sums, as batches may be long: a second float holds what rounding takes off the first (Knuth's two-sum).
+  void add_bias_gradient() const {
+    float* rest = bias_sums + p.keys * kTileWidth;
+    for (int64_t j = 0; j < keys.count; ++j) {
+      for (int v = 0; v < kV; ++v) {
+        const int64_t offset = keys.indices[j] * kTileWidth + v * kLanes;
+        const Vec sum = Vec::load(bias_sums + offset), term = Vec::load(at(s.gradient, j, v)), total = sum + term;
+        const Vec part = total - sum;
+        total.store(bias_sums + offset);
+        (Vec::load(rest + offset) + ((sum - (total - part)) + (term - part))).store(rest + offset);
+      }
+    }
+  }
+
+  // P and dS as pairs, in place: `gradient` becomes [pair of keys][lane] of dS, for the product over keys; a row of the
+  // map becomes the key's P and then its dS, lane by lane, for the products over lanes. Nothing is overwritten before
+  // it is read.
+  void pack_pairs() const {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < keys.count; j += 2) {
+        Vec probability[2][kV], difference[2][kV];
+        for (int i = 0; i < 2; ++i) {
+          for (int v = 0; v < kV; ++v) {
+            const bool exists = j + i < keys.count;
+            probability[i][v] = exists ? Vec::load(at(s.map, j + i, v)) : Vec::fill(0.0f);
+            difference[i][v] = exists ? Vec::load(at(s.gradient, j + i, v)) : Vec::fill(0.0f);
+          }
+        }
+        for (int i = 0; i < 2 && j + i < keys.count; ++i) {
+          bf16* row = reinterpret_cast<bf16*>(at(s.map, j + i, 0));
+          for (int v = 0; v < kV; ++v) {
+            probability[i][v].store(row + v * kLanes);
+            difference[i][v].store(row + kWidth + v * kLanes);
+          }
+        }
+        for (int v = 0; v < kV; ++v) {
+          round_to_pairs(difference[0][v], difference[1][v]).store(at(s.gradient, j / 2, v));
+        }
+      }
+    }
+#endif
+  }
+
+  void store_query_gradient(const Packed<T, kPairs>& layout) const {
+    for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
+      float* to = s.channels + layout.value_panels.begin(panel) * kWidth;
+      with_constant<kRows>(layout.value_panels.size(panel), [&](auto rows) {
+        product_to<kPairs, rows.value, kV, kTerms>(layout.words(keys.count), packed + layout.value_panel(panel),
+                                                   s.gradient, Vec::fill(p.scale), to);
+      });
+    }
+    const int64_t stride = p.heads * p.dim;
+    T* out = static_cast<T*>(p.dq) + (b * p.queries + first_query) * stride + h * p.dim;
+    for (int64_t i = 0; i < queries; i += 4) {
+      store_four_queries(s.channels + i, kWidth, queries - i, p.dim, out + i * stride, stride);
+    }
+  }
+
+  void add_key_gradients() const {
+    const int64_t width = padded(p.dim), vectors = width / kLanes;
+    const float* of_keys = kPairs ? s.map + kWidth / 2 : s.gradient;
+    const Split columns(vectors, kSumColumns), rows(keys.count, kSumRows);
+    for (int64_t c = 0; c < columns.blocks; ++c) {
+      const int64_t channel = columns.begin(c) * kLanes;
+      with_constant<kSumColumns>(columns.size(c), [&](auto count) {
+        for (int64_t r = 0; r < rows.blocks; ++r) {
+          const int64_t j = rows.begin(r);
+          float *keys_to = sums + j * width + channel, *values_to = keys_to + p.keys * width;
+          with_constant<kSumRows>(rows.size(r), [&](auto height) {
+            constexpr int64_t kDepth = kPairs ? kWidth / 2 : kWidth;
+            add_outer<kPairs, height.value, count.value>(kDepth, of_keys + j * kWidth, kWidth, s.query_rows + channel,
+                                                         width, keys_to);
+            add_outer<kPairs, height.value, count.value>(kDepth, s.map + j * kWidth, kWidth, s.output_rows + channel,
+                                                         width, values_to);
+          });
+        }
+      });
+    }
+  }
+};
+
+template <class T, bool kPairs>
+void attend(const MaskedAttentionGradients& p, int64_t problem, int64_t first_query, AttentionKeys keys,
+            const float* packed, float* sums, float* bias_sums, float* memory) {
+  const Scratch scratch(p, memory);
+  const int64_t b = problem / p.heads, h = problem % p.heads;
+  const int64_t left = p.queries - first_query;
+  if (left > kLanes && p.keys <= kWideTileKeys) {
+    const int64_t queries = left < kTileWidth ? left : kTileWidth;
+    Tile<T, kPairs, kTileVectors>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
+  } else {
+    const int64_t queries = left < kLanes ? left : kLanes;
+    Tile<T, kPairs, 1>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
+  }
+}
+
+// out = factor * the sum of a row over all parts.
+template <class T>
+void finish_row(const float* from, int64_t parts, int64_t part_floats, float factor, int64_t dim, T* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    Vec sum = Vec::load(from + d);
+    for (int64_t part = 1; part < parts; ++part) sum += Vec::load(from + part * part_floats + d);
+    store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
+  }
+}
+
+template <class T>
+void finish(const MaskedAttentionGradients& p, int64_t problem, AttentionKeys keys, const float* sums, int64_t parts,
+            int64_t part_floats) {
+  const int64_t b = problem / p.heads, h = problem % p.heads, width = padded(p.dim), stride = p.heads * p.dim;
+  T* dk = static_cast<T*>(p.dk) + b * p.keys * stride + h * p.dim;
+  T* dv = static_cast<T*>(p.dv) + b * p.keys * stride + h * p.dim;
+  for (int64_t key = 0, j = 0; key < p.keys; ++key) {
+    if (j < keys.count && keys.indices[j] == key) {
+      finish_row(sums + j * width, parts, part_floats, p.scale, p.dim, dk + key * stride);
+      finish_row(sums + (p.keys + j) * width, parts, part_floats, 1.0f, p.dim, dv + key * stride);
+      ++j;
+    } else {
+      __builtin_memset(dk + key * stride, 0, p.dim * sizeof(T));
+      __builtin_memset(dv + key * stride, 0, p.dim * sizeof(T));
+    }
+  }
+}
+
+void read_bias(const MaskedAttentionGradients& p, int64_t queries, const float* bias_sums, float* out, int64_t stride) {
+  const float* rest = bias_sums + p.keys * kTileWidth;
+  const int64_t summed = stride == 0 ? queries : 1;
+  for (int64_t i = 0; i < queries; i += summed) {
+    for (int64_t j = 0; j < p.keys; ++j) {
+      double total = 0.0;
+      for (int64_t lane = i; lane < i + summed; ++lane) {
+        const int64_t offset = j * kTileWidth + lane;
+        total += static_cast<double>(bias_sums[offset]) + static_cast<double>(rest[offset]);
+      }
+      out[i * stride + j] = static_cast<float>(total);
+    }
+  }
+}
+
+template <class T, bool kPairs>
+MaskedAttentionBackwardKernel make_kernel(const MaskedAttentionGradients& p) {
+  return {p.keys <= kWideTileKeys ? kTileWidth : kLanes,
+          PackedForBackward<T, kPairs>(p.dim, p.keys).words(),
+          2 * p.keys * padded(p.dim),
+          Scratch::floats(p),
+          2 * p.keys * kTileWidth,
+          pack<T, kPairs>,
+          attend<T, kPairs>,
+          finish<T>,
+          read_bias};
+}
+
+}  // namespace
+
+MaskedAttentionBackwardKernel masked_attention_backward_kernel(const MaskedAttentionGradients& p) {
+  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+}
+
+}  // namespace fastvit::FASTVIT_ISA

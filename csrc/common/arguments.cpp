@@ -1,0 +1,46 @@
+#include "common/arguments.h"
+
+#include <algorithm>
+
+#include "common/bfloat16.h"
+
+namespace fastvit {
+
+void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
+  check(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+  const auto axes = static_cast<int64_t>(expected.size());
+  if (tensor.dim() == axes && std::equal(expected.begin(), expected.end(), tensor.sizes())) return;
+  check(false, op, ": ", name, " has shape ", shape_of(tensor), ", expected ", shape_of(expected.begin(), axes));
+}
+
+void check_cpu_dtype(const char* op, const Tensor& tensor, const char* name) {
+  const Dtype dtype = tensor.dtype();
+  check(dtype == Dtype::float32 || dtype == Dtype::bfloat16, op, ": ", name,
+        " must be float32 or bfloat16 on the CPU, got ", dtype);
+}
+
+std::vector<float> small_values(const char* op, const Tensor& tensor, const char* name) {
+  check_cpu_dtype(op, tensor, name);
+  const bool matrix = tensor.dim() == 2, wide = tensor.dtype() == Dtype::float32;
+  const int64_t rows = matrix ? tensor.size(0) : 1, columns = tensor.size(matrix ? 1 : 0);
+  const int64_t row_stride = matrix ? tensor.stride(0) : 0, column_stride = tensor.stride(matrix ? 1 : 0);
+  const void* data = tensor.data<void>();
+  std::vector<float> values;
+  values.reserve(static_cast<size_t>(rows * columns));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t at = i * row_stride + j * column_stride;
+      values.push_back(wide ? static_cast<const float*>(data)[at]
+                            : float_of_bfloat16(static_cast<const uint16_t*>(data)[at]));
+    }
+  }
+  return values;
+}
+
+Activation activation_of(const char* op, int64_t code, const char* name) {
+  check(code >= 0 && code <= static_cast<int64_t>(Activation::relu), op, ": ", name, " must be a code from 0 to ",
+        static_cast<int64_t>(Activation::relu), ", got ", code);
+  return static_cast<Activation>(code);
+}
+
+}  // namespace fastvit

@@ -1,0 +1,332 @@
+// Vectors of float32 for the kernels that are compiled once per instruction set (csrc/<operator>/cpu*.cpp).
+//
+// Vec is the widest register of the instruction set this file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4
+// elsewhere (a GNU vector type, which compilers map to SSE, NEON and the like). bfloat16 is a storage type: it is
+// widened on load and rounded to nearest even on store.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "common/bfloat16.h"
+#include "common/inline.h"
+#include "common/integers.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+// GCC 12's header initialises "undefined" registers with themselves, and warns about it.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+#ifndef FASTVIT_ISA
+#error "vec.h is for files compiled per instruction set: define FASTVIT_ISA"
+#endif
+
+namespace fastvit::FASTVIT_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// The most lanes of any instruction set: buffers rounded up to it can be loaded and stored in whole vectors.
+constexpr int64_t kMaxLanes = 16;
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int64_t lanes = 16;
+  __m512 v;
+
+  static FASTVIT_INLINE __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static FASTVIT_INLINE Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+  static FASTVIT_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static FASTVIT_INLINE Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static FASTVIT_INLINE Vec widen(__m256i h) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+  }
+  static FASTVIT_INLINE Vec load(const bf16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static FASTVIT_INLINE Vec load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+  FASTVIT_INLINE __m256i narrow() const {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh(v);
+    __m256i bits;
+    memcpy(&bits, &h, sizeof bits);
+    return bits;
+#else
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+#endif
+  }
+  FASTVIT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  FASTVIT_INLINE void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  FASTVIT_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+  FASTVIT_INLINE void store(bf16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), narrow()); }
+};
+
+FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
+FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }                  // b where either is NaN
+FASTVIT_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b where either is NaN
+FASTVIT_INLINE Vec round_even(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// mantissa * 2^n for a whole n
+FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) { return {_mm512_scalef_ps(mantissa.v, n.v)}; }
+// value where a > 0 or a is NaN, otherwise 0
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ), value.v)};
+}
+FASTVIT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+FASTVIT_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int64_t lanes = 8;
+  __m256 v;
+
+  static FASTVIT_INLINE __m256i first(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+  }
+  static FASTVIT_INLINE Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+  static FASTVIT_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static FASTVIT_INLINE Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  static FASTVIT_INLINE Vec load(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+  }
+  static FASTVIT_INLINE Vec load(const bf16* p, int64_t n) {
+    bf16 whole[lanes] = {};
+    memcpy(whole, p, static_cast<size_t>(n) * sizeof(bf16));
+    return load(whole);
+  }
+
+  FASTVIT_INLINE __m128i narrow() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+    const __m256i high = _mm256_srli_epi32(result, 16);
+    // packus works within each half; the permutation joins the results of both halves.
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
+  }
+  FASTVIT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  FASTVIT_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  FASTVIT_INLINE void store(bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+  FASTVIT_INLINE void store(bf16* p, int64_t n) const {
+    const __m128i h = narrow();
+    memcpy(p, &h, static_cast<size_t>(n) * sizeof(bf16));
+  }
+};
+
+FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+FASTVIT_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+FASTVIT_INLINE Vec round_even(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// 2^n as two factors, since n may reach -150 or 128, where 2^n is not a normal number.
+FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i low = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i high = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(mantissa.v, _mm256_castsi256_ps(low)), _mm256_castsi256_ps(high))};
+}
+FASTVIT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// value where a < limit, otherwise 0
+FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
+  return {_mm256_and_ps(value.v, _mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_LT_OQ))};
+}
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {_mm256_and_ps(value.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
+}
+FASTVIT_INLINE float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+FASTVIT_INLINE float largest(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+#else  // portable
+
+struct Vec {
+  static constexpr int64_t lanes = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  Floats v;
+
+  static FASTVIT_INLINE Ints bits_of(Floats x) { return reinterpret_cast<Ints>(x); }
+  static FASTVIT_INLINE Floats floats_of(Ints x) { return reinterpret_cast<Floats>(x); }
+  static FASTVIT_INLINE Floats select(Ints condition, Floats yes, Floats no) {
+    return floats_of((bits_of(yes) & condition) | (bits_of(no) & ~condition));
+  }
+  static FASTVIT_INLINE Vec fill(float x) { return {Floats{x, x, x, x}}; }
+  static FASTVIT_INLINE Vec load(const float* p, int64_t n) {
+    Vec r = fill(0.0f);
+    memcpy(&r.v, p, static_cast<size_t>(n) * sizeof(float));
+    return r;
+  }
+  static FASTVIT_INLINE Vec load(const float* p) { return load(p, lanes); }
+  static FASTVIT_INLINE Vec load(const bf16* p, int64_t n) {
+    Ints r{};
+    for (int64_t i = 0; i < n; ++i) r[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i].bits) << 16);
+    return {floats_of(r)};
+  }
+  static FASTVIT_INLINE Vec load(const bf16* p) { return load(p, lanes); }
+  FASTVIT_INLINE void store(float* p, int64_t n) const { memcpy(p, &v, static_cast<size_t>(n) * sizeof(float)); }
+  FASTVIT_INLINE void store(float* p) const { store(p, lanes); }
+  FASTVIT_INLINE void store(bf16* p, int64_t n) const {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    const Words bits = reinterpret_cast<Words>(v);
+    const Words rounded = bits + ((bits >> 16) & 1u) + 0x7fffu;
+    const Words is_nan = reinterpret_cast<Words>(v != v);
+    const Words result = ((rounded & ~is_nan) | (is_nan & 0x7fc00000u)) >> 16;
+    for (int64_t i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(result[i]);
+  }
+  FASTVIT_INLINE void store(bf16* p) const { store(p, lanes); }
+};
+
+FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+FASTVIT_INLINE Vec sqrt(Vec a) {
+  for (int64_t i = 0; i < Vec::lanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {c.v - a.v * b.v}; }
+FASTVIT_INLINE Vec min(Vec a, Vec b) { return {Vec::select(a.v < b.v, a.v, b.v)}; }
+FASTVIT_INLINE Vec max(Vec a, Vec b) { return {Vec::select(a.v > b.v, a.v, b.v)}; }
+// Adding and subtracting 1.5 * 2^23 rounds to an integer, for |a| < 2^22.
+FASTVIT_INLINE Vec round_even(Vec a) {
+  const Vec magic = Vec::fill(12582912.0f);
+  return (a + magic) - magic;
+}
+FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) {
+  const Vec::Ints whole = __builtin_convertvector(n.v, Vec::Ints);
+  const Vec::Ints half = whole >> 1;
+  const Vec::Floats low = Vec::floats_of((half + 127) << 23);
+  const Vec::Floats high = Vec::floats_of((whole - half + 127) << 23);
+  return {mantissa.v * low * high};
+}
+FASTVIT_INLINE Vec abs(Vec a) { return {Vec::floats_of(Vec::bits_of(a.v) & INT32_MAX)}; }
+FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
+  return {Vec::floats_of(Vec::bits_of(value.v) & (a.v < Vec::fill(limit).v))};
+}
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {Vec::floats_of(Vec::bits_of(value.v) & ~(a.v <= Vec::fill(0.0f).v))};
+}
+FASTVIT_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FASTVIT_INLINE float largest(Vec a) {
+  const float even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return even > odd ? even : odd;
+}
+
+#endif
+
+constexpr int64_t kLanes = Vec::lanes;
+
+FASTVIT_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+FASTVIT_INLINE Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
+
+// e^x to about one unit in the last place; 0 below -104 (subnormal results are kept), infinity above 88.7, NaN for NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r^2 p(r), p a minimax fit of degree 4 (relative error 3e-9).
+FASTVIT_INLINE Vec exp(Vec x) {
+  x = min(Vec::fill(89.0f), max(Vec::fill(-104.0f), x));
+  const Vec n = round_even(x * Vec::fill(1.44269504f));
+  // ln 2 in two parts, the first with few enough digits that n times it is exact.
+  Vec r = fnma(n, Vec::fill(0.693359375f), x);
+  r = fnma(n, Vec::fill(-2.12194440e-4f), r);
+  Vec p = Vec::fill(0.0013814594683f);
+  p = fma(p, r, Vec::fill(0.0083687173520f));
+  p = fma(p, r, Vec::fill(0.0416683881498f));
+  p = fma(p, r, Vec::fill(0.1666652062663f));
+  p = fma(p, r, Vec::fill(0.4999999344729f));
+  return scale_by_power(fma(r * r, p, r) + Vec::fill(1.0f), n);
+}
+
+FASTVIT_INLINE Vec sigmoid(Vec x) {
+  const Vec one = Vec::fill(1.0f);
+  return one / (one + exp(Vec::fill(0.0f) - x));
+}
+
+FASTVIT_INLINE float widen(float x) { return x; }
+FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
+
+// The first n lanes.
+template <class T>
+FASTVIT_INLINE Vec load(const T* p, int64_t n) {
+  return n == kLanes ? Vec::load(p) : Vec::load(p, n);
+}
+template <class T>
+FASTVIT_INLINE void store(Vec v, T* p, int64_t n) {
+  n == kLanes ? v.store(p) : v.store(p, n);
+}
+
+// Prefetches the cache lines of `count` elements. A prefetch beyond a tensor is harmless.
+template <int for_writing = 0, class T>
+FASTVIT_INLINE void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, for_writing);
+}
+
+// Two vectors to consecutive memory.
+FASTVIT_INLINE void store_two(Vec first, Vec second, float* p) {
+  first.store(p);
+  second.store(p + Vec::lanes);
+}
+FASTVIT_INLINE void store_two(Vec first, Vec second, bf16* p) {
+#if defined(__AVX512BF16__)
+  const __m512bh halves = _mm512_cvtne2ps_pbh(second.v, first.v);
+  memcpy(p, &halves, sizeof halves);
+#else
+  first.store(p);
+  second.store(p + Vec::lanes);
+#endif
+}
+
+// Non-temporal stores of whole cache lines, which need not be read before they are written. Ordinary stores where a
+// vector is less than a line.
+#if defined(__AVX512F__)
+constexpr bool kStreams = true;
+FASTVIT_INLINE void stream(Vec v, float* p) { _mm512_stream_ps(p, v.v); }  // 64-byte aligned
+FASTVIT_INLINE void end_streams() { _mm_sfence(); }  // before another thread reads what was stored
+#else
+constexpr bool kStreams = false;
+FASTVIT_INLINE void stream(Vec v, float* p) { v.store(p); }
+FASTVIT_INLINE void end_streams() {}
+#endif
+FASTVIT_INLINE void stream(Vec v, bf16* p) { v.store(p); }
+
+}  // namespace fastvit::FASTVIT_ISA

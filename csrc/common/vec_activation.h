@@ -1,0 +1,73 @@
+// Activations of vectors, compiled once per instruction set.
+#pragma once
+
+#include "common/activation.h"
+#include "common/vec_gelu.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+// Whether a type has too few digits to show the error of the coarse GELU.
+template <class T>
+constexpr bool is_coarse = false;
+template <>
+constexpr bool is_coarse<bf16> = true;
+
+// Of each of a few vectors. T: the type that the result will be rounded to.
+template <Activation activation, class T = float, int count>
+FASTVIT_INLINE void activate(Vec (&x)[count]) {
+  if constexpr (activation == Activation::gelu) {
+    gelu<is_coarse<T>>(x);
+    return;
+  }
+  for (Vec& value : x) {
+    if constexpr (activation == Activation::quick_gelu) {
+      value *= sigmoid(value * Vec::fill(1.702f));
+    } else if constexpr (activation == Activation::silu) {
+      value *= sigmoid(value);
+    } else if constexpr (activation == Activation::relu) {
+      value = max(Vec::fill(0.0f), value);
+    }
+  }
+}
+
+template <Activation activation, class T = float>
+FASTVIT_INLINE Vec activate(Vec x) {
+  Vec one[1] = {x};
+  activate<activation, T>(one);
+  return one[0];
+}
+
+// At the activation's input x.
+template <Activation activation, class T = float>
+FASTVIT_INLINE Vec derivative(Vec x) {
+  const Vec one = Vec::fill(1.0f);
+  if constexpr (activation == Activation::gelu) {
+    return gelu_slope<is_coarse<T>>(x);
+  } else if constexpr (activation == Activation::quick_gelu) {
+    const Vec scaled = x * Vec::fill(1.702f), s = sigmoid(scaled);
+    return s * fma(scaled, one - s, one);
+  } else if constexpr (activation == Activation::silu) {
+    const Vec s = sigmoid(x);
+    return s * fma(x, one - s, one);
+  } else if constexpr (activation == Activation::relu) {
+    return keep_positive(x, one);
+  } else {
+    return one;
+  }
+}
+
+// Calls f.template operator()<activation>() for the activation known at run time.
+template <class F>
+FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::gelu: return f.template operator()<Activation::gelu>();
+    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
+    case Activation::silu: return f.template operator()<Activation::silu>();
+    case Activation::relu: return f.template operator()<Activation::relu>();
+    case Activation::none: return f.template operator()<Activation::none>();
+  }
+}
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA

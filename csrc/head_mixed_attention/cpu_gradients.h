@@ -1,0 +1,311 @@
+// From the gradients of a tile's maps to those of q, k, and the mix before the softmax; compiled once per instruction
+// set.
+//
+// With dP the gradient of the maps P, for one query,
+//   dS'_g[j] = P_g[j] (dP_g[j] - sum_j P_g[j] dP_g[j])        dS_h[j] = sum_g L[g][h] dS'_g[j]
+//   dq_h[d] = scale sum_j k_h[j][d] dS_h[j]                   dk_h[j][d] = scale sum_i dS_h[j][i] q_h[i][d]
+// and dL[g][h] = sum dS'_g S_h over all queries and keys. The gradient of the bias before the softmax is zero: a
+// constant added to all logits of a row changes nothing.
+//
+// The first three are products with queries in the lanes. The fourth is a sum over queries, of scalars from the map
+// with rows of q; it accumulates in float32, per batch element or part of its queries. Sums over queries and keys are
+// taken per block of keys, added up per tile, and over tiles in double.
+#pragma once
+
+#include "head_mixed_attention/cpu_tiles.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kBlockKeys = 8;  // whose maps, with all heads, stay in the L1 cache
+constexpr int kOuterRows = kLanes == 16 ? 8 : 6, kOuterColumns = kLanes == 16 ? 3 : 2;
+constexpr int kPairRows = kLanes == 16 ? 4 : 3, kPairColumns = kLanes == 16 ? 6 : 4;
+
+// add_outer for `count` rows and all channels.
+template <bool kPairs, int64_t kStride>
+void add_outer_product(int64_t count, int64_t depth, const float* a, const float* rows, float* out,
+                       int64_t row_stride) {
+  const Split columns(row_stride / kLanes, kOuterColumns), blocks(count, kOuterRows);
+  for (int64_t block = 0; block < blocks.blocks; ++block) {
+    for (int64_t column = 0; column < columns.blocks; ++column) {
+      with_constant<kOuterColumns>(columns.size(column), [&](auto vectors) {
+        with_constant<kOuterRows>(blocks.size(block), [&](auto size) {
+          add_outer<kPairs, size.value, vectors.value>(
+              depth, a + blocks.begin(block) * kStride, kStride, rows + columns.begin(column) * kLanes, row_stride,
+              out + blocks.begin(block) * row_stride + columns.begin(column) * kLanes);
+        });
+      });
+    }
+  }
+}
+
+// out[h][g] += sum_i x_h[i] y_g[i], all of them vectors, for all pairs of heads; symmetric: at least for those on or
+// above the diagonal.
+inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, const float* y, int64_t head_stride,
+                                  bool symmetric, float* out) {
+  const Split rows(heads, kPairRows), columns(heads, kPairColumns);
+  for (int64_t r = 0; r < rows.blocks; ++r) {
+    for (int64_t c = 0; c < columns.blocks; ++c) {
+      const int64_t h = rows.begin(r), g = columns.begin(c);
+      if (symmetric && g + columns.size(c) <= h) continue;
+      with_constant<kPairRows>(rows.size(r), [&](auto row_count) {
+        with_constant<kPairColumns>(columns.size(c), [&](auto column_count) {
+          constexpr int kR = row_count.value, kC = column_count.value;
+          Vec sums[kR][kC];
+#pragma GCC unroll 8
+          for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 8
+            for (int k = 0; k < kC; ++k) sums[i][k] = Vec::fill(0.0f);
+          }
+          for (int64_t at = 0; at < depth * kLanes; at += kLanes) {
+            Vec left[kR];
+#pragma GCC unroll 8
+            for (int i = 0; i < kR; ++i) left[i] = Vec::load(x + (h + i) * head_stride + at);
+#pragma GCC unroll 8
+            for (int k = 0; k < kC; ++k) {
+              const Vec right = Vec::load(y + (g + k) * head_stride + at);
+#pragma GCC unroll 8
+              for (int i = 0; i < kR; ++i) sums[i][k] = fma(left[i], right, sums[i][k]);
+            }
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kR; ++i) {
+#pragma GCC unroll 8
+            for (int k = 0; k < kC; ++k) {
+              float* to = out + ((h + i) * heads + g + k) * kLanes;
+              (Vec::load(to) + sums[i][k]).store(to);
+            }
+          }
+        });
+      });
+    }
+  }
+}
+
+// block(begin, end) for every block of keys.
+template <class F>
+FASTVIT_INLINE void for_key_blocks(int64_t keys, const F& block) {
+  for (int64_t begin = 0; begin < keys; begin += kBlockKeys) {
+    block(begin, keys - begin < kBlockKeys ? keys : begin + kBlockKeys);
+  }
+}
+
+// Packs k of a batch element, head by head: panels of keys, and of channels.
+template <class T, bool kPairs>
+void pack_keys(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
+  const Packed<T, kPairs> layout(p.dim, keys.count);
+  for (int64_t h = 0; h < p.heads; ++h, packed += layout.head_words) {
+    const Rows<T> k(p.k, b, h);
+    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
+      pack_key_panel(k, layout, keys.indices, panel, packed);
+    }
+    for (int64_t word = 0; word < layout.words(keys.count); ++word) {
+      pack_value_row(k, layout, keys.indices, word, packed);
+    }
+  }
+}
+
+// A thread's scratch memory for a tile.
+struct GradientScratch : MapScratch {
+  HeadMapTotals totals;
+  int64_t row_stride;   // of rows of q: the channels, padded to whole vectors
+  int64_t rows_stride;  // of heads in [head][word of queries][channel]
+  float* maps;          // [head][key][lane]: P
+  float* gradients;     // [head][key][lane]: of M, then of P, of S', of S
+  float* logits;        // [head][key][lane]: S, with a mix before the softmax
+  float* delta;         // [head][lane]: sum_j P_g[j] dP_g[j]
+  float* channels;      // [head][channel][lane]: the queries, then dq
+  float* query_rows;    // [head][word of queries][channel]
+  float* lane_sums;     // [total][lane]: the sums of a tile
+
+  GradientScratch(const HeadMapParams& p, Arena& arena)
+      : MapScratch(p, arena),
+        totals{p.heads},
+        row_stride(padded(p.dim)),
+        rows_stride(kMaxWidth * row_stride),
+        maps(arena.take(p.heads * map_stride)),
+        gradients(arena.take(p.heads * map_stride)),
+        logits(p.pre_weight == nullptr ? nullptr : arena.take(p.heads * map_stride)),
+        delta(arena.take(p.heads * kMaxWidth)),
+        channels(arena.take(p.heads * word_stride)),
+        query_rows(arena.take(p.heads * rows_stride)),
+        lane_sums(arena.take(totals.count() * kLanes)) {}
+};
+
+template <class T, bool kPairs, int kV>
+struct GradientTile : MapTile<T, kPairs, kV> {
+  using Base = MapTile<T, kPairs, kV>;
+  using Base::at, Base::kWidth, Base::keys, Base::layout, Base::b, Base::first_query, Base::queries;
+
+  const HeadMapGradientParams& p;
+  const GradientScratch& s;
+  const float* packed;  // of k
+  float* dk;            // [head][key][channel]: sums
+
+  GradientTile(const HeadMapGradientParams& p, const GradientScratch& s, int64_t b, int64_t first_query,
+               int64_t queries, AttentionKeys keys, const float* packed, float* dk)
+      : Base{p, s, b, first_query, queries, keys}, p(p), s(s), packed(packed), dk(dk) {}
+
+  float* map(int64_t h) const { return s.maps + h * s.map_stride; }
+  float* gradient(int64_t h) const { return s.gradients + h * s.map_stride; }
+  float* logits(int64_t h) const { return s.logits + h * s.map_stride; }
+  float* lane_sum(int64_t total) const { return s.lane_sums + total * kLanes; }
+
+  // The maps P and the inputs of later steps.
+  void compute_maps() const {
+    this->load_mask();
+    this->load_lanes(p.q, s.channels);
+    load_rows(p.q, s.query_rows);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      float* out = p.pre_weight == nullptr ? map(h) : logits(h);
+      this->products_with_keys(packed + h * layout.head_words, s.channels + h * s.word_stride, p.scale, out);
+      if (p.pre_weight == nullptr) finish_map(h);
+    }
+    if (p.pre_weight != nullptr) {
+      this->mix_logits(s.logits, s.maps);
+      for (int64_t h = 0; h < p.heads; ++h) finish_map(h);
+    }
+    __builtin_memset(s.delta, 0, p.heads * kWidth * sizeof(float));
+    __builtin_memset(s.lane_sums, 0, s.totals.count() * kLanes * sizeof(float));
+  }
+
+  void finish_map(int64_t h) const {
+    this->softmax(h, map(h));
+    for (int64_t j = 0; j < keys.count; ++j) {
+      for (int v = 0; v < kV; ++v) (Vec::load(map(h) + at(j, v)) * this->inverse(h, v)).store(map(h) + at(j, v));
+    }
+  }
+
+  // Rows of q, or of a tensor of its shape, for products that sum over queries.
+  void load_rows(const AttentionOperand& q, float* out) const {
+    for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        float* row = out + h * s.rows_stride + i / (kPairs ? 2 : 1) * s.row_stride;
+        const T* first = Rows<T>(q, b, h)[first_query + i];
+        if constexpr (kPairs) {
+          const T* second = i + 1 < queries ? Rows<T>(q, b, h)[first_query + i + 1] : nullptr;
+          for (int64_t d = 0; d < p.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
+        } else {
+          for (int64_t d = 0; d < p.dim; ++d) row[d] = widen(first[d]);
+        }
+        for (int64_t d = p.dim; d < s.row_stride; ++d) row[d] = 0.0f;
+      }
+    }
+  }
+
+  // sums[j][d] += sum_i map[j][i] rows[i][d] for keys [begin, end).
+  void add_to_keys(int64_t count, const float* map, const float* rows, float* sums) const {
+    add_outer_product<kPairs, kWidth>(count, layout.words(queries), map, rows, sums, s.row_stride);
+  }
+
+  // Key j of a map in the layout that add_to_keys reads: queries, or pairs of them.
+  FASTVIT_INLINE void store_for_keys(float* row, int v, Vec x) const {
+    if constexpr (kPairs) {
+      x.store(reinterpret_cast<bf16*>(row) + v * kLanes);
+    } else {
+      x.store(row + v * kLanes);
+    }
+  }
+
+  // The gradients of P for keys [begin, end), from maps `from`, which may be the gradients themselves.
+  void gradients_of_maps(int64_t begin, int64_t end, const float* from) const {
+    mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias, from + at(begin, 0), s.map_stride,
+              gradient(0) + at(begin, 0), s.map_stride);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for (int v = 0; v < kV; ++v) {
+        float* delta = s.delta + h * kWidth + v * kLanes;
+        Vec part = Vec::fill(0.0f);
+        for (int64_t j = begin; j < end; ++j) {
+          part = fma(Vec::load(map(h) + at(j, v)), Vec::load(gradient(h) + at(j, v)), part);
+        }
+        (Vec::load(delta) + part).store(delta);
+      }
+    }
+  }
+
+  // dS'.
+  FASTVIT_INLINE Vec gradient_of_logit(int64_t h, int64_t j, int v) const {
+    const Vec delta = Vec::load(s.delta + h * kWidth + v * kLanes);
+    return Vec::load(map(h) + at(j, v)) * (Vec::load(gradient(h) + at(j, v)) - delta);
+  }
+
+  // dS_h of two keys, in the layouts of the products with keys and with queries. Overwrites the maps.
+  FASTVIT_INLINE void store_gradient(int64_t h, int64_t j, int v, const Vec (&x)[2]) const {
+    this->store_words(gradient(h), j, v, x);
+    if constexpr (kPairs) {
+      for (int key = 0; key < 2; ++key) store_for_keys(map(h) + at(j + key, 0), v, x[key]);
+    }
+  }
+
+  // From the gradients of P to everything else.
+  void gradients_of_queries_and_keys() const {
+    if (p.pre_weight != nullptr) gradients_through_mixed_logits();
+    for (int64_t h = 0; h < p.heads; ++h) {
+      if (p.pre_weight == nullptr) gradients_of_logits(h);
+      this->products_with_values(packed + h * layout.head_words, gradient(h), p.scale, s.channels + h * s.word_stride);
+      add_to_keys(keys.count, kPairs ? map(h) : gradient(h), s.query_rows + h * s.rows_stride,
+                  dk + h * p.keys * s.row_stride);
+    }
+    this->store_lanes(s.channels, p.dq);
+  }
+
+  void gradients_of_logits(int64_t h) const {
+    for (int64_t j = 0; j < keys.count; j += 2) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        const Vec x[2] = {gradient_of_logit(h, j, v), gradient_of_logit(h, j + 1, v)};
+        store_gradient(h, j, v, x);
+      }
+    }
+  }
+
+  void gradients_through_mixed_logits() const {
+    for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int v = 0; v < kV; ++v) gradient_of_logit(h, j, v).store(gradient(h) + at(j, v));
+        }
+      }
+      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), logits(0) + at(begin, 0),
+                            s.map_stride, false, lane_sum(s.totals.pre_products()));
+      mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0), s.map_stride,
+                gradient(0) + at(begin, 0), s.map_stride);
+      if constexpr (kPairs) {
+        for (int64_t h = 0; h < p.heads; ++h) {
+          for (int64_t j = begin; j < end; j += 2) {
+            for (int v = 0; v < kV; ++v) {
+              const Vec x[2] = {Vec::load(gradient(h) + at(j, v)), Vec::load(gradient(h) + at(j + 1, v))};
+              store_gradient(h, j, v, x);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  void add_totals(double* totals) const {
+    for (int64_t i = 0; i < s.totals.count(); ++i) totals[i] += static_cast<double>(sum(Vec::load(lane_sum(i))));
+  }
+};
+
+// The gradient of k or v of one head: the sum over parts, `part_stride` floats apart; zeros for masked keys.
+template <class T>
+void finish_rows(const HeadMapParams& p, int64_t b, int64_t h, AttentionKeys keys, const float* sums, int64_t parts,
+                 int64_t part_stride, float factor, void* out) {
+  const int64_t row_stride = padded(p.dim);
+  int64_t next = 0;  // in the list of keys
+  for (int64_t j = 0; j < p.keys; ++j) {
+    T* row = static_cast<T*>(out) + ((b * p.keys + j) * p.heads + h) * p.dim;
+    const bool attended = next < keys.count && keys.indices[next] == j;
+    const float* from = sums + (h * p.keys + next) * row_stride;
+    for (int64_t d = 0; d < p.dim; d += kLanes) {
+      Vec total = Vec::fill(0.0f);
+      for (int64_t part = 0; attended && part < parts; ++part) total += Vec::load(from + part * part_stride + d);
+      store(total * Vec::fill(factor), row + d, smaller(kLanes, p.dim - d));
+    }
+    next += attended;
+  }
+}
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA

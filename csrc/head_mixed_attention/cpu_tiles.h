@@ -1,0 +1,273 @@
+// The maps of one tile of queries, with all heads: what the forward and backward kernels of head-mixed attention share.
+// Compiled once per instruction set.
+//
+// Queries are the lanes of every vector, so that
+//   S_h[j] = sum_d k_h[j][d] q_h[d]       P_h[j] = exp(S_h[j] - max) / sum       M_h[j] = b_h + sum_g A[h][g] P_g[j]
+// are one product each of broadcast scalars (keys, mixing matrix) with vectors of queries; softmax needs no reduction
+// inside a vector; and neither head size nor key count is padded. The sums of a mix start with its bias. Maps are
+// (H, keys, lanes) floats.
+#pragma once
+
+#include "attention/cpu_tiles.h"
+#include "head_mixed_attention/args.h"
+
+namespace fastvit::FASTVIT_ISA {
+namespace {
+
+constexpr int64_t kMaxWidth = kTileVectors * kLanes;  // most lanes of a tile
+constexpr int kStagedKeys = 4;                        // per step of Tile::mix_in_steps
+constexpr int kMapPadding = 4;                        // keys past the last one that a mix may touch
+// Exponentials per partial sum, about the root of their number: an error of the sum is in all of a row's probabilities.
+constexpr int64_t kSoftmaxTerms = 16;
+
+// Hands out memory; with none, only counts what is asked for.
+struct Arena {
+  float* memory;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* taken = memory == nullptr ? nullptr : memory + used;
+    used += round_up(floats, kMaxLanes);
+    return taken;
+  }
+};
+
+// A thread's scratch memory for the maps of a tile.
+struct MapScratch {
+  int64_t map_stride;   // of heads, padded so that they do not share cache sets
+  int64_t word_stride;  // of heads in [head][word of channels][lane]
+  int64_t mask_heads;
+  float* mask;     // [head or 1][key][lane]: +inf where attended, -inf elsewhere
+  float* inverse;  // [head][lane]: 1 / sum of exponentials
+
+  MapScratch(const HeadMapParams& p, Arena& arena)
+      : map_stride((p.keys + kMapPadding) * kMaxWidth + kLanes),
+        word_stride(round_up(p.dim, 4) * kMaxWidth),
+        mask_heads(p.mask == nullptr         ? 0
+                   : p.mask_head_stride == 0 ? 1
+                                             : p.heads),
+        mask(arena.take(mask_heads * map_stride)),
+        inverse(arena.take(p.heads * kMaxWidth)) {}
+};
+
+// --- Products --------------------------------------------------------------------------------------------------------
+
+// out[r] = factor * sum_k a[r][k] b[k] for the rows of all panels (see Packed); rows of b and out are kV vectors.
+template <bool kPairs, int kV>
+void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const float* a, const float* b, float factor,
+                     float* out) {
+  for (int64_t panel = 0; panel < panels.blocks; ++panel) {
+    with_constant<kRows>(panels.size(panel), [&](auto rows) {
+      product_to<kPairs, rows.value, kV>(depth, a + panel * panel_words, b, Vec::fill(factor),
+                                         out + panels.begin(panel) * kV * kLanes);
+    });
+  }
+}
+
+// Vectors per step of a mix of kR heads.
+template <int kR>
+constexpr int kMixColumns = kR <= kRows / 2 ? 4 : 2;
+
+// sums[r][c] = bias[r] + sum_g weight[g * heads + r] column(g, c).
+template <int kR, class F>
+FASTVIT_INLINE void mix_columns(int64_t heads, const float* weight, const float* bias, const F& column,
+                                Vec (&sums)[kR][kMixColumns<kR>]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c] = Vec::fill(bias[r]);
+  }
+  product<false>(heads, weight, heads, column, sums);
+}
+
+template <int kR>
+void mix_and_store(int64_t heads, const float* weight, const float* bias, const float* x, int64_t x_stride, float* y,
+                   int64_t y_stride) {
+  Vec sums[kR][kMixColumns<kR>];
+  mix_columns<kR>(
+      heads, weight, bias, [&](int64_t g, int c) { return Vec::load(x + g * x_stride + c * kLanes); }, sums);
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c].store(y + r * y_stride + c * kLanes);
+  }
+}
+
+// y_h[i] = bias[h] + sum_g weight[g][h] x_g[i] for `count` vectors of every head, and up to three more. Strides are of
+// heads; x and y may be the same.
+inline void mix_heads(int64_t heads, int64_t count, const float* weight, const float* bias, const float* x,
+                      int64_t x_stride, float* y, int64_t y_stride) {
+  if (heads <= kRows) {
+    with_constant<kRows>(heads, [&](auto rows) {
+      for (int64_t i = 0; i < count; i += kMixColumns<rows.value>) {
+        mix_and_store<rows.value>(heads, weight, bias, x + i * kLanes, x_stride, y + i * kLanes, y_stride);
+      }
+    });
+    return;
+  }
+  constexpr int kColumns = 4;  // copied once for several blocks of heads
+  float copy[kHeadMixMaxHeads * kColumns * kLanes];
+  const Split blocks(heads, kRows);
+  for (int64_t i = 0; i < count; i += kColumns) {
+    for (int64_t g = 0; g < heads; ++g) {
+      __builtin_memcpy(copy + g * kColumns * kLanes, x + g * x_stride + i * kLanes, kColumns * kLanes * sizeof(float));
+    }
+    for (int64_t block = 0; block < blocks.blocks; ++block) {
+      const int64_t h = blocks.begin(block);
+      with_constant<kRows>(blocks.size(block), [&](auto rows) {
+        for (int c = 0; c < kColumns; c += kMixColumns<rows.value>) {
+          mix_and_store<rows.value>(heads, weight + h, bias + h, copy + c * kLanes, kColumns * kLanes,
+                                    y + h * y_stride + (i + c) * kLanes, y_stride);
+        }
+      });
+    }
+  }
+}
+
+// 1 / sqrt(mean over heads of x^2 + eps), of one vector of each.
+FASTVIT_INLINE Vec inverse_deviation(int64_t heads, const float* x, int64_t head_stride, float eps) {
+  Vec squares = Vec::fill(0.0f);
+  for (int64_t h = 0; h < heads; ++h) {
+    const Vec value = Vec::load(x + h * head_stride);
+    squares = fma(value, value, squares);
+  }
+  return Vec::fill(1.0f) / sqrt(squares * Vec::fill(1.0f / static_cast<float>(heads)) + Vec::fill(eps));
+}
+
+// --- A tile ----------------------------------------------------------------------------------------------------------
+
+// x where `limit` is +inf, zero where it is -inf.
+FASTVIT_INLINE Vec where_attended(Vec limit, Vec x) {
+  typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
+  Ints masked, bits;
+  __builtin_memcpy(&masked, &limit, sizeof limit);
+  __builtin_memcpy(&bits, &x, sizeof x);
+  bits &= ~(masked >> 31);
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+template <class T, bool kPairs, int kV>  // kV vectors of queries
+struct MapTile {
+  static constexpr int64_t kWidth = kV * kLanes;
+
+  const HeadMapParams& p;
+  const MapScratch& s;
+  int64_t b, first_query, queries;  // queries <= kWidth
+  AttentionKeys keys;
+  const Packed<T, kPairs> layout{p.dim, keys.count};
+
+  static int64_t at(int64_t j, int v) { return j * kWidth + v * kLanes; }  // in a map
+  const float* mask(int64_t h) const { return s.mask_heads == 1 ? s.mask : s.mask + h * s.map_stride; }
+
+  void load_mask() const {
+    for (int64_t h = 0; h < s.mask_heads; ++h) {
+      expand_mask(p, b, h, first_query, queries, keys, s.mask + h * s.map_stride, kWidth);
+    }
+  }
+
+  // out[h][word of channels][lane] of q, or of a tensor of its shape.
+  void load_lanes(const AttentionOperand& q, float* out) const {
+    for (int64_t first = 0; first < kWidth; first += 4) {
+      for (int64_t h = 0; h < p.heads; ++h) {  // innermost: the heads of a query are adjacent
+        load_four_queries<T, kPairs>(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
+                                     out + h * s.word_stride + first, kWidth);
+      }
+    }
+  }
+
+  // out[j] = factor * sum_d k[j][d] q[d] for all keys; `packed` are key panels.
+  void products_with_keys(const float* packed, const float* q, float factor, float* out) const {
+    multiply_panels<kPairs, kV>(layout.key_panels, layout.key_words, layout.words(p.dim), packed, q, factor, out);
+  }
+
+  // out[d] = factor * sum_j v[j][d] map[j] for all channels; `packed` is a head of keys and values.
+  void products_with_values(const float* packed, const float* map, float factor, float* out) const {
+    multiply_panels<kPairs, kV>(layout.value_panels, layout.value_words, layout.words(keys.count),
+                                packed + layout.value_panel(0), map, factor, out);
+  }
+
+  // The mix before the softmax, of all keys; `from` and `to` may be the same.
+  void mix_logits(const float* from, float* to) const {
+    mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to, s.map_stride);
+  }
+
+  // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked.
+  void softmax(int64_t h, float* map) const {
+    // All keys of a row may be masked; its largest logit starts finite, so that logit - largest is.
+    const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
+    Vec largest[kV], sum[kV];
+    for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
+    for (int64_t j = 0; j < keys.count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        Vec x = Vec::load(map + at(j, v));
+        if (p.mask != nullptr) {
+          x = min(x, Vec::load(mask(h) + at(j, v)));
+          x.store(map + at(j, v));
+        }
+        largest[v] = max(x, largest[v]);
+      }
+    }
+    for (int64_t first = 0; first < keys.count; first += kSoftmaxTerms) {
+      const int64_t end = keys.count - first < kSoftmaxTerms ? keys.count : first + kSoftmaxTerms;
+      Vec part[kV];
+      for (int v = 0; v < kV; ++v) part[v] = Vec::fill(0.0f);
+      for (int64_t j = first; j < end; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          const Vec e = exp(Vec::load(map + at(j, v)) - largest[v]);
+          part[v] += e;
+          e.store(map + at(j, v));
+        }
+      }
+      for (int v = 0; v < kV; ++v) sum[v] += part[v];
+    }
+    for (int v = 0; v < kV; ++v) {
+      // The sum is zero only if every exponential is: any finite inverse will do.
+      (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v])).store(s.inverse + h * kWidth + v * kLanes);
+    }
+  }
+
+  Vec inverse(int64_t h, int v) const { return Vec::load(s.inverse + h * kWidth + v * kLanes); }
+
+  // Stores [head][channel][lane] as rows of a contiguous (B, N, H, D).
+  void store_lanes(const float* channels, void* to) const {
+    const int64_t stride = p.heads * p.dim;
+    T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
+    for (int64_t i = 0; i < queries; i += 4) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        store_four_queries(channels + h * s.word_stride + i, kWidth, queries - i, p.dim, out + i * stride + h * p.dim,
+                           stride);
+      }
+    }
+  }
+
+  // Zero where masked.
+  template <int kKeys>
+  FASTVIT_INLINE void zero_masked(int64_t h, int64_t j, int v, Vec (&x)[kKeys]) const {
+    if (p.mask == nullptr) return;
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) x[key] = where_attended(Vec::load(mask(h) + at(j + key, v)), x[key]);
+  }
+
+  // Stores kKeys keys of a map, from key j on, in the layout of the product with values. Keys past the last land in the
+  // padding, but the missing half of a pair must be zero.
+  template <int kKeys>
+  FASTVIT_INLINE void store_words(float* map, int64_t j, int v, const Vec (&x)[kKeys]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+#pragma GCC unroll 8
+      for (int key = 0; key < kKeys; key += 2) {
+        const Vec second = j + key + 1 < keys.count ? x[key + 1] : Vec::fill(0.0f);
+        round_to_pairs(x[key], second).store(map + at((j + key) / 2, v));  // not past what has been read
+      }
+      return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key) x[key].store(map + at(j + key, v));
+  }
+};
+
+}  // namespace
+}  // namespace fastvit::FASTVIT_ISA

@@ -1,0 +1,274 @@
+"""The one call path of every operator: choose an implementation, run it, and name the argument that is wrong.
+
+An operator is one record: its name, its implementations in order of preference (the plain one last), and a check of its
+arguments. :meth:`Operator.__call__` takes the first implementation that has no reason against the call. A kernel that
+validates its own arguments (C++, CUDA) runs unchecked; only if it raises does ``check`` look for the argument to name.
+All others are checked first, as is everything while a compiler traces. An implementation asked for by name never falls
+back.
+
+``FASTVIT_BACKEND`` (read once, see :mod:`fastvit.backends`) restricts the automatic choice. Each choice is logged, once
+per distinct message, where the logger "fastvit" itself has the level DEBUG, as ``FASTVIT_LOG=debug`` gives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastvit import autotune, backends
+
+__all__ = [
+    "AUTO",
+    "REFERENCE",
+    "Implementation",
+    "Operator",
+    "Selection",
+    "compute_dtype",
+    "differentiable_backward",
+    "gradients_needed",
+    "log",
+    "recording",
+]
+
+AUTO = "auto"
+REFERENCE = "reference"
+
+log = logging.getLogger("fastvit")
+
+# Bound once: each is asked on every call.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_tracing = torch._C._is_tracing
+_is_transformed = torch._C._are_functorch_transforms_active
+_Proxy = torch.fx.Proxy
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operator.
+
+    Attributes:
+        name: of the backend.
+        run: computes the call.
+        reasons: ``reasons(call, named)`` yields, lazily, why it cannot take the call and, unless it was asked for by
+            name, why another one is faster. The first that is yielded turns it down. None: it takes every call.
+        validates: whether the kernel refuses wrong arguments itself, before anything is changed.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    reasons: Callable[[Any, bool], Iterator[str]] | None = None
+    validates: bool = False
+
+
+class Selection(NamedTuple):
+    """A choice that was made: the operator, the implementation that ran, and the reasons against the others.
+
+    An implementation that could have run but comes after the chosen one has no reasons and is not listed.
+    """
+
+    op: str
+    backend: str
+    turned_down: dict[str, list[str]]
+
+
+class Operator:
+    """An operator: checks, chooses and runs.
+
+    Args:
+        name: as in ``fastvit.ops``.
+        implementations: in order of preference; the last is the plain one and takes everything.
+        check: raises a ValueError that names the argument which is wrong.
+    """
+
+    def __init__(self, name: str, implementations: Sequence[Implementation], check: Callable[[Any], None]) -> None:
+        self.name = name
+        self.implementations = tuple(implementations)
+        self.check = check
+
+    def __call__(self, call: Any, backend: str = AUTO, inner: bool = False) -> Any:
+        """Compute a call, a NamedTuple of the public function's arguments whose first field is a tensor.
+
+        While exporting, tracing, or under a ``torch.func`` transform the plain implementation runs whatever ``backend``
+        says.
+
+        Args:
+            backend: "auto", or the name of an implementation.
+            inner: the call is part of another operator's, which has checked it and is observed itself.
+
+        Raises:
+            ValueError: an argument is wrong, or no implementation is named ``backend``.
+            RuntimeError: the implementation asked for cannot take the call; lists every reason.
+        """
+        compiling = not inner and _is_dynamo_compiling()
+        if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
+            return self.implementations[-1].run(call)
+        try:
+            if (
+                torch.compiler._is_exporting_flag
+                or _is_tracing()
+                or _is_transformed()
+                or forward_ad._current_level >= 0
+            ):
+                chosen = self.implementations[-1]
+            else:
+                named, requested = backend != AUTO, backends.REQUESTED
+                for chosen in self.implementations:
+                    if named:
+                        if chosen.name != backend:
+                            continue
+                    elif requested is not None and chosen.name not in requested and chosen.name != REFERENCE:
+                        continue
+                    if chosen.reasons is None:
+                        break
+                    for _ in chosen.reasons(call, named):
+                        break
+                    else:
+                        break
+                else:
+                    self.check(call)
+                    self._refuse(call, backend)
+                if call[0].is_cuda and not (named or compiling or inner):
+                    chosen = self._fastest(call, chosen)
+            if inner:
+                return chosen.run(call)
+            if compiling or not chosen.validates or type(call[0]) is not Tensor:
+                self.check(call)
+            if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
+                return self._observed(call, chosen)
+            return chosen.run(call)
+        except Exception:
+            self._blame(call)
+            raise
+
+    def _blame(self, call: Any) -> None:
+        """Raise what ``check`` says of a call that failed, without the failure behind it."""
+        try:
+            self.check(call)
+        except ValueError as error:
+            raise error from None
+
+    def _refuse(self, call: Any, backend: str) -> None:
+        for implementation in self.implementations:
+            if implementation.name == backend and implementation.reasons is not None:
+                reasons = "; ".join(dict.fromkeys(implementation.reasons(call, True)))
+                raise RuntimeError(f"{self.name}: backend {backend!r} cannot run this call: {reasons}")
+        names = [AUTO, *(implementation.name for implementation in self.implementations)]
+        raise ValueError(f"backend: expected one of {names} for {self.name}, got {backend!r}")
+
+    def _fastest(self, call: Any, first: Implementation) -> Implementation:
+        """Of the implementations from ``first`` on that take the call, the fastest on this GPU."""
+        following = self.implementations[self.implementations.index(first) :]
+        able = [each for each in following if not self.turned_down(call, each)]
+        return autotune.fastest(self.name, able, call)
+
+    def turned_down(self, call: Any, implementation: Implementation) -> list[str]:
+        """Every reason of one implementation against an automatic choice of it."""
+        requested = backends.REQUESTED
+        disabled = requested is not None and implementation.name not in requested and implementation.name != REFERENCE
+        reasons = () if implementation.reasons is None else dict.fromkeys(implementation.reasons(call, False))
+        return [f"disabled by FASTVIT_BACKEND for {self.name}", *reasons] if disabled else list(reasons)
+
+    def _observed(self, call: Any, chosen: Implementation) -> Any:
+        """Tell the recorder and the log of the choice, and run it as the recorder wants."""
+        found = {each.name: self.turned_down(call, each) for each in self.implementations if each is not chosen}
+        selection = Selection(self.name, chosen.name, {name: reasons for name, reasons in found.items() if reasons})
+        record = _recorder.get()
+        around = None if record is None else record(selection)
+        if 0 < log.level <= logging.DEBUG:
+            others = "".join(f"; not {name}: {', '.join(reasons)}" for name, reasons in selection.turned_down.items())
+            message = f"{selection.op}: {selection.backend}{others}"
+            if message not in _logged:  # one line for twelve equal blocks, not twelve per forward
+                _logged.add(message)
+                log.debug(message)
+        return chosen.run(call) if around is None else around(chosen.run, call)
+
+
+# --- Observing ------------------------------------------------------------------------------------------------------
+
+Around = Callable[..., Any]
+Record = Callable[[Selection], Around | None]
+
+_recorder: contextvars.ContextVar[Record | None] = contextvars.ContextVar("recorder", default=None)
+_logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """Call ``record(selection)`` for each choice made in the block by this thread; traced calls are not seen.
+
+    Where it returns a function, that one is called with the implementation's ``run`` and its arguments instead.
+    """
+    token = _recorder.set(record)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def configure_log(level: str | None) -> None:
+    """Give the ``fastvit`` logger a level and a handler of its own when FASTVIT_LOG asks for them."""
+    if not level:
+        return
+    number = logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"FASTVIT_LOG: expected 'debug', 'info', 'warning' or 'error', got {level!r}")
+    log.setLevel(number)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    log.addHandler(handler)
+
+
+configure_log(os.environ.get("FASTVIT_LOG"))
+
+
+# --- What implementations ask ---------------------------------------------------------------------------------------
+
+
+def gradients_needed(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of these tensors; None is skipped."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are computed: autocast's where it is on and x is not float64."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def differentiable_backward(
+    plain: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Tensor | Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated themselves: those of the plain form, recorded anew.
+
+    For ``backward`` of an autograd function whose kernels have no second derivative, where ``create_graph`` asks for it
+    (gradient mode is then on in ``backward``).
+
+    Args:
+        plain: computes the outputs from ``tensors`` by differentiable operations.
+        tensors: the inputs; None where absent.
+        needed: which of them need a gradient.
+        grads: of the outputs.
+
+    Returns:
+        A gradient per input, None where none is needed.
+    """
+    # Views, so that a tensor which is two of the inputs has a gradient for each.
+    tensors = [tensor if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    outputs = plain(*tensors)
+    wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
+    pairs = [(outputs, grads)] if isinstance(outputs, Tensor) else zip(outputs, grads, strict=True)
+    used = [(output, grad) for output, grad in pairs if grad is not None]
+    found = iter(torch.autograd.grad(*zip(*used, strict=True), wanted, create_graph=True, allow_unused=True))
+    return [next(found) if need and tensor is not None else None for tensor, need in zip(tensors, needed, strict=True)]

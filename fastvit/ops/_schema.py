@@ -1,0 +1,103 @@
+"""Registered operators: one list of arguments gives the torch schema, the fake kernel's view of it and the packing.
+
+A list of arguments is the text of a torch schema, "Tensor x, Tensor? bias, int stride". :func:`define` registers it and
+returns the operator with a NamedTuple type of the same fields, so that nobody counts positions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.reference.functional import BatchNorm
+
+__all__ = [
+    "ACTIVATION_CODES",
+    "NO_NORM",
+    "Registered",
+    "adjacent_channels",
+    "contiguous",
+    "define",
+    "heads_last",
+    "launch",
+    "norm_arguments",
+    "unpack",
+]
+
+ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}
+"""csrc's enum Activation."""
+
+
+class Registered(NamedTuple):
+    """A registered operator, and the type of its arguments."""
+
+    call: Callable[..., Any]
+    Arguments: type[Any]
+
+
+def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) -> Registered:
+    """Define ``fastvit::name`` with a fake kernel.
+
+    Args:
+        arguments, returns: as in a torch schema: "Tensor q, Tensor? mask, float scale" and "(Tensor, Tensor)".
+        fake: takes the arguments as one NamedTuple; gives empty results.
+    """
+    torch.library.define(f"fastvit::{name}", f"({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+    record = namedtuple(name, [argument.split()[1] for argument in arguments.split(", ")])  # type: ignore[misc]
+    torch.library.register_fake(f"fastvit::{name}", lambda *values: fake(record(*values)))
+    return Registered(getattr(torch.ops.fastvit, name).default, record)
+
+
+def launch(name: str, module: str, function: str) -> None:
+    """Let ``fastvit.kernels.<module>.<function>`` run ``fastvit::name``, on GPUs and in Triton's interpreter.
+
+    The module is imported by the first call, since it imports Triton.
+    """
+
+    @torch.library.impl(f"fastvit::{name}", ("cpu", "cuda"))
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastvit.kernels.{module}"), function)(*arguments)
+
+
+# --- Norms in a schema ----------------------------------------------------------------------------------------------
+
+
+def norm_arguments(name: str, batch: bool = False) -> str:
+    """The arguments of a BatchNorm; ``batch``: with a flag that asks for the statistics of the batch."""
+    tensors = ", ".join(f"Tensor? {name}_{field}" for field in ("weight", "bias", "mean", "var"))
+    return f"{tensors}, float {name}_eps" + (f", bool {name}_batch" if batch else "")
+
+
+NO_NORM = (None, None, None, None, 0.0)
+
+unpack: Callable[[BatchNorm], tuple[Any, ...]] = operator.attrgetter(
+    "weight", "bias", "running_mean", "running_var", "eps"
+)
+"""The values for :func:`norm_arguments`, of a BatchNorm that uses its running statistics."""
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied unless it is contiguous; None stays None."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def adjacent_channels(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, N, D) in this dtype with stride 1 along the last axis, as the attention kernels read it."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    # Not contiguous(), which leaves the strides of an empty tensor as they are.
+    return tensor if tensor.stride(3) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+# --- Fakes ----------------------------------------------------------------------------------------------------------
+
+
+def heads_last(like: Tensor) -> Tensor:
+    """Uninitialised, of like's shape (B, H, N, D), in the memory order of (B, N, H, D)."""
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)

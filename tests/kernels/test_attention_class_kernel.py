@@ -1,0 +1,130 @@
+"""The class attention kernels in Triton's interpreter, forward and backward, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastvit.kernels import attention_class as kernels
+from fastvit.kernels.attention_class_backward import class_attention_backward
+
+from fastvit import ops
+from fastvit.reference import functional
+from tests.helpers import assert_as_accurate, poisoned_empty
+
+pytestmark = pytest.mark.interpreter
+
+CONFIG = kernels.Config(16, 1)
+
+
+def tokens(batch: int, heads: int, queries: int, keys: int, head_dim: int, dtype=torch.float32, size: float = 1.0):
+    """q contiguous, k and v as views of a packed projection."""
+    q = (torch.randn(batch, queries, heads, head_dim) * size).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, keys, 2, heads, head_dim) * size).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def results(q, k, v, mask, bias, scale, grad, dtype):
+    """The output and the gradients of the plain form in a dtype."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v, bias) if t is not None]
+    out = functional.masked_attention(*leaves[:3], mask, leaves[3] if bias is not None else None, scale)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype)))
+
+
+def check(q, k, v, mask=None, bias=None, scale=None, grad=None, config=CONFIG):
+    """Check one forward and backward on poisoned memory against the accuracy rule; returns the results."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    four_axes = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
+    grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
+    with poisoned_empty():
+        out = kernels.class_attention_forward(q, k, v, four_axes, bias, scale, config=config)
+        arguments = (grad, q, k, v, four_axes, bias, scale, bias is not None)
+        gradients = class_attention_backward(*arguments, config=config)
+    plain = results(q, k, v, mask, bias, scale, grad, q.dtype)
+    exact = results(q, k, v, mask, bias, scale, grad, torch.float64)
+    ours = (out, *gradients)
+    for name, *three in zip(("out", "dq", "dk", "dv", "dbias"), ours, plain, exact, strict=False):
+        assert_as_accurate(*three, name=name)
+    assert all(result.transpose(1, 2).is_contiguous() for result in ours[:4])
+    assert bias is not None or gradients[3].numel() == 0
+    return ours
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(48, torch.float32), (64, torch.float16), (33, torch.bfloat16)], ids=str
+)
+def test_few_queries(queries, head_dim, dtype):
+    check(*tokens(1, 2, queries, 50, head_dim, dtype))
+
+
+@pytest.mark.parametrize(("batch", "keys"), [(1, 1), (1, 16), (1, 97), (5, 97)], ids=str)
+def test_parts_of_any_number(batch, keys):
+    """The keys of one image are split, those of several are not: one part of many tiles, many parts of one tile."""
+    check(*tokens(batch, 2, 1, keys, 16))
+
+
+def test_keys_are_split_so_that_one_image_fills_the_device(monkeypatch):
+    monkeypatch.setattr(kernels.autotune, "multiprocessors", lambda device: 132)
+    one, many = torch.empty(1, 8, 1, 48), torch.empty(64, 8, 1, 48)
+    assert kernels._parts(one, 1024, 32) == (32, 32)
+    assert kernels._parts(one, 197, 32) == (7, 32)
+    assert kernels._parts(many, 197, 32) == (1, 224)
+    parts, keys = kernels._parts(torch.empty(1, 1, 1, 48), 10_000, 32)
+    assert parts <= kernels.MAX_PARTS
+    assert parts * keys >= 10_000
+
+
+@pytest.mark.parametrize("shape", [(2, 33), (1, 1, 1, 33), (2, 2, 2, 33), (2, 1, 2, 1)], ids=str)
+def test_masks_with_rows_without_keys(shape):
+    mask = torch.rand(shape) > 0.4
+    mask[0] = False
+    for result in check(*tokens(2, 2, 2, 33, 16), mask=mask)[:2]:
+        assert shape[0] == 1 or result[0].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 33), (1, 2, 1, 33), (1, 1, 1, 1), (2, 1, 2, 33)], ids=str)
+def test_bias_and_its_gradient(shape):
+    bias = torch.randn(shape)
+    bias[..., :1] = float("-inf") if shape[3] > 1 else 1.0
+    check(*tokens(2, 2, 2, 33, 16), mask=torch.rand(2, 33) > 0.3, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_large_logits_and_one_visible_key(dtype):
+    check(*tokens(1, 2, 2, 50, 16, dtype, size=8.0))
+    one = torch.zeros(1, 50, dtype=torch.bool)
+    one[0, 20] = True
+    check(*tokens(1, 2, 2, 50, 16, dtype), mask=one)
+
+
+def test_layouts_scale_and_empty_sizes():
+    q, k, v = (torch.randn(2, 3, n, 48)[..., ::2] for n in (2, 19, 19))
+    check(q, k, v, grad=torch.ones(()).expand(2, 3, 2, 24))
+    check(*tokens(1, 1, 2, 9, 16), scale=0.0)
+    for batch, queries, keys in ((0, 1, 3), (2, 0, 3), (2, 1, 0)):
+        check(*tokens(batch, 2, queries, keys, 16), bias=torch.randn(1, 2, 1, keys))
+
+
+def test_every_shipped_configuration_is_right():
+    for block_d, configs in kernels.CONFIGS.items():
+        for config in configs:
+            check(*tokens(1, 1, 1, 70, block_d - 3), config=config)
+    check(*tokens(1, 1, 1, 70, 16), config=None)
+
+
+def test_public_function_and_operators():
+    q, k, v = tokens(2, 2, 2, 33, 16)
+    mask, bias, grad = torch.rand(2, 33) > 0.3, torch.randn(2, 2, 33), torch.randn(2, 2, 2, 16)
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v, bias)]
+    out = ops.class_attention(*leaves[:3], mask, leaves[3], backend="triton")
+    ours = (out, *torch.autograd.grad(out, leaves, grad))
+    plain = results(q, k, v, mask[:, None, None], bias, 0.25, grad, torch.float32)
+    exact = results(q, k, v, mask[:, None, None], bias, 0.25, grad, torch.float64)
+    for name, *three in zip(("out", "dq", "dk", "dv", "dbias"), ours, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+    arguments = (q, k, v, mask[:, None, None], bias[None], 0.25)
+    torch.library.opcheck(torch.ops.fastvit.class_attention_triton.default, arguments)
+    torch.library.opcheck(torch.ops.fastvit.class_attention_triton_backward.default, (grad, *arguments, True))
