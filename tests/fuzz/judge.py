@@ -153,7 +153,7 @@ def _run_fused(case: Case, memory: Memory, redraw: int) -> Results:
 
 
 def overflows(plain: Results, exact: Results) -> bool:
-    """Whether a result overflows, or nearly so: then it may in one order of summation or precision and not in another."""
+    """Whether a result overflows, or nearly so: one order of summation or precision may then, and another not."""
     return any(
         bool(
             (
