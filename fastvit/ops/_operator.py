@@ -110,7 +110,7 @@ class Operator:
         if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
             return self.implementations[-1].run(call)
         try:
-            if (
+            if not inner and (
                 torch.compiler._is_exporting_flag
                 or _tracing_state() is not None
                 or _is_transformed()

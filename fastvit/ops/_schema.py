@@ -7,7 +7,6 @@ returns the operator with a NamedTuple type of the same fields, so that nobody c
 from __future__ import annotations
 
 import importlib
-import operator
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,10 +75,13 @@ def norm_arguments(name: str, batch: bool = False) -> str:
 
 NO_NORM = (None, None, None, None, 0.0)
 
-unpack: Callable[[BatchNorm], tuple[Any, ...]] = operator.attrgetter(
-    "weight", "bias", "running_mean", "running_var", "eps"
-)
-"""The values for :func:`norm_arguments`, of a BatchNorm that uses its running statistics."""
+
+def unpack(norm: BatchNorm | None) -> tuple[Any, ...]:
+    """The values for :func:`norm_arguments`, contiguous, of a BatchNorm that uses its running statistics."""
+    if norm is None:
+        return NO_NORM
+    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return *map(contiguous, vectors), norm.eps
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

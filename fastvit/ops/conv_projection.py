@@ -27,7 +27,7 @@ from fastvit.ops._checks import (
     fail,
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
-from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
 from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
@@ -150,14 +150,13 @@ def _fits(call: Separable) -> bool:
 def _run_fused(call: Separable) -> Tensor:
     """By ``kernels/conv_projection.py``, in the dtype that the linear layer takes under autocast."""
     c, dtype = call.convolution, linear_dtype(call.x)
-    *vectors, eps = (c.bias, *(NO_NORM if c.norm is None else unpack(c.norm)))
     return _fused(
         c.x.to(dtype),
         c.weight.contiguous(),
         call.pw_weight.to(dtype).contiguous(),
         contiguous(call.pw_bias),
-        *map(contiguous, vectors),
-        eps,
+        contiguous(c.bias),
+        *unpack(c.norm),
         *c.grid,
         c.stride,
         c.weight.shape[3] // 2 if c.padding is None else c.padding,
@@ -220,7 +219,10 @@ def _convolve_together(call: Projections) -> Projected:
     for part in parts:
         c = part.convolution
         weight, norm = c.weight, c.norm
-        *vectors, eps = (c.bias, *(NO_NORM if norm is None else unpack(norm)))
+        vectors, eps = [c.bias, None, None, None, None], 0.0
+        if norm is not None:
+            mean, var, gamma, beta, _, _, eps, *_ = norm
+            vectors = [c.bias, gamma, beta, mean, var]
         for vector in vectors:
             if vector is not None and not vector.is_contiguous():
                 vectors = list(map(contiguous, vectors))

@@ -43,7 +43,7 @@ from fastvit.ops._operator import (
     differentiable_backward,
     gradients_needed,
 )
-from fastvit.ops._schema import adjacent_channels, define, heads_last, launch, unpack
+from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
@@ -491,7 +491,7 @@ def _run_cpp(call: Call) -> Tensor:
     if isinstance(norm, LayerNorm):
         normed = norm.weight, norm.bias, None, None, norm.eps
     elif norm is not None:
-        normed = unpack(norm)
+        normed = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     scale = q.shape[3] ** -0.5 if scale is None else scale
     mixes = (pre_weight, pre_bias, post_weight, post_bias)
     return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, mask, scale)

@@ -29,7 +29,7 @@ from fastvit.ops._checks import (
     fail,
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
-from fastvit.ops._schema import NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
 from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
@@ -101,8 +101,7 @@ def _run_fused(call: Call) -> Tensor:
     x, c = call.x.to(linear_dtype(call.x)), call.convolution
     epilogues: list[Tensor | float | None] = []
     for bias, norm in ((call.up_bias, c.pre_norm), (c.bias, c.norm), (call.down_bias, call.down_norm)):
-        *vectors, eps = (bias, *(NO_NORM if norm is None else unpack(norm)))
-        epilogues += (*map(contiguous, vectors), eps)
+        epilogues += (contiguous(bias), *unpack(norm))
     weights = (weight.to(x.dtype).contiguous() for weight in (call.up_weight, c.weight, call.down_weight))
     out = _fused(x, *weights, *epilogues, *c.grid, c.prefix_tokens, call.form == "paper")
     if c.prefix_tokens and x.dtype != call.x.dtype:

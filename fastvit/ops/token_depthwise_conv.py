@@ -58,7 +58,7 @@ from fastvit.ops._operator import (
     differentiable_backward,
     gradients_needed,
 )
-from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm_arguments
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
@@ -274,8 +274,8 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
             if each is None:
                 norms.append(NO_NORM)
                 continue
-            gamma, beta, mean, var, eps = unpack(each)
-            if each.use_batch_stats:
+            mean, var, gamma, beta, by_batch, _, eps, *_ = each
+            if by_batch:
                 mean, var, batch = None, None, True
             for vector in (gamma, beta, mean, var):
                 if vector is not None and not vector.is_contiguous():
@@ -294,11 +294,11 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         if not (batch or differentiate):
             out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
         else:
-            by_batch = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
-            for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), by_batch, strict=True):
+            flags = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
+            for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), flags, strict=True):
                 if used:  # its running statistics, which the kernel does not see, are to be moved
                     check_batch_norm(name, each, x.shape[2], x)
-            around = (*before, by_batch[0], codes[0], *after, by_batch[1], codes[1])
+            around = (*before, flags[0], codes[0], *after, flags[1], codes[1])
             out = _train(call, kernels, differentiate, (x, weight, bias, *around, *geometry))
         return out if not torch.is_autocast_enabled(x.device.type) else out.to(_autocast_dtype(call))
 
