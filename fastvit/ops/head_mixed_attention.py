@@ -570,7 +570,10 @@ _triton_reasons = _reasons_of("", _unavailable_triton, TRITON_DTYPES)
 def _run_reference(call: Call) -> Tensor:
     # torch's convolution wants the maps' dtype, which autocast sees to itself.
     mixes = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
-    pre_weight, pre_bias, post_weight, post_bias = (None if t is None else t.to(call.q.dtype) for t in mixes)
+    dtype, norm = call.q.dtype, call.norm
+    pre_weight, pre_bias, post_weight, post_bias = (_as(dtype, tensor) for tensor in mixes)
+    if isinstance(norm, LayerNorm):
+        norm = norm._replace(weight=_as(dtype, norm.weight), bias=_as(dtype, norm.bias))
     return functional.head_mixed_attention(
         call.q,
         call.k,
@@ -579,7 +582,7 @@ def _run_reference(call: Call) -> Tensor:
         pre_bias=pre_bias,
         post_weight=post_weight,
         post_bias=post_bias,
-        norm=call.norm,
+        norm=norm,
         output_scale=call.output_scale,
         mask=call.mask,
         scale=call.scale,
