@@ -26,9 +26,7 @@ def outputs_and_gradients(function, tensors: list[Tensor], grad: Tensor) -> list
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def backwards(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float | None
-) -> Tensor:
+def backwards(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
     """The plain form, its sums over channels and keys in the opposite order."""
     mask, bias = (each if each is None or each.shape[-1] == 1 else each.flip(-1) for each in (mask, bias))
     return functional.masked_attention(q.flip(3), k.flip(2, 3), v.flip(2), mask, bias, scale)
