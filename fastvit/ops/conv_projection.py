@@ -189,7 +189,7 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
 
     def run_together(call: Projections) -> Projected:
         x, *parts = call
-        together = kernels.name != "triton" and _HAS_TOGETHER[x.device.type]
+        together = kernels.name != "triton" and _HAS_TOGETHER["cpu" if x.is_cpu else "cuda"]
         for part in parts:
             norm = part.convolution.norm
             together = together and not (norm is not None and norm.use_batch_stats)
@@ -213,7 +213,7 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
 
 def _convolve_together(call: Projections) -> Projected:
     x, *parts = call
-    if x.stride(2) != 1:
+    if x.stride()[2] != 1:
         x = x.clone(memory_format=torch.contiguous_format)
     arguments: list[Any] = []
     for part in parts:

@@ -145,7 +145,7 @@ def _by(kernels: Implementation) -> Implementation:
 
     def reasons(call: Call, named: bool) -> Iterator[str]:
         x, norm, convolution = call.x, call.down_norm, call.convolution
-        if torch.is_autocast_enabled(x.device.type):  # the hidden tokens may have another dtype than x
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):  # the hidden tokens may have another dtype than x
             convolution = convolution._replace(x=x[:, :, :1].to(linear_dtype(x)))
         yield from convolution_reasons(convolution, named)
         if norm is not None:

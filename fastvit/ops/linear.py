@@ -128,7 +128,7 @@ class _Linear(torch.autograd.Function):
 
 def _run_linear_cpp(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    if weight.stride(1) != 1 and weight.stride(0) != 1:
+    if 1 not in weight.stride():
         weight = weight.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled() and gradients_needed(x, weight, bias):
         out = _Linear.apply(x if x.dim() > 1 else x[None], weight, bias)
@@ -178,6 +178,8 @@ def pays_off() -> bool:
 
 
 def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
+    if not (named or _PAYS_OFF):
+        yield "the library's products are taken to be as fast on this machine"
     yield from _CPP_REASONS
     x = call.x
     weights: tuple[Tensor, ...]
@@ -201,8 +203,6 @@ def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
             yield f"a parameter is {tensor.dtype} on {tensor.device}, x is {dtype}"
     if named:
         return
-    if not _PAYS_OFF:
-        yield "the library's products are taken to be as fast on this machine"
     if dtype == torch.bfloat16 and not _HAS_BFLOAT16_PRODUCTS:
         yield "the library's bfloat16 products are faster on a CPU without AVX-512 BF16"
     # Not asked of a graph that is traced: it would be a guard on the batch size.

@@ -265,7 +265,7 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
             call
         )
-        if x.stride(2) != 1:
+        if x.stride()[2] != 1:
             x = x.clone(memory_format=torch.contiguous_format)
         weight = weight if weight.is_contiguous() else weight.contiguous()
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
@@ -300,7 +300,8 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
                     check_batch_norm(name, each, x.shape[2], x)
             around = (*before, flags[0], codes[0], *after, flags[1], codes[1])
             out = _train(call, kernels, differentiate, (x, weight, bias, *around, *geometry))
-        return out if not torch.is_autocast_enabled(x.device.type) else out.to(_autocast_dtype(call))
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+        return out.to(_autocast_dtype(call)) if autocast else out
 
     return run
 
@@ -368,8 +369,8 @@ def _reasons_of(
 
     def reasons(call: Convolution, named: bool) -> Iterator[str]:
         x, weight, pre_norm, norm = call.x, call.weight, call.pre_norm, call.norm
-        dtype, device = x.dtype, x.device
-        if device.type != device_type:
+        dtype, on_cpu = x.dtype, x.is_cpu
+        if not (on_cpu and device_type == "cpu"):
             yield from unavailable(x, named)
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
@@ -385,9 +386,10 @@ def _reasons_of(
                     yield "a norm has no statistics"
                 elif torch.is_grad_enabled() and gradients_needed(each.running_mean, each.running_var):
                     yield "running statistics need gradients"
+        accepted = (dtype, torch.float32)
         for tensor in tensors:
-            if tensor is not None and (tensor.device != device or tensor.dtype not in (dtype, torch.float32)):
-                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or x's {dtype} on {device}"
+            if tensor is not None and (tensor.dtype not in accepted or tensor.is_cpu is not on_cpu):
+                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or {dtype} on {x.device}"
                 break
         if pre_norm is not None and pre_norm.use_batch_stats and x.shape[0] * call.grid[0] * call.grid[1] < 2:
             yield "batch statistics need more than one value per channel"
