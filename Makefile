@@ -34,7 +34,7 @@ demo: $(STAMPS)/demo $(STAMPS)/native
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/native
-	$(BIN)/python -m pytest $(PYTEST_JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_JOBS) --durations=15 $(ARGS)
 
 overhead: $(STAMPS)/test $(STAMPS)/native
 	@mkdir -p benchmarks/out
