@@ -20,6 +20,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = [
     "ACTIVATION_CODES",
     "NO_NORM",
+    "REGISTERED",
     "Registered",
     "adjacent_channels",
     "contiguous",
@@ -41,6 +42,10 @@ class Registered(NamedTuple):
     Arguments: type[Any]
 
 
+REGISTERED: dict[str, Registered] = {}
+"""Every registered operator by name."""
+
+
 def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) -> Registered:
     """Define ``fastvit::name`` with a fake kernel.
 
@@ -51,7 +56,8 @@ def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) 
     torch.library.define(f"fastvit::{name}", f"({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     record = namedtuple(name, [argument.split()[1] for argument in arguments.split(", ")])  # type: ignore[misc]
     torch.library.register_fake(f"fastvit::{name}", lambda *values: fake(record(*values)))
-    return Registered(getattr(torch.ops.fastvit, name).default, record)
+    REGISTERED[name] = Registered(getattr(torch.ops.fastvit, name).default, record)
+    return REGISTERED[name]
 
 
 def launch(name: str, module: str, function: str) -> None:
