@@ -138,11 +138,12 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    # torch would broadcast a bias, and answer parameters on meta with an empty result
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
-        raise ValueError("bias")
-    if weight.is_meta != x.is_meta:
-        raise ValueError("weight")
+    # torch would broadcast a bias, and answer parameters on meta with an empty result; a proxy of torch.fx has no shape
+    if not isinstance(x, torch.fx.Proxy):
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
+            raise ValueError("bias")
+        if weight.is_meta != x.is_meta:
+            raise ValueError("weight")
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
 
