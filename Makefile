@@ -2,6 +2,7 @@
 # make test   the whole test suite                              (ARGS="-k cvt")
 # make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
 # make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
+# make fuzz   thousands of random calls of every operator, with each instruction set   (SEEDS=0:10000 ARGS="--op leff")
 # make lint   ruff, mypy, clang-format;  make format  applies what can be applied
 # make build  the native part alone
 #
@@ -15,6 +16,8 @@ ARGS ?=
 # Two processes: much of the suite is Python and compilers, which one process leaves a core idle for.
 PYTEST_JOBS ?= -n 2 --dist loadfile
 
+SEEDS ?= 0:10000
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -24,7 +27,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test overhead versions lint format build clean
+.PHONY: demo test overhead versions fuzz lint format build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -42,6 +45,9 @@ overhead: $(STAMPS)/test $(STAMPS)/native
 versions: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python requirements/versions.py $(VENV)/versions
 	$(BIN)/python -m pytest tests/compat/test_versions.py $(ARGS)
+
+fuzz: $(STAMPS)/test $(STAMPS)/native
+	$(BIN)/python -m tests.fuzz --seeds $(SEEDS) $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Builds fastvit and its native part, fastvit._C. Project metadata is in pyproject.toml.
 
 The native part needs a C++20 compiler and pybind11, and no torch: it declares the few functions of LibTorch's stable C
-interface itself (csrc/common/torch_abi.h). So pip's isolated build environment need not download torch, and one binary loads
-with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
+interface itself (csrc/common/torch_abi.h). So pip's isolated build environment need not download torch, and one binary
+loads with every torch >= 2.10 the user may have. Torch must not be imported here, not even to read the metadata.
 
 Environment:
     FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is
@@ -214,7 +214,7 @@ def add_cuda(toolchain: Toolchain) -> None:
     release = re.search(r"release [\d.]+, V([\d.]+)", run([nvcc, "--version"]))
     known = re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"]))
     archs = cuda_archs(known)
-    # A dry run tells where the toolkit's libraries are, wherever nvcc itself or a link to it lies.
+    # A dry run shows where the toolkit's libraries are, even if nvcc is called through a link.
     plan = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
     folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', plan)]
     lib = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
@@ -245,7 +245,7 @@ def macro(name: str, value: str) -> str:
 
 
 def plan_units(toolchain: Toolchain) -> list[Unit]:
-    """Every compiler run: csrc/*/cpu*.cpp once per instruction set, other C++ once, CUDA files for all architectures."""
+    """Every compiler run: cpu*.cpp once per instruction set, other C++ once, CUDA files for all architectures."""
     base = [*toolchain.cxx, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}"]
     has_isas = [f"-DFASTVIT_HAS_{isa.upper()}" for isa in toolchain.isas]
     units: list[Unit] = []
@@ -289,7 +289,7 @@ def make_torch_stub(toolchain: Toolchain) -> Path:
     """An empty libtorch_cpu.so to link against.
 
     The binary must name libtorch_cpu.so as a library it needs, for its symbols to be found in the copy that
-    `import torch` has loaded; what is in the library is of no interest to the linker.
+    `import torch` has loaded; the linker does not need the library's contents.
     """
     stub = OBJECTS / "stub" / "libtorch_cpu.so"
     if not stub.exists():
@@ -433,7 +433,7 @@ def build_native(toolchain: Toolchain, target: Path) -> None:
 
 
 def build_info(toolchain: Toolchain | None, reason: str | None) -> dict[str, Any]:
-    """What `python -m fastvit info` tells about the build, also when there is no binary to ask."""
+    """What `python -m fastvit info` reports about the build, also without a binary."""
     info: dict[str, Any] = {
         "version": read_version(),
         "extension": toolchain is not None,

@@ -1,7 +1,7 @@
 """Calls every operator the extension has for the CPU, in small odd shapes, on each instruction set it was built for.
 
-Run by ``test_sanitizers.py`` in a process whose extension is built with sanitizers: what they find ends it. The last
-line tells the operators that ran.
+Run by ``test_sanitizers.py`` in a process whose extension is built with sanitizers, which end it at the first error.
+The last line lists the operators that ran.
 """
 
 from __future__ import annotations

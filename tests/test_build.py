@@ -28,7 +28,7 @@ HEADER = ROOT / "csrc" / "common" / "torch_abi.h"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
-QUICKLY = {"CXXFLAGS": "-O0"}  # what is compiled here is looked at, not timed
+QUICKLY = {"CXXFLAGS": "-O0"}  # what is compiled here is inspected, not timed
 VARIABLES = ("FASTVIT_", "CXX", "CUDA", "LDFLAGS", "TORCH_CUDA", "MAX_JOBS", "PYTHONPATH", "TRITON_")
 
 pytestmark = [
@@ -72,7 +72,7 @@ def copy_sources(target: Path) -> Path:
 
 
 def without_kernels(source: Path) -> Path:
-    """Drop the operators' code, so that a build takes seconds; what is left is everything a build must get right."""
+    """Drop the operators, so that a build takes seconds; the rest is everything that a build must get right."""
     for path in source.glob("csrc/*"):
         if path.is_dir() and path.name != "common":
             shutil.rmtree(path)
@@ -241,7 +241,7 @@ print("same")
 def device_code(binary: Path) -> set[str]:
     """The architectures of the device code in a binary, as nvcc names them.
 
-    Device code lies in "fat binaries": a header (magic number, version, its own size, size of what follows), then one
+    Device code is in "fat binaries": a header (magic number, version, its own size, size of what follows), then one
     entry per architecture (kind: 1 PTX, 2 machine code; its header's size; the payload's size; ...; architecture).
     """
     data, found, at = binary.read_bytes(), set(), 0

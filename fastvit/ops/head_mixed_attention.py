@@ -43,7 +43,7 @@ from fastvit.ops._operator import (
     differentiable_backward,
     gradients_needed,
 )
-from fastvit.ops._schema import adjacent_channels, define, heads_last, launch, unpack
+from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
@@ -483,7 +483,7 @@ def _run_cpp(call: Call) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:
         q, k, v = (adjacent_channels(tensor, tensor.dtype) for tensor in (q, k, v))
     if mask is not None and mask.dim() != 4:
         mask = four_axes(mask, key_padding=True)
@@ -491,7 +491,7 @@ def _run_cpp(call: Call) -> Tensor:
     if isinstance(norm, LayerNorm):
         normed = norm.weight, norm.bias, None, None, norm.eps
     elif norm is not None:
-        normed = unpack(norm)
+        normed = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     scale = q.shape[3] ** -0.5 if scale is None else scale
     mixes = (pre_weight, pre_bias, post_weight, post_bias)
     return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, mask, scale)
@@ -513,9 +513,10 @@ def _reasons_of(
 
     def reasons(call: Call, named: bool) -> Iterator[str]:
         q, norm = call.q, call.norm
-        if q.device.type != device_type:
+        on_cpu = q.is_cpu
+        if not (on_cpu and device_type == "cpu"):
             yield from unavailable(q, named)
-        dtype = q.dtype if not torch.is_autocast_enabled(q.device.type) else compute_dtype(q)
+        dtype = compute_dtype(q) if torch.is_autocast_enabled("cpu" if on_cpu else "cuda") else q.dtype
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
         if q.shape[1] > MAX_HEADS:
@@ -524,14 +525,15 @@ def _reasons_of(
             yield f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}"
         if call.dropout_p != 0.0:
             yield "attention dropout is not implemented"
-        if not call.k.device == call.v.device == q.device or (call.mask is not None and call.mask.device != q.device):
-            yield f"not all tensors are on {q.device}"
         small: tuple[Tensor | None, ...] = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
         if norm is not None:
             small += norm[:2] if isinstance(norm, LayerNorm) else norm[:4]
+        for tensor in (call.k, call.v, call.mask, *small):
+            if tensor is not None and tensor.is_cpu is not on_cpu:
+                yield f"not all tensors are on {q.device}"
         for tensor in small:
-            if tensor is not None and (tensor.dtype not in dtypes or tensor.device != q.device):
-                yield f"a parameter is {tensor.dtype} on {tensor.device}"
+            if tensor is not None and tensor.dtype not in dtypes:
+                yield f"a parameter has dtype {tensor.dtype}"
         for weight, bias in ((call.pre_weight, call.pre_bias), (call.post_weight, call.post_bias)):
             if weight is None and bias is not None:
                 yield "a mix has a bias and no weight"

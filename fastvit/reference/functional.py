@@ -131,7 +131,8 @@ class BatchNorm(NamedTuple):
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
         if self.layer is not None:
             return self.layer(x)
-        weight, bias = (None if t is None else t.contiguous() for t in (self.weight, self.bias))
+        weight = None if self.weight is None else self.weight.contiguous()
+        bias = None if self.bias is None else self.bias.contiguous()
         mean, var = self.running_mean, self.running_var
         if not self.use_batch_stats and mean is not None and var is not None:
             mean, var = mean.contiguous(), var.contiguous()

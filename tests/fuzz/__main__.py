@@ -21,7 +21,7 @@ from tests.fuzz.cases import OPERATORS, draw
 from tests.fuzz.judge import Finding
 from tests.fuzz.workers import hunt, supported_isas
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def _seeds(text: str) -> range:
@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--isa", choices=isas, action="append", help="instruction sets (all that this CPU has)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--replay", type=int, metavar="SEED", help="one case of --op, spelled out")
-    parser.add_argument("--json", type=Path, help="write the findings to this file, one a line")
+    parser.add_argument("--json", type=Path, help="append each finding to this file as a line")
     options = parser.parse_args()
     if options.replay is not None:
         if len(options.op or ()) != 1:
@@ -84,8 +84,9 @@ def main() -> int:
                 if finding is not None:
                     findings.append(finding)
                     _tell(finding)
-    if options.json:
-        options.json.write_text("".join(json.dumps(finding._asdict()) + "\n" for finding in findings))
+                    if options.json:
+                        with options.json.open("a") as file:
+                            file.write(json.dumps(finding._asdict()) + "\n")
     console.print(_summary(findings, len(tasks) * len(options.isa or isas)))
     return 1 if findings else 0
 

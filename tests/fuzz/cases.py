@@ -1,4 +1,4 @@
-"""One integer seed to one call of an operator: its arguments as they are described, and what is done with the result."""
+"""From one integer seed to one call of an operator: its arguments, and what is done with the result."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Draw(random.Random):
 
     def __init__(self, op: str, seed: int) -> None:
         super().__init__(f"{op} {seed}")
+        self.op = op
         self.dtype = self.weighted(DTYPES)
         # Parameters in float32 beside activations in 16 bits, as mixed precision has them.
         self.mixed = self.dtype.itemsize == 2 and self.chance(0.3)
@@ -56,7 +57,7 @@ class Draw(random.Random):
     def tensor(
         self, *shape: int, values: str | None = None, dtype: torch.dtype | None = None, plain: bool = False
     ) -> Spec:
-        """Without ``values``: random, at times those of the case's mood. ``plain``: contiguous, as what is written to."""
+        """``values``: the case's mood at times and normal otherwise by default. ``plain``: contiguous."""
         if values is None:
             values = self.mood if self.chance(0.4) else "normal"
         strides, offset = self._layout(shape, plain)
@@ -351,6 +352,8 @@ def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
         kinds.remove("None")
     if path == "mask":
         kinds[kinds.index("bool")] = "float32"
+    if path == "x" and d.op in ("linear", "mlp"):
+        kinds.remove("axes")
     kind = d.choice(kinds)
     if kind == "shape":
         axis = d.randrange(len(spec.shape))
@@ -422,8 +425,8 @@ def _told(value: Any) -> str:
     if not is_node(value):
         return repr(value)
     defaults = type(value)._field_defaults
-    parts = zip(value._fields, value, strict=True)
-    return f"{type(value).__name__}({', '.join(f'{n}={_told(v)}' for n, v in parts if n not in defaults or v is not defaults[n])})"
+    given = {name: v for name, v in value._asdict().items() if name not in defaults or v is not defaults[name]}
+    return f"{type(value).__name__}({', '.join(f'{name}={_told(v)}' for name, v in given.items())})"
 
 
 def draw(op: str, seed: int) -> Case:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastvit import ops
-from fastvit.accuracy import NONE, ULPS, Deviation, deviation
+from fastvit.accuracy import NONE, Deviation, deviation
 from fastvit.reference import functional
+from fastvit.reference.functional import LayerNorm
 from tests.fuzz.cases import Case, Foreign, draw
 from tests.fuzz.memory import Spec, leaves, mapped
 from tests.helpers import poisoned_empty
@@ -121,13 +122,15 @@ class Plain:
         self.case, self.redraw = case, redraw
         self.arguments = {name: value for name, value in arguments.items() if name != "backend"}
         self.first = next(tensor for _, tensor in leaves(arguments, Tensor)).dtype
+        self.by_layer = isinstance(arguments.get("norm"), LayerNorm)
 
     def __call__(self, dtype: torch.dtype, threads: int = 1) -> Results:
         def copied(path: str, leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            of_norm = "norm." in path and dtype != torch.float64  # torch's norms take parameters in float32, too
-            kind = leaf.dtype if leaf.dtype == torch.bool or of_norm else dtype
+            # Beside 16 bits torch's batch norm takes float32, and its running statistics are to stay so.
+            kept = leaf.dtype == torch.bool or ("norm." in path and dtype.itemsize == 2 and not self.by_layer)
+            kind = leaf.dtype if kept else dtype
             copy = leaf.detach().to(kind, copy=True).contiguous()
             return copy.requires_grad_(leaf.requires_grad)
 
@@ -152,12 +155,23 @@ def _run_fused(case: Case, memory: Memory, redraw: int) -> Results:
 # --- What a result has to be ----------------------------------------------------------------------------------------
 
 
-def measure(name: str, fused: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype) -> Deviation:
-    """How far off a result is; WrongError where its NaN and infinities are not where the plain form puts them.
+def overflows(plain: Results, exact: Results) -> bool:
+    """Whether a result overflows, or nearly so: one order of summation or precision may then, and another not."""
+    return any(
+        bool(
+            (
+                exact[name].isfinite()
+                & (~tensor.isfinite() | (exact[name].abs() > torch.finfo(tensor.dtype).max / 100))
+            ).any()
+        )
+        for name, tensor in plain.items()
+    )
 
-    Sums of huge numbers overflow in one order or precision and not in another: float64's are right, too, and where they
-    differ nothing is measured.
-    """
+
+def measure(
+    name: str, fused: Tensor, plain: list[Tensor], exact: Tensor, dtype: torch.dtype, overflowing: bool
+) -> Deviation:
+    """How far off a result is; WrongError where its NaN and infinities are not where the plain form puts them."""
     if fused.shape != exact.shape or fused.dtype != dtype:
         raise WrongError(
             "shape", f"{name}: got {tuple(fused.shape)} {fused.dtype}, expected {tuple(exact.shape)} {dtype}"
@@ -166,17 +180,28 @@ def measure(name: str, fused: Tensor, plain: list[Tensor], exact: Tensor, dtype:
     alike = torch.zeros(exact.shape, dtype=torch.bool)
     finite = fused.isfinite()
     for tensor in candidates:
-        alike |= (fused == tensor) | (fused.isnan() & tensor.isnan()) | (fused.isfinite() & tensor.isfinite())
+        alike |= fused.isfinite() == tensor.isfinite()  # inf - inf and inf * 0 are where an expression is expanded
         finite &= tensor.isfinite()
+    if name.endswith("weight") and exact.dim() == 4:
+        alike |= fused == 0  # a tap that only meets the padding
+    if overflowing:
+        return NONE
     if not alike.all():
         at = tuple(int(i) for i in (~alike).nonzero()[0])
         values = f"fused {fused[at]:g}, plain {plain[0][at]:g}, exact {exact[at]:g}"
         raise WrongError("special", f"{name}: {int((~alike).sum())} of {fused.numel()} elements, at {at} {values}")
-    ulps = 16.0 if dtype == torch.float64 else ULPS  # in float64 the oracle errs as much as what it judges
     # Gradients of float32 parameters beside 16-bit activations have passed through those.
     coarsest = max((dtype, plain[0].dtype), key=lambda kind: torch.finfo(kind).eps)
     fused, exact, *plain = (t.where(finite, 0.0) for t in (fused.to(coarsest), exact, *plain))
-    return deviation(fused, plain, exact, ulps=ulps)
+    return deviation(fused, plain, exact)
+
+
+def _scaled(single: Results, exact: Results) -> Results:
+    """The plain form in float64 with the error to expect of it, float32's times the ratio of their roundings: its own
+    cannot be seen, since it is the oracle.
+    """
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {name: right + (single[name] - right).nan_to_num(0.0, 0.0, 0.0) * ratio for name, right in exact.items()}
 
 
 def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, Deviation]:
@@ -187,7 +212,12 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, De
     same: list[Results] = []
     refusal: Exception | None = None
     try:
-        exact, same = plain(torch.float64), [plain(plain.first, count) for count in threads]
+        exact = plain(torch.float64)
+        same = (
+            [_scaled(plain(torch.float32), exact)]
+            if plain.first == torch.float64
+            else [plain(plain.first, count) for count in threads]
+        )
     except Exception as error:  # it is torch's, of any kind
         refusal = error
     everything = tuple(path for path, _ in leaves(memory.arguments, Tensor))
@@ -207,16 +237,14 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int]) -> dict[str, De
         return {}
     torch.set_num_threads(1)
     dtypes = {path: tensor.dtype for path, tensor in leaves(memory.arguments, Tensor)}
-    return {
-        name: measure(
-            name,
-            fused[name],
-            [s[name] for s in same],
-            exact[name],
-            dtypes.get(name.rpartition(" ")[2], same[0][name].dtype),
-        )
-        for name in exact
-    }
+    overflowing = overflows(same[0], exact)
+
+    def measured(name: str) -> Deviation:
+        plains = [results[name] for results in same]
+        dtype = dtypes.get(name.removeprefix("gradient of "), plains[0].dtype)
+        return measure(name, fused[name], plains, exact[name], dtype, overflowing)
+
+    return {name: measured(name) for name in exact}
 
 
 def _check_accuracy(case: Case) -> None:
@@ -243,6 +271,8 @@ def _check_refusal(case: Case) -> None:
         result = _execute(getattr(ops, case.op), case, memory.arguments, lambda _, output: torch.ones_like(output))
     except EXPECTED_ERRORS as error:
         memory.check(unmoved=tuple(path for path, _ in leaves(memory.arguments, Tensor)))
+        if "cannot run this call" in str(error):  # for another reason
+            return
         names = {case.wrong, case.wrong.partition(".")[0]}
         if _may_be_seen_elsewhere(case):
             names |= set(case.arguments)

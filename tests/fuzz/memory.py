@@ -48,7 +48,7 @@ class Spec:
         return size
 
     def storage_and_tensor(self, redraw: int = 0) -> tuple[Tensor, Tensor]:
-        """The whole storage, NaN wherever the tensor has no element, and the tensor; ``redraw``: other random values."""
+        """The whole storage, NaN where the tensor has no element, and the tensor; ``redraw``: other random values."""
         length = 0 if self.numel == 0 else self.offset + 1 + _span(self.shape, self.strides)
         storage = guarded(max(length, 1), self.dtype, self.at_end or length == 0)
         storage.fill_(True if self.dtype == torch.bool else torch.nan)
@@ -73,7 +73,7 @@ def guarded(count: int, dtype: torch.dtype, at_end: bool) -> Tensor:
     memory = mmap.mmap(-1, inner + 2 * PAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for guard in (address, address + PAGE + inner):
-        if _LIBC.mprotect(ctypes.c_void_p(guard), PAGE, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0):
+        if _LIBC.mprotect(ctypes.c_void_p(guard), PAGE, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=PAGE + (inner - size if at_end else 0))
 

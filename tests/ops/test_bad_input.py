@@ -20,125 +20,21 @@ from torch.utils import _pytree as pytree
 
 from fastvit import backends, ops
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
+from tests.ops.calls import CALLS, CHANNELS, HEADS, HIDDEN, batch_norm, boolean, fields, projection
 
-HEADS, CHANNELS, HIDDEN = 4, 6, 12
 META = {"device": "meta"}
 BACKENDS = ("auto", "reference") if backends.cpp_reasons() else ("auto", "reference", "cpp")
 
 
-def batch_norm(features: int, batch: bool = False, **changes: Any) -> BatchNorm:
-    running = torch.zeros(features), torch.ones(features)
-    return BatchNorm(*running, torch.ones(features), torch.zeros(features), batch)._replace(**changes)
-
-
-def boolean(*shape: int, device: str = "cpu") -> Tensor:
-    return torch.ones(shape, dtype=torch.bool, device=device)
-
-
-def attention(batch: bool) -> dict[str, Any]:
-    q, k, v = torch.randn(2, HEADS, 5, 8), torch.randn(2, HEADS, 7, 8), torch.randn(2, HEADS, 7, 8)
-    return {"q": q, "k": k, "v": v, "mask": boolean(2, 7)}
-
-
-def square() -> Tensor:
-    return torch.randn(HEADS, HEADS)
-
-
-def projection(batch: bool = False, **changes: Any) -> Projection:
-    part = Projection(
-        dw_weight=torch.randn(CHANNELS, 1, 3, 3),
-        norm=batch_norm(CHANNELS, batch),
-        pw_weight=torch.randn(8, CHANNELS),
-        pw_bias=torch.randn(8),
-        dw_bias=torch.randn(CHANNELS),
-    )
-    return part._replace(**changes)
-
-
-TOKENS = {"grid": (3, 4), "prefix_tokens": 1}
-
-GOOD: dict[str, Callable[[bool], dict[str, Any]]] = {
-    "masked_attention": lambda batch: {**attention(batch), "bias": torch.randn(HEADS, 5, 7)},
-    "class_attention": lambda batch: {**attention(batch), "bias": torch.randn(HEADS, 5, 7)},
-    "head_mixed_attention": lambda batch: {
-        **attention(batch),
-        "pre_weight": square(),
-        "pre_bias": torch.randn(HEADS),
-        "post_weight": square(),
-        "post_bias": torch.randn(HEADS),
-        "norm": batch_norm(HEADS, batch),
-    },
-    "re_attention": lambda batch: {
-        **attention(batch),
-        "weight": square(),
-        "bias": torch.randn(HEADS),
-        "norm": batch_norm(HEADS, batch),
-    },
-    "talking_heads_attention": lambda batch: {
-        **attention(batch),
-        "pre_weight": square(),
-        "pre_bias": torch.randn(HEADS),
-        "post_weight": square(),
-        "post_bias": torch.randn(HEADS),
-    },
-    "depthwise_separable_conv": lambda batch: {
-        "x": torch.randn(2, 13, CHANNELS),
-        **projection(batch)._asdict(),
-        **TOKENS,
-    },
-    "conv_projection": lambda batch: {
-        "x": torch.randn(2, 13, CHANNELS),
-        **{name: projection(batch) for name in "qkv"},
-        **TOKENS,
-    },
-    "leff": lambda batch: {
-        "x": torch.randn(2, 13, CHANNELS),
-        "up_weight": torch.randn(HIDDEN, CHANNELS),
-        "up_bias": torch.randn(HIDDEN),
-        "dw_weight": torch.randn(HIDDEN, 1, 3, 3),
-        "dw_bias": torch.randn(HIDDEN),
-        "down_weight": torch.randn(CHANNELS, HIDDEN),
-        "down_bias": torch.randn(CHANNELS),
-        "up_norm": batch_norm(HIDDEN, batch),
-        "dw_norm": batch_norm(HIDDEN, batch),
-        "down_norm": batch_norm(CHANNELS, batch),
-        "grid": (3, 4),
-    },
-    "token_depthwise_conv": lambda batch: {
-        "x": torch.randn(2, 13, CHANNELS),
-        "weight": torch.randn(CHANNELS, 1, 3, 3),
-        "bias": torch.randn(CHANNELS),
-        "pre_norm": batch_norm(CHANNELS, batch),
-        "norm": batch_norm(CHANNELS, batch),
-        **TOKENS,
-    },
-    "linear": lambda batch: {"x": torch.randn(3, 8), "weight": torch.randn(4, 8), "bias": torch.randn(4)},
-    "mlp": lambda batch: {
-        "x": torch.randn(3, 8),
-        "fc1_weight": torch.randn(6, 8),
-        "fc1_bias": torch.randn(6),
-        "fc2_weight": torch.randn(4, 6),
-        "fc2_bias": torch.randn(4),
-    },
-    "conv_batch_norm": lambda batch: {
-        "x": torch.randn(2, 3, 8, 8),
-        "weight": torch.randn(CHANNELS, 3, 3, 3),
-        "bias": torch.randn(CHANNELS),
-        "norm": batch_norm(CHANNELS, batch),
-    },
-}
-"""By operator, arguments that it takes; with norms by the statistics of the batch or by running ones."""
-
-
 def refusals(op: str, change: dict[str, Any]) -> Iterator[str]:
     """Messages of the ValueErrors that a call with one change gives, whatever else is asked of it."""
-    has_norms = any(isinstance(leaf, BatchNorm) for leaf in _fields(GOOD[op](False)))
+    has_norms = any(isinstance(leaf, BatchNorm) for leaf in fields(CALLS[op](False)))
     for batch, gradients in itertools.product((False, True) if has_norms else (False,), (False, True)):
         for backend in (change["backend"],) if "backend" in change else BACKENDS:
             if op == "conv_batch_norm" and backend == "cpp":
                 backend = "channels_last"
-            arguments = {**GOOD[op](batch), "backend": backend, **change}
-            running = [tensor for norm in _fields(arguments) if isinstance(norm, BatchNorm) for tensor in norm[:2]]
+            arguments = {**CALLS[op](batch), "backend": backend, **change}
+            running = [tensor for norm in fields(arguments) if isinstance(norm, BatchNorm) for tensor in norm[:2]]
             running = [tensor for tensor in running if isinstance(tensor, Tensor) and not tensor.is_meta]
             before = [tensor.clone() for tensor in running]
             if gradients:
@@ -155,14 +51,6 @@ def refusals(op: str, change: dict[str, Any]) -> Iterator[str]:
             assert isinstance(error, ValueError), f"{where} gave {error!r}"
             assert all(map(torch.equal, running, before)), f"{where} moved running statistics"
             yield str(error)
-
-
-def _fields(arguments: dict[str, Any]) -> Iterator[Any]:
-    """The arguments, and those of Projections."""
-    for value in arguments.values():
-        yield value
-        if isinstance(value, Projection):
-            yield from value
 
 
 # --- Values by hand, with the message -------------------------------------------------------------------------------
@@ -506,9 +394,9 @@ def annotations(function: Callable[..., Any]) -> dict[str, str]:
     return {name: str(p.annotation) for name, p in inspect.signature(function).parameters.items()}
 
 
-@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("op", CALLS)
 def test_a_value_of_a_wrong_kind_is_named(op):
-    for name, value in wrong_kinds(annotations(getattr(ops, op)), GOOD[op](False)):
+    for name, value in wrong_kinds(annotations(getattr(ops, op)), CALLS[op](False)):
         if name == "dropout_after_mix":  # not looked at without dropout
             continue
         assert_named(name, op, {name: value})
@@ -522,9 +410,9 @@ def assert_named(name: str, op: str, change: dict[str, Any]) -> None:
         raise AssertionError(f"{name}: {change!r:.200}: {error}") from error
 
 
-@pytest.mark.parametrize("op", [op for op in GOOD if any(isinstance(v, BatchNorm) for v in _fields(GOOD[op](False)))])
+@pytest.mark.parametrize("op", [op for op in CALLS if any(isinstance(v, BatchNorm) for v in fields(CALLS[op](False)))])
 def test_a_field_of_a_norm_of_a_wrong_kind_is_named(op):
-    for name, norm in GOOD[op](False).items():
+    for name, norm in CALLS[op](False).items():
         if not isinstance(norm, BatchNorm):
             continue
         for field, value in itertools.product(BatchNorm._fields[:4], ("text", [1.0], torch.ones(3).numpy(), 1)):
@@ -542,12 +430,12 @@ def test_a_field_of_a_projection_of_a_wrong_kind_is_named():
 
 
 @pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("op", CALLS)
 def test_what_the_cases_start_from_is_accepted(op, batch):
     for backend in BACKENDS:
         if op == "conv_batch_norm" and backend == "cpp":
             continue
-        assert all(part.isfinite().all() for part in pytree.tree_leaves(getattr(ops, op)(**GOOD[op](batch))))
+        assert all(part.isfinite().all() for part in pytree.tree_leaves(getattr(ops, op)(**CALLS[op](batch))))
 
 
 def test_tokens_that_overflow():
@@ -561,7 +449,7 @@ def test_tokens_that_overflow():
 
 
 def test_residual_wants_the_grid_kept():
-    arguments = GOOD["token_depthwise_conv"](False)
+    arguments = CALLS["token_depthwise_conv"](False)
     message = r"residual: expected False, since the convolution gives a grid of \(2, 2\) from \(3, 4\), got True"
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=message):
@@ -570,6 +458,6 @@ def test_residual_wants_the_grid_kept():
 
 def test_every_operator_and_argument_is_here():
     public = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
-    assert set(MESSAGES) == set(GOOD) == public
+    assert set(MESSAGES) == set(CALLS) == public
     for op in public:
         assert set(annotations(getattr(ops, op))) - {"dropout_after_mix"} <= {name for name, _, _ in MESSAGES[op]}, op

@@ -194,15 +194,17 @@ def test_the_kernel_itself_checks() -> None:
         "weight must be (C, 1, k, k)": low_level(torch.zeros(8, 1, 3, 5), None, None, 1, 1),
         "bias must be contiguous with 8 elements": low_level(weight, torch.zeros(7), None, 1, 1),
         "norm_var must be contiguous": low_level(weight, None, norm._replace(running_var=torch.ones(9)), 1, 1),
-        "a norm needs both": low_level(weight, None, norm._replace(running_var=None), 1, 1),
-        "stride 0": low_level(weight, None, None, 0, 1),
+        "norm_mean and k_norm_var must be given together": low_level(
+            weight, None, norm._replace(running_var=None), 1, 1
+        ),
+        "k_stride must be at least 1": low_level(weight, None, None, 0, 1),
     }
     run, x = torch.ops.fastvit.conv_projection, torch.zeros(2, 21, 8)
     run(x, *good, *good, *good, 5, 4, 1)
     for message, part in bad.items():
         with pytest.raises(RuntimeError, match=re.escape(message)):
             run(x, *good, *part, *good, 5, 4, 1)
-    with pytest.raises(RuntimeError, match="take float32 and bfloat16, got float16"):
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
         run(x.half(), *good, *good, *good, 5, 4, 1)
     with pytest.raises(RuntimeError, match="x has 21 tokens"):
         run(x, *good, *good, *good, 5, 5, 1)

@@ -1,41 +1,82 @@
-"""The choice of an implementation: order, refusals, the environment's restriction, recording, logging, tracing."""
+"""The one call path: choice, refusals, errors, the environment's restriction, recording, logging, tracing."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fastvit.ops._dispatch import Implementation, Selection, gradients_needed, recording, select, turned_down
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fastvit import backends, ops
-from fastvit.ops import _dispatch
+from fastvit.ops import _operator
+from fastvit.ops._operator import Implementation, Operator, Selection, gradients_needed, recording
+from fastvit.reference.functional import BatchNorm
+from tests.ops.calls import CALLS
+
+needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
+
+# --- With implementations that multiply -----------------------------------------------------------------------------
 
 
-def _small_only(x: torch.Tensor) -> list[str]:
-    return [] if x.shape[0] <= 4 else ["takes up to 4 rows"]
+class Call(NamedTuple):
+    x: Tensor
 
 
-def _no_gradients(x: torch.Tensor) -> list[str]:
-    return ["no backward"] if gradients_needed(x) else []
+def check(call: Call) -> None:
+    if call.x.dim() != 1:
+        raise ValueError(f"x: expected one axis, got {call.x.dim()}")
 
 
-IMPLEMENTATIONS = (
-    Implementation("cuda", lambda x: ["not on a GPU", "too old"], lambda x: x * 100),
-    Implementation("cpp", lambda x: _small_only(x) + _no_gradients(x), lambda x: x * 2),
-    Implementation("sdpa", _no_gradients, lambda x: x * 3),
-    Implementation("reference", lambda x: [], lambda x: x * 4),
+def cuda_reasons(call: Call, named: bool) -> Iterator[str]:
+    yield "not on a GPU"
+    yield "too old"
+
+
+def cpp_reasons(call: Call, named: bool) -> Iterator[str]:
+    if call.x.shape[0] > 4:
+        yield "takes up to 4 rows"
+    if gradients_needed(call.x):
+        yield "no backward"
+
+
+def sdpa_reasons(call: Call, named: bool) -> Iterator[str]:
+    if gradients_needed(call.x):
+        yield "no backward"
+    if not named and call.x.shape[0] == 3:
+        yield "slow for 3 rows"
+
+
+def times(factor: float) -> Callable[[Call], Tensor]:
+    return lambda call: call.x * factor
+
+
+DOUBLE = Operator(
+    "double",
+    (
+        Implementation("cuda", times(100), cuda_reasons),
+        Implementation("cpp", times(2), cpp_reasons, validates=True),
+        Implementation("sdpa", times(3), sdpa_reasons),
+        Implementation("reference", times(4)),
+    ),
+    check,
 )
 SMALL, LARGE = torch.ones(4), torch.ones(5)
 
 
-def run(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-    return select("double", IMPLEMENTATIONS, backend, (x,), {}).run(x)
+def run(x: Tensor, backend: str = "auto") -> Tensor:
+    return DOUBLE(Call(x), backend)
 
 
-def name(x: torch.Tensor, backend: str = "auto") -> str:
-    return select("double", IMPLEMENTATIONS, backend, (x,), {}).name
+def name(x: Tensor, backend: str = "auto") -> str:
+    return {2.0: "cpp", 3.0: "sdpa", 4.0: "reference"}[float(run(x, backend)[0])]
 
 
 def test_auto_takes_the_first_without_reasons():
@@ -52,16 +93,23 @@ def test_a_named_backend_never_falls_back():
         name(LARGE.clone().requires_grad_(), "cpp")
 
 
+def test_a_named_backend_runs_where_another_would_only_be_faster():
+    assert name(torch.ones(3), "sdpa") == "sdpa"
+
+
 def test_an_unknown_backend_lists_the_valid_ones():
-    with pytest.raises(ValueError, match=r"backend: double has none named 'fast'.*'auto', 'cuda', 'cpp', 'sdpa', 'ref"):
+    with pytest.raises(
+        ValueError, match=r"backend: expected one of \['auto', 'cuda', 'cpp', 'sdpa', 'reference'\] for "
+    ):
         name(SMALL, "fast")
 
 
-def test_the_environment_narrows_the_automatic_choice_only(monkeypatch):
+def test_the_environment_restricts_the_automatic_choice_only(monkeypatch):
     monkeypatch.setattr(backends, "REQUESTED", frozenset({"sdpa"}))
     assert name(SMALL) == "sdpa"
     assert name(SMALL, "cpp") == "cpp"
-    assert "FASTVIT_BACKEND" in turned_down("double", IMPLEMENTATIONS, (SMALL,), {})["cpp"][0]
+    cpp = DOUBLE.implementations[1]
+    assert DOUBLE.turned_down(Call(LARGE), cpp) == ["disabled by FASTVIT_BACKEND for double", "takes up to 4 rows"]
     monkeypatch.setattr(backends, "REQUESTED", frozenset({"reference"}))
     assert name(SMALL) == "reference"
 
@@ -78,10 +126,8 @@ def test_gradients_are_needed_where_autograd_will_ask():
 
 
 def test_turned_down_gives_every_reason():
-    assert turned_down("double", IMPLEMENTATIONS, (LARGE,), {}) == {
-        "cuda": ["not on a GPU", "too old"],
-        "cpp": ["takes up to 4 rows"],
-    }
+    found = {each.name: DOUBLE.turned_down(Call(LARGE), each) for each in DOUBLE.implementations}
+    assert found == {"cuda": ["not on a GPU", "too old"], "cpp": ["takes up to 4 rows"], "sdpa": [], "reference": []}
 
 
 def test_recording_sees_choices_of_its_block_only():
@@ -91,11 +137,20 @@ def test_recording_sees_choices_of_its_block_only():
         name(LARGE)
     name(SMALL)
     assert [(choice.op, choice.backend) for choice in seen] == [("double", "sdpa")]
-    assert seen[0].turned_down["cpp"] == ["takes up to 4 rows"]
+    assert seen[0].turned_down == {"cuda": ["not on a GPU", "too old"], "cpp": ["takes up to 4 rows"]}
+
+
+def test_a_recorder_may_wrap_the_run():
+    def around(run: Callable[[Call], Tensor], call: Call) -> Tensor:
+        return run(call) + 1.0
+
+    with recording(lambda selection: around if selection.backend == "sdpa" else None):
+        assert torch.equal(run(LARGE), LARGE * 3 + 1)
+        assert torch.equal(run(SMALL), SMALL * 2)
 
 
 def test_the_log_tells_each_choice_once(caplog, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_told", set())
+    monkeypatch.setattr(_operator, "_logged", set())
     with caplog.at_level(logging.DEBUG, "fastvit"):
         for _ in range(3):
             name(LARGE)
@@ -106,46 +161,359 @@ def test_the_log_tells_each_choice_once(caplog, monkeypatch):
     ]
 
 
-def test_traceable_without_graph_breaks():
+def test_the_log_is_silent_where_only_the_root_logger_has_the_level(caplog, monkeypatch):
+    monkeypatch.setattr(_operator, "_logged", set())
+    with caplog.at_level(logging.DEBUG):
+        name(SMALL)
+    assert not caplog.records
+
+
+def test_fastvit_log_gives_the_logger_a_handler(capsys, monkeypatch):
+    monkeypatch.setattr(_operator, "_logged", set())
+    level, handlers = _operator.log.level, list(_operator.log.handlers)
+    try:
+        _operator.configure_log("debug")
+        name(SMALL)
+    finally:
+        _operator.log.setLevel(level)
+        _operator.log.handlers[:] = handlers
+    assert capsys.readouterr().err == "fastvit: double: cpp; not cuda: not on a GPU, too old\n"
+    with pytest.raises(ValueError, match="FASTVIT_LOG: expected 'debug', 'info', 'warning' or 'error', got 'shout'"):
+        _operator.configure_log("shout")
+
+
+def test_compiles_without_graph_breaks():
+    torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for x in (SMALL, LARGE, LARGE.clone().requires_grad_()):
         assert torch.equal(compiled(x), run(x))
     torch._dynamo.reset()
 
 
-class _Doubling(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
         return run(x, "cpp")
 
 
 def test_export_trace_and_transforms_take_the_reference():
-    exported = torch.export.export(_Doubling(), (SMALL,)).module()
+    exported = torch.export.export(Doubling(), (SMALL,)).module()
     assert torch.equal(exported(SMALL), SMALL * 4)
-    assert torch.equal(torch.jit.trace(_Doubling(), SMALL, check_trace=False)(SMALL), SMALL * 4)
+    assert torch.equal(torch.jit.trace(Doubling(), SMALL, check_trace=False)(SMALL), SMALL * 4)
+    assert torch.equal(torch.fx.symbolic_trace(Doubling())(SMALL), SMALL * 4)
     assert torch.equal(torch.func.vmap(run)(torch.ones(2, 3)), torch.full((2, 3), 4.0))
     assert torch.equal(torch.func.grad(lambda x: run(x).sum())(SMALL), torch.full((4,), 4.0))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(run(SMALL), SMALL * 4)
     assert torch.equal(run(SMALL), SMALL * 2)
 
 
-def test_fastvit_log_gives_the_logger_a_handler(capsys, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_told", set())
-    level, handlers = _dispatch.log.level, list(_dispatch.log.handlers)
-    try:
-        _dispatch.configure_log("debug")
-        name(SMALL)
-    finally:
-        _dispatch.log.setLevel(level)
-        _dispatch.log.handlers[:] = handlers
-    assert capsys.readouterr().err == "fastvit: double: cpp; not cuda: not on a GPU, too old\n"
-    with pytest.raises(ValueError, match="FASTVIT_LOG: got 'shout', accepted are 'debug'"):
-        _dispatch.configure_log("shout")
+# --- Of every operator: the same results and errors whatever observes the call --------------------------------------
+
+WAYS = ("default", "recorded", "logged", "requested", "named")
+"""Where nothing observes; under a recorder; with a log; restricted by FASTVIT_BACKEND; with a named backend."""
 
 
-def test_a_recorder_may_stand_around_the_run():
-    def around(run, *args):
-        return run(*args) + 1.0
+def operator(op: str) -> Operator:
+    return ops.OPERATORS.get(op, ops.OPERATORS["head_mixed_attention"])
 
-    with recording(lambda selection: around if selection.backend == "sdpa" else None):
-        x = torch.ones(1, 1, 2, 8)
-        assert torch.equal(ops.masked_attention(x, x, x, backend="sdpa"), x + 1.0)
-        assert torch.equal(ops.masked_attention(x, x, x, backend="reference"), x)
+
+def converted(arguments: dict[str, Any], dtype: torch.dtype, gradients: bool = False) -> dict[str, Any]:
+    """A copy in this dtype; every tensor but running statistics needs its gradient, where gradients are wanted."""
+
+    def convert(path: pytree.KeyPath, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf.detach().to(dtype, copy=True).requires_grad_(gradients and "running" not in pytree.keystr(path))
+
+    return pytree.tree_map_with_path(convert, arguments)
+
+
+def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+def call(op: str, arguments: dict[str, Any], **options: Any) -> list[Tensor]:
+    return pytree.tree_leaves(getattr(ops, op)(**arguments, **options))
+
+
+def step(op: str, arguments: dict[str, Any], **options: Any) -> list[Tensor]:
+    """Results, gradients, and what became of every argument."""
+    outputs, tensors = call(op, arguments, **options), tensors_of(arguments)
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    loss = torch.stack([output.float().sin().sum() for output in outputs]).sum()
+    return [*outputs, *(torch.autograd.grad(loss, trained) if trained else ()), *tensors]
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """``way(backend)``: a context in which calls are observed in the way that is the parameter."""
+
+    def observed(backend: str) -> Any:
+        if request.param == "recorded":
+            return recording(lambda selection: None)
+        if request.param == "logged":
+            monkeypatch.setattr(_operator.log, "level", logging.DEBUG)
+        elif request.param == "requested":
+            monkeypatch.setattr(backends, "REQUESTED", frozenset({backend}))
+        return nullcontext()
+
+    return observed
+
+
+@pytest.fixture(autouse=True)
+def _own_products(monkeypatch):
+    """Linear layers by the C++ kernel on every machine, few rows or not."""
+    linear = sys.modules["fastvit.ops.linear"]
+    for changed, value in (("_PAYS_OFF", True), ("_HAS_BFLOAT16_PRODUCTS", True)):
+        monkeypatch.setattr(linear, changed, value)
+    for changed in ("CPP_MIN_ROWS", "CPP_MIN_COLUMNS"):
+        monkeypatch.setattr(linear, changed, 1)
+
+
+def chosen(op: str, arguments: dict[str, Any]) -> str:
+    seen: list[Selection] = []
+    with recording(seen.append):
+        call(op, arguments)
+    return seen[0].backend
+
+
+@needs_cpp
+@pytest.mark.parametrize("way", WAYS[1:], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", CALLS)
+def test_results_are_bitwise_the_same_whatever_observes(op, dtype, way, request):
+    for batch, gradients in ((False, False), (False, True), (True, False), (True, True)):
+        arguments = converted(CALLS[op](batch), dtype, gradients)
+        plain_way, backend = step(op, copy.deepcopy(arguments)), chosen(op, copy.deepcopy(arguments))
+        assert backend == "cpp" or op == "conv_batch_norm"
+        with way(backend):
+            options = {"backend": backend} if request.node.callspec.params["way"] == "named" else {}
+            found = step(op, copy.deepcopy(arguments), **options)
+        for one, other in zip(plain_way, found, strict=True):
+            assert torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
+
+
+class KernelError(RuntimeError):
+    """What a kernel raises of itself."""
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "masked_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
+    "class_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
+    "head_mixed_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
+    "re_attention": ("bias", torch.zeros(3)),
+    "talking_heads_attention": ("post_weight", torch.zeros(3, 3)),
+    "depthwise_separable_conv": ("pw_weight", torch.zeros(8, 7)),
+    "conv_projection": ("grid", (5, 5)),
+    "leff": ("form", "both"),
+    "token_depthwise_conv": ("bias", torch.zeros(5)),
+    "linear": ("weight", torch.zeros(4, 9)),
+    "mlp": ("fc2_bias", torch.zeros(5)),
+    "conv_batch_norm": ("stride", 0),
+}
+"""By operator, an argument that is wrong, which no implementation looks at when it is asked for its reasons."""
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
+    """``broken(op, backend)``: every implementation of that operator notes its name; that one raises, the others lie."""
+
+    def replace(op: str, backend: str) -> list[str]:
+        ran: list[str] = []
+
+        def replaced(each: Implementation) -> Implementation:
+            def run(call: Any) -> Any:
+                ran.append(each.name)
+                if each.name == backend:
+                    raise KernelError("out of registers")
+                return torch.zeros(())
+
+            return each._replace(run=run)
+
+        record = operator(op)
+        monkeypatch.setattr(record, "implementations", tuple(map(replaced, record.implementations)))
+        return ran
+
+    return replace
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("op", CALLS)
+def test_the_error_of_a_kernel_arrives_and_nothing_falls_back(op, way, broken, request):
+    options = {}
+    backend = chosen(op, CALLS[op](False))
+    ran = broken(op, backend)
+    if request.node.callspec.params["way"] == "named":
+        options["backend"] = backend
+    for gradients in (False, True):
+        arguments = converted(CALLS[op](False), torch.float32, gradients)
+        if op == "conv_batch_norm" and gradients:
+            continue
+        with way(backend), pytest.raises(KernelError, match="^out of registers$"):
+            call(op, arguments, **options)
+        assert ran == [backend]
+        ran.clear()
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("op", CALLS)
+def test_an_argument_that_is_wrong_is_named_in_place_of_the_kernels_error(op, way, broken, request):
+    options = {}
+    backend = chosen(op, CALLS[op](False))
+    ran = broken(op, backend)
+    if request.node.callspec.params["way"] == "named":
+        options["backend"] = backend
+    wrong, value = WRONG[op]
+    with way(backend), pytest.raises(ValueError, match=f"^{wrong}: expected ") as error:
+        call(op, CALLS[op](False) | {wrong: value}, **options)
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+    assert set(ran) <= {backend}
+
+
+@needs_cpp
+def test_the_error_of_a_registered_operator_arrives():
+    """Through autograd's function and the composition around it."""
+
+    def fail(*_: Any) -> Tensor:
+        raise KernelError("out of registers")
+
+    module = sys.modules["fastvit.ops.token_depthwise_conv"]
+    kernels = module.Kernels(fail, fail, fail, module.NATIVE.Arguments)
+    for gradients in (False, True):
+        arguments = converted(CALLS["token_depthwise_conv"](gradients), torch.float32, gradients)
+        with pytest.raises(KernelError, match="out of registers"):
+            module._runner(kernels)(module.Convolution(**arguments))
+
+
+def test_a_norm_over_the_batch_counts_it_once_and_moves_its_statistics():
+    layer = nn.BatchNorm2d(6)
+    with torch.no_grad():
+        call("token_depthwise_conv", CALLS["token_depthwise_conv"](False) | {"norm": BatchNorm.of(layer)})
+    assert layer.num_batches_tracked == 1
+    assert not torch.equal(layer.running_mean, torch.zeros(6))
+
+
+@pytest.mark.parametrize("wrong", ["pre_norm", "norm"])
+def test_running_statistics_stay_where_a_call_is_refused(wrong):
+    """Those of the other norm are right, and would be moved."""
+    arguments = CALLS["token_depthwise_conv"](True)
+    arguments[wrong] = arguments[wrong]._replace(running_mean=torch.zeros(7))
+    before = [tensor.clone() for tensor in tensors_of(arguments)]
+    with pytest.raises(ValueError, match=f"{wrong}.running_mean"):
+        call("token_depthwise_conv", arguments)
+    assert all(map(torch.equal, tensors_of(arguments), before))
+
+
+# --- Of every operator: graphs --------------------------------------------------------------------------------------
+
+
+class Module(nn.Module):
+    """A call of an operator as a function of its first argument."""
+
+    def __init__(self, op: str, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.op, self.arguments = op, dict(arguments)
+        self.first = next(iter(arguments))
+        self.example = self.arguments.pop(self.first)
+
+    def forward(self, x: Tensor) -> Any:
+        return getattr(ops, self.op)(**{self.first: x}, **self.arguments)
+
+
+def is_ours(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and ("fastvit" in str(node.target) or "scaled_dot" in str(node.target))
+
+
+def plain(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    return call(op, arguments, backend="reference")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_symbolic_trace_takes_the_plain_path(op):
+    arguments = CALLS[op](False)
+    model = Module(op, arguments)
+    traced = torch.fx.symbolic_trace(model)
+    assert not any(map(is_ours, traced.graph.nodes))
+    for one, other in zip(pytree.tree_leaves(traced(model.example)), plain(op, arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_export_takes_the_plain_path(op):
+    arguments = CALLS[op](False)
+    model = Module(op, arguments)
+    program = torch.export.export(model, (model.example,))
+    assert not any(map(is_ours, program.graph.nodes))
+    for one, other in zip(pytree.tree_leaves(program.module()(model.example)), plain(op, arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def batches(op: str, batch_statistics: bool, size: int) -> dict[str, Any]:
+    """The call's arguments with that many images."""
+    arguments = CALLS[op](batch_statistics)
+    for each in ("x", "q", "k", "v", "mask"):
+        if isinstance(arguments.get(each), Tensor):
+            arguments[each] = torch.cat([arguments[each]] * size)[:size].clone()
+    return arguments
+
+
+@needs_cpp
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("op", CALLS)
+def test_compiles_whole_for_any_batch(op, training):
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def trained(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
+        arguments = converted(arguments, torch.float32, training)
+        outputs, tensors = pytree.tree_leaves(function(**arguments)), tensors_of(arguments)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        loss = torch.stack([output.sin().sum() for output in outputs]).sum()
+        return [*outputs, *(torch.autograd.grad(loss, wanted) if wanted else ()), *tensors]
+
+    for size in (2, 3):
+        arguments = batches(op, training, size)
+        for one, other in zip(trained(compiled, arguments), trained(getattr(ops, op), arguments), strict=True):
+            torch.testing.assert_close(one, other)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_compiles_whole_for_the_sizes_it_sees(op):
+    torch._dynamo.reset()
+    arguments = CALLS[op](False)
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, dynamic=False, backend="eager")
+    with torch.no_grad():
+        for one, other in zip(pytree.tree_leaves(compiled(**arguments)), call(op, arguments), strict=True):
+            assert torch.equal(one, other)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if "attention" in op])
+def test_one_tensor_as_queries_keys_and_values_compiles_with_its_gradient(op):
+    torch._dynamo.reset()
+    arguments = CALLS[op](False)
+    for each in ("mask", "bias"):
+        if each in arguments and op != "re_attention":
+            arguments.pop(each)
+
+    def loss(x: Tensor) -> Tensor:
+        return getattr(ops, op)(**arguments | {"q": x, "k": x, "v": x, "mask": None}).sin().sum()
+
+    x = torch.randn(2, 4, 7, 8, requires_grad=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (got,), (expected,) = torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(got, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_fake_tensors_are_checked_and_give_the_sizes(op):
+    wrong, value = WRONG[op]
+    with FakeTensorMode() as mode:
+        arguments = pytree.tree_map_only(Tensor, mode.from_tensor, CALLS[op](False))
+        value = mode.from_tensor(value) if isinstance(value, Tensor) else value
+        found = call(op, arguments)
+        with pytest.raises(ValueError, match=f"^{wrong}: expected "):
+            call(op, arguments | {wrong: value})
+    assert [(out.shape, out.dtype) for out in found] == [(out.shape, out.dtype) for out in plain(op, CALLS[op](False))]
