@@ -19,6 +19,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = [
     "ACTIVATION_CODES",
     "NO_NORM",
+    "REGISTERED",
     "Registered",
     "adjacent_channels",
     "contiguous",
@@ -44,6 +45,10 @@ class Registered(NamedTuple):
     Arguments: type[Any]
 
 
+REGISTERED: dict[str, Registered] = {}
+"""Every registered operator by name."""
+
+
 def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) -> Registered:
     """Define ``fastvit::name`` with a fake kernel.
 
@@ -55,7 +60,8 @@ def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) 
     record = namedtuple(name, [argument.split()[1] for argument in arguments.split(", ")])  # type: ignore[misc]
     torch.library.register_fake(f"fastvit::{name}", lambda *values: fake(record(*values)))
     overload = getattr(torch.ops.fastvit, name).default
-    return Registered(overload, overload._op, record)
+    REGISTERED[name] = Registered(overload, overload._op, record)
+    return REGISTERED[name]
 
 
 def launch(name: str, module: str, function: str) -> None:

@@ -138,14 +138,16 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    # torch would broadcast a bias, add one of another dtype, and answer parameters on meta with an empty result.
-    if bias is not None:
-        if bias.dim() != 1 or bias.numel() != weight.shape[0] or bias.is_meta is not x.is_meta:
-            raise ValueError("bias")
-        if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError("bias")
-    if weight.is_meta is not x.is_meta:
-        raise ValueError("weight")
+    # torch would broadcast a bias, add one of another dtype, and answer parameters on meta with an empty result; a proxy
+    # of torch.fx has no shape.
+    if not isinstance(x, torch.fx.Proxy):
+        if bias is not None:
+            if bias.dim() != 1 or bias.numel() != weight.shape[0] or bias.is_meta is not x.is_meta:
+                raise ValueError("bias")
+            if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError("bias")
+        if weight.is_meta is not x.is_meta:
+            raise ValueError("weight")
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
 
