@@ -138,11 +138,12 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    # torch would broadcast a bias, and answer parameters on meta with an empty result
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
-        raise ValueError("bias")
-    if weight.is_meta != x.is_meta:
-        raise ValueError("weight")
+    if isinstance(x, Tensor):  # no proxy of torch.fx
+        # torch would broadcast a bias, and answer parameters on meta with an empty result
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
+            raise ValueError("bias")
+        if weight.is_meta != x.is_meta:
+            raise ValueError("weight")
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
 
@@ -239,6 +240,8 @@ def cast_like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     for tensor in parameters:
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError("parameters: expected floating tensors")
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return list(parameters)
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         return list(parameters)
     return [tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in parameters]
