@@ -266,6 +266,6 @@ def differentiable_backward(
     outputs = plain(*tensors)
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
     pairs = [(outputs, grads)] if isinstance(outputs, Tensor) else zip(outputs, grads, strict=True)
-    used = [(output, grad) for output, grad in pairs if grad is not None]
-    found = iter(torch.autograd.grad(*zip(*used, strict=True), wanted, create_graph=True, allow_unused=True))
+    used, given = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
+    found = iter(torch.autograd.grad(used, wanted, given, create_graph=True, allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(tensors, needed, strict=True)]

@@ -244,6 +244,8 @@ def cast_like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     for tensor in parameters:
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError("parameters: expected floating tensors")
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return list(parameters)
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         return list(parameters)
     return [tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in parameters]
