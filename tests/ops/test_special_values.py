@@ -1,7 +1,7 @@
 """NaN, infinities and large numbers: where the plain form puts them, and never out of what is masked.
 
-The oracle of attention under a mask is attention without the masked keys, query by query. An additive bias of -inf masks
-as False does.
+The oracle of attention under a mask is attention without the masked keys, query by query. An additive bias of -inf
+masks as False does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 from fastvit import ops
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
-
-from helpers import assert_as_accurate, poisoned_empty
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16)
@@ -49,7 +48,7 @@ def compare(function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tens
         assert_as_accurate(*three, name=name)
 
 
-@pytest.mark.parametrize("channels", [1, 7, 16, 40])
+@pytest.mark.parametrize("channels", [7, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("where", ["pre_activation", "activation"])
@@ -70,13 +69,14 @@ def test_activations_around_a_convolution(isa, where, activation, dtype, channel
         compare(fused, lambda x, call=call: call(functional.token_depthwise_conv, x), given)
 
 
-@pytest.mark.parametrize("columns", [1, 20, 70])
+@pytest.mark.parametrize("columns", [1, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_behind_a_product(isa, activation, dtype, columns):
     x, weight = special(1, dtype), torch.ones(columns, 1, dtype=dtype)
     fused = ops.linear(x, weight, None, activation, backend="cpp")
-    plain, exact = (functional.linear(*given, None, activation) for given in ((x, weight), (x.double(), weight.double())))
+    plain = functional.linear(x, weight, None, activation)
+    exact = functional.linear(x.double(), weight.double(), None, activation)
     assert_as_accurate(fused, plain, exact)
 
 
@@ -130,7 +130,7 @@ def hold_attention(function, q, k, v, mask, bias, grad, names=("out", "dq", "dk"
 
 
 POISON = (NAN, INF, -INF)
-SHAPES = [(1, 9, 8), (3, 70, 33), (8, 20, 16), (9, 30, 8), (20, 21, 40), (40, 600, 8), (33, 300, 24)]
+SHAPES = [(1, 9, 8), (3, 70, 33), (9, 520, 8), (33, 40, 24)]
 HIDING = ["column", "rows", "pairs", "everything"]
 
 
@@ -216,7 +216,7 @@ def test_the_calls_of_the_issue(isa, queries):
         hold_attention(ops.masked_attention, q, k, v, mask, None, grad)
 
 
-@pytest.mark.parametrize("keys", [3, 20, 600])
+@pytest.mark.parametrize("keys", [3, 600])
 @pytest.mark.parametrize("queries", [2, 21])
 def test_logits_of_minus_infinity_are_no_mask(isa, queries, keys):
     """A row that sees keys is NaN where all its logits are -inf, with a mask or a bias as without."""
@@ -276,7 +276,7 @@ def mixed_without_masked(form, q, k, v, small, mask):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["column", "rows", "pairs"])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize(("heads", "queries", "keys"), [(3, 5, 9), (2, 20, 33), (8, 40, 21)])
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(3, 5, 9), (8, 20, 21)])
 def test_head_mixing(isa, heads, queries, keys, mix, kind, dtype):
     q, grad = torch.randn(2, 2, heads, queries, 16).to(dtype)
     k, v = torch.randn(2, 2, heads, keys, 16).to(dtype)
@@ -345,25 +345,18 @@ def test_a_nan_bias_of_a_mix_shows(isa, training):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [1, 3, 6, 16])
 def test_layer_norm_over_heads_that_are_all_the_same(isa, heads, dtype):
-    """With one key every probability is one: what a layer norm leaves of equal heads is exactly zero."""
-    q, k, v = torch.randn(3, 2, heads, 9, 16).to(dtype)
-    k, v = k[:, :, :1], v[:, :, :1]
-    for weight in (torch.full((heads, heads), 0.3), None, torch.eye(heads)):
+    """With one key every probability is one: what a layer norm leaves of equal heads, and every gradient, is zero."""
+    q, k, v, grad = torch.randn(4, 2, heads, 9, 16).to(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k[:, :, :1], v[:, :, :1])]
+    for weight in (None, torch.eye(heads)):
         norm = LayerNorm(torch.randn(heads), None, 1e-12)
-
-        def call(form, weight=weight, norm=norm, **more):
-            leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-            of_mix = None if weight is None else weight.to(form is ops.head_mixed_attention and torch.float32 or dtype)
-            given = norm if form is ops.head_mixed_attention else norm._replace(weight=norm.weight.to(dtype))
-            out = form(*leaves, post_weight=of_mix, norm=given, **more)
-            return [out, *torch.autograd.grad(out.float().sum(), leaves)]
-
-        for got, plain in zip(call(ops.head_mixed_attention, backend="cpp"), call(functional.head_mixed_attention)):
-            if plain.eq(0).all():
-                assert got.eq(0).all()
+        with torch.no_grad():
+            assert ops.head_mixed_attention(*leaves, post_weight=weight, norm=norm, backend="cpp").eq(0).all()
+        out = ops.head_mixed_attention(*leaves, post_weight=weight, norm=norm, backend="cpp")
+        assert all(result.eq(0).all() for result in (out, *torch.autograd.grad(out, leaves, grad)))
 
 
-@pytest.mark.parametrize("size", [100.0, -3e3, 1e5])
+@pytest.mark.parametrize("size", [100.0, -1e5])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("channels", [5, 48])
 def test_large_biases_in_front_of_a_batch_norm(isa, channels, kernel, size):
