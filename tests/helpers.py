@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from fastvit import accuracy
+from fastvit import accuracy, backends
 
 HANG_GUARD = 3600.0
 """Seconds after which a process or thread that a test waits for counts as hung. No result is judged by a clock."""
@@ -78,6 +79,22 @@ def _broken(found: accuracy.Deviation, name: str) -> str:
         f"{name}: error {found.excess:.3g} beyond the last places, allowed is "
         f"{accuracy.FACTOR:g} x {found.plain_error:.3g}, the plain form's own"
     )
+
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Every instruction set that the C++ kernels are written for."""
+
+
+def skip_without(isa: str) -> None:
+    """Skip the test where the C++ kernels cannot run with this instruction set."""
+    if reasons := backends.cpp_reasons():
+        pytest.skip("; ".join(reasons))
+    from fastvit import _C
+
+    if isa not in backends.extension().info["isa_levels"]:
+        pytest.skip(f"the C++ kernels were built without {isa}")
+    if isa not in _C.cpu_info()["supported"]:
+        pytest.skip(f"this CPU has no {isa}")
 
 
 def cores() -> int:
