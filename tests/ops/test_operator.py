@@ -316,7 +316,7 @@ WRONG: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
-    """``broken(op, backend)``: every implementation of that operator notes its name; that one raises, the others lie."""
+    """``broken(op, backend)``: every implementation of the operator notes its name; that one raises."""
 
     def replace(op: str, backend: str) -> list[str]:
         ran: list[str] = []
