@@ -27,14 +27,14 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test overhead versions lint format build clean
+.PHONY: demo test overhead versions fuzz lint format build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/native
-	$(BIN)/python -m pytest $(PYTEST_JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_JOBS) --durations=15 $(ARGS)
 
 overhead: $(STAMPS)/test $(STAMPS)/native
 	@mkdir -p benchmarks/out

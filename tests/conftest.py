@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from tests.helpers import cores
+
 SEED = 2010_11929
 
 
@@ -31,14 +33,13 @@ def declare_torchvision_nms() -> None:
 
 
 def threads() -> int:
-    """FASTVIT_TEST_THREADS, or two; one where pytest-xdist's workers would not leave two: waiting threads spin."""
+    """FASTVIT_TEST_THREADS, or two; one where there are no two cores: threads that wait for a core spin."""
     asked = os.environ.get("FASTVIT_TEST_THREADS")
     if asked is not None:
         if not (asked.isdecimal() and int(asked)):
             raise pytest.UsageError(f"FASTVIT_TEST_THREADS: expected a positive number of threads, got {asked!r}")
         return int(asked)
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    return max(1, min(2, (os.cpu_count() or 1) // workers))
+    return min(2, cores())
 
 
 def pytest_configure() -> None:

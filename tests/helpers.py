@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -77,6 +78,11 @@ def _broken(found: accuracy.Deviation, name: str) -> str:
         f"{name}: error {found.excess:.3g} beyond the last places, allowed is "
         f"{accuracy.FACTOR:g} x {found.plain_error:.3g}, the plain form's own"
     )
+
+
+def cores() -> int:
+    """How many cores this process may keep busy: its share where pytest-xdist runs several."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def spawned(worker: Callable[..., None], arguments: tuple[object, ...], count: int) -> None:

@@ -93,7 +93,7 @@ class Operator:
         self.implementations = tuple(implementations)
         self.check = check
 
-    def __call__(self, call: Any, backend: str = AUTO, inner: bool = False) -> Any:
+    def __call__(self, call: Any, backend: str = AUTO) -> Any:
         """Compute a call, a NamedTuple of the public function's arguments whose first field is a tensor.
 
         While exporting, tracing, or under a ``torch.func`` transform the plain implementation runs whatever ``backend``
@@ -101,17 +101,16 @@ class Operator:
 
         Args:
             backend: "auto", or the name of an implementation.
-            inner: the call is part of another operator's, which has checked it and is observed itself.
 
         Raises:
             ValueError: an argument is wrong, or no implementation is named ``backend``.
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
-        compiling = not inner and _is_dynamo_compiling()
-        if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
+        compiling, x = _is_dynamo_compiling(), call[0]
+        if isinstance(x, _Proxy):  # torch.fx traces symbolically: there is nothing to check
             return self.implementations[-1].run(call)
         try:
-            if not inner and (
+            if (
                 torch.compiler._is_exporting_flag
                 or _tracing_state() is not None
                 or _is_transformed()
@@ -135,11 +134,9 @@ class Operator:
                 else:
                     self.check(call)
                     self._refuse(call, backend)
-                if call[0].is_cuda and not (named or compiling or inner):
+                if x.is_cuda and not (named or compiling):
                     chosen = self._fastest(call, chosen)
-            if inner:
-                return chosen.run(call)
-            if compiling or not chosen.validates or type(call[0]) is not Tensor:
+            if compiling or not chosen.validates or type(x) is not Tensor:
                 self.check(call)
             if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
                 return self._observed(call, chosen)

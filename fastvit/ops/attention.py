@@ -39,6 +39,7 @@ __all__ = ["class_attention", "masked_attention"]
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CPP_REASONS = tuple(backends.cpp_reasons())
 
 
@@ -82,22 +83,23 @@ def _fake_with_lse(a: Any) -> tuple[Tensor, Tensor]:
 class Kernels(NamedTuple):
     """The registered operators of one kind of kernel.
 
-    ``forward(q, k, v, mask, bias, scale)`` gives the output; ``train`` of the same arguments the output and what the
-    backward needs beside the inputs; ``backward(*kept, grad, q, k, v, mask, bias, scale, bias_grad)`` the gradients of
-    q, k, v and bias. The map is computed anew in the backward.
+    ``forward(q, k, v, mask, bias, scale)`` gives the output, and so does ``eager``, see :class:`Registered`; ``train``
+    of the same arguments gives the output and what the backward needs beside the inputs; ``backward(*kept, grad, q, k,
+    v, mask, bias, scale, bias_grad)`` the gradients of q, k, v and bias. The map is computed anew in the backward.
     """
 
     forward: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
     train: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., tuple[Tensor, ...]]
 
 
 def _define(name: str) -> Kernels:
     """Kernels that keep nothing for the backward."""
-    forward = define(name, _INPUTS, "Tensor", lambda a: heads_last(a.q)).call
+    forward, eager, _ = define(name, _INPUTS, "Tensor", lambda a: heads_last(a.q))
     arguments = f"Tensor grad, {_INPUTS}, bool bias_grad"
     backward = define(f"{name}_backward", arguments, "(Tensor, Tensor, Tensor, Tensor)", _fake_backward).call
-    return Kernels(forward, lambda *arguments: (forward(*arguments), ()), backward)
+    return Kernels(forward, eager, lambda *arguments: (forward(*arguments), ()), backward)
 
 
 def _define_with_lse(name: str) -> Kernels:
@@ -110,7 +112,10 @@ def _define_with_lse(name: str) -> Kernels:
         out, lse = forward(*arguments, True)
         return out, (out, lse)
 
-    return Kernels(lambda *arguments: forward(*arguments, False)[0], train, backward)
+    def infer(*arguments: Any) -> Tensor:
+        return forward(*arguments, False)[0]
+
+    return Kernels(infer, infer, train, backward)
 
 
 CPP = _define("masked_attention_cpp")
@@ -158,15 +163,15 @@ class _Attention(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dbias if needs_bias else None
 
 
-def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
-    """``run`` of an implementation by these kernels."""
+def _runner(kernels: Kernels, device_type: str) -> Callable[[Call], Tensor]:
+    """``run`` of an implementation by these kernels, on devices of this type."""
 
     def run(call: Call) -> Tensor:
         q, k, v, mask, bias, scale, _ = call
-        if torch.is_autocast_enabled(q.device.type):
+        if torch.is_autocast_enabled(device_type):
             dtype = compute_dtype(q)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:  # a third faster than stride(3)
             q, k, v = (adjacent_channels(tensor, tensor.dtype) for tensor in (q, k, v))
         if mask is not None and mask.dim() != 4:
             mask = four_axes(mask, key_padding=True)
@@ -182,7 +187,8 @@ def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
             if torch.compiler.is_dynamo_compiling():
                 q, k, v, bias = distinct(q, k, v, bias)
             return _Attention.apply(kernels, scale, mask, q, k, v, bias)
-        return kernels.forward(q, k, v, mask, bias, scale)
+        forward = kernels.forward if is_dynamo_compiling() else kernels.eager
+        return forward(q, k, v, mask, bias, scale)
 
     return run
 
@@ -196,7 +202,7 @@ def _cpp_reasons(call: Call, named: bool) -> Iterator[str]:
     if not q.is_cpu:
         yield f"it takes tensors on the CPU, q is on {q.device}"
         return
-    dtype = q.dtype if not torch.is_autocast_enabled("cpu") else compute_dtype(q)
+    dtype = compute_dtype(q) if torch.is_autocast_enabled("cpu") else q.dtype
     if dtype not in CPP_DTYPES:
         yield f"dtype {dtype} is not one of float32, bfloat16"
     if not (k.is_cpu and v.is_cpu and (mask is None or mask.is_cpu) and (bias is None or bias.is_cpu)):
@@ -244,11 +250,11 @@ def _run_reference(call: Call) -> Tensor:
     return functional.masked_attention(*call[:4], bias, call.scale, call.dropout_p)
 
 
-_CPP = Implementation("cpp", _runner(CPP), _cpp_reasons, validates=True)
+_CPP = Implementation("cpp", _runner(CPP, "cpu"), _cpp_reasons, validates=True)
 _SDPA = Implementation("sdpa", _run_sdpa, _sdpa_reasons)
 _REFERENCE = Implementation(REFERENCE, _run_reference)
-_MASKED_TRITON = Implementation("triton", _runner(TRITON), _masked_triton_reasons)
-_CLASS_TRITON = Implementation("triton", _runner(CLASS_TRITON), _triton_reasons)
+_MASKED_TRITON = Implementation("triton", _runner(TRITON, "cuda"), _masked_triton_reasons)
+_CLASS_TRITON = Implementation("triton", _runner(CLASS_TRITON, "cuda"), _triton_reasons)
 
 MASKED = Operator("masked_attention", (_CPP, _MASKED_TRITON, _SDPA, _REFERENCE), _check)
 CLASS = Operator("class_attention", (_CPP, _CLASS_TRITON, _SDPA, _REFERENCE), _check)

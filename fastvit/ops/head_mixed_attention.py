@@ -486,7 +486,7 @@ def _run_cpp(call: Call) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:
         q, k, v = (adjacent_channels(tensor, tensor.dtype) for tensor in (q, k, v))
     if mask is not None and mask.dim() != 4:
         mask = four_axes(mask, key_padding=True)
@@ -516,9 +516,10 @@ def _reasons_of(
 
     def reasons(call: Call, named: bool) -> Iterator[str]:
         q, norm = call.q, call.norm
-        if q.device.type != device_type:
+        on_cpu = q.is_cpu
+        if not (on_cpu and device_type == "cpu"):
             yield from unavailable(q, named)
-        dtype = q.dtype if not torch.is_autocast_enabled(q.device.type) else compute_dtype(q)
+        dtype = compute_dtype(q) if torch.is_autocast_enabled("cpu" if on_cpu else "cuda") else q.dtype
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
         if q.shape[1] > MAX_HEADS:
@@ -527,14 +528,15 @@ def _reasons_of(
             yield f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}"
         if call.dropout_p != 0.0:
             yield "attention dropout is not implemented"
-        if not call.k.device == call.v.device == q.device or (call.mask is not None and call.mask.device != q.device):
-            yield f"not all tensors are on {q.device}"
         small: tuple[Tensor | None, ...] = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
         if norm is not None:
             small += norm[:2] if isinstance(norm, LayerNorm) else norm[:4]
+        for tensor in (call.k, call.v, call.mask, *small):
+            if tensor is not None and tensor.is_cpu is not on_cpu:
+                yield f"not all tensors are on {q.device}"
         for tensor in small:
-            if tensor is not None and (tensor.dtype not in dtypes or tensor.device != q.device):
-                yield f"a parameter is {tensor.dtype} on {tensor.device}"
+            if tensor is not None and tensor.dtype not in dtypes:
+                yield f"a parameter has dtype {tensor.dtype}"
         for weight, bias in ((call.pre_weight, call.pre_bias), (call.post_weight, call.post_bias)):
             if weight is None and bias is not None:
                 yield "a mix has a bias and no weight"
@@ -571,7 +573,10 @@ _triton_reasons = _reasons_of("", _unavailable_triton, TRITON_DTYPES)
 def _run_reference(call: Call) -> Tensor:
     # torch's convolution wants the maps' dtype, which autocast sees to itself.
     mixes = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
-    pre_weight, pre_bias, post_weight, post_bias = (None if t is None else t.to(call.q.dtype) for t in mixes)
+    dtype, norm = call.q.dtype, call.norm
+    pre_weight, pre_bias, post_weight, post_bias = (_as(dtype, tensor) for tensor in mixes)
+    if isinstance(norm, LayerNorm):
+        norm = norm._replace(weight=_as(dtype, norm.weight), bias=_as(dtype, norm.bias))
     return functional.head_mixed_attention(
         call.q,
         call.k,
@@ -580,7 +585,7 @@ def _run_reference(call: Call) -> Tensor:
         pre_bias=pre_bias,
         post_weight=post_weight,
         post_bias=post_bias,
-        norm=call.norm,
+        norm=norm,
         output_scale=call.output_scale,
         mask=call.mask,
         scale=call.scale,

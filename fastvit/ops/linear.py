@@ -128,7 +128,7 @@ class _Linear(torch.autograd.Function):
 
 def _run_linear_cpp(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    if weight.stride(1) != 1 and weight.stride(0) != 1:
+    if 1 not in weight.stride():
         weight = weight.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled() and gradients_needed(x, weight, bias):
         out = _Linear.apply(x if x.dim() > 1 else x[None], weight, bias)
@@ -138,11 +138,15 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    if isinstance(x, Tensor):  # no proxy of torch.fx
-        # torch would broadcast a bias, and answer parameters on meta with an empty result
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
-            raise ValueError("bias")
-        if weight.is_meta != x.is_meta:
+    # torch would broadcast a bias, add one of another dtype, and answer parameters on meta with an empty result; a proxy
+    # of torch.fx has no shape.
+    if not isinstance(x, torch.fx.Proxy):
+        if bias is not None:
+            if bias.dim() != 1 or bias.numel() != weight.shape[0] or bias.is_meta is not x.is_meta:
+                raise ValueError("bias")
+            if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError("bias")
+        if weight.is_meta is not x.is_meta:
             raise ValueError("weight")
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
@@ -179,6 +183,8 @@ def pays_off() -> bool:
 
 
 def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
+    if not (named or _PAYS_OFF):
+        yield "the library's products are taken to be as fast on this machine"
     yield from _CPP_REASONS
     x = call.x
     weights: tuple[Tensor, ...]
@@ -202,8 +208,6 @@ def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
             yield f"a parameter is {tensor.dtype} on {tensor.device}, x is {dtype}"
     if named:
         return
-    if not _PAYS_OFF:
-        yield "the library's products are taken to be as fast on this machine"
     if dtype == torch.bfloat16 and not _HAS_BFLOAT16_PRODUCTS:
         yield "the library's bfloat16 products are faster on a CPU without AVX-512 BF16"
     # Not asked of a graph that is traced: it would be a guard on the batch size.
@@ -252,6 +256,19 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer within another operator, with parameters of any floating dtype, by whichever product is faster."""
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        weight, bias = cast_like(x, weight, bias)
+    call = Linear(x, weight, bias)
+    if _PAYS_OFF and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
+        for _ in _cpp_reasons(call, False):
+            break
+        else:
+            return _run_linear_cpp(call)
+    return _run_linear_reference(call)
 
 
 def linear(

@@ -65,6 +65,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -145,9 +146,12 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 class Kernels(NamedTuple):
-    """The three registered operators of one kind of kernel, and the arguments of the second."""
+    """The three registered operators of one kind of kernel (``eager``: see :class:`Registered`), and the arguments of
+    the second.
+    """
 
     forward: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
     training: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
     Arguments: type[Any]
@@ -159,7 +163,7 @@ def _define(suffix: str = "") -> Kernels:
     training = define(f"{name}_training", _arguments(True), f"({', '.join(['Tensor'] * 6)})", _fake_training)
     arguments = f"Tensor grad, {_arguments(True, 'Tensor conv, ')}, bool x_grad, bool parameter_grads"
     backward = define(f"{name}_backward", arguments, f"({', '.join(['Tensor'] * 7)})", _fake_backward)
-    return Kernels(forward.call, training.call, backward.call, training.Arguments)
+    return Kernels(forward.call, forward.eager, training.call, backward.call, training.Arguments)
 
 
 NATIVE = _define()
@@ -265,7 +269,7 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
             call
         )
-        if x.stride(2) != 1:
+        if x.stride()[2] != 1:
             x = x.clone(memory_format=torch.contiguous_format)
         weight = weight if weight.is_contiguous() else weight.contiguous()
         bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
@@ -292,7 +296,8 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         geometry = (height, width, stride, padding, prefix_tokens, residual)
         differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
         if not (batch or differentiate):
-            out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
+            forward = kernels.forward if is_dynamo_compiling() else kernels.eager
+            out = forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
         else:
             flags = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
             for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), flags, strict=True):
@@ -300,7 +305,8 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
                     check_batch_norm(name, each, x.shape[2], x)
             around = (*before, flags[0], codes[0], *after, flags[1], codes[1])
             out = _train(call, kernels, differentiate, (x, weight, bias, *around, *geometry))
-        return out if not torch.is_autocast_enabled(x.device.type) else out.to(_autocast_dtype(call))
+        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+        return out.to(_autocast_dtype(call)) if autocast else out
 
     return run
 
@@ -368,8 +374,8 @@ def _reasons_of(
 
     def reasons(call: Convolution, named: bool) -> Iterator[str]:
         x, weight, pre_norm, norm = call.x, call.weight, call.pre_norm, call.norm
-        dtype, device = x.dtype, x.device
-        if device.type != device_type:
+        dtype, on_cpu = x.dtype, x.is_cpu
+        if not (on_cpu and device_type == "cpu"):
             yield from unavailable(x, named)
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
@@ -385,9 +391,10 @@ def _reasons_of(
                     yield "a norm has no statistics"
                 elif torch.is_grad_enabled() and gradients_needed(each.running_mean, each.running_var):
                     yield "running statistics need gradients"
+        accepted = (dtype, torch.float32)
         for tensor in tensors:
-            if tensor is not None and (tensor.device != device or tensor.dtype not in (dtype, torch.float32)):
-                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or x's {dtype} on {device}"
+            if tensor is not None and (tensor.dtype not in accepted or tensor.is_cpu is not on_cpu):
+                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or {dtype} on {x.device}"
                 break
         if pre_norm is not None and pre_norm.use_batch_stats and x.shape[0] * call.grid[0] * call.grid[1] < 2:
             yield "batch statistics need more than one value per channel"

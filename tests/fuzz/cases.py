@@ -34,6 +34,7 @@ class Draw(random.Random):
 
     def __init__(self, op: str, seed: int) -> None:
         super().__init__(f"{op} {seed}")
+        self.op = op
         self.dtype = self.weighted(DTYPES)
         # Parameters in float32 beside activations in 16 bits, as mixed precision has them.
         self.mixed = self.dtype.itemsize == 2 and self.chance(0.3)
@@ -351,6 +352,8 @@ def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
         kinds.remove("None")
     if path == "mask":
         kinds[kinds.index("bool")] = "float32"
+    if path == "x" and d.op in ("linear", "mlp"):
+        kinds.remove("axes")
     kind = d.choice(kinds)
     if kind == "shape":
         axis = d.randrange(len(spec.shape))

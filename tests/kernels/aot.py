@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import triton
 from triton.backends.compiler import GPUTarget
 
+from tests.helpers import cores
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -26,7 +28,6 @@ TARGETS = {
 SHARED_LIMIT = {"cuda": 99 * 1024, "hip": 64 * 1024}
 """Shared memory a block may have: sm_86 and sm_89, the smallest of the CUDA chips meant; gfx942."""
 
-PROCESSES = 2
 SAMPLED = 29
 """One in so many cases is compiled by default; prime to the chips and dtypes, so that each has its turn."""
 
@@ -139,7 +140,7 @@ def _read_hip(compiled: Any) -> Report:
 def compile_all(builds: Sequence[Callable[[], Build]]) -> list[Report | str]:
     """A report, or the error as text, per build. Builds come as picklable calls: kernels themselves do not pickle."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=context) as pool:
         return list(pool.map(_compile_made, builds, chunksize=4))
 
 

@@ -8,12 +8,14 @@ for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,16 @@ REPORT = "FASTVIT_TEST_INTERPRETER_REPORT"
 
 _outcomes = pytest.StashKey[dict[str, list[str]]]()
 _seen: dict[str, list[str]] = {}
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> dict[Any, Any]:
+    """What compiling each of the module's CASES gave, by case; its ``build(case)`` says what to compile."""
+    from tests.kernels.aot import compile_all
+
+    module = request.module
+    builds = [functools.partial(module.build, case) for case in module.CASES]
+    return dict(zip(module.CASES, compile_all(builds), strict=True))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 from fastvit.kernels import attention_class as kernels
 from fastvit.kernels.attention_class_backward import class_attention_tokens_kernel
 
-from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow
 
@@ -69,11 +68,6 @@ EVERY_CASE = [
     for dtype in ("fp32", "fp16", "bf16")
 ]
 CASES = sample(EVERY_CASE)
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[Case, Report | str]:
-    return dict(zip(CASES, compile_all([partial(build, case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

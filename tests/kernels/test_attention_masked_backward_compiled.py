@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +14,7 @@ from fastvit.kernels import attention_masked_backward as kernels
 from fastvit.kernels.attention_masked import Config
 from fastvit.kernels.attention_masked_bias_gradient import masked_attention_dbias_kernel
 
-from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow
 
@@ -101,11 +100,6 @@ def cases() -> list[Case]:
 
 
 CASES = sample(cases())
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[Case, Report | str]:
-    return dict(zip(CASES, compile_all([partial(build, case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

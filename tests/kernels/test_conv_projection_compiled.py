@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 from fastvit.kernels import _depthwise_prologue as products
 from fastvit.kernels import conv_projection as kernels
 
-from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, compile_kernel, sample
+from tests.kernels.aot import TARGETS, Build, assert_fits, compile_kernel, sample
 
 pytestmark = pytest.mark.slow
 
@@ -58,11 +57,6 @@ ALL = [
     for dtype in (dtypes if target == "sm_80" else dtypes[:1])
 ]
 CASES = sample(ALL, 17)
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[Case, Report | str]:
-    return dict(zip(CASES, compile_all([partial(build, case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

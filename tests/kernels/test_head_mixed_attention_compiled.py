@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,7 +28,7 @@ from fastvit.kernels.head_mixed_attention_configs import (
     configurations,
 )
 
-from tests.kernels.aot import Build, Report, assert_fits, compile_all, sample
+from tests.kernels.aot import Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow
 
@@ -149,11 +148,6 @@ def cases() -> list[Case]:
 
 EVERY_CASE = cases()
 CASES = sample(EVERY_CASE, 101)
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[Case, Report | str]:
-    return dict(zip(CASES, compile_all([partial(build, case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

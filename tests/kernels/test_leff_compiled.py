@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from fastvit.kernels import leff as kernels
 
-from tests.kernels.aot import TARGETS, Build, Report, assert_fits, compile_all, sample
+from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow
 
@@ -96,11 +95,6 @@ ALL = [
     ),
 ]
 CASES = sample(ALL, 11)
-
-
-@pytest.fixture(scope="module")
-def reports() -> dict[Case, Report | str]:
-    return dict(zip(CASES, compile_all([partial(build, case) for case in CASES]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

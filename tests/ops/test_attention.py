@@ -102,7 +102,7 @@ def test_large_logits():
         check_where_gradients_cancel(tensors)
         check(tensors, torch.rand(1, 19) > 0.3)
 
-    on_pooled_draws(checks)
+    on_pooled_draws(checks, draws=32)
 
 
 @needs_cpp

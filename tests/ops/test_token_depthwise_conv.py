@@ -393,7 +393,7 @@ def test_the_kernel_itself_checks() -> None:
         "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
         "activation must be a code from 0 to 4, got 5": {"activation": 5},
         "stride must be at least 1, got 0": {"stride": 0},
-        "does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
+        "weight: a kernel of 7 does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
         "keeps the grid": {"residual": True, "stride": 2},
     }
     for message, change in bad.items():
