@@ -378,7 +378,7 @@ def test_the_error_of_a_registered_operator_arrives():
         raise KernelError("out of registers")
 
     module = sys.modules["fastvit.ops.token_depthwise_conv"]
-    kernels = module.Kernels(fail, fail, fail, module.NATIVE.Arguments)
+    kernels = module.NATIVE._replace(forward=fail, eager=fail, training=fail)
     for gradients in (False, True):
         arguments = converted(CALLS["token_depthwise_conv"](gradients), torch.float32, gradients)
         with pytest.raises(KernelError, match="out of registers"):
