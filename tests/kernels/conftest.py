@@ -2,8 +2,8 @@
 
 Triton decides when a kernel is decorated, for its own library too, so TRITON_INTERPRET=1 must be set before the first
 import of triton; in the process of the other tests it must not be. At the first marked test of a file a child pytest
-runs all of the file that were selected, and each one here takes over the outcome of its twin there. To have them in place, under a debugger
-for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
+runs all of the file that were selected, and each one here takes over the outcome of its twin there. To have them in
+place, under a debugger for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
 """
 
 from __future__ import annotations
