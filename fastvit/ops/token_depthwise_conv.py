@@ -146,15 +146,12 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 class Kernels(NamedTuple):
-    """The three registered operators of one kind of kernel (``eager``: see :class:`Registered`), and the arguments of
-    the second.
-    """
+    """The three registered operators of one kind of kernel (``eager``: see :class:`Registered`)."""
 
     forward: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     training: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
-    Arguments: type[Any]
 
 
 def _define(suffix: str = "") -> Kernels:
@@ -163,7 +160,7 @@ def _define(suffix: str = "") -> Kernels:
     training = define(f"{name}_training", _arguments(True), f"({', '.join(['Tensor'] * 6)})", _fake_training)
     arguments = f"Tensor grad, {_arguments(True, 'Tensor conv, ')}, bool x_grad, bool parameter_grads"
     backward = define(f"{name}_backward", arguments, f"({', '.join(['Tensor'] * 7)})", _fake_backward)
-    return Kernels(forward.call, forward.eager, training.call, backward.call, training.Arguments)
+    return Kernels(forward.call, forward.eager, training.call, backward.call)
 
 
 NATIVE = _define()
@@ -178,85 +175,124 @@ for _suffix, _function in (("", "forward"), ("_training", "training"), ("_backwa
 
 # --- Autograd -------------------------------------------------------------------------------------------------------
 
-_DIFFERENTIABLE = ("x", "weight", "bias", "pre_norm_weight", "pre_norm_bias", "norm_weight", "norm_bias")
-_STATISTICS = ("pre_norm_mean", "pre_norm_var", "norm_mean", "norm_var")
+
+class Tensors(NamedTuple):
+    """The tensors among a training operator's arguments: first those that have a gradient."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    pre_norm_weight: Tensor | None
+    pre_norm_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    pre_norm_mean: Tensor | None
+    pre_norm_var: Tensor | None
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
+
+
+class Settings(NamedTuple):
+    """The others."""
+
+    pre_norm_eps: float
+    pre_norm_batch: bool
+    pre_activation: int
+    norm_eps: float
+    norm_batch: bool
+    activation: int
+    height: int
+    width: int
+    stride: int
+    padding: int
+    prefix_tokens: int
+    residual: bool
+
+
+_PARAMETERS = ("weight", "bias", "pre_norm_weight", "pre_norm_bias", "norm_weight", "norm_bias")
+"""In the order in which the backward operator gives their gradients."""
+
+
+def _in_order(t: Tensors, s: Settings) -> tuple[Any, ...]:
+    """As the schema has them."""
+    pre_norm = (t.pre_norm_weight, t.pre_norm_bias, t.pre_norm_mean, t.pre_norm_var, s.pre_norm_eps, s.pre_norm_batch)
+    norm = (t.norm_weight, t.norm_bias, t.norm_mean, t.norm_var, s.norm_eps, s.norm_batch)
+    geometry = (s.height, s.width, s.stride, s.padding, s.prefix_tokens, s.residual)
+    return t.x, t.weight, t.bias, *pre_norm, s.pre_activation, *norm, s.activation, *geometry
 
 
 class _Convolution(torch.autograd.Function):
     """A call in which gradients are needed: out, or with batch statistics (out, pre_mean, pre_var, mean, var)."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, *arguments: Any) -> tuple[Tensor, ...] | Tensor:
-        out, conv, pre_mean, pre_var, mean, var = kernels.training(*arguments)
-        a = kernels.Arguments(*arguments)
-        batch = a.pre_norm_batch or a.norm_batch
-        if a.pre_norm_batch:
-            a = a._replace(pre_norm_mean=pre_mean, pre_norm_var=pre_var)
-        if a.norm_batch:
-            a = a._replace(norm_mean=mean, norm_var=var)
-        tensors = {name: getattr(a, name) for name in (*_DIFFERENTIABLE, *_STATISTICS)}
-        ctx.kernels, ctx.arguments = kernels, a._replace(**dict.fromkeys(tensors))
-        ctx.save_for_backward(conv, *tensors.values())
+    def forward(ctx: Any, kernels: Kernels, s: Settings, *tensors: Any) -> tuple[Tensor, ...] | Tensor:
+        t = Tensors(*tensors)
+        out, conv, pre_mean, pre_var, mean, var = kernels.training(*_in_order(t, s))
+        if s.pre_norm_batch:
+            t = t._replace(pre_norm_mean=pre_mean, pre_norm_var=pre_var)
+        if s.norm_batch:
+            t = t._replace(norm_mean=mean, norm_var=var)
+        ctx.kernels, ctx.settings = kernels, s
+        ctx.save_for_backward(conv, *t)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
-        if not batch:
+        if not (s.pre_norm_batch or s.norm_batch):
             return out
         ctx.mark_non_differentiable(pre_mean, pre_var, mean, var)
         return out, pre_mean, pre_var, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        kernels, fields = ctx.kernels, ctx.arguments._fields
+        _, _, *needed = ctx.needs_input_grad
         if grad is None:  # the result was not used
-            return (None,) * (1 + len(fields))
+            return None, None, *(None for _ in needed)
         conv, *saved = ctx.saved_tensors
-        a = ctx.arguments._replace(**dict(zip((*_DIFFERENTIABLE, *_STATISTICS), saved, strict=True)))
-        _, *needed = ctx.needs_input_grad
-        needs = dict(zip(fields, needed, strict=True))
-        inputs: list[Any] = [getattr(a, name) for name in _DIFFERENTIABLE]
-        wanted = [needs[name] for name in _DIFFERENTIABLE]
+        t, s = Tensors(*saved), ctx.settings
+        needs = dict(zip(Tensors._fields, needed, strict=True))
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
-            found = differentiable_backward(lambda *tensors: _plain(a, tensors), inputs, wanted, grad)
-        else:
-            # Not contiguous(), which leaves the strides of an empty tensor as they are.
-            grad = grad if grad.stride(2) == 1 else grad.clone(memory_format=torch.contiguous_format)
-            x, *rest = a
-            computed = kernels.backward(grad, x, conv, *rest, needs["x"], any(wanted[1:]))
-            found = [
-                gradient.to(tensor.dtype) if need and tensor is not None else None
-                for gradient, tensor, need in zip(computed, inputs, wanted, strict=True)
-            ]
-        gradients = dict(zip(_DIFFERENTIABLE, found, strict=True))
-        return None, *map(gradients.get, fields)
+            found = differentiable_backward(lambda *tensors: _plain(Tensors(*tensors), s), t, needed, grad)
+            return None, None, *found
+        # Not contiguous(), which leaves the strides of an empty tensor as they are.
+        grad = grad if grad.stride(2) == 1 else grad.clone(memory_format=torch.contiguous_format)
+        x, *rest = _in_order(t, s)
+        for_parameters = any(needs[name] for name in _PARAMETERS)
+        dx, *gradients = ctx.kernels.backward(grad, x, conv, *rest, needs["x"], for_parameters)
+        by_name: dict[str, Tensor | None] = {"x": dx if needs["x"] else None}
+        for name, gradient in zip(_PARAMETERS, gradients, strict=True):
+            parameter = getattr(t, name)
+            by_name[name] = gradient.to(parameter.dtype) if needs[name] and parameter is not None else None
+        return None, None, *map(by_name.get, Tensors._fields)
 
 
-def _plain(a: Any, tensors: tuple[Any, ...]) -> Tensor:
-    """The call by the plain form, from its differentiable inputs; no running statistics move."""
-    dtype = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
-    x, weight, bias, *affine = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    pre_weight, pre_bias, norm_weight, norm_bias = affine
+def _plain(t: Tensors, s: Settings) -> Tensor:
+    """The call by the plain form; no running statistics move."""
+    dtype = torch.promote_types(t.x.dtype, t.weight.dtype)
+    x, weight, bias, pre_weight, pre_bias, norm_weight, norm_bias, pre_mean, pre_var, mean, var = (
+        None if tensor is None else tensor.to(dtype) for tensor in t
+    )
+    assert x is not None and weight is not None
     names = {code: name for name, code in ACTIVATION_CODES.items()}
-    pre_norm = after = None
-    if a.pre_norm_mean is not None:
-        mean, var = (None, None) if a.pre_norm_batch else (a.pre_norm_mean.to(dtype), a.pre_norm_var.to(dtype))
-        pre_norm = BatchNorm(mean, var, pre_weight, pre_bias, a.pre_norm_batch, eps=a.pre_norm_eps)
-    if a.norm_mean is not None:
-        mean, var = (None, None) if a.norm_batch else (a.norm_mean.to(dtype), a.norm_var.to(dtype))
-        after = BatchNorm(mean, var, norm_weight, norm_bias, a.norm_batch, eps=a.norm_eps)
+    pre_norm = norm = None
+    if pre_mean is not None:
+        pre_mean, pre_var = (None, None) if s.pre_norm_batch else (pre_mean, pre_var)
+        pre_norm = BatchNorm(pre_mean, pre_var, pre_weight, pre_bias, s.pre_norm_batch, eps=s.pre_norm_eps)
+    if mean is not None:
+        mean, var = (None, None) if s.norm_batch else (mean, var)
+        norm = BatchNorm(mean, var, norm_weight, norm_bias, s.norm_batch, eps=s.norm_eps)
     out = functional.token_depthwise_conv(
         x,
         weight,
         bias,
-        grid=(a.height, a.width),
-        stride=a.stride,
-        padding=a.padding,
-        prefix_tokens=a.prefix_tokens,
+        grid=(s.height, s.width),
+        stride=s.stride,
+        padding=s.padding,
+        prefix_tokens=s.prefix_tokens,
         pre_norm=pre_norm,
-        pre_activation=names[a.pre_activation],
-        norm=after,
-        activation=names[a.activation],
-        residual=a.residual,
+        pre_activation=names[s.pre_activation],
+        norm=norm,
+        activation=names[s.activation],
+        residual=s.residual,
     )
-    return out.to(tensors[0].dtype)
+    return out.to(t.x.dtype)
 
 
 # --- A call by kernels ----------------------------------------------------------------------------------------------
@@ -303,30 +339,29 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
             for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), flags, strict=True):
                 if used:  # its running statistics, which the kernel does not see, are to be moved
                     check_batch_norm(name, each, x.shape[2], x)
-            around = (*before, flags[0], codes[0], *after, flags[1], codes[1])
-            out = _train(call, kernels, differentiate, (x, weight, bias, *around, *geometry))
+            pre_gamma, pre_beta, pre_mean, pre_var, pre_eps = before
+            gamma, beta, mean, var, eps = after
+            t = Tensors(x, weight, bias, pre_gamma, pre_beta, gamma, beta, pre_mean, pre_var, mean, var)
+            s = Settings(pre_eps, flags[0], codes[0], eps, flags[1], codes[1], *geometry)
+            out = _train(call, kernels, differentiate, t, s)
         autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
         return out.to(_autocast_dtype(call)) if autocast else out
 
     return run
 
 
-def _train(call: Convolution, kernels: Kernels, differentiate: bool, arguments: tuple[Any, ...]) -> Tensor:
+def _train(call: Convolution, kernels: Kernels, differentiate: bool, t: Tensors, s: Settings) -> Tensor:
     """With gradients or statistics of the batch; moves running statistics when the result is there."""
-    x, (height, width), pre_norm, norm = call.x, call.grid, call.pre_norm, call.norm
-    pre_batch = pre_norm is not None and pre_norm.use_batch_stats
-    batch = norm is not None and norm.use_batch_stats
     if not differentiate:
-        out, _, *statistics = kernels.training(*arguments)
-    elif pre_batch or batch:
-        out, *statistics = _Convolution.apply(kernels, *arguments)
+        out, _, pre_mean, pre_var, mean, var = kernels.training(*_in_order(t, s))
+    elif s.pre_norm_batch or s.norm_batch:
+        out, pre_mean, pre_var, mean, var = _Convolution.apply(kernels, s, *t)
     else:
-        return _Convolution.apply(kernels, *arguments)
-    pre_mean, pre_var, mean, var = statistics
-    if pre_batch and pre_norm is not None:
-        _track(pre_norm, pre_mean, pre_var, x.shape[0] * height * width)
-    if batch and norm is not None:
-        _track(norm, mean, var, out.shape[0] * (out.shape[1] - call.prefix_tokens))
+        return _Convolution.apply(kernels, s, *t)
+    if s.pre_norm_batch and call.pre_norm is not None:
+        _track(call.pre_norm, pre_mean, pre_var, t.x.shape[0] * s.height * s.width)
+    if s.norm_batch and call.norm is not None:
+        _track(call.norm, mean, var, out.shape[0] * (out.shape[1] - s.prefix_tokens))
     return out
 
 

@@ -133,7 +133,7 @@ def test_as_accurate_as_the_plain_form(case):
         plain, exact = (penalty(getattr(functional, op), arguments, dtype) for dtype in (torch.float32, torch.float64))
         judge(got, plain, exact)
 
-    on_pooled_draws(check)
+    on_pooled_draws(check, draws=16)
 
 
 @pytest.mark.parametrize("op", ["masked_attention", "class_attention", "re_attention", "talking_heads_attention"])
@@ -157,7 +157,7 @@ def test_one_tensor_as_queries_keys_and_values(op):
         )
         judge(got, plain, exact)
 
-    on_pooled_draws(check)
+    on_pooled_draws(check, draws=16)
 
 
 def one_at_a_time(
@@ -194,7 +194,7 @@ def test_only_the_gradients_asked_for(op, create_graph):
         one, other, oracle = (joined(each, exact) for each in (got, plain, exact))
         assert_as_accurate(one.float(), other.float(), oracle)
 
-    on_pooled_draws(check)
+    on_pooled_draws(check, draws=16)
 
 
 def model_penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
