@@ -16,6 +16,7 @@ Environment:
                             of libasan, libubsan and libstdc++.
     CXX, CXXFLAGS, LDFLAGS  as usual.
     MAX_JOBS                compilers run at once; default: from cores and free memory.
+A value that is none of these ends the build, whatever FASTVIT_BUILD_EXT says.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ CSRC = ROOT / "csrc"
 EXTENSION = "fastvit._C"
 # Where objects are kept between builds (an editable install gives a fresh temporary directory each time).
 SANITIZE = os.environ.get("FASTVIT_SANITIZE", "")
+SANITIZERS = ("address", "undefined", "thread", "leak")
+if SANITIZE and not set(SANITIZE.split(",")) <= set(SANITIZERS):
+    raise SystemExit(f"FASTVIT_SANITIZE: expected some of {', '.join(SANITIZERS)}, joined by commas, got {SANITIZE!r}")
 _KIND = f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""
 OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}{_KIND}"
 MEMORY_PER_JOB = 1.5  # GiB
@@ -165,10 +169,11 @@ def compiles(cxx: list[str], flags: list[str], code: str) -> bool:
 
 def find_isas(cxx: list[str]) -> list[str]:
     """The instruction sets of this architecture that the compiler can build, as far as they are asked for."""
-    asked = re.split(r"[;,\s]+", os.environ.get("FASTVIT_ISA_LIST", "").strip())
-    if unknown := [isa for isa in asked if isa and isa not in ISA_FLAGS]:
-        raise BuildError(f"FASTVIT_ISA_LIST: expected some of {list(ISA_FLAGS)}, got {unknown}")
-    wanted = {"portable", *(isa for isa in asked if isa)} if any(asked) else set(ISA_FLAGS)
+    value = os.environ.get("FASTVIT_ISA_LIST", "")
+    asked = {isa for isa in re.split(r"[;,\s]+", value.lower()) if isa}
+    if not asked <= set(ISA_FLAGS):
+        raise SystemExit(f"FASTVIT_ISA_LIST: expected some of {', '.join(ISA_FLAGS)}, got {value!r}")
+    wanted = {"portable", *asked} if asked else set(ISA_FLAGS)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["portable"]
     probe = "#include <immintrin.h>\nint main() {}\n"
@@ -185,7 +190,8 @@ def find_nvcc() -> str | None:
 
 def cuda_archs(known: list[str]) -> list[str]:
     """The architectures to compile for, as nvcc names them: sm_XX for machine code, compute_XX for PTX."""
-    asked = os.environ.get("FASTVIT_CUDA_ARCH_LIST") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    variable = "FASTVIT_CUDA_ARCH_LIST" if os.environ.get("FASTVIT_CUDA_ARCH_LIST") else "TORCH_CUDA_ARCH_LIST"
+    asked = os.environ.get(variable)
     if not asked:
         machine = [arch for arch in DEFAULT_ARCHS if arch in known] or known[-1:]
         return [*(f"sm_{arch}" for arch in machine), f"compute_{machine[-1]}"]
@@ -193,7 +199,7 @@ def cuda_archs(known: list[str]) -> list[str]:
     for word in re.split(r"[;,\s]+", asked.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
         if match is None:
-            raise BuildError(f"CUDA architecture: expected a form such as 8.0, 80 or 9.0+PTX, got {word!r}")
+            raise SystemExit(f"{variable}: expected architectures such as 8.0, 80 or 9.0+PTX, got {word!r}")
         number = match[1] + match[2] + match[3]
         archs += [f"sm_{number}", *([f"compute_{number}"] if match[4] else [])]
     return list(dict.fromkeys(archs))
@@ -315,7 +321,9 @@ def link_flags(toolchain: Toolchain, has_cuda: bool) -> list[str]:
 def max_jobs() -> int:
     """How many compilers to run at once: MAX_JOBS, or as cores and free memory allow."""
     if asked := os.environ.get("MAX_JOBS"):
-        return max(1, int(asked))
+        if not asked.isdecimal() or int(asked) < 1:
+            raise SystemExit(f"MAX_JOBS: expected a positive integer, got {asked!r}")
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

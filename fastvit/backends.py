@@ -1,11 +1,12 @@
-"""What this machine can run, and why not the rest.
+"""The backends this machine can run, and the reasons why it cannot run the others.
 
-Everything is looked up once, when this module is imported, so that the questions asked on every call are plain reads
-that ``torch.compile`` can trace. ``python -m fastvit info`` prints :func:`describe`.
+Everything is looked up once, when this module is imported, so that each call of an operator only reads values, which
+``torch.compile`` can trace. ``python -m fastvit info`` prints :func:`describe`.
 
-Environment, read at import:
-    FASTVIT_BACKEND          which backends the automatic choice may take: "auto", or names joined by commas.
-    FASTVIT_CPU_CAPABILITY   an instruction set below the CPU's best (read by the native part).
+Environment, read at import; letter case does not matter, and any other value is a ValueError:
+    FASTVIT_BACKEND          the backends that the automatic choice may take: "auto", or names joined by commas.
+    FASTVIT_CPU_CAPABILITY   the instruction set of the C++ kernels, instead of the best this CPU has (read by the
+                             extension): portable, avx2, avx512, avx512_bf16.
     TRITON_INTERPRET         1 runs Triton kernels in Triton's interpreter, on any device.
 """
 
@@ -31,6 +32,7 @@ import torch
 from fastvit._version import __version__
 
 BACKENDS = ("reference", "sdpa", "channels_last", "cpp", "cuda", "triton")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 MIN_TORCH = (2, 10)
 MIN_TRITON = (3, 6)
 
@@ -114,7 +116,11 @@ def _damage(path: Path) -> str | None:
 
 
 def load_extension() -> Extension:
-    """Load ``fastvit._C``; never raises: what goes wrong is the reason given."""
+    """Load ``fastvit._C``; what goes wrong is the reason given, except for a wrong FASTVIT_CPU_CAPABILITY.
+
+    Raises:
+        ValueError: FASTVIT_CPU_CAPABILITY names no instruction set of this CPU.
+    """
     record = _read_build_record(_PACKAGE)
     if _release(torch.__version__) < MIN_TORCH:
         return Extension(f"fastvit._C needs torch >= {_dotted(MIN_TORCH)}, this is {torch.__version__}", record)
@@ -126,6 +132,8 @@ def load_extension() -> Extension:
     try:
         module = importlib.import_module("fastvit._C")
     except ImportError as error:
+        if str(error).startswith("FASTVIT_CPU_CAPABILITY"):
+            raise ValueError(str(error)) from None
         return Extension(f"{path} does not load with torch {torch.__version__}: {error}", record)
     info = {**record, **module.build_info()}
     if info["version"] != __version__:
@@ -135,15 +143,28 @@ def load_extension() -> Extension:
 
 
 def _requested(value: str) -> frozenset[str] | None:
-    """The backends named by FASTVIT_BACKEND; None where the choice is free."""
-    names = [name.strip() for name in value.split(",") if name.strip()]
+    """The backends named by FASTVIT_BACKEND; None for a free choice."""
+    names = [name.strip().lower() for name in value.split(",") if name.strip()]
     if names in ([], ["auto"]):
         return None
-    unknown = [name for name in names if name not in BACKENDS]
-    if unknown:
+    if not set(names) <= set(BACKENDS):
         accepted = ", ".join(BACKENDS)
-        raise ValueError(f"FASTVIT_BACKEND: got {value!r}, accepted are 'auto' or some of {accepted}, joined by commas")
+        raise ValueError(f"FASTVIT_BACKEND: expected 'auto' or some of {accepted}, joined by commas, got {value!r}")
     return frozenset(names)
+
+
+def _check_cpu_capability(value: str) -> None:
+    """ValueError unless the value names an instruction set: the check where no extension is there to check it."""
+    if value and value.lower() not in INSTRUCTION_SETS:
+        raise ValueError(f"FASTVIT_CPU_CAPABILITY: expected one of {', '.join(INSTRUCTION_SETS)}, got {value!r}")
+
+
+def _interpreted(value: str) -> bool:
+    """TRITON_INTERPRET, with Triton's own words for true; Triton takes every other value for false."""
+    true, false = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
+    if value.lower() not in true + false:
+        raise ValueError(f"TRITON_INTERPRET: expected 1, true, on or yes, or 0, false, off or no, got {value!r}")
+    return value.lower() in true
 
 
 def _library_version(name: str) -> str | None:
@@ -175,9 +196,11 @@ def _triton_problem() -> str | None:
 
 REQUESTED: frozenset[str] | None = _requested(os.environ.get("FASTVIT_BACKEND", ""))
 TRITON_VERSION: str | None = _triton_version()
-TRITON_INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_INTERPRETED: bool = _interpreted(os.environ.get("TRITON_INTERPRET", ""))
 _TRITON_PROBLEM: str | None = _triton_problem()
 _EXTENSION: Extension = load_extension()
+if not _EXTENSION.available:
+    _check_cpu_capability(os.environ.get("FASTVIT_CPU_CAPABILITY", ""))
 
 
 def extension() -> Extension:

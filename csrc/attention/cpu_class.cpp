@@ -10,7 +10,7 @@
 // products of the same three kinds.
 #include "attention/args_class.h"
 
-#include "attention/cpu_tiles.h"
+#include "attention/cpu_bias.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -133,16 +133,19 @@ void store_row(const float* row, Vec factor, int64_t dim, T* out) {
   for (int64_t d = 0; d < dim; d += kLanes) store(Vec::load(row + d) * factor, out + d, smaller(kLanes, dim - d));
 }
 
-// Adds the bias to the logits of query i and applies the mask.
+// Adds the bias to the logits of query i; those of hidden keys become -inf, whatever they are.
 template <class T>
-void mask_logits(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t i, AttentionKeys keys, float* logits) {
+void limit_logits(Sight<T> sight, int64_t i, AttentionKeys keys, float* logits) {
+  const MaskedAttentionParams& p = sight.p;
   if (p.bias != nullptr) {
-    const T* row =
-        static_cast<const T*>(p.bias) + b * p.bias_batch_stride + h * p.bias_head_stride + i * p.bias_query_stride;
-    for (int64_t j = 0; j < keys.count; ++j) logits[j] += widen(row[keys.indices[j] * p.bias_key_stride]);
+    const T* row = sight.bias_row(i);
+    for (int64_t j = 0; j < keys.count; ++j) {
+      const float bias = widen(row[keys.indices[j] * p.bias_key_stride]);
+      logits[j] = bias == -__builtin_inff() ? bias : logits[j] + bias;
+    }
   }
   if (p.mask != nullptr) {
-    const bool* row = p.mask + b * p.mask_batch_stride + h * p.mask_head_stride + i * p.mask_query_stride;
+    const bool* row = sight.mask_row(i);
     for (int64_t j = 0; j < keys.count; ++j) {
       if (!row[keys.indices[j] * p.mask_key_stride]) logits[j] = -__builtin_inff();
     }
@@ -164,7 +167,33 @@ FASTVIT_INLINE void exponentials(float* map, int64_t count, float* maximum, floa
   *total = sum(parts);
 }
 
-// The result for a part of the keys: maximum and sum of every query, then the weighted values, not yet divided.
+// Query i's part of a map becomes zero where keys are hidden from it.
+template <class T>
+void clear_hidden(Sight<T> sight, int64_t i, AttentionKeys keys, float* map) {
+  for (int64_t j = 0; j < keys.count; ++j) {
+    if (!sight.sees(i, keys.indices[j])) map[j] = 0.0f;
+  }
+}
+
+// sum_weighted_rows again without hidden keys, where what is not finite in their rows has made a result NaN.
+template <class T>
+void weigh_visible(Sight<T> sight, Rows<T> rows, AttentionKeys keys, int64_t dim, const float* weights,
+                   int64_t weights_stride, int64_t count, float* out) {
+  const int64_t width = padded(dim);
+  if (!can_hide(sight.p) || !has_nan(out, count * width)) return;
+  for (int64_t i = 0; i < count; ++i) {
+    double sums[kAttentionMaxDim] = {};
+    for (int64_t j = 0; j < keys.count; ++j) {
+      if (!sight.sees(i, keys.indices[j])) continue;
+      const T* row = rows[keys.indices[j]];
+      for (int64_t d = 0; d < dim; ++d) sums[d] += double{weights[i * weights_stride + j]} * double{widen(row[d])};
+    }
+    for (int64_t d = 0; d < dim; ++d) out[i * width + d] = static_cast<float>(sums[d]);
+  }
+}
+
+// The result for a part of the keys: maximum (-inf for a query that sees keys, all with logits of -inf) and sum of
+// every query, then the weighted values, not yet divided.
 struct Partial {
   static int64_t floats(const AttentionParams& p) { return p.queries * (2 + padded(p.dim)); }
   static const float* values(const AttentionParams& p, const float* partial) { return partial + 2 * p.queries; }
@@ -179,11 +208,22 @@ void attend(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys,
   float *map = scratch, *queries = map + map_floats(p);
   load_rows(Rows<T>(p.q, b, h), p.queries, p.dim, queries);
   dot_rows(Rows<T>(p.k, b, h), keys, p.dim, queries, p.queries, p.scale, map, stride);
+  const Sight<T> sight{p, b, h};
   for (int64_t i = 0; i < p.queries; ++i) {
-    mask_logits<T>(p, b, h, i, keys, map + i * stride);
-    exponentials(map + i * stride, keys.count, partial + 2 * i, partial + 2 * i + 1);
+    float &maximum = partial[2 * i], &total = partial[2 * i + 1];
+    limit_logits(sight, i, keys, map + i * stride);
+    exponentials(map + i * stride, keys.count, &maximum, &total);
+    if (total == 0.0f && sight.sees_any(i, keys)) maximum = -__builtin_inff();
   }
-  sum_weighted_rows(Rows<T>(p.v, b, h), keys, p.dim, map, stride, p.queries, partial + 2 * p.queries);
+  const Rows<T> v(p.v, b, h);
+  sum_weighted_rows(v, keys, p.dim, map, stride, p.queries, partial + 2 * p.queries);
+  weigh_visible(sight, v, keys, p.dim, map, stride, p.queries, partial + 2 * p.queries);
+}
+
+// 1 / total; of zero, any finite number where no key is seen, and NaN where those seen have logits of -inf.
+FASTVIT_INLINE Vec inverse_sum(float total, bool infinite) {
+  if (total == 0.0f && infinite) return Vec::fill(__builtin_nanf(""));
+  return Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), Vec::fill(total));
 }
 
 template <class T>
@@ -192,10 +232,10 @@ void combine(const MaskedAttentionParams& p, int64_t problem, const float* parti
   for (int64_t i = 0; i < p.queries; ++i) {
     T* out = static_cast<T*>(p.out) + ((b * p.queries + i) * p.heads + h) * p.dim;
     const float* values = Partial::values(p, partials) + i * width;
+    bool infinite = false;  // whether a part sees keys whose logits are all -inf
+    for (int64_t part = 0; part < parts; ++part) infinite |= partials[part * floats + 2 * i] == -__builtin_inff();
     if (parts == 1) {
-      // The sum is zero only if every exponential is: any finite inverse will do.
-      const Vec total = max(Vec::fill(__FLT_MIN__), Vec::fill(partials[2 * i + 1]));
-      store_row(values, Vec::fill(1.0f) / total, p.dim, out);
+      store_row(values, inverse_sum(partials[2 * i + 1], infinite), p.dim, out);
       continue;
     }
     Vec most = Vec::fill(-__FLT_MAX__), total = Vec::fill(0.0f);
@@ -209,19 +249,20 @@ void combine(const MaskedAttentionParams& p, int64_t problem, const float* parti
         fma(weight, Vec::load(values + part * floats + d), Vec::load(sums + d)).store(sums + d);
       }
     }
-    store_row(sums, Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), total), p.dim, out);
+    store_row(sums, inverse_sum(largest(total), infinite), p.dim, out);
   }
 }
 
 // --- Backward --------------------------------------------------------------------------------------------------------
 
-// out = factor * sum_i weights[i] * rows[i], over the queries.
-template <class T>
-FASTVIT_INLINE void store_sum(int64_t queries, const float* weights, int64_t weights_stride, const float* rows,
-                              float factor, int64_t dim, T* out) {
+// out = factor * sum_i weights[i] * rows[i], over the queries that take part.
+template <class T, class Takes>
+FASTVIT_INLINE void store_sum(int64_t queries, const Takes& takes_part, const float* weights, int64_t weights_stride,
+                              const float* rows, float factor, int64_t dim, T* out) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     Vec sum = Vec::fill(0.0f);
     for (int64_t i = 0; i < queries; ++i) {
+      if (!takes_part(i)) continue;
       sum = fma(Vec::fill(weights[i * weights_stride]), Vec::load(rows + i * padded(dim) + d), sum);
     }
     store(sum * Vec::fill(factor), out + d, smaller(kLanes, dim - d));
@@ -237,32 +278,59 @@ void attend_backward(const MaskedAttentionGradients& p, int64_t problem, Attenti
   load_rows(Rows<T>(p.grad, b, h), p.queries, p.dim, outputs);
   dot_rows(Rows<T>(p.k, b, h), keys, p.dim, queries, p.queries, p.scale, map, stride);
   dot_rows(Rows<T>(p.v, b, h), keys, p.dim, outputs, p.queries, 1.0f, gradient, stride);
+  const Sight<T> sight{p, b, h};
+  const bool hides = can_hide(p);
   for (int64_t i = 0; i < p.queries; ++i) {
     float *row = map + i * stride, *of_row = gradient + i * stride, maximum, total;
-    mask_logits<T>(p, b, h, i, keys, row);
+    limit_logits(sight, i, keys, row);
     exponentials(row, keys.count, &maximum, &total);
-    const Vec bounded = max(Vec::fill(__FLT_MIN__), Vec::fill(total)), inverse = Vec::fill(1.0f) / bounded;
-    // Lanes beyond the last key hold its dP, with a weight of zero.
-    Vec dots = Vec::fill(0.0f);
-    for (int64_t j = 0; j < keys.count; j += kLanes) dots = fma(Vec::load(row + j), Vec::load(of_row + j), dots);
-    const Vec dot = Vec::fill(sum(dots)) / bounded;
+    const Vec inverse = inverse_sum(total, total == 0.0f && sight.sees_any(i, keys));
+    for (int64_t j = keys.count; j < padded(keys.count); ++j) of_row[j] = 0.0f;
+    const auto find_dot = [&] {
+      Vec dots = Vec::fill(0.0f);
+      for (int64_t j = 0; j < keys.count; j += kLanes) dots = fma(Vec::load(row + j), Vec::load(of_row + j), dots);
+      return Vec::fill(sum(dots)) / max(Vec::fill(__FLT_MIN__), Vec::fill(total));
+    };
+    Vec dot = find_dot();
+    if (hides && any_nan(dot)) {
+      clear_hidden(sight, i, keys, of_row);
+      dot = find_dot();
+    }
     for (int64_t j = 0; j < keys.count; j += kLanes) {
       const Vec probability = Vec::load(row + j) * inverse;
       probability.store(row + j);
       (probability * (Vec::load(of_row + j) - dot)).store(of_row + j);
     }
+    if (hides && !(all_finite(dot) && all_finite(inverse))) {
+      clear_hidden(sight, i, keys, row);
+      clear_hidden(sight, i, keys, of_row);
+    }
   }
-  sum_weighted_rows(Rows<T>(p.k, b, h), keys, p.dim, gradient, stride, p.queries, sums);
+  const Rows<T> k(p.k, b, h);
+  sum_weighted_rows(k, keys, p.dim, gradient, stride, p.queries, sums);
+  weigh_visible(sight, k, keys, p.dim, gradient, stride, p.queries, sums);
   T* dq = static_cast<T*>(p.dq) + b * p.queries * token + h * p.dim;
   for (int64_t i = 0; i < p.queries; ++i) {
     store_row(sums + i * padded(p.dim), Vec::fill(p.scale), p.dim, dq + i * token);
   }
   T* dk = static_cast<T*>(p.dk) + b * p.keys * token + h * p.dim;
   T* dv = static_cast<T*>(p.dv) + b * p.keys * token + h * p.dim;
+  // A query whose row is not finite must be left out of the sums of the keys hidden from it.
+  bool finite = true;
+  for (int64_t i = 0; hides && i < p.queries; ++i) {
+    finite &= is_finite(Rows<T>(p.q, b, h)[i], p.dim) && is_finite(Rows<T>(p.grad, b, h)[i], p.dim);
+  }
   for (int64_t key = 0, j = 0; key < p.keys; ++key) {
     if (j < keys.count && keys.indices[j] == key) {
-      store_sum(p.queries, gradient + j, stride, queries, p.scale, p.dim, dk + key * token);
-      store_sum(p.queries, map + j, stride, outputs, 1.0f, p.dim, dv + key * token);
+      const auto store_sums = [&](const auto& takes_part) __attribute__((always_inline)) {
+        store_sum(p.queries, takes_part, gradient + j, stride, queries, p.scale, p.dim, dk + key * token);
+        store_sum(p.queries, takes_part, map + j, stride, outputs, 1.0f, p.dim, dv + key * token);
+      };
+      if (finite) {
+        store_sums([](int64_t) { return true; });
+      } else {
+        store_sums([&](int64_t i) { return sight.sees(i, key); });
+      }
       ++j;
     } else {
       __builtin_memset(dk + key * token, 0, p.dim * sizeof(T));

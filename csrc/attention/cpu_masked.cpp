@@ -84,11 +84,20 @@ struct Tile {
   int64_t b, h, first_query, queries;  // queries <= kWidth
   AttentionKeys keys;
   const float* packed;
-  Vec largest[kV], sum[kV];
+  const Limits<T, kV> limits{p, s.mask, s.bias};
+  Vec largest[kV] = {}, sum[kV] = {};
 
   void run() {
-    const Blocks<T, kPairs> blocks(p.dim, keys.count);
     load_queries();
+    gather(false);
+    if (can_hide(p) && has_nan(s.channels, p.dim * kWidth)) gather(true);
+    store_output();
+  }
+
+  // The output, not yet divided. leave_out: hidden keys are left out of the product with v, where otherwise their
+  // weight is zero.
+  void gather(bool leave_out) {
+    const Blocks<T, kPairs> blocks(p.dim, keys.count);
     // Where a row may have no key in a block, its largest logit starts finite, so that logit - largest is.
     const bool always_a_key = p.mask == nullptr && p.bias == nullptr && blocks.blocks == 1;
     for (int v = 0; v < kV; ++v) {
@@ -99,14 +108,17 @@ struct Tile {
       const AttentionKeys part{keys.indices + blocks.begin(block), blocks.size(block)};
       const Packed<T, kPairs> layout = blocks.layout(block);
       const float* from = packed + block * blocks.words;
-      if (p.mask != nullptr) expand_mask(p, b, h, first_query, queries, part, s.mask, kWidth);
-      if (p.bias != nullptr) expand_bias<T>(p, b, h, first_query, queries, part, s.bias, kWidth);
+      limits.load(b, h, first_query, queries, part);
       logits(layout, from);
       exponentials(part.count, block > 0);
-      output(layout, from, block > 0);
+      if (leave_out) {
+        const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return limits.hide(j, v, yes, no); };
+        product_of_visible<T, kPairs, kV>(Rows<T>(p.v, b, h), part, p.dim, s.map, 1.0f, hide, s.channels, block > 0);
+      } else {
+        output(layout, from, block > 0);
+      }
     }
     if (blocks.blocks == 0) __builtin_memset(s.channels, 0, round_up(p.dim, 4) * kWidth * sizeof(float));
-    store_output();
   }
 
   void load_queries() const {
@@ -135,9 +147,7 @@ struct Tile {
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
         float* at = s.map + j * kWidth + v * kLanes;
-        Vec x = Vec::load(at);
-        if (p.bias != nullptr) x += Vec::load(s.bias + j * kWidth + v * kLanes);
-        if (p.mask != nullptr) x = min(x, Vec::load(s.mask + j * kWidth + v * kLanes));
+        const Vec x = limits.limit(j, v, Vec::load(at));
         if (p.bias != nullptr || p.mask != nullptr) x.store(at);
         largest[v] = max(x, largest[v]);
       }
@@ -200,9 +210,10 @@ struct Tile {
     }
   }
 
-  void store_output() const {
+  void store_output() {
+    fail_infinite_rows(Sight<T>{p, b, h}, first_query, queries, keys, sum);
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only if every exponential is: any finite inverse will do.
+      // The sum is zero only where no key is seen: any finite inverse will do.
       const Vec inverse = Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v]);
       for (int64_t d = 0; d < p.dim; ++d) {
         float* at = s.channels + d * kWidth + v * kLanes;
@@ -223,7 +234,7 @@ void attend(const MaskedAttentionParams& p, int64_t problem, int64_t begin, int6
   const Scratch scratch(p, memory);
   const int64_t b = problem / p.heads, h = problem % p.heads;
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    Tile<T, kPairs, vectors.value>{p, scratch, b, h, first_query, queries, keys, packed, {}, {}}.run();
+    Tile<T, kPairs, vectors.value>{p, scratch, b, h, first_query, queries, keys, packed}.run();
   });
 }
 

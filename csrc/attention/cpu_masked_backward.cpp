@@ -90,9 +90,15 @@ struct Tile {
   AttentionKeys keys;
   const float* packed;
   float *sums, *bias_sums;
+  const Limits<T, kV> limits{p, s.mask, s.bias};
+  bool left_out[kWidth] = {};  // of the products over queries, as their rows are not finite
 
   void run() {
     const PackedForBackward<T, kPairs> both(p.dim, keys.count);
+    for (int64_t i = 0; can_hide(p) && i < queries; ++i) {
+      left_out[i] = !is_finite(Rows<T>(p.q, b, h)[first_query + i], p.dim) ||
+                    !is_finite(Rows<T>(p.grad, b, h)[first_query + i], p.dim);
+    }
     load(Rows<T>(p.q, b, h), s.queries, s.query_rows);
     load(Rows<T>(p.grad, b, h), s.outputs, s.output_rows);
     product_with_rows(both.layout, packed, s.queries, p.scale, s.map);
@@ -102,6 +108,9 @@ struct Tile {
     pack_pairs();
     store_query_gradient(both.layout);
     add_key_gradients();
+    for (int64_t i = 0; i < queries; ++i) {
+      if (left_out[i]) add_key_gradients_of(i);
+    }
   }
 
   // q, or the gradient of the output, both as lanes and as rows.
@@ -114,10 +123,13 @@ struct Tile {
     for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
       const T* row = from[first_query + i];
       if constexpr (kPairs) {
-        const T* next = i + 1 < queries ? from[first_query + i + 1] : nullptr;
+        const bool has_next = i + 1 < queries && !left_out[i + 1];
+        const T* next = has_next ? from[first_query + i + 1] : nullptr;
         float* to = rows + i / 2 * width;
-        for (int64_t d = 0; d < p.dim; ++d) to[d] = pair(row[d], next == nullptr ? bf16{0} : next[d]);
-      } else {
+        for (int64_t d = 0; d < p.dim; ++d) {
+          to[d] = pair(left_out[i] ? bf16{0} : row[d], next == nullptr ? bf16{0} : next[d]);
+        }
+      } else if (!left_out[i]) {
         for (int64_t d = 0; d < p.dim; ++d) rows[i * width + d] = widen(row[d]);
       }
     }
@@ -145,22 +157,16 @@ struct Tile {
       largest[v] = Vec::fill(p.mask == nullptr && p.bias == nullptr ? -__builtin_inff() : -__FLT_MAX__);
       sum[v] = dot[v] = Vec::fill(0.0f);
     }
-    for (int64_t first = 0; first < keys.count; first += kBlockKeys) {
-      const AttentionKeys block{keys.indices + first,
-                                keys.count - first < kBlockKeys ? keys.count - first : kBlockKeys};
-      if (p.mask != nullptr) expand_mask(p, b, h, first_query, queries, block, s.mask, kWidth);
-      if (p.bias != nullptr) expand_bias<T>(p, b, h, first_query, queries, block, s.bias, kWidth);
+    for_limited_blocks([&](int64_t first, AttentionKeys block) {
       for (int64_t j = 0; j < block.count; ++j) {
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          Vec x = Vec::load(at(s.map, first + j, v));
-          if (p.bias != nullptr) x += Vec::load(at(s.bias, j, v));
-          if (p.mask != nullptr) x = min(x, Vec::load(at(s.mask, j, v)));
+          const Vec x = limits.limit(j, v, Vec::load(at(s.map, first + j, v)));
           if (p.bias != nullptr || p.mask != nullptr) x.store(at(s.map, first + j, v));
           largest[v] = max(x, largest[v]);
         }
       }
-    }
+    });
     in_parts([&](int64_t begin, int64_t end) {
       for (int v = 0; v < kV; ++v) {
         Vec part = Vec::fill(0.0f), dot_part = part;
@@ -179,8 +185,10 @@ struct Tile {
         dot[v] += dot_part;
       }
     });
+    fail_infinite_rows(Sight<T>{p, b, h}, first_query, queries, keys, sum);
+    if (can_hide(p)) dot_of_visible(dot);
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only if every exponential is: any finite inverse will do.
+      // The sum is zero only where no key is seen: any finite inverse will do.
       sum[v] = max(Vec::fill(__FLT_MIN__), sum[v]);
       dot[v] = dot[v] / sum[v];
       sum[v] = Vec::fill(1.0f) / sum[v];
@@ -193,6 +201,47 @@ struct Tile {
         (probability * (Vec::load(at(s.gradient, j, v)) - dot[v])).store(at(s.gradient, j, v));
       }
     }
+    bool finite = true;
+    for (int v = 0; v < kV; ++v) finite &= all_finite(dot[v]) && all_finite(sum[v]);
+    if (can_hide(p) && !finite) clear_hidden(s.map), clear_hidden(s.gradient);
+  }
+
+  // f(the first of a block of keys, the block), with `limits` of it.
+  template <class F>
+  FASTVIT_INLINE void for_limited_blocks(const F& f) const {
+    for (int64_t first = 0; first < keys.count; first += kBlockKeys) {
+      const AttentionKeys block{keys.indices + first, smaller(keys.count - first, kBlockKeys)};
+      limits.load(b, h, first_query, queries, block);
+      f(first, block);
+    }
+  }
+
+  void clear_hidden(float* map) const {
+    for_limited_blocks([&](int64_t first, AttentionKeys block) {
+      for (int64_t j = 0; j < block.count; ++j) {
+        for (int v = 0; v < kV; ++v) {
+          limits.hide(j, v, Vec::fill(0.0f), Vec::load(at(map, first + j, v))).store(at(map, first + j, v));
+        }
+      }
+    });
+  }
+
+  // sum_j e[j] dP[j] again without hidden keys, where their dP has made it NaN.
+  void dot_of_visible(Vec (&dot)[kV]) const {
+    bool is_nan = false;
+    for (int v = 0; v < kV; ++v) is_nan |= any_nan(dot[v]);
+    if (!is_nan) return;
+    clear_hidden(s.gradient);
+    for (int v = 0; v < kV; ++v) dot[v] = Vec::fill(0.0f);
+    in_parts([&](int64_t begin, int64_t end) {
+      for (int v = 0; v < kV; ++v) {
+        Vec part = Vec::fill(0.0f);
+        for (int64_t j = begin; j < end; ++j) {
+          part = fma(Vec::load(at(s.map, j, v)), Vec::load(at(s.gradient, j, v)), part);
+        }
+        dot[v] += part;
+      }
+    });
   }
 
   template <class F>
@@ -254,6 +303,13 @@ struct Tile {
                                                    s.gradient, Vec::fill(p.scale), to);
       });
     }
+    if (can_hide(p) && has_nan(s.channels, p.dim * kWidth)) {
+      for_limited_blocks([&](int64_t first, AttentionKeys block) {
+        const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return limits.hide(j, v, yes, no); };
+        const float* map = s.gradient + first / (kPairs ? 2 : 1) * kWidth;
+        product_of_visible<T, kPairs, kV>(Rows<T>(p.k, b, h), block, p.dim, map, p.scale, hide, s.channels, first > 0);
+      });
+    }
     const int64_t stride = p.heads * p.dim;
     T* out = static_cast<T*>(p.dq) + (b * p.queries + first_query) * stride + h * p.dim;
     for (int64_t i = 0; i < queries; i += 4) {
@@ -280,6 +336,25 @@ struct Tile {
           });
         }
       });
+    }
+  }
+
+  // What query i alone adds, to the keys it sees.
+  void add_key_gradients_of(int64_t i) const {
+    const int64_t width = padded(p.dim);
+    const T *query = Rows<T>(p.q, b, h)[first_query + i], *output = Rows<T>(p.grad, b, h)[first_query + i];
+    for (int64_t j = 0; j < keys.count; ++j) {
+      if (!Sight<T>{p, b, h}.sees(first_query + i, keys.indices[j])) continue;
+      float difference = at(s.gradient, j, 0)[i], probability = at(s.map, j, 0)[i];
+      if constexpr (kPairs) {
+        const bf16* row = reinterpret_cast<const bf16*>(at(s.map, j, 0));
+        probability = widen(row[i]), difference = widen(row[kWidth + i]);
+      }
+      float *keys_to = sums + j * width, *values_to = keys_to + p.keys * width;
+      for (int64_t d = 0; d < p.dim; ++d) {
+        keys_to[d] += difference * widen(query[d]);
+        values_to[d] += probability * widen(output[d]);
+      }
     }
   }
 };

@@ -222,6 +222,62 @@ void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* k
   }
 }
 
+// --- Hidden keys ----------------------------------------------------------------------------------------------------
+//
+// A key that a mask or a bias of -inf hides from a query has zero for its weight, which hides what is finite in its
+// row: zero times NaN or infinity is NaN. That shows in the result of a product, which is then made again without such
+// keys.
+
+// Vector `lane` of row j of a map, from words as the products read them.
+template <bool kPairs>
+FASTVIT_INLINE Vec map_row(const float* map, int64_t width, int64_t j, int64_t lane) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    const __m512i words = _mm512_castps_si512(Vec::load(map + j / 2 * width + lane).v);
+    const __m512i second = _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    return {_mm512_castsi512_ps(j % 2 == 0 ? _mm512_slli_epi32(words, 16) : second)};
+  }
+#endif
+  return Vec::load(map + j * width + lane);
+}
+
+// out[d] = factor * sum_j rows[j][d] map[j] for kV vectors of queries, without the keys hidden from each; added to what
+// is there, if asked for. hide(j, v, yes, no): `yes` in the lanes of vector v that key j of the list is hidden from.
+template <class T, bool kPairs, int kV, class Hide>
+void product_of_visible(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* map, float factor, const Hide& hide,
+                        float* out, bool add) {
+  constexpr int64_t kWidth = kV * kLanes;
+  for (int64_t d = 0; d < dim; ++d) {
+    for (int v = 0; v < kV; ++v) {
+      float* to = out + d * kWidth + v * kLanes;
+      Vec total = add ? Vec::load(to) : Vec::fill(0.0f);
+      for (int64_t first = 0; first < keys.count; first += kPartialSum) {
+        Vec part = Vec::fill(0.0f);
+        for (int64_t j = first; j < smaller(keys.count, first + kPartialSum); ++j) {
+          const Vec weight = map_row<kPairs>(map, kWidth, j, v * kLanes);
+          part = hide(j, v, part, fma(weight, Vec::fill(widen(rows[keys.indices[j]][d])), part));
+        }
+        total = fma(part, Vec::fill(factor), total);
+      }
+      total.store(to);
+    }
+  }
+}
+
+inline bool has_nan(const float* from, int64_t floats) {  // whole vectors
+  for (int64_t i = 0; i < floats; i += kLanes) {
+    if (any_nan(Vec::load(from + i))) return true;
+  }
+  return false;
+}
+
+template <class T>
+bool is_finite(const T* row, int64_t dim) {
+  float zeros = 0.0f;
+  for (int64_t d = 0; d < dim; ++d) zeros += widen(row[d]) * 0.0f;
+  return zeros == 0.0f;
+}
+
 // --- Loading and storing tiles
 // -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   check_cpu_shape(op, v, "v", {p.batch, p.heads, p.keys, p.dim});
   check(p.dim <= kAttentionMaxDim, op, ": expected head dimensions up to ", kAttentionMaxDim, ", got ", p.dim);
   check(p.keys <= std::numeric_limits<int32_t>::max(), op, ": expected fewer than 2^31 keys, got ", p.keys);
+  // What the kernels count, multiply-adds too, and the memory they take are smaller than these.
+  checked_product(op, {8, p.batch, p.heads, p.queries, p.keys, p.dim + p.heads});
+  checked_product(op, {64, p.batch, p.heads, larger(p.queries, p.keys) + 32, p.dim + p.heads + 16});
   p.q = attention_operand(op, q, "q", dtype);
   p.k = attention_operand(op, k, "k", dtype);
   p.v = attention_operand(op, v, "v", dtype);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -41,12 +42,14 @@ bool runs_here([[maybe_unused]] Isa isa) {
 }
 
 Isa find_isa(const std::string& name, const char* asked_by) {
-  std::string accepted;
+  std::string expected, lower = name;
+  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
   for (Isa isa : supported_isas()) {
-    if (name == name_of(isa)) return isa;
-    accepted += (accepted.empty() ? "" : ", ") + std::string(name_of(isa));
+    if (lower == name_of(isa)) return isa;
+    expected += (expected.empty() ? "" : ", ") + std::string(name_of(isa));
   }
-  throw std::invalid_argument(std::string(asked_by) + ": got '" + name + "', accepted on this CPU: " + accepted);
+  throw std::invalid_argument(std::string(asked_by) + ": expected one of " + expected + " (on this CPU), got '" + name +
+                              "'");
 }
 
 Isa initial_isa() {

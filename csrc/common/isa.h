@@ -16,10 +16,11 @@ const char* name_of(Isa isa);
 std::vector<Isa> compiled_isas();   // in this binary
 std::vector<Isa> supported_isas();  // and supported by this CPU and its operating system
 
-// The one in use: the best supported one, or the one that FASTVIT_CPU_CAPABILITY names (read once).
+// The one in use: the best supported one, or the one that FASTVIT_CPU_CAPABILITY names (read once, in any case). Throws
+// std::invalid_argument listing the supported names if this is none of them.
 Isa cpu_isa();
 
-// Changes it, for tests. Throws std::invalid_argument listing the supported names if this is none of them.
+// Changes it, for tests. Throws likewise.
 void set_cpu_isa(const std::string& name);
 
 }  // namespace fastvit

@@ -92,6 +92,17 @@ bool Tensor::is_contiguous() const {
   return true;
 }
 
+int64_t checked_product(const char* op, std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (int64_t size : sizes) {
+    if (size > 1 && __builtin_mul_overflow(product, size, &product)) {
+      check(false, op, ": the sizes are too large, the product of ",
+            shape_of(sizes.begin(), static_cast<int64_t>(sizes.size())), " does not fit into 64 bits");
+    }
+  }
+  return product;
+}
+
 std::string shape_of(const int64_t* sizes, int64_t axes) {
   std::ostringstream text;
   text << '(';
@@ -119,7 +130,7 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   int64_t step = 1;
   for (size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = step;
-    step *= sizes[axis] > 0 ? sizes[axis] : 1;
+    step = checked_product("fastvit", {step, sizes[axis]});
   }
   return strides;
 }

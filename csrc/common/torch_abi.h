@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -82,6 +83,9 @@ void check(bool condition, const Parts&... message) {
   (text << ... << message);
   throw std::runtime_error(text.str());
 }
+
+// The product of sizes that come from outside, those below 1 counted as 1; throws where it does not fit.
+int64_t checked_product(const char* op, std::initializer_list<int64_t> sizes);
 
 // Turns an error code of the shim into an exception that names the call.
 inline void check_call(AOTITorchError error, const char* call) {

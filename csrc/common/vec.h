@@ -95,6 +95,12 @@ FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) { return {_mm512_scalef_p
 FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ), value.v)};
 }
+// yes where limit is -inf, otherwise no
+FASTVIT_INLINE Vec if_hidden(Vec limit, Vec yes, Vec no) {
+  const __mmask16 hidden = _mm512_cmp_ps_mask(limit.v, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
+  return {_mm512_mask_mov_ps(no.v, hidden, yes.v)};
+}
+FASTVIT_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 FASTVIT_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 FASTVIT_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -167,6 +173,12 @@ FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
 FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
   return {_mm256_and_ps(value.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
 }
+// yes where a's sign bit is set, otherwise no
+FASTVIT_INLINE Vec if_negative(Vec a, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, a.v)}; }
+FASTVIT_INLINE Vec if_hidden(Vec limit, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(limit.v, _mm256_set1_ps(-__builtin_inff()), _CMP_EQ_OQ))};
+}
+FASTVIT_INLINE bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 FASTVIT_INLINE float sum(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -248,6 +260,14 @@ FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
 FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
   return {Vec::floats_of(Vec::bits_of(value.v) & ~(a.v <= Vec::fill(0.0f).v))};
 }
+FASTVIT_INLINE Vec if_negative(Vec a, Vec yes, Vec no) { return {Vec::select(Vec::bits_of(a.v) >> 31, yes.v, no.v)}; }
+FASTVIT_INLINE Vec if_hidden(Vec limit, Vec yes, Vec no) {
+  return {Vec::select(limit.v == Vec::fill(-__builtin_inff()).v, yes.v, no.v)};
+}
+FASTVIT_INLINE bool any_nan(Vec a) {
+  const Vec::Ints is_nan = a.v != a.v;
+  return (is_nan[0] | is_nan[1] | is_nan[2] | is_nan[3]) != 0;
+}
 FASTVIT_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FASTVIT_INLINE float largest(Vec a) {
   const float even = a.v[0] > a.v[2] ? a.v[0] : a.v[2], odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
@@ -258,6 +278,7 @@ FASTVIT_INLINE float largest(Vec a) {
 
 constexpr int64_t kLanes = Vec::lanes;
 
+FASTVIT_INLINE bool all_finite(Vec a) { return !any_nan(a * Vec::fill(0.0f)); }
 FASTVIT_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 FASTVIT_INLINE Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 

@@ -45,8 +45,9 @@ FASTVIT_INLINE Vec derivative(Vec x) {
   if constexpr (activation == Activation::gelu) {
     return gelu_slope<is_coarse<T>>(x);
   } else if constexpr (activation == Activation::quick_gelu) {
-    const Vec scaled = x * Vec::fill(1.702f), s = sigmoid(scaled);
-    return s * fma(scaled, one - s, one);
+    // s + 1.702 x s (1 - s), of which x comes last: 1.702 x may be infinite where x is not.
+    const Vec s = sigmoid(x * Vec::fill(1.702f));
+    return fma(x, s * (one - s) * Vec::fill(1.702f), s);
   } else if constexpr (activation == Activation::silu) {
     const Vec s = sigmoid(x);
     return s * fma(x, one - s, one);

@@ -118,6 +118,12 @@ FASTVIT_INLINE Vec polynomial(const float (&coefficients)[terms][16], const Inte
   return value[0];
 }
 
+// max(x, 0), but NaN for -inf.
+FASTVIT_INLINE Vec positive_part(Vec x) {
+  // By class of x: 4, -inf, becomes NaN (3), 6, negative, becomes 0 (8), all else stays (0).
+  return {_mm512_fixupimm_ps(x.v, x.v, _mm512_set1_epi32(3 << 4 * 4 | 8 << 6 * 4), 0)};
+}
+
 // min(|x|, 6), 6 for NaN.
 FASTVIT_INLINE Vec size_below_6(Vec x) { return {_mm512_range_ps(x.v, _mm512_set1_ps(6.0f), 0b1010)}; }
 #endif
@@ -148,10 +154,10 @@ FASTVIT_INLINE NormalTail normal_tail(Vec x) {
 #endif
 
 // GELU of each, x (1 - Q(x)), written as max(x, 0) - t Q(t) so that small results keep their digits. Absolute error
-// below 1e-7 max(1, |x|); exactly 0 or x far out, NaN for NaN. coarse: the result will be rounded to bfloat16.
+// below 1e-7 max(1, |x|); exactly 0 or x far out; NaN for NaN and, as -inf * 0, for -inf. coarse: the result will be
+// rounded to bfloat16.
 template <bool coarse, int count>
 FASTVIT_INLINE void gelu(Vec (&x)[count]) {
-  const Vec zero = Vec::fill(0.0f);
 #if defined(__AVX512F__)
   Vec t[count], r[count], tail[count];
   Interval at[count];
@@ -166,30 +172,33 @@ FASTVIT_INLINE void gelu(Vec (&x)[count]) {
   }
 #pragma GCC unroll 8
   for (int k = 0; k < count; ++k) {
-    const Vec positive = max(zero, x[k]);
+    const Vec positive = positive_part(x[k]);
     x[k] = coarse ? tail[k] + positive : fnma(t[k], tail[k], positive);
   }
 #else
   for (Vec& value : x) {
     const NormalTail tail = normal_tail(value);
-    value = fnma(tail.t, tail.weight, max(zero, value));
+    // Of a negative x as it is, so that -inf gives NaN.
+    const Vec t = if_negative(value, abs(value), tail.t);
+    value = fnma(t, tail.weight, max(Vec::fill(0.0f), value));
   }
 #endif
 }
 
-// The derivative Phi(x) + x phi(x), which is Q(t) - t phi(t) for negative x and 1 minus that for positive x.
+// The derivative Phi(x) + x phi(x), which is Q(t) - t phi(t) for negative x and 1 minus that for positive x. NaN for
+// NaN and both infinities.
 template <bool coarse>
 FASTVIT_INLINE Vec gelu_slope(Vec x) {
-  const Vec one = Vec::fill(1.0f);
+  const Vec zero = Vec::fill(0.0f), one = Vec::fill(1.0f);
 #if defined(__AVX512F__)
   const Vec t = min(Vec::fill(6.0f), Vec{_mm512_abs_ps(x.v)});  // NaN for NaN
   const Interval at = interval_of(t);
   const Vec tail = coarse ? polynomial(kCoarseSlopeTail, at, t) : polynomial(kSlopeTail, at, at.r);
-  return keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
+  return keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + fma(x, zero, tail);
 #else
   // phi is close to the smallest normal number at 13.
   const Vec tail = normal_tail(x).weight;
-  const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + tail;
+  const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + fma(x, zero, tail);
   const Vec near = max(Vec::fill(-13.0f), min(Vec::fill(13.0f), x));
   return fma(near * Vec::fill(0.398942280f), exp(near * near * Vec::fill(-0.5f)), below);
 #endif

@@ -1,5 +1,7 @@
 #include "common/workspace.h"
 
+#include "common/torch_abi.h"
+
 namespace fastvit {
 namespace {
 
@@ -14,10 +16,11 @@ constexpr int64_t kKeptFloats = 8 << 20;
 }  // namespace
 
 float* Workspace::take(int64_t floats) {
-  if (floats > size_) {
+  if (floats > size_ || memory_ == nullptr) {
     memory_.reset();
     size_ = 0;
-    memory_.reset(static_cast<float*>(operator new(static_cast<size_t>(floats) * sizeof(float), kAlign)));
+    const int64_t bytes = checked_product("fastvit", {floats, static_cast<int64_t>(sizeof(float))});
+    memory_.reset(static_cast<float*>(operator new(static_cast<size_t>(bytes), kAlign)));
     size_ = floats;
   }
   return memory_.get();

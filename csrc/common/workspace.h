@@ -15,8 +15,8 @@ FASTVIT_INLINE int64_t whole_lines(int64_t floats) { return round_up(floats, 16)
 // Uninitialised memory of a thread, kept between calls so that its pages stay mapped.
 class Workspace {
  public:
-  float* take(int64_t floats);
-  void give_back();  // frees the memory if it is too much to keep
+  float* take(int64_t floats);  // never null
+  void give_back();             // frees the memory if it is too much to keep
 
   static Workspace& of_thread();  // for one thread of a parallel loop
   static Workspace& of_call();    // for memory that the threads of a call share

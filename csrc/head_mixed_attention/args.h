@@ -24,8 +24,8 @@ struct HeadMixParams : HeadMapParams {
   const float* post_weight = nullptr;  // (H, H), with norm and output scale folded in; null without a mix after it
   const float* post_factor = nullptr;  // (H,), used where post_weight is null
   const float* post_bias = nullptr;    // (H,)
-  // LayerNorm over heads after the mix. post_weight and post_bias are then centred over the heads they write, so that
-  // the mix X has mean zero: M_h = norm_factor[h] X_h / sqrt(mean_g X_g^2 + norm_eps) + norm_shift[h]. Null without it.
+  // LayerNorm over heads after the mix. With X the mix less its mean over heads,
+  // M_h = norm_factor[h] X_h / sqrt(mean_g X_g^2 + norm_eps) + norm_shift[h]. Null without it.
   const float* norm_factor = nullptr;  // (H,)
   const float* norm_shift = nullptr;   // (H,)
   float norm_eps = 0.0f;

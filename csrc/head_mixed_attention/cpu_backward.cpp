@@ -4,7 +4,7 @@
 // Then, a few keys at a time, with all heads of them in the L1 cache,
 //   M_h = sum_g A[h][g] P_g + b_h       dv_h[j][d] += sum_i M_h[j][i] dout_h[i][d]
 //   dA[h][g] += sum dM_h P_g            db_h += sum dM_h            dP_g = sum_h A[h][g] dM_h
-// and cpu_gradients.h continues from dP. With a layer norm over heads, for the centred mix X = A P + b,
+// and cpu_gradients.h continues from dP. With a layer norm over heads, for X = A P + b less its mean over heads,
 //   r = 1 / sqrt(mean_h X_h^2 + eps)    y_h = r X_h    M_h = f_h y_h + s_h    df_h += sum dM_h y_h    ds_h += sum dM_h
 //   dX_h = r (f_h dM_h - mean_g f_g dM_g - y_h mean_g f_g dM_g y_g)           replaces dM.
 // A tile has two maps, or three with a mix before the softmax; no other map exists.
@@ -36,12 +36,14 @@ struct Scratch : GradientScratch {
 
   float* grad_lanes;   // [head][word of channels][lane]
   float* grad_rows;    // [head][word of queries][channel]
+  float* grad_finite;  // [head][lane]
   float* mixed_block;  // [head][key of a block][query]: M
 
   Scratch(const HeadMapGradientParams& p, Arena& arena)
       : GradientScratch(p, arena),
         grad_lanes(arena.take(p.heads * word_stride)),
         grad_rows(arena.take(p.heads * rows_stride)),
+        grad_finite(arena.take(p.heads * kMaxWidth)),
         mixed_block(arena.take(p.heads * kMixedStride)) {}
 };
 
@@ -67,8 +69,10 @@ struct Tile : GradientTile<T, kPairs, kV> {
       if (p.norm_factor != nullptr) layer_norm_backward(begin, end);
       for (int64_t h = 0; h < p.heads; ++h) {
         finish_mixed(h, begin, end);
-        this->add_to_keys(end - begin, mixed(h, 0), s.grad_rows + h * s.rows_stride,
-                          dv + (h * p.keys + begin) * s.row_stride);
+        float* dv_block = dv + (h * p.keys + begin) * s.row_stride;
+        this->add_to_keys(end - begin, mixed(h, 0), s.grad_rows + h * s.rows_stride, dv_block);
+        const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return this->hide(h, j, v, yes, no); };
+        this->add_left_out(p.grad, s.grad_finite, h, begin, end, mixed(h, 0), hide, dv_block);
         add_gradient(h, begin, end);
       }
       add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), map(0) + at(begin, 0),
@@ -85,7 +89,7 @@ struct Tile : GradientTile<T, kPairs, kV> {
   // dM, all keys.
   void gradients_of_mixed() const {
     this->load_lanes(p.grad, s.grad_lanes);
-    this->load_rows(p.grad, s.grad_rows);
+    this->load_rows(p.grad, s.grad_rows, s.grad_finite);
     const float* values = packed + value_offset(p, layout);
     for (int64_t h = 0; h < p.heads; ++h, values += layout.key_panels.blocks * layout.key_words) {
       this->products_with_keys(values, s.grad_lanes + h * s.word_stride, 1.0f, gradient(h));
@@ -105,7 +109,7 @@ struct Tile : GradientTile<T, kPairs, kV> {
     const Vec share = Vec::fill(1.0f / static_cast<float>(p.heads));
     Vec inverse[kBlockKeys * kV], mean[kBlockKeys * kV], along[kBlockKeys * kV];  // sums of f dM, and of f dM y
     for (int64_t i = 0; i < count; ++i) {
-      inverse[i] = inverse_deviation(p.heads, s.mixed_block + i * kLanes, s.kMixedStride, p.norm_eps);
+      inverse[i] = centre_heads(p.heads, s.mixed_block + i * kLanes, s.kMixedStride, p.norm_eps);
       mean[i] = along[i] = Vec::fill(0.0f);
     }
     for (int64_t h = 0; h < p.heads; ++h) {

@@ -79,6 +79,8 @@ struct Tile : MapTile<T, kPairs, kV> {
     }
     for (int64_t h = 0; h < p.heads; ++h) {
       this->products_with_values(packed + h * layout.head_words, map(h), 1.0f, channels(h));
+      const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return this->hide(h, j, v, yes, no); };
+      this->leave_hidden_out(p.v, h, map(h), 1.0f, hide, channels(h));
     }
     this->store_lanes(s.channels, p.out);
   }
@@ -125,7 +127,7 @@ struct Tile : MapTile<T, kPairs, kV> {
       for (int v = 0; v < kV; ++v) {
         Vec inverse[kStagedKeys];
         for (int key = 0; p.norm_factor != nullptr && key < kStagedKeys; ++key) {
-          inverse[key] = inverse_deviation(p.heads, at_staged(0, key, v), s.kStagedStride, p.norm_eps);
+          inverse[key] = centre_heads(p.heads, at_staged(0, key, v), s.kStagedStride, p.norm_eps);
         }
         for (int64_t h = 0; h < p.heads; ++h) {
           Vec final_values[kStagedKeys];

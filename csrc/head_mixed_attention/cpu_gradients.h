@@ -116,6 +116,7 @@ struct GradientScratch : MapScratch {
   float* delta;         // [head][lane]: sum_j P_g[j] dP_g[j]
   float* channels;      // [head][channel][lane]: the queries, then dq
   float* query_rows;    // [head][word of queries][channel]
+  float* query_finite;  // [head][lane]: with a mask, whether a row of q is; where it is not, zeros take its place
   float* lane_sums;     // [total][lane]: the sums of a tile
 
   GradientScratch(const HeadMapParams& p, Arena& arena)
@@ -129,6 +130,7 @@ struct GradientScratch : MapScratch {
         delta(arena.take(p.heads * kMaxWidth)),
         channels(arena.take(p.heads * word_stride)),
         query_rows(arena.take(p.heads * rows_stride)),
+        query_finite(arena.take(p.heads * kMaxWidth)),
         lane_sums(arena.take(totals.count() * kLanes)) {}
 };
 
@@ -155,7 +157,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   void compute_maps() const {
     this->load_mask();
     this->load_lanes(p.q, s.channels);
-    load_rows(p.q, s.query_rows);
+    load_rows(p.q, s.query_rows, s.query_finite);
     for (int64_t h = 0; h < p.heads; ++h) {
       float* out = p.pre_weight == nullptr ? map(h) : logits(h);
       this->products_with_keys(packed + h * layout.head_words, s.channels + h * s.word_stride, p.scale, out);
@@ -163,30 +165,66 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
     if (p.pre_weight != nullptr) {
       this->mix_logits(s.logits, s.maps);
-      for (int64_t h = 0; h < p.heads; ++h) finish_map(h);
+      bool finite = true;
+      for (int64_t h = 0; h < p.heads; ++h) finite &= finish_map(h);
+      if (p.mask != nullptr && !finite) clear_hidden_logits();
     }
     __builtin_memset(s.delta, 0, p.heads * kWidth * sizeof(float));
     __builtin_memset(s.lane_sums, 0, s.totals.count() * kLanes * sizeof(float));
   }
 
-  void finish_map(int64_t h) const {
-    this->softmax(h, map(h));
+  bool finish_map(int64_t h) const {
+    const bool finite = this->softmax(h, map(h));
     for (int64_t j = 0; j < keys.count; ++j) {
       for (int v = 0; v < kV; ++v) (Vec::load(map(h) + at(j, v)) * this->inverse(h, v)).store(map(h) + at(j, v));
+    }
+    if (p.mask != nullptr && has_nan(s.inverse + h * kWidth, kWidth)) {
+      for_each_place([&](int64_t j, int v, int64_t place) {
+        this->hide(h, j, v, Vec::fill(0.0f), Vec::load(map(h) + place)).store(map(h) + place);
+      });
+    }
+    return finite;
+  }
+
+  template <class F>
+  FASTVIT_INLINE void for_each_place(const F& f) const {
+    for (int64_t j = 0; j < keys.count; ++j) {
+      for (int v = 0; v < kV; ++v) f(j, v, at(j, v));
+    }
+  }
+
+  // S where every head's mask hides it, so that its products with gradients of zero are zero.
+  void clear_hidden_logits() const {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for_each_place([&](int64_t j, int v, int64_t place) {
+        this->hide_from_all(j, v, Vec::fill(0.0f), Vec::load(logits(h) + place)).store(logits(h) + place);
+      });
     }
   }
 
   // Rows of q, or of a tensor of its shape, for products that sum over queries.
-  void load_rows(const AttentionOperand& q, float* out) const {
+  void load_rows(const AttentionOperand& q, float* out, float* finite) const {
+    for (int64_t h = 0; p.mask != nullptr && h < p.heads; ++h) {
+      for (int64_t i = 0; i < queries; ++i) {
+        finite[h * kMaxWidth + i] = is_finite(Rows<T>(q, b, h)[first_query + i], p.dim);
+      }
+    }
+    const auto takes_part = [&](int64_t h, int64_t i) {
+      return p.mask == nullptr || finite[h * kMaxWidth + i] != 0.0f;
+    };
     for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
       for (int64_t h = 0; h < p.heads; ++h) {
         float* row = out + h * s.rows_stride + i / (kPairs ? 2 : 1) * s.row_stride;
         const T* first = Rows<T>(q, b, h)[first_query + i];
         if constexpr (kPairs) {
-          const T* second = i + 1 < queries ? Rows<T>(q, b, h)[first_query + i + 1] : nullptr;
-          for (int64_t d = 0; d < p.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
+          const bool has_first = takes_part(h, i), has_second = i + 1 < queries && takes_part(h, i + 1);
+          const T* second = has_second ? Rows<T>(q, b, h)[first_query + i + 1] : nullptr;
+          for (int64_t d = 0; d < p.dim; ++d) {
+            row[d] = pair(has_first ? first[d] : bf16{0}, has_second ? second[d] : bf16{0});
+          }
         } else {
-          for (int64_t d = 0; d < p.dim; ++d) row[d] = widen(first[d]);
+          const bool present = takes_part(h, i);
+          for (int64_t d = 0; d < p.dim; ++d) row[d] = present ? widen(first[d]) : 0.0f;
         }
         for (int64_t d = p.dim; d < s.row_stride; ++d) row[d] = 0.0f;
       }
@@ -196,6 +234,24 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   // sums[j][d] += sum_i map[j][i] rows[i][d] for keys [begin, end).
   void add_to_keys(int64_t count, const float* map, const float* rows, float* sums) const {
     add_outer_product<kPairs, kWidth>(count, layout.words(queries), map, rows, sums, s.row_stride);
+  }
+
+  // The share in those sums of queries whose rows are not finite, in those of the keys they see.
+  template <class Hide>
+  void add_left_out(const AttentionOperand& q, const float* finite, int64_t h, int64_t begin, int64_t end,
+                    const float* map, const Hide& hide, float* sums) const {
+    for (int64_t i = 0; p.mask != nullptr && i < queries; ++i) {
+      if (finite[h * kMaxWidth + i] != 0.0f) continue;
+      const T* row = Rows<T>(q, b, h)[first_query + i];
+      for (int64_t j = begin; j < end; ++j) {
+        float hidden[kLanes];
+        hide(j, static_cast<int>(i / kLanes), Vec::fill(1.0f), Vec::fill(0.0f)).store(hidden);
+        if (hidden[i % kLanes] != 0.0f) continue;
+        const float* key = map + (j - begin) * kWidth;
+        const float weight = kPairs ? widen(reinterpret_cast<const bf16*>(key)[i]) : key[i];
+        for (int64_t d = 0; d < p.dim; ++d) sums[(j - begin) * s.row_stride + d] += weight * widen(row[d]);
+      }
+    }
   }
 
   // Key j of a map in the layout that add_to_keys reads: queries, or pairs of them.
@@ -237,14 +293,39 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
   }
 
+  // Where a sum of P dP is not finite: dP less the sum without hidden keys, whose own dP becomes zero.
+  void settle_deltas() const {
+    if (p.mask == nullptr || is_finite(s.delta, p.heads * kWidth)) return;
+    const Vec zero = Vec::fill(0.0f);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      Vec delta[kV];
+      for (int v = 0; v < kV; ++v) delta[v] = zero;
+      for_each_place([&](int64_t j, int v, int64_t place) {
+        const Vec dp = this->hide(h, j, v, zero, Vec::load(gradient(h) + place));
+        delta[v] = fma(Vec::load(map(h) + place), dp, delta[v]);
+      });
+      for_each_place([&](int64_t j, int v, int64_t place) {
+        this->hide(h, j, v, zero, Vec::load(gradient(h) + place) - delta[v]).store(gradient(h) + place);
+      });
+      for (int v = 0; v < kV; ++v) zero.store(s.delta + h * kWidth + v * kLanes);
+    }
+  }
+
   // From the gradients of P to everything else.
   void gradients_of_queries_and_keys() const {
+    settle_deltas();
     if (p.pre_weight != nullptr) gradients_through_mixed_logits();
     for (int64_t h = 0; h < p.heads; ++h) {
       if (p.pre_weight == nullptr) gradients_of_logits(h);
-      this->products_with_values(packed + h * layout.head_words, gradient(h), p.scale, s.channels + h * s.word_stride);
-      add_to_keys(keys.count, kPairs ? map(h) : gradient(h), s.query_rows + h * s.rows_stride,
-                  dk + h * p.keys * s.row_stride);
+      float *channels = s.channels + h * s.word_stride, *dk_head = dk + h * p.keys * s.row_stride;
+      const float* of_keys = kPairs ? map(h) : gradient(h);
+      const auto hide = [&](int64_t j, int v, Vec yes, Vec no) {
+        return p.pre_weight == nullptr ? this->hide(h, j, v, yes, no) : this->hide_from_all(j, v, yes, no);
+      };
+      this->products_with_values(packed + h * layout.head_words, gradient(h), p.scale, channels);
+      this->leave_hidden_out(p.k, h, gradient(h), p.scale, hide, channels);
+      add_to_keys(keys.count, of_keys, s.query_rows + h * s.rows_stride, dk_head);
+      add_left_out(p.q, s.query_finite, h, 0, keys.count, of_keys, hide, dk_head);
     }
     this->store_lanes(s.channels, p.dq);
   }

@@ -123,14 +123,19 @@ inline void mix_heads(int64_t heads, int64_t count, const float* weight, const f
   }
 }
 
-// 1 / sqrt(mean over heads of x^2 + eps), of one vector of each.
-FASTVIT_INLINE Vec inverse_deviation(int64_t heads, const float* x, int64_t head_stride, float eps) {
-  Vec squares = Vec::fill(0.0f);
+// Takes the mean over heads off one vector of each; gives 1 / sqrt(mean over heads of what is left^2 + eps). The mean
+// is found about the first head, so that of heads that are all the same exactly zero is left.
+FASTVIT_INLINE Vec centre_heads(int64_t heads, float* x, int64_t head_stride, float eps) {
+  const Vec share = Vec::fill(1.0f / static_cast<float>(heads)), first = Vec::load(x);
+  Vec apart = Vec::fill(0.0f), squares = apart;
+  for (int64_t h = 1; h < heads; ++h) apart += Vec::load(x + h * head_stride) - first;
+  const Vec mean = fma(apart, share, first);
   for (int64_t h = 0; h < heads; ++h) {
-    const Vec value = Vec::load(x + h * head_stride);
+    const Vec value = Vec::load(x + h * head_stride) - mean;
+    value.store(x + h * head_stride);
     squares = fma(value, value, squares);
   }
-  return Vec::fill(1.0f) / sqrt(squares * Vec::fill(1.0f / static_cast<float>(heads)) + Vec::fill(eps));
+  return Vec::fill(1.0f) / sqrt(squares * share + Vec::fill(eps));
 }
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
@@ -191,17 +196,50 @@ struct MapTile {
     mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to, s.map_stride);
   }
 
-  // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked.
-  void softmax(int64_t h, float* map) const {
+  // `yes` in the lanes of vector v that key j is hidden from, for head h or for every head.
+  FASTVIT_INLINE Vec hide(int64_t h, int64_t j, int v, Vec yes, Vec no) const {
+    return if_hidden(Vec::load(mask(h) + at(j, v)), yes, no);
+  }
+  FASTVIT_INLINE Vec hide_from_all(int64_t j, int v, Vec yes, Vec no) const {
+    Vec result = yes;
+    for (int64_t h = 0; h < s.mask_heads; ++h) result = hide(h, j, v, result, no);
+    return result;
+  }
+
+  // The product of head h with rows of `of` again without hidden keys, where what is not finite in their rows has made
+  // it NaN.
+  template <class Hide>
+  void leave_hidden_out(const AttentionOperand& of, int64_t h, const float* map, float factor, const Hide& hide,
+                        float* out) const {
+    if (p.mask == nullptr || !has_nan(out, p.dim * kWidth)) return;
+    product_of_visible<T, kPairs, kV>(Rows<T>(of, b, h), keys, p.dim, map, factor, hide, out, false);
+  }
+
+  // A sum of exponentials is zero where no key is left, but also where all logits are -inf: those rows are NaN.
+  void fail_infinite_rows(int64_t h, Vec (&sums)[kV]) const {
+    float of_lanes[kWidth];
+    for (int v = 0; v < kV; ++v) sums[v].store(of_lanes + v * kLanes);
+    for (int64_t i = 0; i < queries; ++i) {
+      bool sees = false;
+      for (int64_t j = 0; of_lanes[i] == 0.0f && j < keys.count && !sees; ++j) sees = mask(h)[at(j, 0) + i] > 0.0f;
+      if (sees) of_lanes[i] = __builtin_nanf("");
+    }
+    for (int v = 0; v < kV; ++v) sums[v] = Vec::load(of_lanes + v * kLanes);
+  }
+
+  // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked. With a mask, returns
+  // whether all logits are finite, masked ones too.
+  bool softmax(int64_t h, float* map) const {
     // All keys of a row may be masked; its largest logit starts finite, so that logit - largest is.
     const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
-    Vec largest[kV], sum[kV];
+    Vec largest[kV], sum[kV], zeros = Vec::fill(0.0f);
     for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
     for (int64_t j = 0; j < keys.count; ++j) {
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
         Vec x = Vec::load(map + at(j, v));
         if (p.mask != nullptr) {
+          zeros = fma(x, Vec::fill(0.0f), zeros);
           x = min(x, Vec::load(mask(h) + at(j, v)));
           x.store(map + at(j, v));
         }
@@ -222,10 +260,12 @@ struct MapTile {
       }
       for (int v = 0; v < kV; ++v) sum[v] += part[v];
     }
+    if (p.mask != nullptr) fail_infinite_rows(h, sum);
     for (int v = 0; v < kV; ++v) {
-      // The sum is zero only if every exponential is: any finite inverse will do.
+      // The sum is zero only where no key is left: any finite inverse will do.
       (Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v])).store(s.inverse + h * kWidth + v * kLanes);
     }
+    return !any_nan(zeros);
   }
 
   Vec inverse(int64_t h, int v) const { return Vec::load(s.inverse + h * kWidth + v * kLanes); }

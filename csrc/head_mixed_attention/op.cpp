@@ -31,7 +31,7 @@ Tensor head_mixed_attention_cpu(const MixArguments& a, const OptionalTensor& nor
   }
   HeadMix post(kOp, a.post_weight, "post_weight", a.post_bias, "post_bias", p.heads);
   if (options.layer_norm) {
-    post.centre();
+    post.fill_in_identity();
   } else {
     post.scale(factor, shift);
   }

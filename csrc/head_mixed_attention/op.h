@@ -16,6 +16,7 @@ namespace fastvit {
 template <class Params, class Keys>
 std::vector<double> run_head_maps(const Params& p, const HeadMapKernel<Params>& kernel, int64_t products_per_query,
                                   const Keys& keys) {
+  if (p.heads == 0) return {};
   const int64_t packed_floats = whole_lines(kernel.packed_floats), scratch_floats = whole_lines(kernel.scratch_floats);
   const int64_t count = HeadMapTotals{p.heads}.count();
   const int64_t units = divide_up(p.queries, kernel.lanes);

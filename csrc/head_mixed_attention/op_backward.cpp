@@ -26,12 +26,8 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
   std::vector<double> shift = head_vector(kOp, a.norm_bias, "norm_bias", p.heads, 0.0);
   for (size_t h = 0; h < factor.size(); ++h) factor[h] *= output_scale, shift[h] *= output_scale;
   HeadMix post(kOp, a.post_weight, "post_weight", a.post_bias, "post_bias", p.heads);
-  if (layer_norm) {
-    post.centre();
-  } else {
-    post.fill_in_identity();
-    post.scale(factor, shift);
-  }
+  post.fill_in_identity();
+  if (!layer_norm) post.scale(factor, shift);
   const std::vector<float> weight = transposed_floats(post.matrix), back = to_floats(post.matrix);
   const std::vector<float> bias = to_floats(post.offset), zeros(factor.size(), 0.0f);
   const std::vector<float> last_factor = to_floats(factor), last_shift = to_floats(shift);
@@ -58,9 +54,8 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
     return values;
   };
   const double inner_scale = layer_norm ? 1.0 : output_scale;
-  std::vector<double> dweight = part(at.map_products(), at.pre_products(), inner_scale);
-  std::vector<double> dbias = part(at.mixed(), at.norm_factor(), inner_scale);
-  if (layer_norm) centre_columns(dweight, factor.size()), centre_columns(dbias, factor.size());
+  const std::vector<double> dweight = part(at.map_products(), at.pre_products(), inner_scale);
+  const std::vector<double> dbias = part(at.mixed(), at.norm_factor(), inner_scale);
   const std::vector<int64_t> square{p.heads, p.heads}, line{p.heads};
   return {std::move(dq),
           std::move(dk),

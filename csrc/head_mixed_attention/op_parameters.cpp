@@ -27,26 +27,11 @@ void HeadMix::scale(const std::vector<double>& factor, const std::vector<double>
   for (size_t h = 0; h < heads; ++h) offset[h] = factor[h] * offset[h] + shift[h];
 }
 
-void HeadMix::centre() {
-  fill_in_identity();
-  centre_columns(matrix, offset.size());
-  centre_columns(offset, offset.size());
-}
-
 void HeadMix::fill_in_identity() {
   if (!matrix.empty()) return;
   const size_t heads = offset.size();
   matrix.assign(heads * heads, 0.0);
   for (size_t h = 0; h < heads; ++h) matrix[h * heads + h] = 1.0;
-}
-
-void centre_columns(std::vector<double>& matrix, size_t heads) {
-  const size_t columns = heads == 0 ? 0 : matrix.size() / heads;
-  for (size_t g = 0; g < columns; ++g) {
-    double sum = 0.0;
-    for (size_t h = 0; h < heads; ++h) sum += matrix[h * columns + g];
-    for (size_t h = 0; h < heads; ++h) matrix[h * columns + g] -= sum / static_cast<double>(heads);
-  }
 }
 
 std::vector<float> to_floats(const std::vector<double>& values) { return {values.begin(), values.end()}; }

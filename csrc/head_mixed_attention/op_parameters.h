@@ -34,8 +34,6 @@ struct HeadMix {
 
   // Appends y[h] = factor[h] * x[h] + shift[h] to the map.
   void scale(const std::vector<double>& factor, const std::vector<double>& shift);
-  // Subtracts the mean over the heads written; the matrix is not empty afterwards.
-  void centre();
   void fill_in_identity();
 };
 
@@ -45,9 +43,6 @@ std::vector<double> head_vector(const char* op, const OptionalTensor& tensor, co
 
 // The (H, H) matrix row by row; float32 or bfloat16.
 std::vector<double> head_matrix(const char* op, const Tensor& tensor, const char* name, int64_t heads);
-
-// Subtracts its mean over rows from each column of an (H, H) matrix, or from one column.
-void centre_columns(std::vector<double>& matrix, size_t heads);
 
 std::vector<float> to_floats(const std::vector<double>& values);
 // The transpose: from [head written][head read] to [head read][head written].

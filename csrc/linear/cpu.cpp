@@ -214,7 +214,7 @@ struct Tile {
   // Panels before it are stored straight from registers: whole panels of sums that are a single partial sum, without an
   // activation, whose constants would not fit beside the sums.
   int64_t first_panel_with_totals(int64_t words) const {
-    const bool is_short = words <= kPartialSum<kPairs> && words <= kDepthBlock;
+    const bool is_short = words > 0 && words <= kPartialSum<kPairs> && words <= kDepthBlock;
     if (!is_short || rows < kRows || p.accumulate || p.activation != Activation::none) return begin_panel;
     const int64_t whole = p.columns / kPanel;
     return whole < begin_panel ? begin_panel : smaller(whole, end_panel);

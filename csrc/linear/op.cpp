@@ -19,7 +19,7 @@ constexpr int64_t kDepthSlice = 1024;
 // The rows of x, (..., K), as one axis; throws if they have no common stride.
 int64_t take_rows(const Tensor& x, LinearParams& p) {
   const int64_t last = x.dim() - 1;
-  check(x.size(last) <= 1 || x.stride(last) == 1, kOp, ": x must be contiguous along its last axis");
+  check(x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0, kOp, ": x must be contiguous along its last axis");
   int64_t rows = 1, stride = x.size(last);
   for (int64_t axis = last - 1; axis >= 0; --axis) {
     if (x.size(axis) != 1) {
@@ -27,7 +27,7 @@ int64_t take_rows(const Tensor& x, LinearParams& p) {
             shape_of(x), ", must be viewable as one");
       if (rows == 1) stride = x.stride(axis);
     }
-    rows *= x.size(axis);
+    rows = rows == 0 || x.size(axis) == 0 ? 0 : checked_product(kOp, {rows, x.size(axis)});
   }
   p.x_stride = stride;
   return rows;
@@ -38,7 +38,7 @@ void run_slice(const LinearParams& p) {
   const int64_t threads = p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
   const int64_t panels = divide_up(p.columns, kernel.panel_columns);
   // Groups that fit the cache, in a multiple of the number of threads if there are enough panels.
-  int64_t groups = divide_up(panels * kernel.packed_floats_of_panel, kPackedFloats);
+  int64_t groups = larger(1, divide_up(panels * kernel.packed_floats_of_panel, kPackedFloats));
   groups = std::min(panels, divide_up(groups, threads) * threads);
   const int64_t chunks = std::min(divide_up(threads, groups), divide_up(p.rows, kernel.row_tile));
   const int64_t largest = divide_up(panels, groups);
@@ -84,13 +84,15 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1) && weight.dtype() == dtype, kOp,
         ": weight must be (N, K) of x's dtype on the CPU, got ", shape_of(weight), " of ", weight.dtype(), " beside ",
         shape_of(x), " of ", dtype);
-  check(weight.stride(1) == 1 || weight.stride(0) == 1, kOp, ": weight must be contiguous along one axis");
+  check(weight.stride(1) == 1 || weight.stride(0) == 1 || weight.numel() == 0, kOp,
+        ": weight must be contiguous along one axis");
 
   LinearParams p{};
   p.activation = activation_of(kOp, activation, "activation");
   p.rows = take_rows(x, p);
   p.columns = weight.size(0);
   p.depth = weight.size(1);
+  checked_product(kOp, {64, p.rows, p.columns, p.depth});
   std::vector<int64_t> sizes(x.sizes(), x.sizes() + x.dim());
   sizes.back() = p.columns;
   Tensor out = empty(sizes, x);

@@ -350,7 +350,7 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   const int64_t n = block.channels - c < kLanes ? block.channels - c : kLanes;
   const float* tap = block.taps + c;
   Vec sum[count];
-  for (int64_t i = 0; i < count; ++i) sum[i] = Vec::load(block.shift + c);
+  for (int64_t i = 0; i < count; ++i) sum[i] = Vec::fill(0.0f);
   for (int64_t dy = 0; dy < op.kernel; ++dy) {
     const float* p = block.input_row(top + dy) + (column * op.stride - op.padding) * width + c;
     for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
@@ -358,9 +358,10 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
       for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
     }
   }
+  const Vec shift = Vec::load(block.shift + c);  // last, as in convolve_rows_3x3
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
-    to.put(activate<activation, T>(sum[i]), 0, c, n);
+    to.put(activate<activation, T>(sum[i] + shift), 0, c, n);
     to.advance();
   }
 }

@@ -107,9 +107,8 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
   const float* taps = vectors.data;
   for (int64_t c = 0; c < vectors.channels; c = vectors.next(c), taps += TapVectors::kEach) {
     Vec sums[rows][columns], in[inputs];
-    const Vec shift = Vec::load(taps + 9 * kLanes);
     for (auto& row : sums) {
-      for (Vec& sum : row) sum = shift;
+      for (Vec& sum : row) sum = Vec::fill(0.0f);
     }
     if (tile.ahead != nullptr) prefetch_inputs<columns * stride>(tile, c);
     if (!(kStreams && tile.streams)) prefetch_outputs<rows, columns>(tile, c);
@@ -133,12 +132,14 @@ FASTVIT_INLINE void convolve_tile(const TapVectors& vectors, const Tile<T>& give
         }
       }
     }
+    // Last: beside a large shift the sums would lose their digits.
+    const Vec shift = Vec::load(taps + 9 * kLanes);
 #pragma GCC unroll 2
     for (int64_t row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column) {
         T* const p = tile.out + row * tile.out_row_step + column * tile.out_step + c;
-        store(sums[row][column], p, kLanes, tile.streams);
+        store(sums[row][column] + shift, p, kLanes, tile.streams);
       }
     }
   }

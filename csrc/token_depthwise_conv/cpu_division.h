@@ -47,8 +47,10 @@ inline int64_t block_floats(const TokenDepthwiseConvWork& work) {
   return work.channel_block * (parameters + (work.ring_rows + 1) * work.padded_width);
 }
 
-// Input rows that kMaxRows output rows need.
-inline int64_t rows_at_once(const TokenDepthwiseConv& op) { return op.kernel + (kMaxRows - 1) * op.stride; }
+// Input rows that kMaxRows output rows need, of those there are.
+inline int64_t rows_at_once(const TokenDepthwiseConv& op) {
+  return std::min(op.height, op.kernel + (kMaxRows - 1) * op.stride);
+}
 
 // Runs the forward pass, for inference or training.
 void run_token_depthwise_conv(const TokenDepthwiseConv& op);

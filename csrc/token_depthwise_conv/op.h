@@ -79,17 +79,24 @@ class TokenArguments {
     op.kernel = weight.size(2);
     op.x_batch_stride = x_.stride(0);
     op.x_token_stride = x_.stride(1);
-    check(x_.stride(2) == 1 || op.channels <= 1, op_, ": x must have adjacent channels, got stride ", x_.stride(2));
-    check(
-        op.height > 0 && op.width > 0 && op.prefix_tokens >= 0 && x_.size(1) == op.prefix_tokens + op.height * op.width,
-        op_, ": x has ", x_.size(1), " tokens, expected ", op.prefix_tokens, " + ", op.height, " * ", op.width);
+    check(x_.stride(2) == 1 || op.channels <= 1 || x_.numel() == 0, op_, ": x must have adjacent channels, got stride ",
+          x_.stride(2));
+    check(op.height > 0 && op.width > 0 && op.prefix_tokens >= 0 &&
+              x_.size(1) - op.prefix_tokens == checked_product(op_, {op.height, op.width}),
+          op_, ": x has ", x_.size(1), " tokens, expected ", op.prefix_tokens, " + ", op.height, " * ", op.width);
     require(op.stride >= 1, "stride must be at least 1, got ", op.stride);
     require(op.padding >= 0, "padding must be at least 0, got ", op.padding);
-    const int64_t room = smaller(op.height, op.width) + 2 * op.padding - op.kernel;
+    checked_product(op_, {8, larger(op.padding, larger(op.height, larger(op.width, op.kernel)))});  // sums of them fit
+    // What the kernels count, and the memory they take, are smaller than these.
+    const int64_t longest = larger(op.height, op.width), edges = 2 * op.padding;
+    checked_product(op_, {64, op.batch, op.channels + 32, op.height + edges + op.kernel, op.width + edges + op.kernel});
+    checked_product(op_, {64, op.batch, op.channels + 32, op.kernel, op.kernel});
+    op.stride = smaller(op.stride, longest + edges);  // beyond, there is one output whatever the stride
+    const int64_t room = smaller(op.height, op.width) + edges - op.kernel;
     require(room >= 0, "weight: a kernel of ", op.kernel, " does not fit into the padded grid (", op.height, ", ",
             op.width, ")");
-    op.out_height = (op.height + 2 * op.padding - op.kernel) / op.stride + 1;
-    op.out_width = (op.width + 2 * op.padding - op.kernel) / op.stride + 1;
+    op.out_height = (op.height + edges - op.kernel) / op.stride + 1;
+    op.out_width = (op.width + edges - op.kernel) / op.stride + 1;
     require(!op.residual || (op.out_height == op.height && op.out_width == op.width),
             "residual needs a convolution that keeps the grid (", op.height, ", ", op.width, "), this one gives (",
             op.out_height, ", ", op.out_width, ")");

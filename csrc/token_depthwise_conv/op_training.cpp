@@ -202,6 +202,13 @@ void store_weight(const std::vector<double>& sums, int64_t area, int64_t channel
   }
 }
 
+void clear_gradients(const TokenDepthwiseConvBackward& op) {
+  if (op.dweight != nullptr) std::fill_n(op.dweight, op.channels * op.kernel * op.kernel, 0.0f);
+  for (float* gradient : {op.dbias, op.dpre_norm_weight, op.dpre_norm_bias, op.dnorm_weight, op.dnorm_bias}) {
+    if (gradient != nullptr) std::fill_n(gradient, op.channels, 0.0f);
+  }
+}
+
 // The pass backward through the convolution.
 void compute_gradients(TokenDepthwiseConvPass& pass) {
   if (is_3x3(pass)) {
@@ -220,6 +227,7 @@ void compute_gradients(TokenDepthwiseConvPass& pass) {
 }
 
 void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
+  if (op.batch == 0) return clear_gradients(op);
   const int64_t area = op.kernel * op.kernel, kinds = 2 * op.channels;
   NormGradient pre(op.pre_norm, op.has_pre_norm, op.channels), post(op.norm, op.has_norm, op.channels);
   TokenDepthwiseConvPass pass = pass_of(op);

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwi
   const auto &pre_norm = arguments.pre_norm, &norm = arguments.norm;
   const int64_t tokens = op.prefix_tokens + op.out_height * op.out_width;
   check(grad.dim() == 3 && grad.size(0) == op.batch && grad.size(1) == tokens && grad.size(2) == op.channels &&
-            (grad.stride(2) == 1 || op.channels <= 1) && grad.dtype() == x.dtype() &&
+            (grad.stride(2) == 1 || op.channels <= 1 || grad.numel() == 0) && grad.dtype() == x.dtype() &&
             grad.device_type() == x.device_type(),
         kOp, ": grad must be (", op.batch, ", ", tokens, ", ", op.channels,
         ") with adjacent channels, of x's dtype and device, got ", shape_of(grad), " ", grad.dtype());
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwi
   Tensor dpre_norm_bias = gradient(pre_norm.bias, op.dpre_norm_bias);
   Tensor dnorm_weight = gradient(norm.weight, op.dnorm_weight);
   Tensor dnorm_bias = gradient(norm.bias, op.dnorm_bias);
-  run(op, x);
+  if (op.channels > 0) run(op, x);
   return {std::move(dx),
           std::move(dweight),
           std::move(dbias),

@@ -3,6 +3,7 @@
 ``OPERATORS`` holds, by name, who can compute each in order of preference.
 """
 
+from fastvit.ops import _flops
 from fastvit.ops import attention as _attention
 from fastvit.ops import conv_batch_norm as _conv_batch_norm
 from fastvit.ops import conv_projection as _conv_projection
@@ -33,6 +34,8 @@ OPERATORS = {
         _token_depthwise_conv.OPERATOR,
     )
 }
+
+_flops.register_when_imported()
 
 __all__ = [
     "OPERATORS",

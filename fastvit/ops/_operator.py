@@ -33,6 +33,7 @@ __all__ = [
     "Selection",
     "compute_dtype",
     "differentiable_backward",
+    "distinct",
     "gradients_needed",
     "log",
     "recording",
@@ -92,7 +93,7 @@ class Operator:
         self.implementations = tuple(implementations)
         self.check = check
 
-    def __call__(self, call: Any, backend: str = AUTO, inner: bool = False) -> Any:
+    def __call__(self, call: Any, backend: str = AUTO) -> Any:
         """Compute a call, a NamedTuple of the public function's arguments whose first field is a tensor.
 
         While exporting, tracing, or under a ``torch.func`` transform the plain implementation runs whatever ``backend``
@@ -100,17 +101,16 @@ class Operator:
 
         Args:
             backend: "auto", or the name of an implementation.
-            inner: the call is part of another operator's, which has checked it and is observed itself.
 
         Raises:
             ValueError: an argument is wrong, or no implementation is named ``backend``.
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
-        compiling = not inner and _is_dynamo_compiling()
-        if isinstance(call[0], _Proxy):  # torch.fx traces symbolically: there is nothing to check
+        compiling, x = _is_dynamo_compiling(), call[0]
+        if isinstance(x, _Proxy):  # torch.fx traces symbolically: there is nothing to check
             return self.implementations[-1].run(call)
         try:
-            if not inner and (
+            if (
                 torch.compiler._is_exporting_flag
                 or _tracing_state() is not None
                 or _is_transformed()
@@ -134,11 +134,9 @@ class Operator:
                 else:
                     self.check(call)
                     self._refuse(call, backend)
-                if call[0].is_cuda and not (named or compiling or inner):
+                if x.is_cuda and not (named or compiling):
                     chosen = self._fastest(call, chosen)
-            if inner:
-                return chosen.run(call)
-            if compiling or not chosen.validates or type(call[0]) is not Tensor:
+            if compiling or not chosen.validates or type(x) is not Tensor:
                 self.check(call)
             if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
                 return self._observed(call, chosen)
@@ -236,6 +234,15 @@ def gradients_needed(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def distinct(*tensors: Any) -> list[Any]:
+    """The tensors, with a view for one that comes again: Dynamo wants the inputs of an autograd function different."""
+    found: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is each for each in found)
+        found.append(tensor.view_as(tensor) if again and tensor is not None else tensor)
+    return found
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed: autocast's where it is on and x is not float64."""
     device = x.device.type
@@ -269,6 +276,6 @@ def differentiable_backward(
     outputs = plain(*tensors)
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None]
     pairs = [(outputs, grads)] if isinstance(outputs, Tensor) else zip(outputs, grads, strict=True)
-    used = [(output, grad) for output, grad in pairs if grad is not None]
-    found = iter(torch.autograd.grad(*zip(*used, strict=True), wanted, create_graph=True, allow_unused=True))
+    used, given = zip(*((output, grad) for output, grad in pairs if grad is not None), strict=True)
+    found = iter(torch.autograd.grad(used, wanted, given, create_graph=True, allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(tensors, needed, strict=True)]

@@ -28,6 +28,7 @@ from fastvit.ops._operator import (
     Operator,
     compute_dtype,
     differentiable_backward,
+    distinct,
     gradients_needed,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
@@ -38,6 +39,7 @@ __all__ = ["class_attention", "masked_attention"]
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CPP_REASONS = tuple(backends.cpp_reasons())
 
 
@@ -81,22 +83,23 @@ def _fake_with_lse(a: Any) -> tuple[Tensor, Tensor]:
 class Kernels(NamedTuple):
     """The registered operators of one kind of kernel.
 
-    ``forward(q, k, v, mask, bias, scale)`` gives the output; ``train`` of the same arguments the output and what the
-    backward needs beside the inputs; ``backward(*kept, grad, q, k, v, mask, bias, scale, bias_grad)`` the gradients of
-    q, k, v and bias. The map is computed anew in the backward.
+    ``forward(q, k, v, mask, bias, scale)`` gives the output, and so does ``eager``, see :class:`Registered`; ``train``
+    of the same arguments gives the output and what the backward needs beside the inputs; ``backward(*kept, grad, q, k,
+    v, mask, bias, scale, bias_grad)`` the gradients of q, k, v and bias. The map is computed anew in the backward.
     """
 
     forward: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
     train: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., tuple[Tensor, ...]]
 
 
 def _define(name: str) -> Kernels:
     """Kernels that keep nothing for the backward."""
-    forward = define(name, _INPUTS, "Tensor", lambda a: heads_last(a.q)).call
+    forward, eager, _ = define(name, _INPUTS, "Tensor", lambda a: heads_last(a.q))
     arguments = f"Tensor grad, {_INPUTS}, bool bias_grad"
     backward = define(f"{name}_backward", arguments, "(Tensor, Tensor, Tensor, Tensor)", _fake_backward).call
-    return Kernels(forward, lambda *arguments: (forward(*arguments), ()), backward)
+    return Kernels(forward, eager, lambda *arguments: (forward(*arguments), ()), backward)
 
 
 def _define_with_lse(name: str) -> Kernels:
@@ -109,7 +112,10 @@ def _define_with_lse(name: str) -> Kernels:
         out, lse = forward(*arguments, True)
         return out, (out, lse)
 
-    return Kernels(lambda *arguments: forward(*arguments, False)[0], train, backward)
+    def infer(*arguments: Any) -> Tensor:
+        return forward(*arguments, False)[0]
+
+    return Kernels(infer, infer, train, backward)
 
 
 CPP = _define("masked_attention_cpp")
@@ -178,8 +184,11 @@ def _runner(kernels: Kernels, device_type: str) -> Callable[[Call], Tensor]:
         elif type(scale) is not float:  # a schema takes a tensor of one number
             _check(call)
         if torch.is_grad_enabled() and gradients_needed(q, k, v, bias):
+            if torch.compiler.is_dynamo_compiling():
+                q, k, v, bias = distinct(q, k, v, bias)
             return _Attention.apply(kernels, scale, mask, q, k, v, bias)
-        return kernels.forward(q, k, v, mask, bias, scale)
+        forward = kernels.forward if is_dynamo_compiling() else kernels.eager
+        return forward(q, k, v, mask, bias, scale)
 
     return run
 

@@ -28,7 +28,7 @@ from fastvit.ops._checks import (
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
 from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
-from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
+from fastvit.ops.linear import cast_like, linear_dtype, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, Projection
@@ -116,7 +116,7 @@ _together = define(
     f"Tensor x, {', '.join(map(_part, 'qkv'))}, SymInt height, SymInt width, int prefix_tokens",
     "(Tensor, Tensor, Tensor)",
     _fake_together,
-).call
+)
 _HAS_TOGETHER = {device: backends.extension().has_op("conv_projection", device) for device in ("cpu", "cuda")}
 
 
@@ -178,10 +178,7 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
             _check_separable(call)  # before running statistics move
         if kernels.name == "triton" and not _trains(call) and _fits(call):
             return _run_fused(call)
-        tokens, weight, bias = kernels.run(call.convolution), call.pw_weight, call.pw_bias
-        if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
-            weight, bias = cast_like(tokens, weight, bias)
-        return LINEAR(Linear(tokens, weight, bias), inner=True)
+        return multiply(kernels.run(call.convolution), call.pw_weight, call.pw_bias)
 
     def reasons_together(call: Projections, named: bool) -> Iterator[str]:
         for part in (call.q, call.k, call.v):
@@ -197,14 +194,12 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
             _check_projections(call)  # before running statistics move
             q, k, v = map(run, parts)
             return q, k, v
-        outputs = []
-        for tokens, part in zip(_convolve_together(call), parts, strict=True):
-            weight, bias = part.pw_weight, part.pw_bias
-            if weight.dtype != tokens.dtype or (bias is not None and bias.dtype != tokens.dtype):
-                weight, bias = cast_like(tokens, weight, bias)
-            outputs.append(LINEAR(Linear(tokens, weight, bias), inner=True))
-        q, k, v = outputs
-        return q, k, v
+        q, k, v = _convolve_together(call)
+        return (
+            multiply(q, call.q.pw_weight, call.q.pw_bias),
+            multiply(k, call.k.pw_weight, call.k.pw_bias),
+            multiply(v, call.v.pw_weight, call.v.pw_bias),
+        )
 
     return Implementation(kernels.name, run, reasons, kernels.validates), Implementation(
         kernels.name, run_together, reasons_together, kernels.validates
@@ -232,7 +227,8 @@ def _convolve_together(call: Projections) -> Projected:
         if not type(height) is type(width) is type(c.prefix_tokens) is type(c.stride) is type(padding) is int:
             _check_projections(call)  # a schema takes True, and a tensor of one number
         arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, c.stride, padding)
-    return _together(x, *arguments, *c.grid, c.prefix_tokens)
+    together = _together.call if torch.compiler.is_dynamo_compiling() else _together.eager
+    return together(x, *arguments, *c.grid, c.prefix_tokens)
 
 
 def _run_reference(call: Separable) -> Tensor:

@@ -41,6 +41,7 @@ from fastvit.ops._operator import (
     Operator,
     compute_dtype,
     differentiable_backward,
+    distinct,
     gradients_needed,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
@@ -447,6 +448,8 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
     dtype = compute_dtype(call.q)
     small = torch.promote_types(dtype, torch.float32)
     q, k, v = (adjacent_channels(tensor, dtype) for tensor in call[:3])
+    if torch.compiler.is_dynamo_compiling():
+        q, k, v = distinct(q, k, v)
     mask = None if call.mask is None else four_axes(call.mask, key_padding=True)
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     pre = _as(small, call.pre_weight), _as(small, call.pre_bias)
@@ -570,7 +573,10 @@ _triton_reasons = _reasons_of("", _unavailable_triton, TRITON_DTYPES)
 def _run_reference(call: Call) -> Tensor:
     # torch's convolution wants the maps' dtype, which autocast sees to itself.
     mixes = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
-    pre_weight, pre_bias, post_weight, post_bias = (None if t is None else t.to(call.q.dtype) for t in mixes)
+    dtype, norm = call.q.dtype, call.norm
+    pre_weight, pre_bias, post_weight, post_bias = (_as(dtype, tensor) for tensor in mixes)
+    if isinstance(norm, LayerNorm):
+        norm = norm._replace(weight=_as(dtype, norm.weight), bias=_as(dtype, norm.bias))
     return functional.head_mixed_attention(
         call.q,
         call.k,
@@ -579,7 +585,7 @@ def _run_reference(call: Call) -> Tensor:
         pre_bias=pre_bias,
         post_weight=post_weight,
         post_bias=post_bias,
-        norm=call.norm,
+        norm=norm,
         output_scale=call.output_scale,
         mask=call.mask,
         scale=call.scale,

@@ -30,7 +30,7 @@ from fastvit.ops._checks import (
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
 from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
-from fastvit.ops.linear import LINEAR, Linear, cast_like, linear_dtype
+from fastvit.ops.linear import cast_like, linear_dtype, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
 from fastvit.reference.functional import LEFF_FORMS, BatchNorm
@@ -114,19 +114,14 @@ def _run_fused(call: Call) -> Tensor:
 # --- Implementations ------------------------------------------------------------------------------------------------
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer with parameters of any dtype, by whichever product is the faster."""
-    return LINEAR(Linear(x, *cast_like(x, weight, bias)), inner=True)
-
-
 def _train(call: Call, kernels: Implementation) -> Tensor:
     """By differentiable pieces, prefix tokens kept out of the statistics."""
     c, norm = call.convolution, call.down_norm
     prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
-    hidden = _multiply(tokens, call.up_weight, call.up_bias)
-    out = _multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
-    if norm is not None:  # over batch and tokens alike, as one of BatchNorm2d is over batch and map
-        out = norm(out.flatten(0, 1)).view_as(out)
+    hidden = multiply(tokens, call.up_weight, call.up_bias)
+    out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
+    if norm is not None:  # in three axes: torch sums the rows of a matrix one after the other, which costs digits
+        out = norm(out.transpose(1, 2)).transpose(1, 2)
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
     return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out
@@ -168,12 +163,8 @@ def _by(kernels: Implementation) -> Implementation:
         if kernels.name == "triton" and _fits(call):
             return _run_fused(call)
         # Every token goes through every step, and the prefix tokens are put right at the end.
-        for weight, bias in ((up_weight, up_bias), (down_weight, down_bias)):
-            if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-                up_weight, up_bias, down_weight, down_bias = cast_like(x, up_weight, up_bias, down_weight, down_bias)
-        hidden = LINEAR(Linear(x, up_weight, up_bias), inner=True)
-        hidden = kernels.run(Convolution(hidden, *convolution[1:]))
-        out = LINEAR(Linear(hidden, down_weight, down_bias), inner=True)
+        hidden = kernels.run(Convolution(multiply(x, up_weight, up_bias), *convolution[1:]))
+        out = multiply(hidden, down_weight, down_bias)
         if down_norm is not None:
             out = down_norm(out.flatten(0, 1)).view_as(out)
         if form == "paper":

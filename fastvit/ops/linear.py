@@ -138,11 +138,16 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    # torch would broadcast a bias, and answer parameters on meta with an empty result
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.is_meta != x.is_meta):
-        raise ValueError("bias")
-    if weight.is_meta != x.is_meta:
-        raise ValueError("weight")
+    # torch would broadcast a bias, add one of another dtype, and answer meta parameters with an empty result; a proxy
+    # of torch.fx has no shape.
+    if not isinstance(x, torch.fx.Proxy):
+        if bias is not None:
+            if bias.dim() != 1 or bias.numel() != weight.shape[0] or bias.is_meta is not x.is_meta:
+                raise ValueError("bias")
+            if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError("bias")
+        if weight.is_meta is not x.is_meta:
+            raise ValueError("weight")
     out = F.linear(x, weight, bias)
     return out if activation is None else ACTIVATIONS[activation](out)
 
@@ -239,6 +244,8 @@ def cast_like(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     for tensor in parameters:
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError("parameters: expected floating tensors")
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return list(parameters)
     if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         return list(parameters)
     return [tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype) for tensor in parameters]
@@ -249,6 +256,19 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer within another operator, with parameters of any floating dtype, by whichever product is faster."""
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        weight, bias = cast_like(x, weight, bias)
+    call = Linear(x, weight, bias)
+    if _PAYS_OFF and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
+        for _ in _cpp_reasons(call, False):
+            break
+        else:
+            return _run_linear_cpp(call)
+    return _run_linear_reference(call)
 
 
 def linear(

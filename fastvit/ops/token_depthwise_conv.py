@@ -65,6 +65,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -145,9 +146,12 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 
 class Kernels(NamedTuple):
-    """The three registered operators of one kind of kernel, and the arguments of the second."""
+    """The three registered operators of one kind of kernel (``eager``: see :class:`Registered`), and the arguments of
+    the second.
+    """
 
     forward: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
     training: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, ...]]
     Arguments: type[Any]
@@ -159,7 +163,7 @@ def _define(suffix: str = "") -> Kernels:
     training = define(f"{name}_training", _arguments(True), f"({', '.join(['Tensor'] * 6)})", _fake_training)
     arguments = f"Tensor grad, {_arguments(True, 'Tensor conv, ')}, bool x_grad, bool parameter_grads"
     backward = define(f"{name}_backward", arguments, f"({', '.join(['Tensor'] * 7)})", _fake_backward)
-    return Kernels(forward.call, training.call, backward.call, training.Arguments)
+    return Kernels(forward.call, forward.eager, training.call, backward.call, training.Arguments)
 
 
 NATIVE = _define()
@@ -292,7 +296,8 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         geometry = (height, width, stride, padding, prefix_tokens, residual)
         differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
         if not (batch or differentiate):
-            out = kernels.forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
+            forward = kernels.forward if is_dynamo_compiling() else kernels.eager
+            out = forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
         else:
             flags = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
             for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), flags, strict=True):

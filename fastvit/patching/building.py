@@ -85,11 +85,8 @@ def check_libraries(argument: str, libraries: str | Iterable[str] | None) -> fro
     if libraries is None:
         return frozenset(LIBRARIES)
     libraries = [libraries] if isinstance(libraries, str) else list(libraries)
-    unknown = [name for name in libraries if name not in LIBRARIES]
-    if unknown or not libraries:
-        raise ValueError(
-            f"{argument}: {f'unknown {unknown}' if unknown else 'got none'}, accepted are {list(LIBRARIES)}"
-        )
+    if not libraries or not set(libraries) <= set(LIBRARIES):
+        raise ValueError(f"{argument}: expected some of {', '.join(LIBRARIES)}, got {libraries}")
     return frozenset(libraries)
 
 

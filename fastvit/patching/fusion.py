@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from fastvit.reference.layers import obstacles
+from fastvit.reference.layers import obstacles, symbolically_traced
 
 BACKEND_ATTRIBUTE = "fastvit_backend"
 
@@ -131,8 +131,11 @@ def is_plain(part: Any, expected: type[nn.Module]) -> bool:
 def intact(module: nn.Module) -> bool:
     """Whether every sub-module that the fused path reads is still the plain class, without hooks.
 
-    Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward.
+    Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward,
+    as it does while torch.fx traces.
     """
+    if symbolically_traced():
+        return False
     return all(not obstacles(getattr(module, name), expected) for name, expected in module.fastvit_reads.items())
 
 

@@ -43,7 +43,7 @@ class AttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal or not intact(self):
+        if not intact(self) or is_causal:
             return self.fastvit_plain.forward(self, x, *_given(attn_mask, is_causal))
         batch, tokens, _ = x.shape
         qkv = (
@@ -72,7 +72,7 @@ class AttentionSeam(Fused):
 
 def _given(attn_mask: Tensor | None, is_causal: bool) -> tuple:
     """The optional arguments that were given: older forwards do not take the later ones."""
-    return (attn_mask, is_causal) if is_causal else (attn_mask,) if attn_mask is not None else ()
+    return (attn_mask, is_causal) if is_causal is not False else (attn_mask,) if attn_mask is not None else ()
 
 
 class TalkingHeadSeam(Fused):

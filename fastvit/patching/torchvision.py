@@ -46,7 +46,7 @@ class EncoderBlockSeam(Fused):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
         attention = self.self_attention
-        if input.dim() != 3 or not _attends_plainly(attention):
+        if not _attends_plainly(attention) or input.dim() != 3:
             return self.fastvit_plain.forward(self, input)
         batch, tokens, _ = input.shape
         linears = backend_of_linears(self.fastvit_backend)

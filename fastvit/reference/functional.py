@@ -141,7 +141,7 @@ class BatchNorm(NamedTuple):
         # views that token layouts make have such strides: input and gradient then count as laid out alike when one is
         # channels-last and the other is not, and the kernel reads one in the order of the other. With three axes there
         # is one format only. The channels-last kernel also reads the per-channel tensors by pointer, without strides.
-        ambiguous = torch.is_grad_enabled() and x.dim() > 3 and 1 in x.shape
+        ambiguous = torch.is_grad_enabled() and isinstance(x, Tensor) and x.dim() > 3 and 1 in x.shape
         flat = x.flatten(2) if ambiguous else x
         out = F.batch_norm(flat, mean, var, weight, bias, self.use_batch_stats, self.momentum, self.eps)
         return out.reshape(x.shape) if ambiguous else out
@@ -276,13 +276,18 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, 0.0, 0.0, 0.0)
 
 
+def _has_one_row(mask: Tensor) -> bool:
+    """Whether one row serves every query; not asked of a proxy of ``torch.fx``."""
+    return isinstance(mask, Tensor) and mask.shape[-2] == 1
+
+
 def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """q k^T (B, H, Nq, Nk); what masked pairs hold is not to be used."""
     if mask is not None:
         q = torch.where(mask.any(-1, keepdim=True), q, 0.0)
         k = torch.where(mask.any(-2, keepdim=True).transpose(-2, -1), k, 0.0)
     logits = q @ k.transpose(-2, -1)
-    if mask is None or mask.shape[-2] == 1:
+    if mask is None or _has_one_row(mask):
         return logits
     special = torch.where(mask & ~logits.isfinite(), logits, 0.0).detach()
     return _finite(q) @ _finite(k).transpose(-2, -1) + special
@@ -292,7 +297,7 @@ def _weighted_sum(maps: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """maps v (B, H, Nq, D) for maps (B, H, Nq, Nk) that are zero at masked pairs."""
     if mask is not None:
         v = torch.where(mask.any(-2, keepdim=True).transpose(-2, -1), v, 0.0)
-    if mask is None or mask.shape[-2] == 1:
+    if mask is None or _has_one_row(mask):
         return maps @ v
     sees_special = mask.expand(maps.shape).to(v.dtype) @ (~v.isfinite()).to(v.dtype) > 0
     return torch.where(sees_special, maps @ v, maps @ _finite(v))
@@ -523,7 +528,7 @@ def token_depthwise_conv(
     """
     h, w = grid
     prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
-    if tokens.shape[1] != h * w:
+    if isinstance(x, Tensor) and tokens.shape[1] != h * w:  # not asked of a proxy of torch.fx
         raise ValueError(
             f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} behind {prefix_tokens} prefix tokens"
         )

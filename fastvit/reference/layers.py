@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
@@ -67,11 +69,18 @@ WATCHES = "fastvit_watches"
 """The attribute of a hook that only watches, and need not see a module that runs within another's fused path."""
 
 
+def symbolically_traced() -> bool:
+    """Whether ``torch.fx`` traces with proxies in place of tensors; ``make_fx`` traces with tensors."""
+    return is_fx_symbolic_tracing() and get_proxy_mode() is None
+
+
 def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
     """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
 
     Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...".
     """
+    if symbolically_traced():
+        return ["is traced by torch.fx, which records the modules that are called"]
     if type(part) is not expected:
         return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
     found = []

@@ -32,8 +32,8 @@ LOGGED = 24
 PARTS = {
     "mlp": 2,  # two products
     "depthwise_separable_conv": 2,  # convolution, product
-    "conv_projection": 4,  # three convolutions in one pass, three products
-    "leff": 3,  # product, convolution, product
+    "conv_projection": 6,  # three convolutions, three products
+    "leff": 4,  # product, convolution, product, norm
 }
 """How many operators a composition is made of; those not listed are one."""
 

@@ -122,11 +122,11 @@ def test_libraries_are_chosen():
 
 
 @pytest.mark.parametrize(
-    ("libraries", "message"), [("tim", r"unknown \['tim'\]"), (["timm", "keras"], r"unknown \['keras'\]"), ([], "none")]
+    ("libraries", "got"), [("tim", r"\['tim'\]"), (["timm", "keras"], r"\['timm', 'keras'\]"), ([], r"\[\]")]
 )
-def test_unknown_libraries_are_refused_and_nothing_changes(libraries, message):
+def test_unknown_libraries_are_refused_and_nothing_changes(libraries, got):
     fastvit.auto.enable("timm")
-    with pytest.raises(ValueError, match=f"libraries: .*{message}, accepted are .*'timm', .*'vit_pytorch'"):
+    with pytest.raises(ValueError, match=f"libraries: expected some of .*timm, .*vit_pytorch, got {got}"):
         fastvit.auto.enable(libraries)
     assert fastvit.auto.enabled() == ("timm",)
 
@@ -296,7 +296,7 @@ def test_a_library_may_be_imported_afterwards():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("", fastvit.auto.LIBRARIES), ("timm", ("timm",)), ("timm, vit_pytorch", ("timm", "vit_pytorch"))],
+    [("", fastvit.auto.LIBRARIES), ("TIMM", ("timm",)), ("timm, vit_pytorch", ("timm", "vit_pytorch"))],
 )
 def test_fastvit_auto_names_libraries(monkeypatch, value, expected):
     monkeypatch.setenv("FASTVIT_AUTO", value)
@@ -306,6 +306,6 @@ def test_fastvit_auto_names_libraries(monkeypatch, value, expected):
 
 def test_a_wrong_fastvit_auto_is_refused(monkeypatch):
     monkeypatch.setenv("FASTVIT_AUTO", "timm,tf")
-    with pytest.raises(ValueError, match=r"FASTVIT_AUTO: unknown \['tf'\], accepted are \['timm', 'torchvision'"):
+    with pytest.raises(ValueError, match=r"FASTVIT_AUTO: expected some of timm, .*, got \['timm', 'tf'\]"):
         importlib.reload(fastvit.auto)
     assert fastvit.auto.enabled() == ()
