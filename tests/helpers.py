@@ -53,7 +53,9 @@ def assert_as_accurate(
 
 
 def on_pooled_draws(check: Callable[[], object], draws: int = 4) -> None:
-    """Call ``check``, which draws its own inputs; where it breaks the rule, judge ``draws`` of its draws as one batch.
+    """Call ``check``, which draws its own inputs; where it breaks the rule, judge it and more draws as if one batch.
+
+    There are ``draws`` at most; the first that makes the batch accurate is the last.
 
     For results of few numbers, at which the plain form's largest error may be small by chance: with errors alike, drawn
     from one normal distribution, the rule breaks for 5 % of results of 8 numbers and for 0.5 % of 32, before the
