@@ -59,7 +59,7 @@ def load(name: str, *, size: int | None = None, seed: int = 0) -> Candidate:
         model, inputs = _from_fastvit(name, size)
     else:
         known = ", ".join(f"{library}/NAME" for library in LOADERS)
-        raise CannotLoad(f"model: got {name!r}, accepted are {known}, and package.module:factory for your own")
+        raise CannotLoad(f"model: expected {known}, or package.module:factory for your own, got {name!r}")
     return Candidate(name, model.eval(), inputs)
 
 
@@ -236,7 +236,7 @@ def _from_factory(name: str, size: int | None) -> _Loaded:
         made = made()
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise CannotLoad(f"{name} gives {type(model).__name__}, accepted is a torch.nn.Module, or one and an example")
+        raise CannotLoad(f"{name}: expected a torch.nn.Module, or one and an example, got {type(model).__name__}")
     return model, _images(model, size) if example is None else lambda batch: example
 
 

@@ -61,7 +61,7 @@ class ImageToTokens(nn.Module):
         self.in_chans = in_chans
         self.patch_size = to_pair(patch_size, "patch_size")
         if self.patch_size[0] % 4 or self.patch_size[1] % 4:
-            raise ValueError(f"patch_size: got {patch_size}, accepted are multiples of 4, the stem's stride")
+            raise ValueError(f"patch_size: expected a multiple of 4, the stem's stride, got {patch_size}")
         kernel_size = (self.patch_size[0] // 4, self.patch_size[1] // 4)
         self.backbone = Stem(in_chans, stem_chans)
         self.proj = nn.Conv2d(stem_chans, embed_dim, kernel_size, stride=kernel_size)
@@ -264,7 +264,7 @@ class CeiT(IsotropicTransformer):
             ("pos_embed_resize", pos_embed_resize, RESIZE_KINDS),
         ):
             if value not in accepted:
-                raise ValueError(f"{name}: got {value!r}, accepted are {accepted}")
+                raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

@@ -41,7 +41,7 @@ class PEG(nn.Module):
     def __init__(self, dim: int, kernel_size: int = 3):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"peg_kernel_size: got {kernel_size}, accepted are odd sizes, which keep the grid")
+            raise ValueError(f"peg_kernel_size: expected an odd size, which keeps the grid, got {kernel_size}")
         conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.proj = nn.Sequential(conv)
 
@@ -87,9 +87,9 @@ class CPVT(IsotropicTransformer):
     ):
         super().__init__()
         if pool not in ("token", "gap"):
-            raise ValueError(f"pool: got {pool!r}, accepted are 'token' and 'gap'")
+            raise ValueError(f"pool: expected 'token' or 'gap', got {pool!r}")
         if not 0 <= num_pegs <= depth:
-            raise ValueError(f"num_pegs: got {num_pegs}, accepted is a number of blocks from 0 to depth ({depth})")
+            raise ValueError(f"num_pegs: expected a number of blocks from 0 to depth ({depth}), got {num_pegs}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim
@@ -238,7 +238,7 @@ class TwinsPCPVT(Pyramid):
     ):
         super().__init__()
         if pool != "gap":
-            raise ValueError(f"pool: got {pool!r}, accepted is 'gap' (there is no class token)")
+            raise ValueError(f"pool: expected 'gap' (there is no class token), got {pool!r}")
         stages = len(depth)
         check_per_stage(
             {

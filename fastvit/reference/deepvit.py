@@ -146,7 +146,7 @@ class CNNStem(nn.Module):
         self.in_chans = in_chans
         self.patch_size = to_pair(patch_size, "patch_size")
         if any(side % 2 for side in self.patch_size):
-            raise ValueError(f"patch_size: got {patch_size!r}, accepted are even sizes with the CNN stem")
+            raise ValueError(f"patch_size: expected an even size with the CNN stem, got {patch_size!r}")
         half = (self.patch_size[0] // 2, self.patch_size[1] // 2)
         self.conv1 = nn.Conv2d(in_chans, stem_chans, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_chans)
@@ -205,10 +205,12 @@ class DeepViT(IsotropicTransformer):
     ):
         super().__init__()
         if stem not in STEMS:
-            raise ValueError(f"stem: got {stem!r}, accepted are {tuple(STEMS)}")
+            raise ValueError(f"stem: expected one of {tuple(STEMS)}, got {stem!r}")
         transformed_blocks = depth if transformed_blocks is None else transformed_blocks
         if not 0 <= transformed_blocks <= depth:
-            raise ValueError(f"transformed_blocks: got {transformed_blocks}, accepted is 0 to the depth, {depth}")
+            raise ValueError(
+                f"transformed_blocks: expected a number from 0 to the depth, {depth}, got {transformed_blocks}"
+            )
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

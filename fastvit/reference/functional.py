@@ -168,7 +168,7 @@ class LayerNorm(NamedTuple):
     def of(cls, module: nn.LayerNorm) -> LayerNorm:
         """Read a ``nn.LayerNorm`` over one axis; ValueError where it is another module or has more axes."""
         if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
-            raise ValueError(f"module: got {module!r}, accepted is a nn.LayerNorm over one axis")
+            raise ValueError(f"module: expected an nn.LayerNorm over one axis, got {module!r}")
         return cls(module.weight, module.bias, module.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -192,9 +192,9 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """Apply the activation named; ValueError lists the names accepted."""
+    """Apply the activation of that name; ValueError lists the valid names."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, accepted are {sorted(map(str, ACTIVATIONS))}")
+        raise ValueError(f"activation: expected one of {sorted(map(str, ACTIVATIONS))}, got {activation!r}")
     return ACTIVATIONS[activation](x)
 
 

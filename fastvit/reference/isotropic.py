@@ -70,12 +70,12 @@ class IsotropicTransformer(VisionModel):
         """Images (B, in_chans, H, W) to the tokens (B, N, C) that enter the first block."""
         if images.dim() != 4 or images.shape[1] != self.stem.in_chans:
             raise ValueError(
-                f"x: got shape {tuple(images.shape)}, accepted are images (batch, {self.stem.in_chans}, height, width)"
+                f"x: expected shape (batch, {self.stem.in_chans}, height, width), got {tuple(images.shape)}"
             )
         if self.pos_embed is not None and tuple(images.shape[2:]) != self.img_size:
             raise ValueError(
-                f"x: got images of {tuple(images.shape[2:])}, accepted is {self.img_size}, the size of the position "
-                f"embedding (set_input_size() resamples it)"
+                f"x: expected images of {self.img_size}, the size of the position embedding (set_input_size() "
+                f"resamples it), got {tuple(images.shape[2:])}"
             )
         x = self.stem(images)
         prefix = [token.expand(x.shape[0], -1, -1) for token in self.prefix_tokens()]
@@ -136,7 +136,7 @@ class IsotropicTransformer(VisionModel):
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW' and 'NLC'")
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         if stop_early and not intermediates_only:
             raise ValueError("stop_early: needs intermediates_only=True, final features are those of the last block")
         taken = take_indices(len(self.blocks), indices)
@@ -161,7 +161,7 @@ class IsotropicTransformer(VisionModel):
     def make_head(self, num_classes: int) -> nn.Module:
         """A fresh head; Identity without classes."""
         if num_classes < 0:
-            raise ValueError(f"num_classes: got {num_classes}, accepted is 0 (no head) or more")
+            raise ValueError(f"num_classes: expected 0 (no head) or more, got {num_classes}")
         if num_classes == 0:
             return nn.Identity()
         head = nn.Linear(self.num_features, num_classes)

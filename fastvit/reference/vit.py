@@ -70,7 +70,7 @@ class ViT(IsotropicTransformer):
             ("pos_embed_resize", pos_embed_resize, RESIZE_KINDS),
         ):
             if value not in accepted:
-                raise ValueError(f"{name}: got {value!r}, accepted are {accepted}")
+                raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

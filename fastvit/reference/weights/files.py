@@ -53,7 +53,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         path = Path(source)
         return _contents(_read_file(path), str(path))
     raise TypeError(
-        f"source: got {type(source).__name__}, accepted is a path, a state_dict (mapping of tensors) or a module"
+        f"source: expected a path, a state_dict (mapping of tensors) or a module, got {type(source).__name__}"
     )
 
 
@@ -122,7 +122,7 @@ def _as_tensor(value: Any) -> Tensor | None:
 def _read_file(path: Path) -> Mapping[Any, Any]:
     extension = path.suffix.lower()
     if extension not in READERS:
-        raise ValueError(f"source: {path} has extension {extension!r}, accepted are {', '.join(READERS)}")
+        raise ValueError(f"source: expected one of the extensions {', '.join(READERS)}, got {path}")
     with path.open("rb") as file:  # a missing file or a directory is named by the OSError of this
         if not file.read(1):
             raise ValueError(f"source: {path} is empty")
@@ -133,7 +133,7 @@ def _read_file(path: Path) -> Mapping[Any, Any]:
     except Exception as error:  # what a damaged file makes a parser raise knows no bounds
         raise ValueError(f"source: {path} cannot be read, it may be truncated or damaged: {_reason(error)}") from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"source: {path} holds a {type(loaded).__name__}, accepted is a dict of tensors")
+        raise ValueError(f"source: expected a dict of tensors in {path}, got {type(loaded).__name__}")
     return loaded
 
 
