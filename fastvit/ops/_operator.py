@@ -33,6 +33,7 @@ __all__ = [
     "Selection",
     "compute_dtype",
     "differentiable_backward",
+    "distinct",
     "gradients_needed",
     "log",
     "recording",
@@ -106,15 +107,10 @@ class Operator:
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
         compiling, x = _is_dynamo_compiling(), call[0]
-        if isinstance(x, _Proxy):  # torch.fx traces symbolically: there is nothing to check
+        if isinstance(x, _Proxy) or _tracing_state() is not None:  # sizes are nodes of a graph: nothing to check
             return self.implementations[-1].run(call)
         try:
-            if (
-                torch.compiler._is_exporting_flag
-                or _tracing_state() is not None
-                or _is_transformed()
-                or forward_ad._current_level >= 0
-            ):
+            if torch.compiler._is_exporting_flag or _is_transformed() or forward_ad._current_level >= 0:
                 chosen = self.implementations[-1]
             else:
                 named, requested = backend != AUTO, backends.REQUESTED
@@ -231,6 +227,15 @@ configure_log(os.environ.get("FASTVIT_LOG"))
 def gradients_needed(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these tensors; None is skipped."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def distinct(*tensors: Any) -> list[Any]:
+    """The tensors, with a view for one that comes again: Dynamo wants the inputs of an autograd function different."""
+    found: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is each for each in found)
+        found.append(tensor.view_as(tensor) if again and tensor is not None else tensor)
+    return found
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -28,6 +28,7 @@ from fastvit.ops._operator import (
     Operator,
     compute_dtype,
     differentiable_backward,
+    distinct,
     gradients_needed,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
@@ -183,6 +184,8 @@ def _runner(kernels: Kernels, device_type: str) -> Callable[[Call], Tensor]:
         elif type(scale) is not float:  # a schema takes a tensor of one number
             _check(call)
         if torch.is_grad_enabled() and gradients_needed(q, k, v, bias):
+            if torch.compiler.is_dynamo_compiling():
+                q, k, v, bias = distinct(q, k, v, bias)
             return _Attention.apply(kernels, scale, mask, q, k, v, bias)
         forward = kernels.forward if is_dynamo_compiling() else kernels.eager
         return forward(q, k, v, mask, bias, scale)

@@ -41,6 +41,7 @@ from fastvit.ops._operator import (
     Operator,
     compute_dtype,
     differentiable_backward,
+    distinct,
     gradients_needed,
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
@@ -447,6 +448,8 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
     dtype = compute_dtype(call.q)
     small = torch.promote_types(dtype, torch.float32)
     q, k, v = (adjacent_channels(tensor, dtype) for tensor in call[:3])
+    if torch.compiler.is_dynamo_compiling():
+        q, k, v = distinct(q, k, v)
     mask = None if call.mask is None else four_axes(call.mask, key_padding=True)
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
     pre = _as(small, call.pre_weight), _as(small, call.pre_bias)

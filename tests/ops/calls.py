@@ -114,7 +114,7 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         "norm": batch_norm(CHANNELS, batch),
     },
 }
-"""By public operator, ``f(batch)``: arguments that it takes, with norms by the batch's statistics or by running ones."""
+"""By public operator, ``f(batch)``: arguments that it takes, with norms by statistics of the batch or running ones."""
 
 
 def fields(arguments: dict[str, Any]) -> Iterator[Any]:

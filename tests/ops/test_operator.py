@@ -316,7 +316,7 @@ WRONG: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[str]]:
-    """``broken(op, backend)``: every implementation of that operator notes its name; that one raises, the others lie."""
+    """``broken(op, backend)``: every implementation of the operator notes its name; that one raises."""
 
     def replace(op: str, backend: str) -> list[str]:
         ran: list[str] = []
@@ -378,7 +378,7 @@ def test_the_error_of_a_registered_operator_arrives():
         raise KernelError("out of registers")
 
     module = sys.modules["fastvit.ops.token_depthwise_conv"]
-    kernels = module.Kernels(fail, fail, fail, module.NATIVE.Arguments)
+    kernels = module.NATIVE._replace(forward=fail, eager=fail, training=fail)
     for gradients in (False, True):
         arguments = converted(CALLS["token_depthwise_conv"](gradients), torch.float32, gradients)
         with pytest.raises(KernelError, match="out of registers"):

@@ -137,7 +137,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     command += ["-DFASTVIT_BLOCKS=12"]  # several tiles a block, several partial results
     subprocess.run([*command, str(source), "-o", str(path)], check=True)
     computed = Host(ctypes.CDLL(str(path)))
-    by_host = _runner(Kernels(computed.forward, computed.training, computed.backward, NATIVE.Arguments))
+    by_host = _runner(
+        Kernels(computed.forward, computed.forward, computed.training, computed.backward, NATIVE.Arguments)
+    )
     return lambda **arguments: by_host(Convolution(**arguments))
 
 
