@@ -17,7 +17,7 @@ REDUCTIONS = ("official", "batchmean")
 
 
 class DistillationLoss(nn.Module):
-    """A classification loss mixed with what a teacher says of the same images.
+    """A classification loss combined with a distillation loss from a teacher.
 
     With Zs the class head's logits, Zd the distillation head's, Zt the teacher's, y the labels, a = ``alpha``,
     T = ``tau`` and N the batch:
@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module):
             mixed by mixup or cutmix.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is said above.
+        TypeError, ValueError: an argument outside the values given above.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ DEFAULT_SIZE = 224
 
 
 class CannotLoad(Exception):  # noqa: N818
-    """Why there is no such model here, for the user to read."""
+    """The model cannot be loaded; the message is for the user."""
 
 
 class Candidate(NamedTuple):
@@ -83,7 +83,7 @@ def _library(name: str) -> Any:
 
 
 def _images(model: nn.Module, size: int | None) -> Callable[[int], Any]:
-    """Random images of the size a model takes, as its own attributes tell it."""
+    """Random images of the size a model takes, as its attributes give it."""
     shape = _shape(model, size)
     return lambda batch: torch.randn(batch, *shape)
 
@@ -186,7 +186,7 @@ _VIT_PYTORCH_ARGUMENTS = {
     "heads": 3,
     "mlp_dim": 768,
 }
-"""For the arguments that its classes want and give no value to: those of DeiT-Tiny."""
+"""Values, those of DeiT-Tiny, for the arguments that its classes give no default."""
 
 
 def _from_vit_pytorch(name: str, size: int | None) -> _Loaded:

@@ -5,7 +5,7 @@ depthwise convolution between its two linears (LeFF), and a last attention over 
 As in coeusguo/ceit, which the published weights need. Where that code and the paper part:
 
 * no activation between the stem's BatchNorm and its max pooling;
-* no GELU behind LeFF's last BatchNorm, where the paper has one;
+* no GELU after LeFF's last BatchNorm, where the paper has one;
 * LeFF's residual adds the class token that norm2 gave, cls + norm2(cls), where the paper leaves the token alone.
 
 ``leff="paper"`` takes the paper's side in the last two.
@@ -230,7 +230,7 @@ class CeiT(IsotropicTransformer):
     Args:
         stem_chans: channels of the stem.
         pool: "token" is all there is.
-        leff: "official", or "paper" (GELU behind LeFF's last norm, class token untouched by LeFF).
+        leff: "official", or "paper" (GELU after LeFF's last norm, class token unchanged by LeFF).
         leff_kernel_size: of LeFF's depthwise convolution.
         leff_with_bn: False leaves LeFF's three BatchNorms out.
         pos_embed_resize: how the position embedding follows a change of image size.

@@ -5,8 +5,8 @@ mixed by a learned H x H matrix and normalised over the heads before they weigh 
 reader of the paper would not guess:
 
 * the mix is a 1x1 convolution with a bias, the norm a BatchNorm2d, so rows no longer sum to 1 and may be negative;
-* each block owns its mix; models with a CNN stem (S, L) use it in their last blocks only, the others are plain;
-* S and L scale the input of both branches by 0.5 in front of the LayerNorm and the branch by 2 behind it
+* each block has its own mix; models with a CNN stem (S, L) use it in their last blocks only, the others are plain;
+* S and L scale the input of both branches by 0.5 before the LayerNorm and the branch by 2 after it
   (``scale_adjustment``), which in effect doubles the residual branches;
 * S multiplies the finished maps by head_dim ** -0.5 (``reatten_scale``).
 """
@@ -178,8 +178,8 @@ class DeepViT(IsotropicTransformer):
         scale_adjustment: of :class:`ReAttentionBlock`.
         reatten_scale: of :class:`ReAttention`.
         cos_reg: in training mode, give (logits, attention maps of every block), for the official similarity loss.
-        drop_rate: dropout behind the position embedding, the attention projection and both linears of the MLP.
-        attn_drop_rate: dropout of the softmaxed maps, in front of the mix.
+        drop_rate: dropout after the position embedding, the attention projection and both linears of the MLP.
+        attn_drop_rate: dropout of the softmaxed maps, before the mix.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """
 

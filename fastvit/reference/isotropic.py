@@ -36,7 +36,7 @@ class IsotropicTransformer(VisionModel):
         self.register_parameter("cls_token", None)
         self.register_parameter("pos_embed", None)
 
-    # The parts a family may have otherwise.
+    # What a family may override.
 
     @property
     def stem(self) -> nn.Module:
@@ -44,7 +44,7 @@ class IsotropicTransformer(VisionModel):
         return self.patch_embed
 
     def prefix_tokens(self) -> list[nn.Parameter]:
-        """The learned tokens (1, 1, C) that go through the blocks in front of the patches."""
+        """The learned tokens (1, 1, C) that precede the patches in every block."""
         return [] if self.cls_token is None else [self.cls_token]
 
     def after_block(self, index: int, x: Tensor, grid: Grid) -> Tensor:
@@ -59,7 +59,7 @@ class IsotropicTransformer(VisionModel):
         """Tokens (B, N, C) to one vector (B, C)."""
         return x[:, 0]
 
-    # The way of an image.
+    # Forward pass.
 
     @property
     def grid_size(self) -> Grid:
@@ -101,7 +101,7 @@ class IsotropicTransformer(VisionModel):
         """Images through the blocks up to index ``last`` (all by default).
 
         Returns:
-            The tokens (B, N, C) behind the last block run, and those behind each block whose index is in ``keep``.
+            The tokens (B, N, C) after the last block run, and those after each block whose index is in ``keep``.
         """
         grid = self.stem.grid(*images.shape[-2:])
         mask = self.block_mask(images, mask)
@@ -174,7 +174,7 @@ class IsotropicTransformer(VisionModel):
         nn.init.zeros_(head.bias)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on: resamples ``pos_embed`` (a new Parameter) by ``pos_embed_resize``.
+        """Change the image size: resamples ``pos_embed`` (a new Parameter) by ``pos_embed_resize``.
 
         Raises:
             ValueError: ``img_size`` is not a size the patches divide; the model is left as it was.

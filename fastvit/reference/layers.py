@@ -1,4 +1,4 @@
-"""The block ViT, DeiT, DeepViT, CaiT, CPVT and CeiT are built from (timm 0.3.2's), and what goes around it."""
+"""The block ViT, DeiT, DeepViT, CaiT, CPVT and CeiT are built from (timm 0.3.2's), and the layers around it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, activation (GELU in its erf form by default), Linear, with dropout behind each linear."""
+    """Linear, activation (GELU in its erf form by default), Linear, with dropout after each linear layer."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, act_layer: Callable[[], nn.Module] = nn.GELU):
         super().__init__()

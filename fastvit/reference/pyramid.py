@@ -36,7 +36,7 @@ def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefi
         fine: the grid of the first stage.
         queries: the grid of the queries.
         keys: the grid of the keys.
-        prefix_tokens: how many stand in front of both.
+        prefix_tokens: the number of tokens that precede both.
 
     Returns:
         (B, 1, 1, Nk) or (B, 1, Nq, Nk), prefix tokens included.
