@@ -20,7 +20,7 @@ WIDTH_OF_A_FILE = 130
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted is a positive integer")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
@@ -34,7 +34,7 @@ def _device(text: str) -> torch.device:
 
 def _dtype(text: str) -> torch.dtype:
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted are {', '.join(DTYPES)}")
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
     return DTYPES[text]
 
 

@@ -62,7 +62,7 @@ class Extension:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """(major, minor) of a version such as "2.13.0+cpu"; (0, 0) where there is none to see."""
+    """(major, minor) of a version such as "2.13.0+cpu"; (0, 0) if there is none."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
@@ -72,7 +72,7 @@ def _dotted(release: tuple[int, int]) -> str:
 
 
 def _read_build_record(package: Path) -> dict[str, Any]:
-    """What the build left in _build_info.json; {} if it left nothing readable."""
+    """The record of the build, _build_info.json; {} if there is none that can be read."""
     try:
         record = json.loads((package / "_build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,7 +98,7 @@ def _find_binary(package: Path) -> tuple[Path | None, str | None]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with an ELF file's outline; None if nothing, or if it is not for Linux.
+    """What is wrong with the layout of an ELF file; None if nothing is, and on systems other than Linux.
 
     Loading a truncated library can end the process with a bus error, which no ``except`` sees. The section headers are
     the last thing in the file, so a file that holds them whole is not truncated.
@@ -116,7 +116,7 @@ def _damage(path: Path) -> str | None:
 
 
 def load_extension() -> Extension:
-    """Load ``fastvit._C``; what goes wrong is the reason given, except for a wrong FASTVIT_CPU_CAPABILITY.
+    """Load ``fastvit._C``. A failure becomes the reason of the result, except for a wrong FASTVIT_CPU_CAPABILITY.
 
     Raises:
         ValueError: FASTVIT_CPU_CAPABILITY names no instruction set of this CPU.
@@ -309,7 +309,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _cpu_name() -> str:
-    """The CPU's name as the system tells it."""
+    """The CPU's name as the operating system reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -17,7 +17,7 @@ REDUCTIONS = ("official", "batchmean")
 
 
 class DistillationLoss(nn.Module):
-    """A classification loss mixed with what a teacher says of the same images.
+    """A classification loss combined with a distillation loss from a teacher.
 
     With Zs the class head's logits, Zd the distillation head's, Zt the teacher's, y the labels, a = ``alpha``,
     T = ``tau`` and N the batch:
@@ -41,7 +41,7 @@ class DistillationLoss(nn.Module):
             mixed by mixup or cutmix.
 
     Raises:
-        TypeError, ValueError: an argument outside of what is said above.
+        TypeError, ValueError: an argument outside the values given above.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class DistillationLoss(nn.Module):
     ):
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f"kind: got {kind!r}, accepted are {KINDS}")
+            raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
         if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: got {reduction!r}, accepted are {REDUCTIONS}")
+            raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
         if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha: got {alpha}, accepted is a weight from 0 to 1")
+            raise ValueError(f"alpha: expected a weight from 0 to 1, got {alpha}")
         if not (tau > 0.0 and math.isfinite(tau)):
-            raise ValueError(f"tau: got {tau}, accepted is a finite temperature above 0")
+            raise ValueError(f"tau: expected a finite temperature above 0, got {tau}")
         if teacher is not None and not callable(teacher):
-            raise TypeError(f"teacher: got {type(teacher).__name__}, accepted is a module or another callable, or None")
+            raise TypeError(f"teacher: expected a module, another callable or None, got {type(teacher).__name__}")
         self.kind, self.alpha, self.tau, self.reduction = kind, float(alpha), float(tau), reduction
         self.base_criterion = nn.CrossEntropyLoss() if base_criterion is None else base_criterion
         self._teacher = (teacher,)  # inside a tuple nn.Module does not register it
@@ -115,14 +115,14 @@ class DistillationLoss(nn.Module):
             return base
         if distilled is None:
             raise ValueError(
-                f"outputs: got one tensor, accepted with kind={self.kind!r} is a pair (class logits, distillation "
-                "logits), as a distilled model returns it in training mode"
+                "outputs: expected a pair (class logits, distillation logits), as a distilled model returns in "
+                f"training mode, for kind={self.kind!r}, got one tensor"
             )
         distilled = _widen(distilled)
         wanted = self._ask_teacher(inputs) if teacher_logits is None else teacher_logits.detach()
         if wanted.shape != distilled.shape:
             raise ValueError(
-                f"teacher: logits of shape {tuple(wanted.shape)}, accepted is the student's {tuple(distilled.shape)}"
+                f"teacher: expected logits of the student's shape {tuple(distilled.shape)}, got {tuple(wanted.shape)}"
             )
         return (1.0 - self.alpha) * base + self.alpha * self._teacher_term(distilled, wanted.to(distilled.dtype))
 
@@ -139,13 +139,15 @@ class DistillationLoss(nn.Module):
 
     def _ask_teacher(self, inputs: Any) -> Tensor:
         if self.teacher is None:
-            raise ValueError(f"teacher: got None, kind={self.kind!r} needs a teacher or teacher_logits")
+            raise ValueError(
+                f"teacher: expected a teacher, or teacher_logits in the call, for kind={self.kind!r}, got None"
+            )
         with torch.no_grad():
             answer = self.teacher(inputs)
         answer = getattr(answer, "logits", answer)
         if not isinstance(answer, Tensor):
             raise TypeError(
-                f"teacher: returned {type(answer).__name__}, accepted is a tensor of logits or an output with .logits"
+                f"teacher: expected it to return logits or an output with .logits, got {type(answer).__name__}"
             )
         return answer.detach()
 
@@ -164,7 +166,7 @@ def _split_heads(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | N
         return outputs, None
     if not isinstance(outputs, (tuple, list)) or len(outputs) != 2:
         raise ValueError(
-            f"outputs: got {type(outputs).__name__}, accepted is a tensor of logits or a pair (class, distillation)"
+            f"outputs: expected a tensor of logits or a pair (class, distillation), got {type(outputs).__name__}"
         )
     return outputs[0], outputs[1]
 

@@ -148,8 +148,11 @@ class TestModels:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("resnet", r"model: got 'resnet', accepted are fastvit/NAME, timm/NAME, .*, and package.module:factory"),
-            ("keras/vit", "model: got 'keras/vit', accepted are"),
+            (
+                "resnet",
+                r"model: expected fastvit/NAME, timm/NAME, .*, or package.module:factory for your own, got 'resnet'",
+            ),
+            ("keras/vit", "model: expected .*, got 'keras/vit'"),
             ("fastvit/cait_xss24_224", "unknown model 'cait_xss24_224'; did you mean .*cait_xxs24_224"),
             ("timm/deit_smal_patch16_224", "timm .* has no model 'deit_smal.*did you mean .*deit_small_patch16_224"),
             ("torchvision/vit_b_17", "torchvision has no model 'vit_b_17'; did you mean .*vit_b_16"),
@@ -170,7 +173,9 @@ class TestModels:
     def test_wrong_factories(self, own):
         with pytest.raises(models.CannotLoad, match="my_models has no 'smal'; did you mean small"):
             models.load(f"{own}:smal")
-        with pytest.raises(models.CannotLoad, match="my_models:number gives int, accepted is a torch.nn.Module"):
+        with pytest.raises(
+            models.CannotLoad, match="my_models:number: expected a torch.nn.Module, or one and an example, got int"
+        ):
             models.load(f"{own}:number")
 
     def test_a_library_that_is_not_there(self, monkeypatch):
@@ -305,9 +310,9 @@ class TestBench:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "argument --batch: got '0', accepted is a positive integer"),
-        (["--size", "x"], "argument --size: got 'x', accepted is a positive integer"),
-        (["--dtype", "int8"], "argument --dtype: got 'int8', accepted are float32, bfloat16, float16"),
+        (["--batch", "0"], "argument --batch: expected a positive integer, got '0'"),
+        (["--size", "x"], "argument --size: expected a positive integer, got 'x'"),
+        (["--dtype", "int8"], "argument --dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (["--device", "tpu"], "argument --device: 'tpu' cannot be used here: "),
     ],
 )
@@ -321,7 +326,7 @@ def test_wrong_options_are_refused(arguments, message, capsys):
 def test_unknown_models_go_to_standard_error(cli):
     status, out, err = cli("verify", "ceit_tny")
     assert (status, out) == (2, "")
-    assert "python -m fastvit verify: model: got 'ceit_tny', accepted are" in err
+    assert "python -m fastvit verify: model: expected fastvit/NAME" in err
 
 
 def test_examples_keep_what_is_not_floating():

@@ -1,4 +1,4 @@
-"""``bench``: a model plain and patched, timed in turn; no speed is told of a patched model that is not accurate."""
+"""``bench``: a model plain and patched, timed in turn; the speed of an inaccurate patched model is not reported."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _facts(name: str) -> dict[str, Any]:
 def _backends_table(description: dict[str, Any]) -> Table:
     shown = table("backend", "here", "reasons", title="Backends")
     for name, backend in description["backends"].items():
-        reasons = [*backend["reasons"], *([] if backend["allowed"] else ["left out by FASTVIT_BACKEND"])]
+        reasons = [*backend["reasons"], *([] if backend["allowed"] else ["disabled by FASTVIT_BACKEND"])]
         usable = not reasons
         shown.add_row(name, Text("yes", "green") if usable else Text("no", "red"), escape("; ".join(reasons)))
     return shown

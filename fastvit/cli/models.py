@@ -26,7 +26,7 @@ DEFAULT_SIZE = 224
 
 
 class CannotLoad(Exception):  # noqa: N818
-    """Why there is no such model here, for the user to read."""
+    """The model cannot be loaded; the message is for the user."""
 
 
 class Candidate(NamedTuple):
@@ -59,7 +59,7 @@ def load(name: str, *, size: int | None = None, seed: int = 0) -> Candidate:
         model, inputs = _from_fastvit(name, size)
     else:
         known = ", ".join(f"{library}/NAME" for library in LOADERS)
-        raise CannotLoad(f"model: got {name!r}, accepted are {known}, and package.module:factory for your own")
+        raise CannotLoad(f"model: expected {known}, or package.module:factory for your own, got {name!r}")
     return Candidate(name, model.eval(), inputs)
 
 
@@ -83,7 +83,7 @@ def _library(name: str) -> Any:
 
 
 def _images(model: nn.Module, size: int | None) -> Callable[[int], Any]:
-    """Random images of the size a model takes, as its own attributes tell it."""
+    """Random images of the size a model takes, as its attributes give it."""
     shape = _shape(model, size)
     return lambda batch: torch.randn(batch, *shape)
 
@@ -186,7 +186,7 @@ _VIT_PYTORCH_ARGUMENTS = {
     "heads": 3,
     "mlp_dim": 768,
 }
-"""For the arguments that its classes want and give no value to: those of DeiT-Tiny."""
+"""Values, those of DeiT-Tiny, for the arguments that its classes give no default."""
 
 
 def _from_vit_pytorch(name: str, size: int | None) -> _Loaded:
@@ -236,7 +236,7 @@ def _from_factory(name: str, size: int | None) -> _Loaded:
         made = made()
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise CannotLoad(f"{name} gives {type(model).__name__}, accepted is a torch.nn.Module, or one and an example")
+        raise CannotLoad(f"{name}: expected a torch.nn.Module, or one and an example, got {type(model).__name__}")
     return model, _images(model, size) if example is None else lambda batch: example
 
 

@@ -1,4 +1,4 @@
-"""How commands show things: tables and JSON on standard output, what goes wrong on standard error."""
+"""Output of the commands: tables and JSON on standard output, errors on standard error."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def print_json(value: Any) -> None:
 
 
 def working(console: Console, arguments: argparse.Namespace, text: str) -> Status:
-    """A sign of life in a terminal, for a ``with`` block; nothing where JSON is wanted or nobody looks."""
+    """A spinner for a ``with`` block; silent with ``--json`` and without a terminal."""
     return Console(stderr=True, quiet=arguments.json or not console.is_terminal).status(escape(text))

@@ -21,7 +21,7 @@ from fastvit.patching.verification import END_TO_END, Error, as_call, measure, u
 
 
 class Verdict(NamedTuple):
-    """What was found out about a model: the report, and the errors by module name, end to end under None."""
+    """The result of verifying a model: the report, and the errors by module name, end to end under None."""
 
     report: Report
     errors: Mapping[str | None, Error]
@@ -38,10 +38,10 @@ class Verdict(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it, each row with "within_budget" (None where it is not patched)."""
-        told = json.loads(self.report.to_json())
-        for row in told["rows"]:
+        report = json.loads(self.report.to_json())
+        for row in report["rows"]:
             row["within_budget"] = self.errors[row["name"]].within_budget if row["name"] in self.errors else None
-        return {**told, "accurate": self.accurate}
+        return {**report, "accurate": self.accurate}
 
 
 def judge(model: nn.Module, example: Any) -> Verdict:
@@ -64,11 +64,11 @@ def verify(arguments: argparse.Namespace, console: Console) -> int:
         undone = _equal(before, _outputs(unpatch(model), example)) and _equal(state, model.state_dict())
     setting = f"{_name(arguments.dtype)} on {arguments.device}"
     if arguments.json:
-        told = {**verdict.to_dict(), "dtype": _name(arguments.dtype), "device": str(arguments.device)}
-        print_json({**told, "model": candidate.name, "undone_exactly": undone})
+        result = {**verdict.to_dict(), "dtype": _name(arguments.dtype), "device": str(arguments.device)}
+        print_json({**result, "model": candidate.name, "undone_exactly": undone})
     else:
         console.print(*_shown(verdict, f"{candidate.name}, {setting}"), sep="\n", highlight=False)
-        console.print(Text("unpatch gives the plain model back, bit by bit: " + ("yes" if undone else "no")))
+        console.print(Text("unpatch restores the plain model bit by bit: " + ("yes" if undone else "no")))
     return 0 if verdict.accurate and undone else 1
 
 
@@ -93,8 +93,8 @@ def _shown(verdict: Verdict, title: str) -> list[Any]:
     for row in verdict.report.rows:
         error = verdict.errors.get(row.name)
         if row.status != PATCHED or error is None:
-            told = "; ".join(row.reasons) or "not called with this input"
-            rows.add_row(row.name, row.cls, row.op, row.status, "", "", Text(told, "yellow"))
+            reasons = "; ".join(row.reasons) or "not called with this input"
+            rows.add_row(row.name, row.cls, row.op, row.status, "", "", Text(reasons, "yellow"))
         else:
             rows.add_row(row.name, row.cls, row.op, row.backend, *_errors(error))
     rows.add_section()

@@ -97,7 +97,7 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
         raise NotImplementedError(f"{type(self).__name__}.reset_classifier")
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters the official training recipe leaves out of weight decay."""
+        """Names of the parameters that the official training recipe excludes from weight decay."""
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -123,7 +123,7 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
             norm: apply the final norm to each intermediate.
             return_prefix_tokens: give (grid, prefix tokens) pairs.
             output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h*w, C).
-            stop_early: do not run blocks behind the last index; needs ``intermediates_only``.
+            stop_early: do not run the blocks after the last index; needs ``intermediates_only``.
 
         Returns:
             The list of intermediates, or (final features, intermediates).

@@ -147,7 +147,7 @@ class CaiT(IsotropicTransformer):
         depth: blocks of the first stage.
         class_depth: blocks of the class stage.
         init_values: what LayerScale starts at, in both stages.
-        drop_rate: dropout behind the position embedding, the attention projection and both linears of the MLP; as the
+        drop_rate: dropout after the position embedding, the attention projection and both linears of the MLP; as the
             next two, in the first stage only.
         attn_drop_rate: dropout of the finished attention maps.
         drop_path_rate: stochastic depth, the same in every block.
@@ -198,7 +198,7 @@ class CaiT(IsotropicTransformer):
         self.reset_classifier(num_classes)
 
     def prefix_tokens(self) -> list[nn.Parameter]:
-        return []  # the class token joins behind the blocks
+        return []  # the class token joins after the blocks
 
     def run_blocks(
         self, images: Tensor, mask: Tensor | None, keep: Collection[int] = (), last: int | None = None

@@ -5,7 +5,7 @@ depthwise convolution between its two linears (LeFF), and a last attention over 
 As in coeusguo/ceit, which the published weights need. Where that code and the paper part:
 
 * no activation between the stem's BatchNorm and its max pooling;
-* no GELU behind LeFF's last BatchNorm, where the paper has one;
+* no GELU after LeFF's last BatchNorm, where the paper has one;
 * LeFF's residual adds the class token that norm2 gave, cls + norm2(cls), where the paper leaves the token alone.
 
 ``leff="paper"`` takes the paper's side in the last two.
@@ -61,7 +61,7 @@ class ImageToTokens(nn.Module):
         self.in_chans = in_chans
         self.patch_size = to_pair(patch_size, "patch_size")
         if self.patch_size[0] % 4 or self.patch_size[1] % 4:
-            raise ValueError(f"patch_size: got {patch_size}, accepted are multiples of 4, the stem's stride")
+            raise ValueError(f"patch_size: expected a multiple of 4, the stem's stride, got {patch_size}")
         kernel_size = (self.patch_size[0] // 4, self.patch_size[1] // 4)
         self.backbone = Stem(in_chans, stem_chans)
         self.proj = nn.Conv2d(stem_chans, embed_dim, kernel_size, stride=kernel_size)
@@ -230,7 +230,7 @@ class CeiT(IsotropicTransformer):
     Args:
         stem_chans: channels of the stem.
         pool: "token" is all there is.
-        leff: "official", or "paper" (GELU behind LeFF's last norm, class token untouched by LeFF).
+        leff: "official", or "paper" (GELU after LeFF's last norm, class token unchanged by LeFF).
         leff_kernel_size: of LeFF's depthwise convolution.
         leff_with_bn: False leaves LeFF's three BatchNorms out.
         pos_embed_resize: how the position embedding follows a change of image size.
@@ -264,7 +264,7 @@ class CeiT(IsotropicTransformer):
             ("pos_embed_resize", pos_embed_resize, RESIZE_KINDS),
         ):
             if value not in accepted:
-                raise ValueError(f"{name}: got {value!r}, accepted are {accepted}")
+                raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

@@ -1,11 +1,11 @@
 """CPVT: Conditional Positional Encodings for Vision Transformers (Chu et al. 2021, arXiv 2102.10882), and Twins-PCPVT.
 
 CPVT is ViT with its position embedding replaced by a position encoding generator (PEG): a depthwise convolution, with
-zero padding, of the tokens laid out as their map, added to them behind the first block (or the first five). Padding
-tells tokens where the border is, so nothing is tied to one image size. No code or weights of plain CPVT were ever
+zero padding, of the tokens laid out as their map, added to them after the first block (or the first five). Padding
+shows tokens where the border is, so nothing is tied to one image size. No code or weights of plain CPVT were ever
 published: the paper's algorithm 1 is followed, in ViT's parameter names, with the PEG named as the authors named it in
 Twins. Twins-PCPVT (Chu et al. 2021, arXiv 2104.13840; Meituan-AutoML/Twins) is their pyramid with PEG, the one whose
-weights exist: spatial-reduction attention in four stages, a PEG behind the first block of each.
+weights exist: spatial-reduction attention in four stages, a PEG after the first block of each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PEG(nn.Module):
     def __init__(self, dim: int, kernel_size: int = 3):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"peg_kernel_size: got {kernel_size}, accepted are odd sizes, which keep the grid")
+            raise ValueError(f"peg_kernel_size: expected an odd size, which keeps the grid, got {kernel_size}")
         conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.proj = nn.Sequential(conv)
 
@@ -63,7 +63,7 @@ class CPVT(IsotropicTransformer):
         img_size: what the model is meant for; images of other sizes need no preparation.
         pool: "token" for the class token, "gap" for no class token, the final norm, then the mean of the tokens (the
             paper does not say which of the two comes first; this is the order of the authors' Twins).
-        num_pegs: PEGs stand behind the first that many blocks.
+        num_pegs: the number of leading blocks that a PEG follows.
         peg_kernel_size: of their convolution.
     """
 
@@ -87,9 +87,9 @@ class CPVT(IsotropicTransformer):
     ):
         super().__init__()
         if pool not in ("token", "gap"):
-            raise ValueError(f"pool: got {pool!r}, accepted are 'token' and 'gap'")
+            raise ValueError(f"pool: expected 'token' or 'gap', got {pool!r}")
         if not 0 <= num_pegs <= depth:
-            raise ValueError(f"num_pegs: got {num_pegs}, accepted is a number of blocks from 0 to depth ({depth})")
+            raise ValueError(f"num_pegs: expected a number of blocks from 0 to depth ({depth}), got {num_pegs}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim
@@ -196,7 +196,7 @@ class PyramidBlock(nn.Module):
 
 
 class NormedPatchEmbed(PatchEmbed):
-    """Patch embedding with a LayerNorm behind it, whose eps is 1e-5, unlike the blocks'."""
+    """Patch embedding followed by a LayerNorm, whose eps is 1e-5, unlike the blocks'."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__(patch_size, in_chans, embed_dim)
@@ -207,7 +207,7 @@ class NormedPatchEmbed(PatchEmbed):
 
 
 class TwinsPCPVT(Pyramid):
-    """Twins-PCPVT, called CPVT-v2 by its authors: a pyramid with a PEG behind the first block of each stage.
+    """Twins-PCPVT, called CPVT-v2 by its authors: a pyramid with a PEG after the first block of each stage.
 
     Takes images of any size, square or not, that the product of the patch sizes (32) divides. ``mask`` is over the
     first stage's tokens, (B, h/4 * w/4) or that squared; coarser grids see a token if any of its window is visible.
@@ -238,7 +238,7 @@ class TwinsPCPVT(Pyramid):
     ):
         super().__init__()
         if pool != "gap":
-            raise ValueError(f"pool: got {pool!r}, accepted is 'gap' (there is no class token)")
+            raise ValueError(f"pool: expected 'gap' (there is no class token), got {pool!r}")
         stages = len(depth)
         check_per_stage(
             {

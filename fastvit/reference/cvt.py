@@ -54,7 +54,7 @@ class ConvEmbed(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
         smallest = self.proj.kernel_size[0] - 2 * self.proj.padding[0]
         if min(x.shape[-2:]) < smallest:
-            raise ValueError(f"x: a map of {tuple(x.shape[-2:])} is too small, accepted is {smallest} or more each way")
+            raise ValueError(f"x: expected a map of {smallest} or more in height and width, got {tuple(x.shape[-2:])}")
         x = self.proj(x)
         return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
 
@@ -218,9 +218,9 @@ class CvT(Pyramid):
     ):
         super().__init__()
         if pool not in ("token", "gap"):
-            raise ValueError(f"pool: got {pool!r}, accepted are 'token' and 'gap'")
+            raise ValueError(f"pool: expected 'token' or 'gap', got {pool!r}")
         if act not in ACTIVATIONS:
-            raise ValueError(f"act: got {act!r}, accepted are {sorted(ACTIVATIONS)}")
+            raise ValueError(f"act: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
         stages = len(depth)
         if isinstance(drop_path_rate, (int, float)):
             drop_path_rate = (0.0,) * (stages - 1) + (drop_path_rate,)

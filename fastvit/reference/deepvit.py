@@ -5,8 +5,8 @@ mixed by a learned H x H matrix and normalised over the heads before they weigh 
 reader of the paper would not guess:
 
 * the mix is a 1x1 convolution with a bias, the norm a BatchNorm2d, so rows no longer sum to 1 and may be negative;
-* each block owns its mix; models with a CNN stem (S, L) use it in their last blocks only, the others are plain;
-* S and L scale the input of both branches by 0.5 in front of the LayerNorm and the branch by 2 behind it
+* each block has its own mix; models with a CNN stem (S, L) use it in their last blocks only, the others are plain;
+* S and L scale the input of both branches by 0.5 before the LayerNorm and the branch by 2 after it
   (``scale_adjustment``), which in effect doubles the residual branches;
 * S multiplies the finished maps by head_dim ** -0.5 (``reatten_scale``).
 """
@@ -146,7 +146,7 @@ class CNNStem(nn.Module):
         self.in_chans = in_chans
         self.patch_size = to_pair(patch_size, "patch_size")
         if any(side % 2 for side in self.patch_size):
-            raise ValueError(f"patch_size: got {patch_size!r}, accepted are even sizes with the CNN stem")
+            raise ValueError(f"patch_size: expected an even size with the CNN stem, got {patch_size!r}")
         half = (self.patch_size[0] // 2, self.patch_size[1] // 2)
         self.conv1 = nn.Conv2d(in_chans, stem_chans, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_chans)
@@ -178,8 +178,8 @@ class DeepViT(IsotropicTransformer):
         scale_adjustment: of :class:`ReAttentionBlock`.
         reatten_scale: of :class:`ReAttention`.
         cos_reg: in training mode, give (logits, attention maps of every block), for the official similarity loss.
-        drop_rate: dropout behind the position embedding, the attention projection and both linears of the MLP.
-        attn_drop_rate: dropout of the softmaxed maps, in front of the mix.
+        drop_rate: dropout after the position embedding, the attention projection and both linears of the MLP.
+        attn_drop_rate: dropout of the softmaxed maps, before the mix.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """
 
@@ -205,10 +205,12 @@ class DeepViT(IsotropicTransformer):
     ):
         super().__init__()
         if stem not in STEMS:
-            raise ValueError(f"stem: got {stem!r}, accepted are {tuple(STEMS)}")
+            raise ValueError(f"stem: expected one of {tuple(STEMS)}, got {stem!r}")
         transformed_blocks = depth if transformed_blocks is None else transformed_blocks
         if not 0 <= transformed_blocks <= depth:
-            raise ValueError(f"transformed_blocks: got {transformed_blocks}, accepted is 0 to the depth, {depth}")
+            raise ValueError(
+                f"transformed_blocks: expected a number from 0 to the depth, {depth}, got {transformed_blocks}"
+            )
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

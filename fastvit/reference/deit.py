@@ -1,6 +1,6 @@
 """DeiT: Training data-efficient image transformers (Touvron et al. 2021, arXiv 2012.12877), as facebookresearch has it.
 
-ViT's architecture, trained on ImageNet alone. The distilled models have a second learned token, which stands behind the
+ViT's architecture, trained on ImageNet alone. The distilled models have a second learned token, which follows the
 class token and learns from a teacher through a head of its own. What a reader of the paper would not guess:
 
 * a distilled model gives the pair (class logits, distillation logits) in training mode, for
@@ -25,7 +25,7 @@ class DeiT(IsotropicTransformer):
         img_size: pixels, an int or (height, width); :meth:`set_input_size` changes it later.
         distilled: add the distillation token and its head.
         norm_eps: of every LayerNorm; 1e-6, in transformers 1e-12.
-        drop_rate: dropout behind the position embedding, the attention projection and both linears of the MLP.
+        drop_rate: dropout after the position embedding, the attention projection and both linears of the MLP.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """

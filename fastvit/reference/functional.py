@@ -4,7 +4,7 @@ Each function here has a fused twin of the same name and signature in ``fastvit.
 read and to be differentiated by autograd in any floating dtype (float64 included); they may write N x N maps.
 
 Shapes: B batch, H heads, Nq queries, Nk keys, D head dimension, C channels, (h, w) the token grid, P prefix tokens
-(class, distillation) that lie in front of the h*w grid tokens.
+(class, distillation) that precede the h*w grid tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _recomputation = _Recomputation()
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """While a checkpointed block runs once more for its backward: no BatchNorm counts the same batch a second time."""
+    """For the recomputation of a checkpointed block: BatchNorm must not count the same batch a second time."""
     before, _recomputation.active = _recomputation.active, True
     try:
         yield
@@ -64,10 +64,10 @@ class BatchNorm(NamedTuple):
     """The tensors and settings of a BatchNorm over channels (or heads), as ``F.batch_norm`` takes them.
 
     ``weight`` and ``bias`` are None without affine parameters; ``running_mean`` and ``running_var`` are None with
-    ``track_running_stats=False``. ``use_batch_stats`` is True where the layer normalises by the batch it sees.
-    ``layer`` is what to call in place of all these where its tensors do not tell what it does. ``process_group`` is set
-    where that layer is a ``nn.SyncBatchNorm`` that takes its statistics over several processes; a path that does so
-    itself asks for :meth:`opened`.
+    ``track_running_stats=False``. ``use_batch_stats`` is True if the layer normalises by the statistics of its input.
+    ``layer``, if set, is called instead, because its tensors alone do not define what it does. ``process_group`` is set
+    if that layer is an ``nn.SyncBatchNorm`` that reduces its statistics over several processes; an implementation that
+    does this reduction itself uses :meth:`opened`.
     """
 
     running_mean: Tensor | None
@@ -82,13 +82,13 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> BatchNorm:
-        """Read a ``nn.BatchNorm*`` layer for one forward pass.
+        """Read an ``nn.BatchNorm*`` layer for one forward pass.
 
         In training mode this counts the batch in ``num_batches_tracked``, as the layer's own forward does, so call it
         exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
 
-        A layer of another kind in its place (frozen, removed by fusing) is called, as is one that is synchronised
-        between processes while it trains; such a one counts for itself.
+        A layer of another class (frozen, replaced by Identity) is called, and so is a training SyncBatchNorm, which
+        counts its batches itself.
         """
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return cls(None, None, None, None, use_batch_stats=True, layer=module)
@@ -98,9 +98,9 @@ class BatchNorm(NamedTuple):
         return cls._read(module)
 
     def opened(self) -> BatchNorm:
-        """With the tensors of a synchronised layer in its place: for a path that sums over ``process_group`` itself.
+        """A synchronised layer's tensors instead of the layer, for code that reduces over ``process_group`` itself.
 
-        Counts the batch, as :meth:`of` does for other layers: call it once, and the layer not at all.
+        Counts the batch, as :meth:`of` does for other layers: call this once, and never the layer.
         """
         if self.layer is None or self.process_group is None:
             return self
@@ -148,7 +148,7 @@ class BatchNorm(NamedTuple):
 
 
 def _synchronised_over(module: nn.Module) -> Any:
-    """The process group over which a layer takes its statistics now, or None where it takes them alone."""
+    """The process group over which a layer reduces its statistics, or None if they are local."""
     if not isinstance(module, nn.SyncBatchNorm) or not module.training:
         return None
     if not dist.is_available() or not dist.is_initialized():
@@ -166,9 +166,9 @@ class LayerNorm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.LayerNorm) -> LayerNorm:
-        """Read a ``nn.LayerNorm`` over one axis; ValueError where it is another module or has more axes."""
+        """Read an ``nn.LayerNorm`` over one axis; ValueError for another module or more axes."""
         if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
-            raise ValueError(f"module: got {module!r}, accepted is a nn.LayerNorm over one axis")
+            raise ValueError(f"module: expected an nn.LayerNorm over one axis, got {module!r}")
         return cls(module.weight, module.bias, module.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -192,9 +192,9 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """Apply the activation named; ValueError lists the names accepted."""
+    """Apply the activation of that name; ValueError lists the valid names."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, accepted are {sorted(map(str, ACTIVATIONS))}")
+        raise ValueError(f"activation: expected one of {sorted(map(str, ACTIVATIONS))}, got {activation!r}")
     return ACTIVATIONS[activation](x)
 
 
@@ -282,7 +282,7 @@ def _has_one_row(mask: Tensor) -> bool:
 
 
 def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """q k^T (B, H, Nq, Nk); what masked pairs hold is not to be used."""
+    """q k^T (B, H, Nq, Nk); its entries at masked pairs have no meaning."""
     if mask is not None:
         q = torch.where(mask.any(-1, keepdim=True), q, 0.0)
         k = torch.where(mask.any(-2, keepdim=True).transpose(-2, -1), k, 0.0)
@@ -359,10 +359,10 @@ def class_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """What few queries, class tokens mostly, gather from all tokens: :func:`masked_attention` for q (B, H, 1 to 4, D).
+    """Attention of a few queries, usually class tokens, to all tokens: :func:`masked_attention` for 1 to 4 queries.
 
-    An operator of its own because a fused one divides the work otherwise. Source: Touvron et al. 2021 (CaiT), section
-    3; Yuan et al. 2021 (CeiT), section 3.3.
+    A separate operator because a fused kernel partitions this work differently. Source: Touvron et al. 2021 (CaiT),
+    section 3; Yuan et al. 2021 (CeiT), section 3.3.
     """
     return masked_attention(q, k, v, mask, bias, scale, dropout_p)
 
@@ -395,7 +395,7 @@ def head_mixed_attention(
 
     Args:
         q: (B, H, Nq, D); k, v: (B, H, Nk, D).
-        pre_weight, post_weight: (H, H), row h makes output head h; None leaves that mix out. pre_bias, post_bias: (H,).
+        pre_weight, post_weight: (H, H), row h makes output head h; None skips that mix. pre_bias, post_bias: (H,).
         norm: BatchNorm or LayerNorm over heads on the mixed map, or None.
         mask: as in :func:`masked_attention`. Applied to the mixed logits; the finished map is zero at masked positions
             too, since the mix's bias and the norm's shift would give them a weight again. The norm's batch statistics
@@ -509,13 +509,13 @@ def token_depthwise_conv(
     activation: str | None = None,
     residual: bool = False,
 ) -> Tensor:
-    """Depthwise k x k convolution of tokens laid out as (B, P + h*w, C), with what surrounds it in the models.
+    """Depthwise k x k convolution of tokens (B, P + h*w, C), with the operations that surround it in the models.
 
     t = pre_activation(pre_norm(x)) on the grid tokens; y = activation(norm(conv(t) + bias)); y += x with ``residual``.
-    Prefix tokens pass through untouched.
+    Prefix tokens pass through unchanged.
 
     Args:
-        x: (B, P + h*w, C), row-major grid tokens behind P prefix tokens.
+        x: (B, P + h*w, C), row-major grid tokens after P prefix tokens.
         weight: (C, 1, k, k), cross-correlation as in ``nn.Conv2d``; bias: (C,).
         grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default (zeros of t, not of x).
         norm, pre_norm: BatchNorm over channels. activation, pre_activation: a name of :data:`ACTIVATIONS`.
@@ -530,7 +530,7 @@ def token_depthwise_conv(
     prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
     if isinstance(x, Tensor) and tokens.shape[1] != h * w:  # not asked of a proxy of torch.fx
         raise ValueError(
-            f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} behind {prefix_tokens} prefix tokens"
+            f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} after {prefix_tokens} prefix tokens"
         )
     channels, kernel = weight.shape[0], weight.shape[-1]
     image = tokens.transpose(1, 2).reshape(x.shape[0], channels, h, w)
@@ -626,14 +626,14 @@ def leff(
 ) -> Tensor:
     """CeiT's locally-enhanced feed-forward, as what a residual adds to its input.
 
-    On grid tokens: linear, norm, GELU, depthwise k x k convolution, norm, GELU, linear, norm. Prefix tokens pass by.
+    On grid tokens: linear, norm, GELU, depthwise k x k convolution, norm, GELU, linear, norm. Prefix tokens bypass it.
 
     Args:
-        x: (B, P + h*w, C), row-major grid tokens behind P prefix tokens.
+        x: (B, P + h*w, C), row-major grid tokens after P prefix tokens.
         up_weight: (E, C), dw_weight: (E, 1, k, k) with k odd, down_weight: (O, E); O = C where there are prefix tokens.
-        up_norm, dw_norm, down_norm: BatchNorm over channels behind each.
-        form: "official" gives prefix tokens as they came, so that a residual doubles them, and has no GELU at the end;
-            "paper" gives zeros for them, so that a residual leaves them be, and has a GELU behind the last norm.
+        up_norm, dw_norm, down_norm: BatchNorm over channels after each.
+        form: "official" returns prefix tokens unchanged, so that the residual doubles them, and ends without a GELU;
+            "paper" returns zeros for them, so that the residual keeps them, and ends with a GELU after the last norm.
 
     Returns:
         (B, P + h*w, O).

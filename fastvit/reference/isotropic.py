@@ -36,7 +36,7 @@ class IsotropicTransformer(VisionModel):
         self.register_parameter("cls_token", None)
         self.register_parameter("pos_embed", None)
 
-    # The parts a family may have otherwise.
+    # What a family may override.
 
     @property
     def stem(self) -> nn.Module:
@@ -44,7 +44,7 @@ class IsotropicTransformer(VisionModel):
         return self.patch_embed
 
     def prefix_tokens(self) -> list[nn.Parameter]:
-        """The learned tokens (1, 1, C) that go through the blocks in front of the patches."""
+        """The learned tokens (1, 1, C) that precede the patches in every block."""
         return [] if self.cls_token is None else [self.cls_token]
 
     def after_block(self, index: int, x: Tensor, grid: Grid) -> Tensor:
@@ -59,7 +59,7 @@ class IsotropicTransformer(VisionModel):
         """Tokens (B, N, C) to one vector (B, C)."""
         return x[:, 0]
 
-    # The way of an image.
+    # Forward pass.
 
     @property
     def grid_size(self) -> Grid:
@@ -70,12 +70,12 @@ class IsotropicTransformer(VisionModel):
         """Images (B, in_chans, H, W) to the tokens (B, N, C) that enter the first block."""
         if images.dim() != 4 or images.shape[1] != self.stem.in_chans:
             raise ValueError(
-                f"x: got shape {tuple(images.shape)}, accepted are images (batch, {self.stem.in_chans}, height, width)"
+                f"x: expected shape (batch, {self.stem.in_chans}, height, width), got {tuple(images.shape)}"
             )
         if self.pos_embed is not None and tuple(images.shape[2:]) != self.img_size:
             raise ValueError(
-                f"x: got images of {tuple(images.shape[2:])}, accepted is {self.img_size}, the size of the position "
-                f"embedding (set_input_size() resamples it)"
+                f"x: expected images of {self.img_size}, the size of the position embedding (set_input_size() "
+                f"resamples it), got {tuple(images.shape[2:])}"
             )
         x = self.stem(images)
         prefix = [token.expand(x.shape[0], -1, -1) for token in self.prefix_tokens()]
@@ -101,7 +101,7 @@ class IsotropicTransformer(VisionModel):
         """Images through the blocks up to index ``last`` (all by default).
 
         Returns:
-            The tokens (B, N, C) behind the last block run, and those behind each block whose index is in ``keep``.
+            The tokens (B, N, C) after the last block run, and those after each block whose index is in ``keep``.
         """
         grid = self.stem.grid(*images.shape[-2:])
         mask = self.block_mask(images, mask)
@@ -136,7 +136,7 @@ class IsotropicTransformer(VisionModel):
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW' and 'NLC'")
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         if stop_early and not intermediates_only:
             raise ValueError("stop_early: needs intermediates_only=True, final features are those of the last block")
         taken = take_indices(len(self.blocks), indices)
@@ -161,7 +161,7 @@ class IsotropicTransformer(VisionModel):
     def make_head(self, num_classes: int) -> nn.Module:
         """A fresh head; Identity without classes."""
         if num_classes < 0:
-            raise ValueError(f"num_classes: got {num_classes}, accepted is 0 (no head) or more")
+            raise ValueError(f"num_classes: expected 0 (no head) or more, got {num_classes}")
         if num_classes == 0:
             return nn.Identity()
         head = nn.Linear(self.num_features, num_classes)
@@ -174,7 +174,7 @@ class IsotropicTransformer(VisionModel):
         nn.init.zeros_(head.bias)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on: resamples ``pos_embed`` (a new Parameter) by ``pos_embed_resize``.
+        """Change the image size: resamples ``pos_embed`` (a new Parameter) by ``pos_embed_resize``.
 
         Raises:
             ValueError: ``img_size`` is not a size the patches divide; the model is left as it was.

@@ -1,4 +1,4 @@
-"""The block ViT, DeiT, DeepViT, CaiT, CPVT and CeiT are built from (timm 0.3.2's), and what goes around it."""
+"""The block ViT, DeiT, DeepViT, CaiT, CPVT and CeiT are built from (timm 0.3.2's), and the layers around it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     """An int or a pair of ints as a pair; ValueError names the argument otherwise."""
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(f"{name}: got {value!r}, accepted is a positive int or a pair (height, width) of them")
+        raise ValueError(f"{name}: expected a positive int or a pair (height, width) of them, got {value!r}")
     return pair
 
 
@@ -115,7 +115,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, activation (GELU in its erf form by default), Linear, with dropout behind each linear."""
+    """Linear, activation (GELU in its erf form by default), Linear, with dropout after each linear layer."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, act_layer: Callable[[], nn.Module] = nn.GELU):
         super().__init__()
@@ -243,18 +243,20 @@ def expand_mask(mask: Tensor | None, patches: int, prefix_tokens: int, batch: in
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: got dtype {mask.dtype}, accepted is torch.bool (True = attend)")
+        raise TypeError(f"mask: expected dtype torch.bool (True = attend), got {mask.dtype}")
     total = patches + prefix_tokens
     if batch is not None and mask.dim() > 1 and mask.shape[0] != batch:
-        raise ValueError(f"mask: got a batch of {mask.shape[0]} (shape {tuple(mask.shape)}), accepted is x's, {batch}")
+        raise ValueError(
+            f"mask: expected a batch of {batch}, as x has, got {mask.shape[0]} (shape {tuple(mask.shape)})"
+        )
     if mask.dim() == 2 and mask.shape[1] == patches:
         return F.pad(mask, (prefix_tokens, 0), value=True)[:, None, None, :]
     if mask.dim() == 3 and mask.shape[1] == mask.shape[2] and mask.shape[1] in (patches, total):
         inner = mask[:, -patches:, -patches:] if patches else mask
         return F.pad(inner, (prefix_tokens, 0, prefix_tokens, 0), value=True)[:, None]
     raise ValueError(
-        f"mask: got shape {tuple(mask.shape)}, accepted are (batch, {patches}), (batch, {patches}, {patches}) "
-        f"and (batch, {total}, {total})"
+        f"mask: expected shape (batch, {patches}), (batch, {patches}, {patches}) or (batch, {total}, {total}), "
+        f"got {tuple(mask.shape)}"
     )
 
 
@@ -280,7 +282,7 @@ def resize_pos_embed(
         ValueError: unknown kind, or a grid part that is not square while ``old_grid`` is not given.
     """
     if kind not in RESIZE_KINDS:
-        raise ValueError(f"kind: got {kind!r}, accepted are {RESIZE_KINDS}")
+        raise ValueError(f"kind: expected one of {RESIZE_KINDS}, got {kind!r}")
     prefix, grid = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
     if old_grid is None:
         side = round(grid.shape[1] ** 0.5)
@@ -309,12 +311,12 @@ def take_indices(depth: int, indices: int | Sequence[int] | None) -> Taken:
         chosen = list(range(depth))
     elif isinstance(indices, int):
         if not 0 < indices <= depth:
-            raise ValueError(f"indices: got {indices}, accepted is a count from 1 to {depth}")
+            raise ValueError(f"indices: expected a count from 1 to {depth}, got {indices}")
         chosen = list(range(depth - indices, depth))
     else:
         chosen = [i + depth if i < 0 else i for i in indices]
         if not chosen or not all(0 <= i < depth for i in chosen):
-            raise ValueError(f"indices: got {tuple(indices)}, accepted are block indices from {-depth} to {depth - 1}")
+            raise ValueError(f"indices: expected block indices from {-depth} to {depth - 1}, got {tuple(indices)}")
     return Taken(set(chosen), max(chosen))
 
 

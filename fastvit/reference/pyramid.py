@@ -17,7 +17,7 @@ def check_per_stage(arguments: Mapping[str, Sequence], stages: int) -> None:
     """ValueError names the argument that does not have one value per stage."""
     for name, values in arguments.items():
         if len(values) != stages:
-            raise ValueError(f"{name}: got {tuple(values)}, accepted is one value per stage, {stages} as in depth")
+            raise ValueError(f"{name}: expected one value per stage ({stages}, as in depth), got {tuple(values)}")
 
 
 def tokens_to_map(x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
@@ -36,7 +36,7 @@ def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefi
         fine: the grid of the first stage.
         queries: the grid of the queries.
         keys: the grid of the keys.
-        prefix_tokens: how many stand in front of both.
+        prefix_tokens: the number of tokens that precede both.
 
     Returns:
         (B, 1, 1, Nk) or (B, 1, Nq, Nk), prefix tokens included.
@@ -122,7 +122,7 @@ class Pyramid(VisionModel):
 
     def reset_classifier(self, num_classes: int) -> None:
         if num_classes < 0:
-            raise ValueError(f"num_classes: got {num_classes}, accepted is 0 (no head) or more")
+            raise ValueError(f"num_classes: expected 0 (no head) or more, got {num_classes}")
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -152,7 +152,7 @@ class Pyramid(VisionModel):
         the final norm has that stage's width.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt: got {output_fmt!r}, accepted are 'NCHW' and 'NLC'")
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         if stop_early and not intermediates_only:
             raise ValueError("stop_early: needs intermediates_only=True, final features are those of the last block")
         tokens, kept = self._run(x, mask, take_indices(sum(self.depths), indices), stop_early)

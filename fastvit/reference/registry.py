@@ -73,7 +73,7 @@ def create_model(
     rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
     for key, rate in rates.items():
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"{key}: got {rate}, accepted is a probability from 0 up to, not including, 1")
+            raise ValueError(f"{key}: expected a probability of at least 0 and less than 1, got {rate}")
     model = variant.build(num_classes=num_classes, in_chans=in_chans, **{**config, **rates, **options})
     model.default_cfg = variant.default_cfg(to_pair(model.img_size, "img_size"), in_chans)
     return model

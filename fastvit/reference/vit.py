@@ -31,7 +31,7 @@ class ViT(IsotropicTransformer):
     Args:
         img_size: pixels, an int or (height, width); :meth:`set_input_size` changes it later.
         pool: what the head sees:
-            "token": the class token behind the final norm;
+            "token": the class token after the final norm;
             "avg": timm's way: the mean of the patch tokens, then a norm of its own (``fc_norm``; ``norm`` is Identity);
             "mean": the final norm, then the mean of the patch tokens (timm's ``global_pool="avg", fc_norm=False``);
             "gap": the official way: no class token at all, the final norm, then the mean of the tokens.
@@ -39,7 +39,7 @@ class ViT(IsotropicTransformer):
         norm_eps: of every LayerNorm; 1e-6, in transformers 1e-12.
         pos_embed_resize: how the position embedding follows a change of image size: "bicubic" (transformers, DeiT),
             "bicubic_antialias" (timm) or "bilinear_align_corners" (official).
-        drop_rate: dropout behind the position embedding, the attention projection and both linears of the MLP.
+        drop_rate: dropout after the position embedding, the attention projection and both linears of the MLP.
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """
@@ -70,7 +70,7 @@ class ViT(IsotropicTransformer):
             ("pos_embed_resize", pos_embed_resize, RESIZE_KINDS),
         ):
             if value not in accepted:
-                raise ValueError(f"{name}: got {value!r}, accepted are {accepted}")
+                raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
         self.img_size = to_pair(img_size, "img_size")
         self.num_classes = num_classes
         self.num_features = embed_dim

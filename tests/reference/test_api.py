@@ -170,7 +170,7 @@ class TestHead:
     def test_negative(self, family):
         model = build(family)
         before = model.state_dict().keys()
-        with pytest.raises(ValueError, match="num_classes: got -1"):
+        with pytest.raises(ValueError, match="num_classes: expected .*got -1"):
             model.reset_classifier(-1)
         assert model.num_classes == 5 and model.state_dict().keys() == before
 
@@ -284,12 +284,12 @@ class TestIntermediates:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ({"output_fmt": "NHWC"}, "output_fmt: got 'NHWC', accepted are 'NCHW' and 'NLC'"),
+            ({"output_fmt": "NHWC"}, "output_fmt: expected 'NCHW' or 'NLC', got 'NHWC'"),
             ({"stop_early": True}, "stop_early: needs intermediates_only=True"),
-            ({"indices": 0}, "indices: got 0"),
-            ({"indices": 99}, "indices: got 99"),
-            ({"indices": [99]}, r"indices: got \(99,\)"),
-            ({"indices": []}, r"indices: got \(\)"),
+            ({"indices": 0}, "indices: expected .*got 0"),
+            ({"indices": 99}, "indices: expected .*got 99"),
+            ({"indices": [99]}, r"indices: expected .*got \(99,\)"),
+            ({"indices": []}, r"indices: expected .*got \(\)"),
         ],
     )
     def test_bad_arguments(self, family, arguments, words):
@@ -326,12 +326,12 @@ class TestMasks:
     def test_bad_masks(self, family):
         model = build(family)
         x, count = images(model), patches(model)
-        with pytest.raises(TypeError, match=r"mask: got dtype torch\.float32, accepted is torch\.bool"):
+        with pytest.raises(TypeError, match=r"mask: expected dtype torch\.bool \(True = attend\), got torch\.float32"):
             model(x, torch.ones(2, count))
         for shape in ((2, count + 3), (2, count, count + 1), (count,), (2, 1, 1, count)):
-            with pytest.raises(ValueError, match="mask: got shape"):
+            with pytest.raises(ValueError, match="mask: expected shape .*, got"):
                 model(x, torch.ones(shape, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"mask: got .*3"):
+        with pytest.raises(ValueError, match=r"mask: expected .*got .*3"):
             model(x, torch.ones(3, count, dtype=torch.bool))
 
 
@@ -339,7 +339,7 @@ class TestImages:
     @pytest.mark.parametrize("family", FIXED_SIZE)
     def test_size_must_be_the_position_embeddings(self, family):
         model = build(family).eval()
-        with pytest.raises(ValueError, match=r"x: got images of \(48, 32\), accepted is \(32, 32\)"):
+        with pytest.raises(ValueError, match=r"x: expected images of \(32, 32\), .*, got \(48, 32\)"):
             model(torch.randn(2, 3, 48, 32))
         model.set_input_size((48, 32))
         assert model(torch.randn(2, 3, 48, 32)).shape == (2, 5)
@@ -357,7 +357,7 @@ class TestImages:
     def test_channels(self, family):
         model = build(family)
         for shape in ((2, 1, 32, 32), (3, 32, 32)):
-            with pytest.raises(ValueError, match=r"x: got shape .* accepted are images \(batch, 3, height, width\)"):
+            with pytest.raises(ValueError, match=r"x: expected shape \(batch, 3, height, width\), got"):
                 model(torch.randn(shape))
 
 
@@ -394,7 +394,7 @@ class TestRegistry:
     @pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "drop_path_rate"])
     @pytest.mark.parametrize("value", [-0.1, 1.0])
     def test_rates_are_probabilities(self, rate, value):
-        with pytest.raises(ValueError, match=f"{rate}: got {value}"):
+        with pytest.raises(ValueError, match=f"{rate}: expected .*got {value}"):
             create_model("vit_tiny_patch16_224", **{rate: value})
 
     def test_unknown_option(self):

@@ -239,7 +239,7 @@ def test_stem_has_no_activation():
 def test_another_size_after_a_resize():
     model = randomise(tiny()).eval()
     images = torch.randn(2, 3, 48, 96)
-    with pytest.raises(ValueError, match=r"x: got images of \(48, 96\)"):
+    with pytest.raises(ValueError, match=r"x: expected images of .*, got \(48, 96\)"):
         model(images)
     model.set_input_size((48, 96))
     assert model.pos_embed.shape == (1, 1 + 3 * 6, 24)
@@ -310,9 +310,9 @@ def test_checkpointing_changes_nothing_but_memory():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "gap"}, "pool: got 'gap'"),
-        ({"leff": "both"}, "leff: got 'both'"),
-        ({"patch_size": 14}, "patch_size: got 14, accepted are multiples of 4"),
+        ({"pool": "gap"}, "pool: expected .*got 'gap'"),
+        ({"leff": "both"}, "leff: expected .*got 'both'"),
+        ({"patch_size": 14}, "patch_size: expected a multiple of 4, the stem's stride, got 14"),
         ({"img_size": 60}, r"img_size: image size \(60, 60\) is not divisible"),
         ({"num_heads": 5}, "num_heads: 5 does not divide the width 24"),
     ],

@@ -279,16 +279,16 @@ def test_twins_mask_reaches_every_stage():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tiny(pool="avg"), "pool: got 'avg'"),
-        (lambda: tiny(num_pegs=4), r"num_pegs: got 4, .*depth \(3\)"),
-        (lambda: tiny(peg_kernel_size=4), "peg_kernel_size: got 4"),
+        (lambda: tiny(pool="avg"), "pool: expected .*got 'avg'"),
+        (lambda: tiny(num_pegs=4), r"num_pegs: expected .*depth \(3\), got 4"),
+        (lambda: tiny(peg_kernel_size=4), "peg_kernel_size: expected .*got 4"),
         (lambda: tiny(img_size=60), r"img_size: image size \(60, 60\) is not divisible"),
         (lambda: tiny()(torch.randn(1, 3, 60, 64)), r"x: image size \(60, 64\) is not divisible"),
-        (lambda: tiny_twins(pool="token"), "pool: got 'token'"),
-        (lambda: tiny_twins(sr_ratio=(8, 4)), r"sr_ratio: got \(8, 4\), .*4 as in depth"),
+        (lambda: tiny_twins(pool="token"), "pool: expected .*got 'token'"),
+        (lambda: tiny_twins(sr_ratio=(8, 4)), r"sr_ratio: expected .*4, as in depth.*, got \(8, 4\)"),
         (lambda: tiny_twins(num_heads=(1, 2, 5, 4)), "num_heads: 5 does not divide the width 24"),
         (lambda: tiny_twins()(torch.randn(1, 3, 48, 64)), r"x: image size \(48, 64\) is not divisible"),
-        (lambda: tiny_twins(num_classes=-1), "num_classes: got -1"),
+        (lambda: tiny_twins(num_classes=-1), "num_classes: expected .*got -1"),
     ],
 )
 def test_bad_use_is_named(build, message):

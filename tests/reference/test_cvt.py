@@ -227,7 +227,7 @@ def test_mask_errors_name_what_is_accepted():
     model, images = tiny().eval(), torch.randn(2, 3, 64, 64)
     with pytest.raises(TypeError, match=r"mask: .*torch\.bool"):
         model(images, torch.ones(2, 256))
-    with pytest.raises(ValueError, match=r"mask: got shape \(2, 255\)"):
+    with pytest.raises(ValueError, match=r"mask: expected shape .*, got \(2, 255\)"):
         model(images, torch.ones(2, 255, dtype=torch.bool))
 
 
@@ -278,7 +278,7 @@ def test_intermediates_are_the_outputs_of_the_blocks():
         assert [f.shape[1] for f in first] == [8, 24]
     with pytest.raises(ValueError, match="stop_early"):
         model.forward_intermediates(images, stop_early=True)
-    with pytest.raises(ValueError, match="output_fmt: got 'NHWC'"):
+    with pytest.raises(ValueError, match="output_fmt: expected .*got 'NHWC'"):
         model.forward_intermediates(images, output_fmt="NHWC")
 
 
@@ -313,11 +313,11 @@ def test_reset_classifier_keeps_dtype_and_device():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pool": "max"}, "pool: got 'max'"),
-        ({"act": "tanh"}, "act: got 'tanh'"),
-        ({"num_heads": (1, 3)}, r"num_heads: got \(1, 3\)"),
+        ({"pool": "max"}, "pool: expected .*got 'max'"),
+        ({"act": "tanh"}, "act: expected .*got 'tanh'"),
+        ({"num_heads": (1, 3)}, r"num_heads: expected .*got \(1, 3\)"),
         ({"num_heads": (3, 3, 6)}, "num_heads: 3 does not divide the width 8"),
-        ({"img_size": 0}, "img_size: got 0"),
+        ({"img_size": 0}, "img_size: expected .*got 0"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -326,7 +326,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_an_image_too_small_is_named():
-    with pytest.raises(ValueError, match=r"x: a map of \(2, 64\) is too small, accepted is 3"):
+    with pytest.raises(ValueError, match=r"x: expected a map of 3 or more in height and width, got \(2, 64\)"):
         tiny()(torch.randn(1, 3, 2, 64))
 
 

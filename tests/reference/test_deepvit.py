@@ -154,7 +154,9 @@ class TestTransformedBlocks:
 
     @pytest.mark.parametrize("blocks", [-1, 4])
     def test_bad_number(self, blocks):
-        with pytest.raises(ValueError, match=f"transformed_blocks: got {blocks}, accepted is 0 to the depth, 3"):
+        with pytest.raises(
+            ValueError, match=f"transformed_blocks: expected a number from 0 to the depth, 3, got {blocks}"
+        ):
             DeepViT(**{**SHAPE, "transformed_blocks": blocks})
 
 
@@ -213,9 +215,9 @@ class TestStem:
         assert stem.conv1.bias is None and stem.conv2.bias is None
 
     def test_bad_arguments(self):
-        with pytest.raises(ValueError, match="patch_size: got 7, accepted are even sizes"):
+        with pytest.raises(ValueError, match="patch_size: expected an even size with the CNN stem, got 7"):
             CNNStem(7)
-        with pytest.raises(ValueError, match=r"stem: got 'resnet', accepted are \('conv', 'cnn'\)"):
+        with pytest.raises(ValueError, match=r"stem: expected one of \('conv', 'cnn'\), got 'resnet'"):
             DeepViT(stem="resnet")
 
 

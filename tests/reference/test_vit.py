@@ -269,12 +269,12 @@ def test_image_preparation():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pool": "max"}, r"pool: got 'max', accepted are \('token', 'avg', 'mean', 'gap'\)"),
-        ({"act": "relu"}, "act: got 'relu'"),
-        ({"pos_embed_resize": "nearest"}, "pos_embed_resize: got 'nearest'"),
+        ({"pool": "max"}, r"pool: expected one of \('token', 'avg', 'mean', 'gap'\), got 'max'"),
+        ({"act": "relu"}, "act: expected .*got 'relu'"),
+        ({"pos_embed_resize": "nearest"}, "pos_embed_resize: expected .*got 'nearest'"),
         ({"img_size": 30}, r"img_size: image size \(30, 30\) is not divisible by patch_size \(8, 8\)"),
         ({"num_heads": 5}, "num_heads: 5 does not divide the width 48"),
-        ({"num_classes": -1}, "num_classes: got -1"),
+        ({"num_classes": -1}, "num_classes: expected .*got -1"),
         ({"patch_size": (8, 8, 8)}, "patch_size: got"),
     ],
 )

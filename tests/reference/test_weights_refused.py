@@ -98,7 +98,7 @@ class TestNamesAndShapes:
         assert_refused(build("vit"), source, "source: got", TypeError)
 
     def test_model_of_another_type(self):
-        with pytest.raises(TypeError, match="model: got dict"):
+        with pytest.raises(TypeError, match="model: expected .*got dict"):
             load_weights({}, build("vit"))
 
 
@@ -185,7 +185,7 @@ class TestFiles:
     def test_no_dict(self, tmp_path, content):
         path = tmp_path / "weights.pth"
         torch.save(content, path)
-        assert_refused(build("vit"), path, f"holds a {type(content).__name__}")
+        assert_refused(build("vit"), path, f"expected a dict of tensors in .*, got {type(content).__name__}")
 
     @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {}}])
     def test_no_tensors(self, tmp_path, content):
@@ -202,7 +202,7 @@ class TestFiles:
         assert_refused(build("vit"), tmp_path / "nowhere.pth", "nowhere.pth", FileNotFoundError)
 
     def test_unknown_extension(self, tmp_path):
-        assert_refused(build("vit"), str(tmp_path / "weights.h5"), r"'.h5', accepted are .pth, .*npz")
+        assert_refused(build("vit"), str(tmp_path / "weights.h5"), r"one of the extensions .pth, .*npz, got .*\.h5")
 
     def test_one_array_under_the_name_of_many(self, tmp_path):
         path = tmp_path / "weights.npz"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 PLAIN_ENTRIES = ("model", "state_dict", "model_state_dict")
 EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema")
 MAX_NESTING = 4
-"""Entries within entries looked into; a hostile file may hold itself."""
+"""Levels of nested entries searched; a hostile file may contain itself."""
 WRAPPING_MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -53,7 +53,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         path = Path(source)
         return _contents(_read_file(path), str(path))
     raise TypeError(
-        f"source: got {type(source).__name__}, accepted is a path, a state_dict (mapping of tensors) or a module"
+        f"source: expected a path, a state_dict (mapping of tensors) or a module, got {type(source).__name__}"
     )
 
 
@@ -94,7 +94,9 @@ def _unwrap(mapping: Mapping[Any, Any], contents: Contents) -> Mapping[Any, Any]
         taken.append(found[0])
         averaged = [key for key in found[1:] if key in EMA_ENTRIES]
         if averaged:
-            contents.notes.append(f"{averaged[0]!r} (averaged weights) is there too; pass that mapping to load it")
+            contents.notes.append(
+                f"{averaged[0]!r} (averaged weights) is in the file too; pass that mapping to load it"
+            )
         inner = mapping[found[0]]
         mapping = inner.state_dict() if isinstance(inner, nn.Module) else inner
     contents.entry = ".".join(taken) or None
@@ -105,7 +107,7 @@ def _as_tensor(value: Any) -> Tensor | None:
     """A tensor as it is, a numpy array as a tensor, anything else as None."""
     if isinstance(value, Tensor):
         return value
-    numpy = sys.modules.get("numpy")  # where nobody imported it, there is no array
+    numpy = sys.modules.get("numpy")  # if it was never imported, the value is no array
     if numpy is None or not isinstance(value, numpy.ndarray):
         return None
     if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # how numpy reads bfloat16 back
@@ -116,13 +118,13 @@ def _as_tensor(value: Any) -> Tensor | None:
         # The copy makes strides, byte order and writability what torch wants.
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
     except TypeError:
-        return None  # a dtype torch has not
+        return None  # a dtype that torch lacks
 
 
 def _read_file(path: Path) -> Mapping[Any, Any]:
     extension = path.suffix.lower()
     if extension not in READERS:
-        raise ValueError(f"source: {path} has extension {extension!r}, accepted are {', '.join(READERS)}")
+        raise ValueError(f"source: expected one of the extensions {', '.join(READERS)}, got {path}")
     with path.open("rb") as file:  # a missing file or a directory is named by the OSError of this
         if not file.read(1):
             raise ValueError(f"source: {path} is empty")
@@ -130,10 +132,10 @@ def _read_file(path: Path) -> Mapping[Any, Any]:
         loaded = READERS[extension](path)
     except ImportError:
         raise
-    except Exception as error:  # what a damaged file makes a parser raise knows no bounds
+    except Exception as error:  # a damaged file can make a parser raise anything
         raise ValueError(f"source: {path} cannot be read, it may be truncated or damaged: {_reason(error)}") from error
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"source: {path} holds a {type(loaded).__name__}, accepted is a dict of tensors")
+        raise ValueError(f"source: expected a dict of tensors in {path}, got {type(loaded).__name__}")
     return loaded
 
 

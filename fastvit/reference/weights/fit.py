@@ -51,7 +51,7 @@ def fit_pos_embed(
     contents: Contents,
     report: LoadReport,
 ) -> list[str]:
-    """Resample ``pos_embed`` in ``tensors`` to the model's grid; what stands in the way is returned."""
+    """Resample ``pos_embed`` in ``tensors`` to the model's grid; returns the reasons if it cannot."""
     if "pos_embed" not in tensors or "pos_embed" not in wanted:
         return []
     theirs, ours = tensors["pos_embed"], wanted["pos_embed"]

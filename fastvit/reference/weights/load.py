@@ -55,7 +55,7 @@ def load_weights(
         ImportError: a .safetensors file without the package safetensors.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     bare = unwrapped(model)
     names, wanted = _destinations(model)
     contents = read_source(source)
@@ -97,8 +97,8 @@ def _destinations(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
             raise ValueError(f"model: {name} is on the meta device; give it memory first: model.to_empty(device=...)")
         if type(tensor) not in (Tensor, nn.Parameter):
             raise ValueError(
-                f"model: {name} is a {type(tensor).__name__}, accepted are plain parameters and buffers: "
-                "load before sharding or quantising, or after the first call of a lazy module"
+                f"model: expected plain parameters and buffers, got a {type(tensor).__name__} for {name}: load before "
+                "sharding or quantising, or after the first call of a lazy module"
             )
     clean = strip_wrapping(state)
     return {short: name for name, short in clean.items()}, {clean[name]: tensor for name, tensor in state.items()}

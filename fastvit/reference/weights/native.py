@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit.reference.weights.convert import Converted, Format, rename
 
-PRE_LOGITS = "a layer between features and head of old ImageNet-21k checkpoints; their head was trained behind it"
+PRE_LOGITS = "a layer between features and head of old ImageNet-21k checkpoints; their head was trained on its output"
 
 
 def convert(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
