@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastvit.accuracy import FACTOR, NONE, ULPS, deviation, is_accurate
+from tests.helpers import assert_as_accurate, on_pooled_draws
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -92,3 +94,24 @@ def test_bad_arguments_are_named():
         deviation(torch.ones(1), [torch.ones(1), torch.ones(3)], double(1.0))
     with pytest.raises(ValueError, match="plain: expected a tensor or several of them, got an empty sequence"):
         deviation(torch.ones(1), [], double(1.0))
+
+
+def test_a_draw_that_breaks_the_rule_is_pooled_with_more():
+    """The plain form is exact by chance in the first draw; a wrong result breaks the rule in all of them together."""
+
+    def check(plain_errors: Iterator[float], fused_error: float) -> Callable[[], None]:
+        exact = double(1.0)
+
+        def draw() -> None:
+            plain = torch.tensor([1.0 + next(plain_errors)])
+            assert_as_accurate(torch.tensor([1.0 + fused_error]), plain, exact)
+
+        return draw
+
+    errors = iter([0.0, 1e-4, 1e-4, 1e-4, 1e-4])
+    on_pooled_draws(check(errors, 1e-4))
+    assert len(list(errors)) == 3, "more draws than were needed"
+    with pytest.raises(AssertionError, match="output: error .* over 4 draws"):
+        on_pooled_draws(check(iter([0.0, 1e-4, 1e-4, 1e-4]), 3e-4))
+    with pytest.raises(AssertionError, match="output: 1 infinities or NaN"):
+        assert_as_accurate(torch.tensor([math.nan]), torch.ones(1), double(1.0))

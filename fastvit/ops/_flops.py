@@ -70,7 +70,7 @@ def _projections(a: Any) -> int:
 
 
 def _separable(a: Any) -> int:
-    batch, channels, rows, columns = _images(a, a.dw_weight, a.stride, a.padding)[1]
+    batch, _, rows, columns = _images(a, a.dw_weight, a.stride, a.padding)[1]
     tokens = batch * (a.prefix_tokens + rows * columns)
     return _convolution(a, a.dw_weight, a.stride, a.padding) + 2 * tokens * a.pw_weight.numel()
 

@@ -107,15 +107,10 @@ class Operator:
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
         compiling, x = _is_dynamo_compiling(), call[0]
-        if isinstance(x, _Proxy):  # torch.fx traces symbolically: there is nothing to check
+        if isinstance(x, _Proxy) or _tracing_state() is not None:  # sizes are nodes of a graph: nothing to check
             return self.implementations[-1].run(call)
         try:
-            if (
-                torch.compiler._is_exporting_flag
-                or _tracing_state() is not None
-                or _is_transformed()
-                or forward_ad._current_level >= 0
-            ):
+            if torch.compiler._is_exporting_flag or _is_transformed() or forward_ad._current_level >= 0:
                 chosen = self.implementations[-1]
             else:
                 named, requested = backend != AUTO, backends.REQUESTED

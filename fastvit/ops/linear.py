@@ -138,7 +138,7 @@ def _run_linear_cpp(call: Linear) -> Tensor:
 
 def _run_linear_reference(call: Linear) -> Tensor:
     x, weight, bias, activation = call
-    # torch would broadcast a bias, add one of another dtype, and answer parameters on meta with an empty result; a proxy
+    # torch would broadcast a bias, add one of another dtype, and answer meta parameters with an empty result; a proxy
     # of torch.fx has no shape.
     if not isinstance(x, torch.fx.Proxy):
         if bias is not None:

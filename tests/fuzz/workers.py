@@ -14,14 +14,13 @@ from pathlib import Path
 
 from tests.fuzz.cases import draw
 from tests.fuzz.judge import Finding, judge
+from tests.helpers import HANG_GUARD
 
 Task = tuple[str, int]
 """An operator and a seed."""
 
 MEMORY = 16 << 30
 """Address space of a worker in bytes: what asks for far more is refused instead of filling the machine."""
-HANG = 3600.0
-"""Seconds after which a case is taken to hang."""
 
 
 def supported_isas() -> list[str]:
@@ -107,7 +106,7 @@ def hunt(
                             workers.remove(worker)
                             worker.stop()
                         continue
-                elif time.monotonic() - worker.since > HANG:
+                elif time.monotonic() - worker.since > HANG_GUARD:
                     worker.process.kill()
                     finding = worker.death("hang")
                 else:

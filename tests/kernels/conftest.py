@@ -1,9 +1,9 @@
 """Tests marked ``interpreter`` run in Triton's interpreter, in a process of their own.
 
 Triton decides when a kernel is decorated, for its own library too, so TRITON_INTERPRET=1 must be set before the first
-import of triton; in the process of the other tests it must not be. At the first marked test a child pytest runs all
-that were selected, and each one here takes over the outcome of its twin there. To have them in place, under a debugger
-for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
+import of triton; in the process of the other tests it must not be. At the first marked test of a file a child pytest
+runs all of the file that were selected, and each one here takes over the outcome of its twin there. To have them in
+place, under a debugger for instance: ``TRITON_INTERPRET=1 pytest tests/kernels``.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Let the child's outcome stand for the call."""
     if INTERPRETING or pyfuncitem.get_closest_marker("interpreter") is None:
         return None
-    stash = pyfuncitem.session.stash
-    if _outcomes not in stash:
-        items = [item for item in pyfuncitem.session.items if item.get_closest_marker("interpreter") is not None]
-        stash[_outcomes] = _run_child(pyfuncitem.config.rootpath, [item.nodeid for item in items])
-    outcome, text = stash[_outcomes].get(pyfuncitem.nodeid, ["failed", "it did not run in the interpreter's process"])
+    outcomes = pyfuncitem.session.stash.setdefault(_outcomes, {})
+    if pyfuncitem.nodeid not in outcomes:  # of this file alone: xdist gives the others to other workers
+        items = [item for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+        marked = [item.nodeid for item in items if item.get_closest_marker("interpreter") is not None]
+        missing = ["failed", "it did not run in the interpreter's process"]
+        outcomes.update(dict.fromkeys(marked, missing) | _run_child(pyfuncitem.config.rootpath, marked))
+    outcome, text = outcomes[pyfuncitem.nodeid]
     if outcome == "skipped":
         pytest.skip(text)
     if outcome != "passed":

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(b
 SINGLE = 8
 """The bound of an operator that is no composition."""
 
-CHECK = 24
+CHECK = 28
 """Further calls where the plain form runs, which is checked in Python beforehand."""
 
 LOGGED = 24

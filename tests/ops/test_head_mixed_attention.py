@@ -341,7 +341,7 @@ def test_refusals_give_their_reasons() -> None:
     refused("dropout", q, k, v, dropout_p=0.5)
     refused("the norm is Identity, which has to be called", q, k, v, norm=BatchNorm.of(torch.nn.Identity()))
     refused("float64", q.double(), k.double(), v.double())
-    refused("a parameter is torch.float64", q, k, v, post_weight=torch.eye(4).double())
+    refused("a parameter has dtype torch.float64", q, k, v, post_weight=torch.eye(4).double())
     refused("33 heads", *make_qkv(1, 33, 2, 2, 4, torch.float32))
     refused("head dimension 129", *make_qkv(1, 2, 2, 2, 129, torch.float32))
     refused("dtype torch.float16.*dropout", q.half(), k.half(), v.half(), dropout_p=0.5)

@@ -192,7 +192,7 @@ def test_batch_statistics_without_gradients() -> None:
 
 def test_one_value_a_head_is_left_to_the_reference() -> None:
     mixer, qkv = Mixer("re", 4), make_qkv(1, 4, 1, 1, 8, torch.float32)
-    with pytest.raises(RuntimeError, match="batch statistics, of 1 values"):
+    with pytest.raises(RuntimeError, match="batch statistics need more than one value per head"):
         head_mixed_attention(*qkv, **mixer.arguments(), backend="cpp")
     with pytest.raises(ValueError, match="more than 1 value per channel"):  # as nn.BatchNorm2d says
         head_mixed_attention(*qkv, **mixer.arguments())

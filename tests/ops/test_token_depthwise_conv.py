@@ -394,7 +394,7 @@ def test_the_kernel_itself_checks() -> None:
         "activation must be a code from 0 to 4, got 5": {"activation": 5},
         "stride must be at least 1, got 0": {"stride": 0},
         "weight: a kernel of 7 does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
-        "keeps the grid": {"residual": True, "stride": 2},
+        "residual needs a convolution that keeps the grid": {"residual": True, "stride": 2},
     }
     for message, change in bad.items():
         with pytest.raises(RuntimeError, match=re.escape(f"token_depthwise_conv: {message}")):
