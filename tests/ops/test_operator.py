@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -448,13 +449,15 @@ def test_export_takes_the_plain_path(op):
         torch.testing.assert_close(one, other)
 
 
+def batched(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Those with an axis of images."""
+    return {name: arguments[name] for name in ("x", "q", "k", "v", "mask") if isinstance(arguments.get(name), Tensor)}
+
+
 def batches(op: str, batch_statistics: bool, size: int) -> dict[str, Any]:
     """The call's arguments with that many images."""
     arguments = CALLS[op](batch_statistics)
-    for each in ("x", "q", "k", "v", "mask"):
-        if isinstance(arguments.get(each), Tensor):
-            arguments[each] = torch.cat([arguments[each]] * size)[:size].clone()
-    return arguments
+    return arguments | {name: torch.cat([tensor] * size)[:size].clone() for name, tensor in batched(arguments).items()}
 
 
 @needs_cpp
@@ -462,10 +465,13 @@ def batches(op: str, batch_statistics: bool, size: int) -> dict[str, Any]:
 @pytest.mark.parametrize("op", CALLS)
 def test_compiles_whole_for_any_batch(op, training):
     torch._dynamo.reset()
-    compiled = torch.compile(getattr(ops, op), fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend=counter)
 
     def trained(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
         arguments = converted(arguments, torch.float32, training)
+        for tensor in batched(arguments).values():
+            torch._dynamo.mark_dynamic(tensor, 0)
         outputs, tensors = pytree.tree_leaves(function(**arguments)), tensors_of(arguments)
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         loss = torch.stack([output.sin().sum() for output in outputs]).sum()
@@ -475,6 +481,7 @@ def test_compiles_whole_for_any_batch(op, training):
         arguments = batches(op, training, size)
         for one, other in zip(trained(compiled, arguments), trained(getattr(ops, op), arguments), strict=True):
             torch.testing.assert_close(one, other)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
