@@ -51,7 +51,7 @@ REFUSALS = (RuntimeError, ValueError, IndexError, ZeroDivisionError)
 
 
 def expect(function: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor) -> None:
-    """Hold a call without and with gradients, and the gradients, to the plain form in float64. Sizes that the plain form
+    """Hold a call without and with gradients, and these, to the plain form in float64. Sizes that the plain form
     does not take must not end the process.
     """
 
