@@ -163,12 +163,12 @@ class _Attention(torch.autograd.Function):
         return None, None, None, dq, dk, dv, dbias if needs_bias else None
 
 
-def _runner(kernels: Kernels, device_type: str) -> Callable[[Call], Tensor]:
-    """``run`` of an implementation by these kernels, on devices of this type."""
+def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
+    """``run`` of an implementation by these kernels."""
 
     def run(call: Call) -> Tensor:
         q, k, v, mask, bias, scale, _ = call
-        if torch.is_autocast_enabled(device_type):
+        if torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
             dtype = compute_dtype(q)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:  # a third faster than stride(3)
@@ -250,11 +250,11 @@ def _run_reference(call: Call) -> Tensor:
     return functional.masked_attention(*call[:4], bias, call.scale, call.dropout_p)
 
 
-_CPP = Implementation("cpp", _runner(CPP, "cpu"), _cpp_reasons, validates=True)
+_CPP = Implementation("cpp", _runner(CPP), _cpp_reasons, validates=True)
 _SDPA = Implementation("sdpa", _run_sdpa, _sdpa_reasons)
 _REFERENCE = Implementation(REFERENCE, _run_reference)
-_MASKED_TRITON = Implementation("triton", _runner(TRITON, "cuda"), _masked_triton_reasons)
-_CLASS_TRITON = Implementation("triton", _runner(CLASS_TRITON, "cuda"), _triton_reasons)
+_MASKED_TRITON = Implementation("triton", _runner(TRITON), _masked_triton_reasons)
+_CLASS_TRITON = Implementation("triton", _runner(CLASS_TRITON), _triton_reasons)
 
 MASKED = Operator("masked_attention", (_CPP, _MASKED_TRITON, _SDPA, _REFERENCE), _check)
 CLASS = Operator("class_attention", (_CPP, _CLASS_TRITON, _SDPA, _REFERENCE), _check)

@@ -421,7 +421,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize("size", [0, -16, 224.0, (224,), (16, 16, 16), "224"])
     def test_bad_image_sizes(self, size):
-        with pytest.raises(ValueError, match="img_size: got"):
+        with pytest.raises(ValueError, match="img_size: expected"):
             create_model("vit_tiny_patch16_224", img_size=size)
 
 

@@ -275,7 +275,7 @@ def test_image_preparation():
         ({"img_size": 30}, r"img_size: image size \(30, 30\) is not divisible by patch_size \(8, 8\)"),
         ({"num_heads": 5}, "num_heads: 5 does not divide the width 48"),
         ({"num_classes": -1}, "num_classes: expected .*got -1"),
-        ({"patch_size": (8, 8, 8)}, "patch_size: got"),
+        ({"patch_size": (8, 8, 8)}, "patch_size: expected"),
     ],
 )
 def test_bad_arguments(options, words):

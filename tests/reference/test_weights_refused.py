@@ -95,7 +95,7 @@ class TestNamesAndShapes:
 
     @pytest.mark.parametrize("source", [None, 3, [torch.ones(1)]])
     def test_source_of_another_type(self, source):
-        assert_refused(build("vit"), source, "source: got", TypeError)
+        assert_refused(build("vit"), source, "source: expected", TypeError)
 
     def test_model_of_another_type(self):
         with pytest.raises(TypeError, match="model: expected .*got dict"):
