@@ -273,9 +273,11 @@ inline bool has_nan(const float* from, int64_t floats) {  // whole vectors
 
 template <class T>
 bool is_finite(const T* row, int64_t dim) {
-  float zeros = 0.0f;
-  for (int64_t d = 0; d < dim; ++d) zeros += widen(row[d]) * 0.0f;
-  return zeros == 0.0f;
+  Vec zeros = Vec::fill(0.0f);
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    zeros = fma(load(row + d, smaller(kLanes, dim - d)), Vec::fill(0.0f), zeros);
+  }
+  return !any_nan(zeros);
 }
 
 // --- Loading and storing tiles
