@@ -35,7 +35,8 @@ KeyLists take_arguments(const char* op, const Arguments& a, MaskedAttentionParam
   return keys;
 }
 
-Tensor masked_attention_cpu(const Arguments& a) {
+Tensor masked_attention_cpu(Arguments a) {
+  for (Tensor* tensor : {&a.q, &a.k, &a.v}) make_last_axis_contiguous(*tensor);
   MaskedAttentionParams p{};
   const KeyLists keys = take_arguments(kOp, a, p);
   Tensor out = empty_heads_last(p, p.queries, a.q);
@@ -193,8 +194,8 @@ void zero(Tensor& tensor, int64_t element_size) {
   if (tensor.numel() > 0) std::memset(tensor.mutable_data<void>(), 0, tensor.numel() * element_size);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(const Tensor& grad, const Arguments& a,
-                                                                         bool bias_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(Tensor grad, Arguments a, bool bias_grad) {
+  for (Tensor* tensor : {&grad, &a.q, &a.k, &a.v}) make_last_axis_contiguous(*tensor);
   MaskedAttentionGradients p{};
   const KeyLists keys = take_arguments(kBackwardOp, a, p);
   check(a.bias || !bias_grad, kBackwardOp, ": the gradient of a bias was requested, but there is no bias");

@@ -147,6 +147,35 @@ Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype)
   return make_empty(sizes, contiguous_strides(sizes), like, dtype);
 }
 
+namespace {
+
+// By a contiguous copy in this dtype.
+void replace(Tensor& tensor, Dtype dtype) {
+  Tensor copy = empty({tensor.sizes(), tensor.sizes() + tensor.dim()}, tensor, dtype);
+  FASTVIT_TORCH(aoti_torch_copy_, copy.handle(), tensor.handle(), 0);
+  tensor = std::move(copy);
+}
+
+}  // namespace
+
+void make_last_axis_contiguous(Tensor& tensor) {
+  const int64_t axes = tensor.dim();
+  if (axes == 0 || tensor.stride(axes - 1) == 1 || tensor.numel() == 0) return;
+  const Dtype dtype = tensor.dtype();
+  if (dtype != Dtype::other) replace(tensor, dtype);
+}
+
+void make_parameter(Tensor& tensor, const Tensor& x) {
+  const Dtype dtype = tensor.dtype();
+  const bool accepted = dtype == Dtype::float32 || dtype == x.dtype();
+  if ((accepted && tensor.is_contiguous()) || dtype == Dtype::other || dtype == Dtype::boolean) return;
+  replace(tensor, Dtype::float32);
+}
+
+void make_parameter(OptionalTensor& tensor, const Tensor& x) {
+  if (tensor) make_parameter(*tensor, x);
+}
+
 void* current_cuda_stream(const Tensor& tensor) {
   // Looked up at run time, as a torch without CUDA, which has no such symbol, must be able to load this binary.
   using GetStream = AOTITorchError (*)(int32_t, void**);

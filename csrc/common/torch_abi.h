@@ -51,6 +51,7 @@ AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** ret);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** ret);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, AtenTensorHandle* ret);
+AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
@@ -156,6 +157,13 @@ std::string shape_of(const Tensor& tensor);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
 Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like);  // contiguous
 Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype);
+
+// Replaces a tensor by a contiguous copy unless the stride of its last axis is 1.
+void make_last_axis_contiguous(Tensor& tensor);
+
+// Replaces a parameter by a contiguous copy in float32 unless it is contiguous, and in float32 or x's dtype.
+void make_parameter(Tensor& tensor, const Tensor& x);
+void make_parameter(OptionalTensor& tensor, const Tensor& x);
 
 // Makes the tensor's device current for the life of the object (CUDA).
 class DeviceGuard {

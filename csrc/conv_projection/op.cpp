@@ -42,8 +42,11 @@ struct Part {
   int64_t stride, padding;
 };
 
-Tensor prepare(const char* prefix, const Tensor& x, const Part& part, int64_t height, int64_t width,
-               int64_t prefix_tokens, TokenDepthwiseConv& op) {
+Tensor prepare(const char* prefix, const Tensor& x, Part& part, int64_t height, int64_t width, int64_t prefix_tokens,
+               TokenDepthwiseConv& op) {
+  make_parameter(part.weight, x);
+  make_parameter(part.bias, x);
+  part.norm.make_parameters(x);
   const TokenArguments arguments("conv_projection", x, prefix);
   op.element = arguments.element();
   op.height = height;
@@ -61,8 +64,9 @@ Tensor prepare(const char* prefix, const Tensor& x, const Part& part, int64_t he
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_projection(const Tensor& x, const Part& q, const Part& k, const Part& v,
-                                                   int64_t height, int64_t width, int64_t prefix_tokens) {
+std::tuple<Tensor, Tensor, Tensor> conv_projection(Tensor x, Part q, Part k, Part v, int64_t height, int64_t width,
+                                                   int64_t prefix_tokens) {
+  make_last_axis_contiguous(x);
   std::array<TokenDepthwiseConv, 3> ops{};
   std::tuple<Tensor, Tensor, Tensor> out{prepare("q_", x, q, height, width, prefix_tokens, ops[0]),
                                          prepare("k_", x, k, height, width, prefix_tokens, ops[1]),

@@ -15,6 +15,10 @@ struct NormArguments {
   using Schema = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double>;
   OptionalTensor weight, bias, mean, var;
   double eps;
+
+  void make_parameters(const Tensor& x) {
+    for (OptionalTensor* tensor : {&weight, &bias, &mean, &var}) make_parameter(*tensor, x);
+  }
 };
 
 // What the operator and those of training have in common, from the weight on.
@@ -30,6 +34,13 @@ struct ConvolutionArguments {
   int64_t activation;
   int64_t height, width, stride, padding, prefix_tokens;
   bool residual;
+
+  void make_parameters(const Tensor& x) {
+    make_parameter(weight, x);
+    make_parameter(bias, x);
+    pre_norm.make_parameters(x);
+    norm.make_parameters(x);
+  }
 };
 
 // --- Checks ----------------------------------------------------------------------------------------------------------
@@ -152,7 +163,9 @@ inline Tensor empty_result(const TokenDepthwiseConv& op, const Tensor& x) {
 
 // At inference. `run` computes op on the device of x; it is not called for an empty result.
 template <void (*run)(const TokenDepthwiseConv& op, const Tensor& x)>
-Tensor token_depthwise_conv_entry(const Tensor& x, const ConvolutionArguments<NormArguments>& arguments) {
+Tensor token_depthwise_conv_entry(Tensor x, ConvolutionArguments<NormArguments> arguments) {
+  make_last_axis_contiguous(x);
+  arguments.make_parameters(x);
   TokenDepthwiseConv op = describe("token_depthwise_conv", x, arguments);
   Tensor out = empty_result(op, x);
   if (out.numel() == 0) return out;

@@ -17,8 +17,10 @@ using TrainingArguments = ConvolutionArguments<TrainingNormArguments>;
 
 template <void (*run)(TokenDepthwiseConvTraining& op, const Tensor& x)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_training_entry(
-    const Tensor& x, const TrainingArguments& arguments) {
+    Tensor x, TrainingArguments arguments) {
   constexpr char kOp[] = "token_depthwise_conv_training";
+  make_last_axis_contiguous(x);
+  arguments.make_parameters(x);
   TokenDepthwiseConvTraining op{};
   static_cast<TokenDepthwiseConv&>(op) = describe(kOp, x, arguments);
   const auto &pre_norm = arguments.pre_norm, &norm = arguments.norm;
@@ -47,9 +49,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_
 // `run` is called with an empty batch, too, to zero the gradients of the parameters.
 template <void (*run)(TokenDepthwiseConvBackward& op, const Tensor& x)>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_depthwise_conv_backward_entry(
-    const Tensor& grad, const Tensor& x, const Tensor& conv, const TrainingArguments& arguments, bool x_grad,
-    bool parameter_grads) {
+    Tensor grad, Tensor x, const Tensor& conv, TrainingArguments arguments, bool x_grad, bool parameter_grads) {
   constexpr char kOp[] = "token_depthwise_conv_backward";
+  make_last_axis_contiguous(grad);
+  make_last_axis_contiguous(x);
+  arguments.make_parameters(x);
   TokenDepthwiseConvBackward op{};
   static_cast<TokenDepthwiseConv&>(op) = describe(kOp, x, arguments);
   const auto &pre_norm = arguments.pre_norm, &norm = arguments.norm;

@@ -31,10 +31,13 @@ __all__ = [
     "Implementation",
     "Operator",
     "Selection",
+    "any_autocast",
     "compute_dtype",
     "differentiable_backward",
     "distinct",
     "gradients_needed",
+    "is_dynamo_compiling",
+    "is_grad_enabled",
     "log",
     "recording",
 ]
@@ -45,7 +48,9 @@ REFERENCE = "reference"
 log = logging.getLogger("fastvit")
 
 # Bound once: each is asked on every call.
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_grad_enabled = torch.is_grad_enabled
+any_autocast = torch._C._is_any_autocast_enabled  # a quarter of the time of is_autocast_enabled("cpu")
 _tracing_state = torch._C._get_tracing_state  # which Dynamo knows, unlike torch._C._is_tracing
 _is_transformed = torch._C._are_functorch_transforms_active
 _Proxy = torch.fx.Proxy
@@ -106,8 +111,10 @@ class Operator:
             ValueError: an argument is wrong, or no implementation is named ``backend``.
             RuntimeError: the implementation asked for cannot take the call; lists every reason.
         """
-        compiling, x = _is_dynamo_compiling(), call[0]
-        if isinstance(x, _Proxy) or _tracing_state() is not None:  # sizes are nodes of a graph: nothing to check
+        compiling, x = is_dynamo_compiling(), call[0]
+        plain = type(x) is Tensor
+        if (not plain and isinstance(x, _Proxy)) or _tracing_state() is not None:
+            # Sizes are nodes of a graph: there is nothing to check.
             return self.implementations[-1].run(call)
         try:
             if torch.compiler._is_exporting_flag or _is_transformed() or forward_ad._current_level >= 0:
@@ -131,7 +138,7 @@ class Operator:
                     self._refuse(call, backend)
                 if x.is_cuda and not (named or compiling):
                     chosen = self._fastest(call, chosen)
-            if compiling or not chosen.validates or type(x) is not Tensor:
+            if compiling or not chosen.validates or not plain:
                 self.check(call)
             if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
                 return self._observed(call, chosen)
@@ -226,7 +233,7 @@ configure_log(os.environ.get("FASTVIT_LOG"))
 
 def gradients_needed(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these tensors; None is skipped."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def distinct(*tensors: Any) -> list[Any]:
@@ -240,9 +247,10 @@ def distinct(*tensors: Any) -> list[Any]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed: autocast's where it is on and x is not float64."""
-    device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if any_autocast() and x.dtype != torch.float64:
+        device = x.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return x.dtype
 
 

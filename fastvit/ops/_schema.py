@@ -22,7 +22,6 @@ __all__ = [
     "REGISTERED",
     "Registered",
     "adjacent_channels",
-    "contiguous",
     "define",
     "heads_last",
     "launch",
@@ -57,21 +56,35 @@ def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) 
         fake: takes the arguments as one NamedTuple; gives empty results.
     """
     torch.library.define(f"fastvit::{name}", f"({arguments}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
-    record = namedtuple(name, [argument.split()[1] for argument in arguments.split(", ")])  # type: ignore[misc]
-    torch.library.register_fake(f"fastvit::{name}", lambda *values: fake(record(*values)))
+    fields = [argument.split()[1] for argument in arguments.split(", ")]
+    record = namedtuple(name, fields)  # type: ignore[misc]
+
+    def run_fake(*values: Any) -> Any:
+        # One tensor on meta brings a call with others here, which would be answered with uninitialised memory.
+        for field, value in zip(fields, values, strict=True):
+            if isinstance(value, Tensor) and value.device != values[0].device:
+                raise RuntimeError(f"{name}: {field} is on {value.device}, {fields[0]} is on {values[0].device}")
+        return fake(record(*values))
+
+    torch.library.register_fake(f"fastvit::{name}", run_fake)
     overload = getattr(torch.ops.fastvit, name).default
     REGISTERED[name] = Registered(overload, overload._op, record)
     return REGISTERED[name]
 
 
-def launch(name: str, module: str, function: str) -> None:
+def launch(name: str, module: str, function: str, dense_parameters: bool = False) -> None:
     """Let ``fastvit.kernels.<module>.<function>`` run ``fastvit::name``, on GPUs and in Triton's interpreter.
 
     The module is imported by the first call, since it imports Triton.
+
+    Args:
+        dense_parameters: make every tensor contiguous that is not one of tokens (B, N, C).
     """
 
     @torch.library.impl(f"fastvit::{name}", ("cpu", "cuda"))
     def run(*arguments: Any) -> Any:
+        if dense_parameters:
+            arguments = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() != 3 else a for a in arguments)
         return getattr(importlib.import_module(f"fastvit.kernels.{module}"), function)(*arguments)
 
 
@@ -84,20 +97,14 @@ def norm_arguments(name: str, batch: bool = False) -> str:
     return f"{tensors}, float {name}_eps" + (f", bool {name}_batch" if batch else "")
 
 
-NO_NORM = (None, None, None, None, 0.0)
+NO_NORM = BatchNorm(None, None, None, None, use_batch_stats=False, eps=0.0)
+"""For the arguments of a norm that is absent."""
 
 
 def unpack(norm: BatchNorm | None) -> tuple[Any, ...]:
-    """The values for :func:`norm_arguments`, contiguous, of a BatchNorm that uses its running statistics."""
-    if norm is None:
-        return NO_NORM
-    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return *map(contiguous, vectors), norm.eps
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, copied unless it is contiguous; None stays None."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+    """The values for :func:`norm_arguments` of a BatchNorm that uses its running statistics."""
+    norm = norm or NO_NORM
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
 
 
 def adjacent_channels(tensor: Tensor, dtype: torch.dtype) -> Tensor:

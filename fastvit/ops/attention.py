@@ -26,12 +26,15 @@ from fastvit.ops._operator import (
     REFERENCE,
     Implementation,
     Operator,
+    any_autocast,
     compute_dtype,
     differentiable_backward,
     distinct,
     gradients_needed,
+    is_dynamo_compiling,
+    is_grad_enabled,
 )
-from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
+from fastvit.ops._schema import define, heads_last, launch
 from fastvit.reference import functional
 
 __all__ = ["class_attention", "masked_attention"]
@@ -39,7 +42,6 @@ __all__ = ["class_attention", "masked_attention"]
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
-is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _CPP_REASONS = tuple(backends.cpp_reasons())
 
 
@@ -158,7 +160,6 @@ class _Attention(torch.autograd.Function):
 
             _, _, _, *needed = ctx.needs_input_grad
             return None, None, None, *differentiable_backward(plain, (q, k, v, bias), needed, grad)
-        grad = adjacent_channels(grad, q.dtype)
         dq, dk, dv, dbias = ctx.kernels.backward(*kept, grad, q, k, v, mask, bias, ctx.scale, needs_bias)
         return None, None, None, dq, dk, dv, dbias if needs_bias else None
 
@@ -168,11 +169,9 @@ def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
 
     def run(call: Call) -> Tensor:
         q, k, v, mask, bias, scale, _ = call
-        if torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda"):
+        if any_autocast():
             dtype = compute_dtype(q)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:  # a third faster than stride(3)
-            q, k, v = (adjacent_channels(tensor, tensor.dtype) for tensor in (q, k, v))
         if mask is not None and mask.dim() != 4:
             mask = four_axes(mask, key_padding=True)
         if bias is not None and (bias.dim() != 4 or bias.dtype != q.dtype):
@@ -183,8 +182,8 @@ def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
             scale = q.shape[3] ** -0.5
         elif type(scale) is not float:  # a schema takes a tensor of one number
             _check(call)
-        if torch.is_grad_enabled() and gradients_needed(q, k, v, bias):
-            if torch.compiler.is_dynamo_compiling():
+        if is_grad_enabled() and gradients_needed(q, k, v, bias):
+            if is_dynamo_compiling():
                 q, k, v, bias = distinct(q, k, v, bias)
             return _Attention.apply(kernels, scale, mask, q, k, v, bias)
         forward = kernels.forward if is_dynamo_compiling() else kernels.eager
@@ -198,18 +197,15 @@ def _runner(kernels: Kernels) -> Callable[[Call], Tensor]:
 
 def _cpp_reasons(call: Call, named: bool) -> Iterator[str]:
     yield from _CPP_REASONS
-    q, k, v, mask, bias, _, dropout_p = call
+    q = call.q
     if not q.is_cpu:
         yield f"it takes tensors on the CPU, q is on {q.device}"
-        return
-    dtype = compute_dtype(q) if torch.is_autocast_enabled("cpu") else q.dtype
+    dtype = compute_dtype(q) if any_autocast() else q.dtype
     if dtype not in CPP_DTYPES:
         yield f"dtype {dtype} is not one of float32, bfloat16"
-    if not (k.is_cpu and v.is_cpu and (mask is None or mask.is_cpu) and (bias is None or bias.is_cpu)):
-        yield "not all tensors are on the CPU"
     if q.shape[3] > MAX_HEAD_DIM:
         yield f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}"
-    if dropout_p != 0.0:
+    if call.dropout_p != 0.0:
         yield "attention dropout is not implemented"
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastvit import backends
@@ -26,8 +25,16 @@ from fastvit.ops._checks import (
     check_tokens,
     fail,
 )
-from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
-from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops._operator import (
+    AUTO,
+    REFERENCE,
+    Implementation,
+    Operator,
+    gradients_needed,
+    is_dynamo_compiling,
+    is_grad_enabled,
+)
+from fastvit.ops._schema import NO_NORM, define, launch, norm_arguments, unpack
 from fastvit.ops.linear import cast_like, linear_dtype, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
@@ -132,7 +139,7 @@ _fused = define(
     "Tensor",
     _fake_fused,
 ).call
-launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator")
+launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator", dense_parameters=True)
 
 
 def _fits(call: Separable) -> bool:
@@ -152,10 +159,10 @@ def _run_fused(call: Separable) -> Tensor:
     c, dtype = call.convolution, linear_dtype(call.x)
     return _fused(
         c.x.to(dtype),
-        c.weight.contiguous(),
-        call.pw_weight.to(dtype).contiguous(),
-        contiguous(call.pw_bias),
-        contiguous(c.bias),
+        c.weight,
+        call.pw_weight.to(dtype),
+        call.pw_bias,
+        c.bias,
         *unpack(c.norm),
         *c.grid,
         c.stride,
@@ -190,16 +197,15 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
         for part in parts:
             norm = part.convolution.norm
             together = together and not (norm is not None and norm.use_batch_stats)
-        if not together or (torch.is_grad_enabled() and any(map(_trains, parts))):
+        if not together or (is_grad_enabled() and any(map(_trains, parts))):
             _check_projections(call)  # before running statistics move
             q, k, v = map(run, parts)
             return q, k, v
         q, k, v = _convolve_together(call)
-        return (
-            multiply(q, call.q.pw_weight, call.q.pw_bias),
-            multiply(k, call.k.pw_weight, call.k.pw_bias),
-            multiply(v, call.v.pw_weight, call.v.pw_bias),
-        )
+        _, _, q_weight, q_bias, _ = call.q
+        _, _, k_weight, k_bias, _ = call.k
+        _, _, v_weight, v_bias, _ = call.v
+        return multiply(q, q_weight, q_bias), multiply(k, k_weight, k_bias), multiply(v, v_weight, v_bias)
 
     return Implementation(kernels.name, run, reasons, kernels.validates), Implementation(
         kernels.name, run_together, reasons_together, kernels.validates
@@ -207,28 +213,16 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
 
 
 def _convolve_together(call: Projections) -> Projected:
-    x, *parts = call
-    if x.stride()[2] != 1:
-        x = x.clone(memory_format=torch.contiguous_format)
     arguments: list[Any] = []
-    for part in parts:
-        c = part.convolution
-        weight, norm = c.weight, c.norm
-        vectors, eps = [c.bias, None, None, None, None], 0.0
-        if norm is not None:
-            mean, var, gamma, beta, _, _, eps, *_ = norm
-            vectors = [c.bias, gamma, beta, mean, var]
-        for vector in vectors:
-            if vector is not None and not vector.is_contiguous():
-                vectors = list(map(contiguous, vectors))
-                break
-        padding = weight.shape[3] // 2 if c.padding is None else c.padding
-        height, width = c.grid
-        if not type(height) is type(width) is type(c.prefix_tokens) is type(c.stride) is type(padding) is int:
+    for part in call[1:]:
+        _, weight, bias, (height, width), stride, padding, prefix_tokens, _, _, norm, _, _ = part.convolution
+        mean, var, gamma, beta, _, _, eps, _, _ = norm or NO_NORM
+        padding = weight.shape[3] // 2 if padding is None else padding
+        if not type(height) is type(width) is type(prefix_tokens) is type(stride) is type(padding) is int:
             _check_projections(call)  # a schema takes True, and a tensor of one number
-        arguments += (weight if weight.is_contiguous() else weight.contiguous(), *vectors, eps, c.stride, padding)
-    together = _together.call if torch.compiler.is_dynamo_compiling() else _together.eager
-    return together(x, *arguments, *c.grid, c.prefix_tokens)
+        arguments += (weight, bias, gamma, beta, mean, var, eps, stride, padding)
+    together = _together.call if is_dynamo_compiling() else _together.eager
+    return together(call.x, *arguments, height, width, prefix_tokens)
 
 
 def _run_reference(call: Separable) -> Tensor:

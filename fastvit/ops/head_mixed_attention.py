@@ -39,6 +39,7 @@ from fastvit.ops._operator import (
     REFERENCE,
     Implementation,
     Operator,
+    any_autocast,
     compute_dtype,
     differentiable_backward,
     distinct,
@@ -483,7 +484,7 @@ def _run_cpp(call: Call) -> Tensor:
         return attend(CPP, call)
     if type(output_scale) is not float or not (scale is None or type(scale) is float):
         _check(call)  # a schema takes a tensor of one number
-    if torch.is_autocast_enabled("cpu"):
+    if any_autocast():
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1:
@@ -505,21 +506,20 @@ def _run_triton(call: Call) -> Tensor:
 
 
 def _reasons_of(
-    device_type: str, unavailable: Callable[[Tensor, bool], Sequence[str]], dtypes: tuple[torch.dtype, ...]
+    unavailable: Callable[[Tensor, bool], Sequence[str]], dtypes: tuple[torch.dtype, ...], available: bool = False
 ) -> Callable[[Call, bool], Iterator[str]]:
     """``reasons`` of an implementation.
 
     Args:
-        device_type: of tensors which it is there for; "" where that has to be asked.
         unavailable: ``unavailable(q, named)`` says why it cannot run where q is.
+        available: whether that is nothing on the CPU, so that it need not be asked.
     """
 
     def reasons(call: Call, named: bool) -> Iterator[str]:
         q, norm = call.q, call.norm
-        on_cpu = q.is_cpu
-        if not (on_cpu and device_type == "cpu"):
+        if not (available and q.is_cpu):
             yield from unavailable(q, named)
-        dtype = compute_dtype(q) if torch.is_autocast_enabled("cpu" if on_cpu else "cuda") else q.dtype
+        dtype = compute_dtype(q) if any_autocast() else q.dtype
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
         if q.shape[1] > MAX_HEADS:
@@ -531,9 +531,6 @@ def _reasons_of(
         small: tuple[Tensor | None, ...] = (call.pre_weight, call.pre_bias, call.post_weight, call.post_bias)
         if norm is not None:
             small += norm[:2] if isinstance(norm, LayerNorm) else norm[:4]
-        for tensor in (call.k, call.v, call.mask, *small):
-            if tensor is not None and tensor.is_cpu is not on_cpu:
-                yield f"not all tensors are on {q.device}"
         for tensor in small:
             if tensor is not None and tensor.dtype not in dtypes:
                 yield f"a parameter has dtype {tensor.dtype}"
@@ -566,8 +563,8 @@ def _unavailable_triton(q: Tensor, named: bool) -> Sequence[str]:
     return reasons if named or not q.is_cpu else [*reasons, "on the CPU it is interpreted"]
 
 
-_cpp_reasons = _reasons_of("" if _CPP_REASONS else "cpu", _unavailable_cpp, CPP_DTYPES)
-_triton_reasons = _reasons_of("", _unavailable_triton, TRITON_DTYPES)
+_cpp_reasons = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS)
+_triton_reasons = _reasons_of(_unavailable_triton, TRITON_DTYPES)
 
 
 def _run_reference(call: Call) -> Tensor:

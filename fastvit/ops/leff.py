@@ -29,7 +29,7 @@ from fastvit.ops._checks import (
     fail,
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
-from fastvit.ops._schema import contiguous, define, launch, norm_arguments, unpack
+from fastvit.ops._schema import define, launch, norm_arguments, unpack
 from fastvit.ops.linear import cast_like, linear_dtype, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
@@ -85,7 +85,7 @@ _fused = define(
     "Tensor",
     lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0])),
 ).call
-launch("leff_triton", "leff", "leff_operator")
+launch("leff_triton", "leff", "leff_operator", dense_parameters=True)
 
 
 def _fits(call: Call) -> bool:
@@ -101,8 +101,8 @@ def _run_fused(call: Call) -> Tensor:
     x, c = call.x.to(linear_dtype(call.x)), call.convolution
     epilogues: list[Tensor | float | None] = []
     for bias, norm in ((call.up_bias, c.pre_norm), (c.bias, c.norm), (call.down_bias, call.down_norm)):
-        epilogues += (contiguous(bias), *unpack(norm))
-    weights = (weight.to(x.dtype).contiguous() for weight in (call.up_weight, c.weight, call.down_weight))
+        epilogues += (bias, *unpack(norm))
+    weights = (weight.to(x.dtype) for weight in (call.up_weight, c.weight, call.down_weight))
     out = _fused(x, *weights, *epilogues, *c.grid, c.prefix_tokens, call.form == "paper")
     if c.prefix_tokens and x.dtype != call.x.dtype:
         out = out.to(torch.promote_types(x.dtype, call.x.dtype))

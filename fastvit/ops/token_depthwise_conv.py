@@ -55,17 +55,19 @@ from fastvit.ops._operator import (
     REFERENCE,
     Implementation,
     Operator,
+    any_autocast,
     differentiable_backward,
     gradients_needed,
+    is_dynamo_compiling,
+    is_grad_enabled,
 )
-from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, contiguous, define, launch, norm_arguments
+from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, define, launch, norm_arguments
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
-is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -170,7 +172,7 @@ TRITON = _define("_triton")
 """Operators of their own, since Triton's interpreter runs them on the CPU, too."""
 
 for _suffix, _function in (("", "forward"), ("_training", "training"), ("_backward", "backward")):
-    launch(f"{_NAME}_triton{_suffix}", _NAME + _suffix, f"{_NAME}_{_function}")
+    launch(f"{_NAME}_triton{_suffix}", _NAME + _suffix, f"{_NAME}_{_function}", dense_parameters=True)
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------
@@ -251,8 +253,6 @@ class _Convolution(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             found = differentiable_backward(lambda *tensors: _plain(Tensors(*tensors), s), t, needed, grad)
             return None, None, *found
-        # Not contiguous(), which leaves the strides of an empty tensor as they are.
-        grad = grad if grad.stride(2) == 1 else grad.clone(memory_format=torch.contiguous_format)
         x, *rest = _in_order(t, s)
         for_parameters = any(needs[name] for name in _PARAMETERS)
         dx, *gradients = ctx.kernels.backward(grad, x, conv, *rest, needs["x"], for_parameters)
@@ -305,47 +305,37 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
             call
         )
-        if x.stride()[2] != 1:
-            x = x.clone(memory_format=torch.contiguous_format)
-        weight = weight if weight.is_contiguous() else weight.contiguous()
-        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
-        norms, batch = [], False
-        for each in (pre_norm, norm):
-            if each is None:
-                norms.append(NO_NORM)
-                continue
-            mean, var, gamma, beta, by_batch, _, eps, *_ = each
-            if by_batch:
-                mean, var, batch = None, None, True
-            for vector in (gamma, beta, mean, var):
-                if vector is not None and not vector.is_contiguous():
-                    gamma, beta, mean, var = map(contiguous, (gamma, beta, mean, var))
-                    break
-            norms.append((gamma, beta, mean, var, eps))
-        before, after = norms
-        codes = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
+        pre_mean, pre_var, pre_weight, pre_bias, pre_batch, _, pre_eps, _, _ = pre_norm or NO_NORM
+        mean, var, norm_weight, norm_bias, batch, _, eps, _, _ = norm or NO_NORM
+        pre_code, code = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
         height, width = grid
         padding = weight.shape[3] // 2 if padding is None else padding
         ints = type(height) is type(width) is type(stride) is type(padding) is type(prefix_tokens) is int
         if not ints or type(residual) is not bool:
             _check(call)  # a schema takes True for 1, and a tensor of one number
-        geometry = (height, width, stride, padding, prefix_tokens, residual)
-        differentiate = torch.is_grad_enabled() and gradients_needed(*call.tensors())
-        if not (batch or differentiate):
+        differentiate = is_grad_enabled() and gradients_needed(*call.tensors())
+        if not (differentiate or pre_batch or batch):
             forward = kernels.forward if is_dynamo_compiling() else kernels.eager
-            out = forward(x, weight, bias, *before, codes[0], *after, codes[1], *geometry)
+            # fmt: off
+            out = forward(
+                x, weight, bias, pre_weight, pre_bias, pre_mean, pre_var, pre_eps, pre_code,
+                norm_weight, norm_bias, mean, var, eps, code, height, width, stride, padding, prefix_tokens, residual,
+            )
+            # fmt: on
         else:
-            flags = [each is not None and each.use_batch_stats for each in (pre_norm, norm)]
-            for name, each, used in zip(("pre_norm", "norm"), (pre_norm, norm), flags, strict=True):
-                if used:  # its running statistics, which the kernel does not see, are to be moved
-                    check_batch_norm(name, each, x.shape[2], x)
-            pre_gamma, pre_beta, pre_mean, pre_var, pre_eps = before
-            gamma, beta, mean, var, eps = after
-            t = Tensors(x, weight, bias, pre_gamma, pre_beta, gamma, beta, pre_mean, pre_var, mean, var)
-            s = Settings(pre_eps, flags[0], codes[0], eps, flags[1], codes[1], *geometry)
+            if pre_batch:  # the kernel does not see the running statistics, which are to be moved
+                check_batch_norm("pre_norm", pre_norm, x.shape[2], x)
+                pre_mean = pre_var = None
+            if batch:
+                check_batch_norm("norm", norm, x.shape[2], x)
+                mean = var = None
+            t = Tensors(x, weight, bias, pre_weight, pre_bias, norm_weight, norm_bias, pre_mean, pre_var, mean, var)
+            geometry = (height, width, stride, padding, prefix_tokens, residual)
+            s = Settings(pre_eps, pre_batch, pre_code, eps, batch, code, *geometry)
             out = _train(call, kernels, differentiate, t, s)
-        autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda")
-        return out.to(_autocast_dtype(call)) if autocast else out
+        if any_autocast() and torch.is_autocast_enabled(x.device.type):
+            return out.to(_autocast_dtype(call))
+        return out
 
     return run
 
@@ -395,48 +385,40 @@ _CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
 
 
 def _reasons_of(
-    device_type: str,
     unavailable: Callable[[Tensor, bool], Sequence[str]],
     dtypes: tuple[torch.dtype, ...],
-    max_kernel: int,
+    max_kernel: int | None = None,
+    available: bool = False,
 ) -> Callable[[Convolution, bool], Iterator[str]]:
     """``reasons`` of an implementation.
 
     Args:
-        device_type: of tensors which it is there for; "" where that has to be asked.
         unavailable: ``unavailable(x, named)`` says why it cannot run where x is.
+        available: whether that is nothing on the CPU, so that it need not be asked.
     """
 
     def reasons(call: Convolution, named: bool) -> Iterator[str]:
-        x, weight, pre_norm, norm = call.x, call.weight, call.pre_norm, call.norm
-        dtype, on_cpu = x.dtype, x.is_cpu
-        if not (on_cpu and device_type == "cpu"):
+        x, weight, _, grid, stride, padding, _, pre_norm, _, norm, _, _ = call
+        if not (available and x.is_cpu):
             yield from unavailable(x, named)
-        if dtype not in dtypes:
-            yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
-        if weight.shape[3] > max_kernel:
+        if x.dtype not in dtypes:
+            yield f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}"
+        if max_kernel is not None and weight.shape[3] > max_kernel:
             yield f"kernel size {weight.shape[3]} is larger than {max_kernel}"
-        tensors: tuple[Tensor | None, ...] = (weight, call.bias)
         for each in (pre_norm, norm):
             if each is not None:
-                tensors += each[:4]
                 if each.layer is not None:
                     yield f"a norm is a {type(each.layer).__name__}, which has to be called"
                 elif each.running_mean is None and not each.use_batch_stats:
                     yield "a norm has no statistics"
-                elif torch.is_grad_enabled() and gradients_needed(each.running_mean, each.running_var):
+                elif is_grad_enabled() and gradients_needed(each.running_mean, each.running_var):
                     yield "running statistics need gradients"
-        accepted = (dtype, torch.float32)
-        for tensor in tensors:
-            if tensor is not None and (tensor.dtype not in accepted or tensor.is_cpu is not on_cpu):
-                yield f"a parameter is {tensor.dtype} on {tensor.device}, expected float32 or {dtype} on {x.device}"
-                break
-        if pre_norm is not None and pre_norm.use_batch_stats and x.shape[0] * call.grid[0] * call.grid[1] < 2:
+        if pre_norm is not None and pre_norm.use_batch_stats and x.shape[0] * grid[0] * grid[1] < 2:
             yield "batch statistics need more than one value per channel"
         if norm is not None and norm.use_batch_stats:
             kernel = weight.shape[3]
-            padding = kernel // 2 if call.padding is None else call.padding
-            rows, columns = (out_size(size, kernel, call.stride, padding) for size in call.grid)
+            padding = kernel // 2 if padding is None else padding
+            rows, columns = (out_size(size, kernel, stride, padding) for size in grid)
             if x.shape[0] * rows * columns < 2:
                 yield "batch statistics need more than one value per channel"
 
@@ -466,9 +448,9 @@ def _run_reference(call: Convolution) -> Tensor:
     return functional.token_depthwise_conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
-_CPP = _reasons_of("" if _CPP_REASONS else "cpu", _unavailable_cpp, (torch.float32, torch.bfloat16), 1 << 30)
-_CUDA = _reasons_of("", _unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one output's window must fit shared memory
-_TRITON = _reasons_of("", _unavailable_triton, _GPU_DTYPES, max_kernel=7)
+_CPP = _reasons_of(_unavailable_cpp, (torch.float32, torch.bfloat16), available=not _CPP_REASONS)
+_CUDA = _reasons_of(_unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one output's window must fit shared memory
+_TRITON = _reasons_of(_unavailable_triton, _GPU_DTYPES, max_kernel=7)
 
 KERNELS = (
     Implementation("cpp", _runner(NATIVE), _CPP, validates=True),
@@ -520,5 +502,9 @@ def token_depthwise_conv(
     Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2; the
     plain form is ``fastvit.reference.functional.token_depthwise_conv``.
     """
-    around = (pre_norm, pre_activation, norm, activation, residual)
-    return OPERATOR(Convolution(x, weight, bias, grid, stride, padding, prefix_tokens, *around), backend)
+    # fmt: off
+    call = Convolution(
+        x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual
+    )
+    # fmt: on
+    return OPERATOR(call, backend)

@@ -11,7 +11,7 @@ import torch
 from fastvit import backends
 from fastvit.ops import conv_projection
 from fastvit.ops import depthwise_separable_conv as separate
-from fastvit.ops._schema import NO_NORM, unpack
+from fastvit.ops._schema import unpack
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, Projection
 from tests.helpers import poisoned_empty
@@ -44,7 +44,7 @@ def low_level(
     weight: torch.Tensor, bias: torch.Tensor | None, norm: BatchNorm | None, stride: int, padding: int
 ) -> tuple[Any, ...]:
     """One part's arguments of the registered operator."""
-    return weight, bias, *(NO_NORM if norm is None else unpack(norm)), stride, padding
+    return weight, bias, *unpack(norm), stride, padding
 
 
 CASES = {
@@ -142,7 +142,7 @@ def test_the_kernel_names_the_operator_and_the_argument() -> None:
         "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
         "q_weight must be (C, 1, k, k)": {"q_weight": torch.zeros(8, 1, 3, 5)},
         "k_bias must be contiguous with 8 elements, got shape (7,)": {"k_bias": torch.zeros(7)},
-        "v_norm_weight must be float32 or of x's dtype": {"v_norm_weight": torch.ones(8).half()},
+        "v_norm_weight must be float32 or of x's dtype": {"v_norm_weight": torch.ones(8, dtype=torch.bool)},
         "k_norm_mean and k_norm_var must be given together": {"k_norm_mean": None},
         "v_stride must be at least 1, got 0": {"v_stride": 0},
         "k_padding must be at least 0, got -1": {"k_padding": -1},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops import token_depthwise_conv
-from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, unpack
+from fastvit.ops._schema import ACTIVATION_CODES, unpack
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
@@ -303,8 +303,7 @@ def test_same_result_whatever_the_threads() -> None:
 
 
 def low_level_arguments(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    norms = (arguments["pre_norm"], arguments["norm"])
-    before, after = (NO_NORM if norm is None else unpack(norm) for norm in norms)
+    before, after = unpack(arguments["pre_norm"]), unpack(arguments["norm"])
     kernel = arguments["weight"].shape[-1]
     return (
         *(arguments[name] for name in ("x", "weight", "bias")),
@@ -384,11 +383,9 @@ def test_the_kernel_itself_checks() -> None:
     bad = {
         "x must be float32 or bfloat16 on the CPU, got float64": {"x": GOOD["x"].double()},
         "x must be float32 or bfloat16 on the CPU, got float16": {"x": GOOD["x"].half()},
-        "x must have adjacent channels": {"x": torch.zeros(2, 21, 16)[:, :, ::2]},
-        "weight must be float32 or of x's dtype": {"weight": GOOD["weight"].half()},
+        "weight must be float32 or of x's dtype": {"weight": GOOD["weight"].bool()},
         "weight must be (C, 1, k, k)": {"weight": torch.zeros(8, 1, 3, 5)},
         "bias must be contiguous with 8 elements": {"bias": torch.zeros(7)},
-        "norm_mean must be contiguous": {"norm_mean": torch.zeros(16)[::2], "norm_var": torch.ones(8)},
         "norm_mean and norm_var must be given together": {"norm_mean": torch.zeros(8)},
         "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
         "activation must be a code from 0 to 4, got 5": {"activation": 5},
@@ -399,3 +396,40 @@ def test_the_kernel_itself_checks() -> None:
     for message, change in bad.items():
         with pytest.raises(RuntimeError, match=re.escape(f"token_depthwise_conv: {message}")):
             run(**good | change)
+
+
+@needs_cpp
+@pytest.mark.parametrize("training", [False, True])
+def test_the_kernel_takes_any_strides_and_any_floating_parameters(training: bool) -> None:
+    """As the plain form does; parameters are exact in half precision here."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 21, 8, generator=generator)
+    sizes = {"weight": (8, 1, 3, 3), "bias": (8,), "gamma": (8,), "beta": (8,), "mean": (8,)}
+    dense = {name: torch.randn(size, generator=generator).half().float() for name, size in sizes.items()}
+    results = []
+    for dtype, strided in (
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.float16, False),
+        (torch.float64, True),
+    ):
+        of = {name: tensor.to(dtype, copy=True) for name, tensor in dense.items()}
+        inputs = x.clone()
+        if strided:
+            inputs = inputs.mT.contiguous().mT
+            of = {name: torch.stack((tensor, tensor), -1)[..., 0] for name, tensor in of.items()}
+        leaves = [inputs, *of.values()]
+        for leaf in leaves:
+            leaf.requires_grad_(training and leaf is not of["mean"])
+        norm = BatchNorm(of["mean"], torch.ones(8, dtype=dtype), of["gamma"], of["beta"])
+        out = token_depthwise_conv(
+            inputs, of["weight"], of["bias"], grid=(5, 4), prefix_tokens=1, norm=norm, backend="cpp"
+        )
+        results.append([out.detach()])
+        if training:
+            out.square().sum().backward()
+            results[-1] += [leaf.grad.float() for leaf in leaves if leaf.requires_grad]
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            # A gradient is rounded to its parameter's dtype.
+            torch.testing.assert_close(got, expected, rtol=2**-11 if training else 0, atol=0)
