@@ -72,7 +72,7 @@ def hold_to(got: Mapping[Any, Tensor], plain: Mapping[Any, Tensor], exact: Mappi
     sizes = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in exact.items()}
     largest = max((size for size in sizes.values() if math.isfinite(size)), default=0.0)
     for name, value in got.items():
-        # What is zero but for rounding has no digits to compare, as the gradient of a bias in front of batch statistics.
+        # A bias in front of batch statistics has a gradient of zero but for rounding: it has no digits to compare.
         if value.numel() and 0.0 < sizes[name] <= 1e-12 * largest:
             assert value.shape == exact[name].shape and value.isfinite().all(), name
         else:
