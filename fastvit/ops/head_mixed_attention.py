@@ -288,10 +288,6 @@ Folded = tuple[Tensor, Tensor]
 """A (H, H) and b (H,), float64."""
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double()
-
-
 def fold_running(norm: BatchNorm, weight: Tensor | None, bias: Tensor | None) -> Folded:
     """The mix (None: the identity, or no bias) followed by a norm with running statistics."""
     assert norm.running_mean is not None and norm.running_var is not None  # checked with the arguments
@@ -321,9 +317,9 @@ def fold_batch(
         sums, moments: (H,) and (H, H), of the maps less 1 / keys.
         values: numbers in a map over the whole batch. Like the sums, those of this process.
     """
-    small = (weight, bias, norm.weight, norm.bias)
+    wide = [_as(torch.float64, tensor) for tensor in (sums, moments, weight, bias, norm.weight, norm.bias)]
     settings = (norm.eps, norm.process_group, 1.0 / max(keys, 1), values)
-    mix, shift, mean, variance, count = _FoldBatch.apply(settings, *map(_wide, (sums, moments, *small)))
+    mix, shift, mean, variance, count = _FoldBatch.apply(settings, *wide)
     _track(norm, mean, variance, count)
     return mix, shift
 

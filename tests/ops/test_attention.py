@@ -102,7 +102,8 @@ def test_large_logits():
         check_where_gradients_cancel(tensors)
         check(tensors, torch.rand(1, 19) > 0.3)
 
-    on_pooled_draws(checks, draws=32)
+    # One key holds nearly all of a row's weight: the largest error is that of the few rows where two keys are close.
+    on_pooled_draws(checks, draws=16)
 
 
 @needs_cpp
