@@ -1,5 +1,7 @@
 # make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
 # make test   the whole test suite                              (ARGS="-k cvt")
+# make bench  models beside other runtimes and libraries, hours; ARGS=--quick is a sample in less than 5 minutes;
+#             make bench SUITE=ops: operators;  make bench-zentorch adds AMD's compiler, which has a torch of its own
 # make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
 # make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
 # make fuzz   thousands of random calls of every operator, with each instruction set   (SEEDS=0:10000 ARGS="--op leff")
@@ -17,6 +19,7 @@ ARGS ?=
 PYTEST_JOBS ?= -n 2 --dist loadfile
 
 SEEDS ?= 0:10000
+SUITE ?= models
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +30,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test overhead versions fuzz lint format build clean
+.PHONY: demo test bench overhead versions fuzz lint format build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -35,6 +38,15 @@ demo: $(STAMPS)/demo $(STAMPS)/native
 
 test: $(STAMPS)/test $(STAMPS)/native
 	$(BIN)/python -m pytest $(PYTEST_JOBS) --durations=15 $(ARGS)
+
+bench: $(STAMPS)/bench $(STAMPS)/native
+	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+# Contenders that need a torch of their own; the runner finds them in .venv/bench.
+.PHONY: bench-zentorch bench-torch-tensorrt
+bench-zentorch bench-torch-tensorrt: bench-%:
+	$(PYTHON) -m venv $(VENV)/bench/$*
+	$(VENV)/bench/$*/bin/python -m pip --disable-pip-version-check install -r requirements/bench-$*.txt
 
 overhead: $(STAMPS)/test $(STAMPS)/native
 	@mkdir -p benchmarks/out
@@ -63,7 +75,7 @@ format: $(STAMPS)/lint
 build: $(STAMPS)/demo $(STAMPS)/native
 
 # What is installed, per purpose.
-$(STAMPS)/demo $(STAMPS)/test: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
 	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
 	@touch $@
 
@@ -81,7 +93,8 @@ $(STAMPS)/torch: FORCE
 FORCE:
 
 # fastvit itself, editable, with the native part where it can be built.
-$(STAMPS)/native: $(NATIVE) | $(if $(filter test overhead versions,$(MAKECMDGOALS)),$(STAMPS)/test,$(STAMPS)/demo)
+NATIVE_NEEDS := $(if $(filter bench,$(MAKECMDGOALS)),bench,$(if $(filter test overhead versions,$(MAKECMDGOALS)),test,demo))
+$(STAMPS)/native: $(NATIVE) | $(STAMPS)/$(NATIVE_NEEDS)
 	@echo "==> building fastvit"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps -e .

@@ -2,22 +2,22 @@
 
     python -m benchmarks.demo [--models NAME ...] [--batch N] [--dtype float32] [--device cpu] [--image PATH ...]
 
-For every model the plain and the patched copy are timed in turn in one run, each round on a differently ordered batch.
-No speed-up is printed for a model whose patched logits deviate from float64 by more than the accuracy rule allows.
+The plain and the patched model of a family have a process each, and are timed in turn by ``benchmarks.runner``, each
+call on a differently ordered batch. No speed-up is printed for a model whose patched logits deviate from float64 by
+more than the accuracy rule allows.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 import json
-import statistics
+import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):  # run as a file: make the packages beside it importable
@@ -26,28 +26,16 @@ if __package__ in (None, ""):  # run as a file: make the packages beside it impo
 import torch  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
-from torch import nn  # noqa: E402
 
 import fastvit  # noqa: E402
-from benchmarks.photos import bundled_photographs, open_photograph, photo_batch  # noqa: E402
-from benchmarks.randomize import randomize_like_trained  # noqa: E402
-from benchmarks.timing import on_inputs  # noqa: E402
-from fastvit.accuracy import deviation  # noqa: E402
+from benchmarks.command import INTERRUPTED, checked_device, progress_bar, run  # noqa: E402
+from benchmarks.models import MODELS  # noqa: E402
+from benchmarks.photos import bundled_photographs, open_photograph  # noqa: E402
+from benchmarks.runner import Race, Settings  # noqa: E402
+from benchmarks.worker import DTYPES, Case  # noqa: E402
 
-MODELS = (
-    "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "deepvit_16b",
-    "cait_xxs24_224",
-    "cpvt_tiny_peg5",
-    "cvt_13",
-    "ceit_tiny",
-)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTH_OF_A_LOG = 130
-ORACLE_BATCH = 2  # float64 on a CPU is slow; two photographs show an error as well as eight
 
 
 @dataclass
@@ -66,48 +54,30 @@ class Outcome:
     replaced: dict[str, int]
 
 
-def replaced_blocks(model: nn.Module) -> dict[str, int]:
-    """How many blocks of a patched model run on which operator and backend."""
-    rows = fastvit.report(model).rows
-    return dict(Counter(f"{row.op} ({row.backend})" for row in rows if row.status == "patched"))
-
-
-def measure(
-    name: str, photos: Sequence[Path], *, batch: int, dtype: torch.dtype, device: torch.device, rounds: int
-) -> Outcome:
-    """Build one model twice (plain and patched), compare both with float64, and time them in turn."""
-    torch.manual_seed(0)
-    plain = fastvit.create_model(name, fused=False)
-    images = photo_batch(photos, batch, plain.default_cfg)
-    randomize_like_trained(plain, images)
-    plain = plain.eval().to(device)
-    few = images[:ORACLE_BATCH].to(device)
-    with torch.inference_mode():
-        oracle = copy.deepcopy(plain).double()(few.double())
-        plain = plain.to(dtype)
-        patched = fastvit.patch(copy.deepcopy(plain))
-        found = deviation(patched(few.to(dtype)), plain(few.to(dtype)), oracle)
-        batches = [images.roll(i, 0).to(device, dtype) for i in range(min(rounds, batch))]
-        before, after = on_inputs([plain, patched], batches, rounds=rounds, device=device)
-    ratios = [b / a for b, a in zip(before, after, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+def outcome_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> Outcome | None:
+    """The row of a model from those of its two contenders; None if one was not measured."""
+    if before["status"] != "measured" or "error" not in after:
+        return None
+    timed = after["status"] == "measured"
+    speedup = after["ratio"] if timed else {"median": 0.0, "low": 0.0, "high": 0.0}
     return Outcome(
-        model=name,
-        images_per_s_before=batch / statistics.median(before),
-        images_per_s_after=batch / statistics.median(after),
-        speedup=statistics.median(ratios),
-        speedup_low=low,
-        speedup_high=high,
-        error_before=found.plain,
-        error_after=found.fused,
-        accurate=found.is_accurate,
-        replaced=replaced_blocks(patched),
+        model=before["name"],
+        images_per_s_before=1e3 * before["batch"] / before["ms"]["median"],
+        images_per_s_after=1e3 * before["batch"] / after["ms"]["median"] if timed else 0.0,
+        speedup=speedup["median"],
+        speedup_low=speedup["low"],
+        speedup_high=speedup["high"],
+        error_before=after["plain_error"],
+        error_after=after["error"],
+        accurate=after["status"] != "inaccurate",
+        replaced=after.get("replaced", {}),
     )
 
 
 def result_table(outcomes: Sequence[Outcome], title: str) -> Table:
     """The table for the terminal."""
-    caption = "speed-up: median of the paired rounds (quartiles); error: largest deviation of the logits from float64"
+    caption = "speed-up: median of the paired rounds (95% bootstrap interval); error: largest deviation of the logits"
+    caption += " from float64"
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     for heading, justify in (
         ("model", "left"),
@@ -168,14 +138,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="float32, or bfloat16 where there is a GPU")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; a GPU by default where there is one")
     parser.add_argument("--image", nargs="+", type=Path, metavar="PATH", help="your own pictures instead")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each model (default 11)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each model (default 9)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out", help="folder of chart and JSON")
     settings = parser.parse_args(arguments)
-    try:
-        settings.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        parser.error(f"--device: {error}")
-    settings.dtype = settings.dtype or ("bfloat16" if settings.device.type == "cuda" else "float32")
+    settings.device = checked_device(parser, settings.device)
+    settings.dtype = settings.dtype or ("float32" if settings.device == "cpu" else "bfloat16")
     known = fastvit.list_models()
     for name in settings.models:
         if name not in known:
@@ -183,8 +150,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for option in ("batch", "rounds"):
         if getattr(settings, option) < 1:
             parser.error(f"--{option}: expected a positive number, got {getattr(settings, option)}")
-    if settings.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: {settings.device} was asked for, but torch sees no GPU")
     for path in settings.image or ():
         if not path.is_file():
             parser.error(f"--image: there is no file {path}")
@@ -196,33 +161,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit status is 0 if every patched model is accurate, else 1."""
+    """Run the demo; the exit status is 0 if every patched model is accurate, else 1; 130 after Ctrl-C."""
     settings = parse_arguments(arguments)
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH_OF_A_LOG
-    photos = settings.image or bundled_photographs()
-    where = torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else "CPU"
+    photos = tuple(os.fspath(path.absolute()) for path in settings.image or bundled_photographs())
+    device = torch.device(settings.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     title = f"fastvit {fastvit.__version__} on {where}, {settings.dtype}, batch {settings.batch}"
-    if settings.device.type == "cpu":
+    if device.type == "cpu":
         title += f", {torch.get_num_threads()} threads"
-    outcomes = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(settings.models))
-        for name in settings.models:
-            progress.update(task, description=name)
-            outcomes.append(
-                measure(
-                    name,
-                    photos,
-                    batch=settings.batch,
-                    dtype=DTYPES[settings.dtype],
-                    device=settings.device,
-                    rounds=settings.rounds,
-                )
-            )
-            progress.advance(task)
+    races = [
+        Race(
+            Case(
+                "benchmarks.models", name, "fwd", settings.dtype, settings.batch, device=settings.device, photos=photos
+            ),
+            {"eager": None, "fastvit": None},
+            Settings(rounds=settings.rounds, slot_seconds=0.1),
+        )
+        for name in settings.models
+    ]
+    complete = run(races, console, progress_bar(console))
+    rows = [race.rows() for race in races]
+    outcomes = [outcome for outcome in (outcome_of(*pair) for pair in rows) if outcome is not None]
     console.print(result_table(outcomes, title))
     settings.out.mkdir(parents=True, exist_ok=True)
     result = {
@@ -231,13 +193,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "machine": {key: value for key, value in fastvit.backends.describe().items() if key != "location"},
         "outcomes": [asdict(outcome) for outcome in outcomes],
+        "rows": [row for pair in rows for row in pair],
     }
     (settings.out / "demo.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     console.print("chart:", str(bar_chart(outcomes, title, settings.out / "demo.png")), soft_wrap=True)
+    failed = {row["name"]: row["reason"] for pair in rows for row in pair if row["status"] == "failed"}
+    for name, reason in failed.items():
+        console.print(f"[red]{name} failed:[/]", reason, soft_wrap=True, markup=True)
     inaccurate = [o.model for o in outcomes if not o.accurate]
     if inaccurate:
         console.print(f"[red]Less accurate than the rule allows:[/] {', '.join(inaccurate)}")
-    return 1 if inaccurate else 0
+    if not complete:
+        return INTERRUPTED
+    return 1 if inaccurate or failed else 0
 
 
 if __name__ == "__main__":

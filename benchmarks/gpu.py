@@ -22,9 +22,10 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ from benchmarks.gpu_goals import describe_goal, judge
 from benchmarks.gpu_models import MODELS, describe_steps, measure_steps, peak_mebibytes
 from benchmarks.gpu_peers import Call, floors, library_peers, traffic
 from benchmarks.jobs import JOBS, Job, Result, Tensors, images, parts, widened
-from benchmarks.ops._timing import compare
 from fastvit import backends, ops
 from fastvit.accuracy import is_accurate
+from fastvit.patching.timing import interleaved
 from fastvit.reference import functional
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +161,21 @@ def _operations(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def compare(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each candidate, in turn, in random order: the median, and the 20th and 80th percentile.
+
+    All are in one process, and on the same tensors, which exceed a GPU's cache.
+    """
+    seconds = interleaved(list(calls.values()), device, rounds=rounds, warmup=3)
+    times = {}
+    for name, each in zip(calls, seconds, strict=True):
+        low, high = (1e3 * sorted(each)[round(share * (len(each) - 1))] for share in (0.2, 0.8))
+        times[name] = {"median": 1e3 * statistics.median(each), "low": low, "high": high}
+    return times
+
+
 def measure(
     job: Job, batch: int, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, training: bool
 ) -> dict[str, Any]:
@@ -193,15 +209,14 @@ def measure(
             calls[name] = run
     kernels = device_kernels(calls["fused"], device) if "fused" in calls else {}
     calls |= floors(job, tensors, out, training)
-    on_these = {name: lambda _, run=run: run() for name, run in calls.items()}  # the inputs exceed a GPU's cache
-    times = compare(on_these, [None], rounds=options.rounds, device=device)
+    times = compare(calls, rounds=options.rounds, device=device)
     return {
         "job": job.name,
         "op": job.op,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "mode": "training" if training else "inference",
-        "milliseconds": {name: measured._asdict() for name, measured in times.items()},
+        "milliseconds": times,
         "peak_mebibytes": peak,
         "refused": refused,
         "inaccurate": inaccurate,

@@ -1,15 +1,4 @@
-"""Convolution, BatchNorm and activation of an image beside the library's layers, in the stems of CeiT and DeepViT.
-
-    python -m benchmarks.ops.conv_batch_norm [--isa avx2] [--threads 2] [--batch 1 8] [--only ceit] [--json FILE]
-
-Columns, all timed in turn in one run:
-    fastvit         the operator, which folds the norm in every call
-    eager           the plain function: convolution, norm and activation, each its own pass
-    nchw            the library's convolution on NCHW, the norm folded into its weight beforehand
-    channels-last   the same in channels-last layout, the image converted in every call
-
-No ratio is printed for a result that fails the accuracy rule.
-"""
+"""Convolution, BatchNorm and activation of an image, in the stems of CeiT and DeepViT."""
 
 from __future__ import annotations
 
@@ -20,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import _composed
-from benchmarks.ops._composed import converted, folded, random_norm
-from benchmarks.ops._timing import Call
-from benchmarks.timing import keep_memory
-from fastvit import ops
-from fastvit.reference import functional
+from benchmarks.ops.cases import Op, both_layouts, folded, random_norm
 from fastvit.reference.functional import activate
 
 
@@ -48,21 +32,26 @@ SHAPES = (
 )
 
 
-def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def make_inputs(shape: Shape, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, shape.in_channels, shape.side, shape.side).to(dtype),)
+
+
+def make_arguments(shape: Shape, batch: int) -> dict[str, Any]:
     fan_in = shape.in_channels * shape.kernel**2
-    arguments = {
-        "x": torch.randn(batch, shape.in_channels, shape.side, shape.side),
+    return {
         "weight": torch.randn(shape.channels, shape.in_channels, shape.kernel, shape.kernel) / fan_in**0.5,
         "bias": None,
         "norm": random_norm(shape.channels),
+        "stride": shape.stride,
+        "padding": shape.kernel // 2,
+        "activation": shape.activation,
     }
-    options = {"stride": shape.stride, "padding": shape.kernel // 2, "activation": shape.activation}
-    return converted(arguments, dtype) | options
 
 
-def library_composition(arguments: dict[str, Any], layout: torch.memory_format) -> Call:
+def library_composition(arguments: dict[str, Any], channels_last: bool) -> Any:
     """The best one can write with the library's convolution in the given layout."""
     weight, bias = folded(arguments["weight"], arguments["bias"], arguments["norm"])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     weight = weight.contiguous(memory_format=layout)
     stride, padding, activation = (arguments[name] for name in ("stride", "padding", "activation"))
 
@@ -72,15 +61,15 @@ def library_composition(arguments: dict[str, Any], layout: torch.memory_format) 
     return run
 
 
-CANDIDATES: _composed.Makers = {
-    "fastvit": lambda arguments: functools.partial(ops.conv_batch_norm, **arguments),
-    "eager": lambda arguments: functools.partial(functional.conv_batch_norm, **arguments),
-    "nchw": functools.partial(library_composition, layout=torch.contiguous_format),
-    "channels-last": functools.partial(library_composition, layout=torch.channels_last),
-}
-TABLE = _composed.make_table(SHAPES, make_arguments, CANDIDATES)
-
-
-if __name__ == "__main__":
-    keep_memory()
-    _composed.main(__doc__, TABLE)
+PEERS = both_layouts(library_composition)
+ROWS = tuple(
+    Op(
+        "conv_batch_norm",
+        shape.name,
+        functools.partial(make_inputs, shape),
+        functools.partial(make_arguments, shape),
+        PEERS,
+        prepared=tuple(PEERS),
+    )
+    for shape in SHAPES
+)

@@ -1,15 +1,4 @@
-"""CvT's three projections, compared with the library's convolutions and linear layers, in CvT-13 and CvT-W24.
-
-    python -m benchmarks.ops.conv_projection [--isa avx2] [--threads 2] [--batch 1 8] [--only 384] [--json FILE]
-
-Columns, all timed in turn in one run:
-    fastvit         the operator: one reading of the tokens, then three linear layers
-    eager           the plain function: tokens to image and back, each step its own pass
-    nchw            the library's convolution on NCHW, the norm folded into its weight beforehand, then the linears
-    channels-last   the same on a view of the tokens as a channels-last image, without transposes
-
-No ratio is printed for a result that fails the accuracy rule.
-"""
+"""CvT's three projections, in CvT-13 and CvT-W24, beside the library's convolutions and linear layers."""
 
 from __future__ import annotations
 
@@ -20,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import _composed
-from benchmarks.ops._composed import converted, convolve, folded, random_norm
-from benchmarks.ops._timing import Call
-from benchmarks.timing import keep_memory
-from fastvit import ops
-from fastvit.reference import functional
+from benchmarks.ops.cases import Op, both_layouts, convolve, folded, random_norm
 from fastvit.reference.functional import Projection
 
 
@@ -46,7 +30,11 @@ SHAPES = (
 )
 
 
-def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def make_inputs(shape: Shape, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, shape.prefix_tokens + shape.side**2, shape.channels).to(dtype),)
+
+
+def make_arguments(shape: Shape, batch: int) -> dict[str, Any]:
     channels = shape.channels
 
     def part(stride: int) -> Projection:
@@ -55,12 +43,11 @@ def make_arguments(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, An
             torch.randn(channels, 1, 3, 3) / 3, random_norm(channels), pointwise, torch.randn(channels), stride
         )
 
-    x = torch.randn(batch, shape.prefix_tokens + shape.side**2, channels)
-    arguments = {"x": x, "q": part(1), "k": part(2), "v": part(2)}
-    return converted(arguments, dtype) | {"grid": (shape.side,) * 2, "prefix_tokens": shape.prefix_tokens}
+    grid = (shape.side, shape.side)
+    return {"q": part(1), "k": part(2), "v": part(2), "grid": grid, "prefix_tokens": shape.prefix_tokens}
 
 
-def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
+def library_composition(arguments: dict[str, Any], channels_last: bool) -> Any:
     """The best one can write with the library's convolution in the given layout."""
     grid, prefix = arguments["grid"], arguments["prefix_tokens"]
     parts = [arguments[name] for name in "qkv"]
@@ -78,15 +65,15 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Call:
     return run
 
 
-CANDIDATES: _composed.Makers = {
-    "fastvit": lambda arguments: functools.partial(ops.conv_projection, **arguments),
-    "eager": lambda arguments: functools.partial(functional.conv_projection, **arguments),
-    "nchw": functools.partial(library_composition, channels_last=False),
-    "channels-last": functools.partial(library_composition, channels_last=True),
-}
-TABLE = _composed.make_table(SHAPES, make_arguments, CANDIDATES)
-
-
-if __name__ == "__main__":
-    keep_memory()
-    _composed.main(__doc__, TABLE)
+PEERS = both_layouts(library_composition)
+ROWS = tuple(
+    Op(
+        "conv_projection",
+        shape.name,
+        functools.partial(make_inputs, shape),
+        functools.partial(make_arguments, shape),
+        PEERS,
+        prepared=tuple(PEERS),
+    )
+    for shape in SHAPES
+)

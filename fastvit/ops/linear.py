@@ -177,7 +177,8 @@ def pays_off() -> bool:
 
     They are where the library's float32 product does not use what the CPU has: MKL does not on AMD's. There the C++
     kernel takes 0.4 to 0.75 times its time, and 0.7 to 1.0 times oneDNN's in bfloat16
-    (``benchmarks/ops/linear.py``). Elsewhere neither has been measured, and the library is left to it.
+    (``python -m benchmarks.ops --only linear mlp``). Elsewhere neither has been measured, and the library is left to
+    it.
     """
     return _PAYS_OFF
 

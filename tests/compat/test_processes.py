@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.libraries import declare_torchvision_nms
 from fastvit.patching import patch, unpatch
 from fastvit.patching.fusion import Fused
-from tests.conftest import declare_torchvision_nms
 from tests.helpers import spawned
 from tests.tiny import FAMILIES, build, images
 

@@ -1,0 +1,279 @@
+"""Tables and plots of results: ``python -m benchmarks.report [FILE ...]``.
+
+With files: their rows as tables. Without: rewrites the parts of README.md between ``<!-- report: SUITE -->`` and
+``<!-- end of report -->`` from the newest complete result of each suite in ``benchmarks/results``, and draws its plot
+beside it. A test holds README.md to what this would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WIDTH_OF_A_LOG = 150
+OURS = "fastvit"
+BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+AXES = ("name", "mode", "dtype", "batch", "image_size", "allocator")
+
+Row = Mapping[str, Any]
+
+
+def races(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each case with each allocator."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[axis] for axis in AXES), []).append(row)
+    return list(found.values())
+
+
+def measured(row: Row | None) -> bool:
+    return row is not None and row["status"] == "measured"
+
+
+def of(race: Sequence[Row], provider: str) -> Row | None:
+    """The row of a provider, if it was measured."""
+    return next((row for row in race if row["provider"] == provider and measured(row)), None)
+
+
+def fastest_other(race: Sequence[Row]) -> Row | None:
+    """The fastest contender that is neither ours nor a floor."""
+    others = [row for row in race if measured(row) and not row["provider"].startswith(OURS) and not row.get("floor")]
+    return min(others, key=lambda row: row["ms"]["median"], default=None)
+
+
+def over(race: Sequence[Row], provider: str) -> float | None:
+    """How many times as fast as a provider fastvit is."""
+    ours, other = of(race, OURS), of(race, provider)
+    return other["ms"]["median"] / ours["ms"]["median"] if ours and other else None
+
+
+def _interval(ratio: Mapping[str, float] | None) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def console_of_a_command() -> Console:
+    """The terminal, or a log wide enough for the tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_LOG
+    return console
+
+
+def console_table(rows: Sequence[Row], title: str) -> Table:
+    """Every contender of a case, the reasons of those that were not measured among them."""
+    caption = (
+        "ms: median (quartiles); ratio: over the baseline, median of the rounds (95% bootstrap interval); limit: share"
+    )
+    caption += " of what the machine's product and copy rates allow; ~ other processes used the CPU meanwhile"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    for heading, justify in (
+        ("provider", "left"),
+        ("ms", "left"),
+        ("ratio", "left"),
+        ("limit", "right"),
+        ("MiB", "right"),
+        ("prepared in", "right"),
+        ("error (plain)", "left"),
+    ):
+        table.add_column(heading, justify=justify, overflow="fold")
+    for row in sorted(rows, key=lambda row: row["ms"]["median"] if "ms" in row else float("inf")):
+        if row["status"] == "absent":
+            continue
+        name, error = row["provider"] + (" (floor)" if row.get("floor") else ""), ""
+        if row.get("error") is not None:
+            error = f"{row['error']:.1e} ({row['plain_error']:.1e})"
+        if not measured(row):
+            table.add_row(name, f"[red]{row['status']}[/]: {escape(row['reason'])}", "", "", "", "", error)
+            continue
+        ms = row["ms"]
+        table.add_row(
+            name,
+            f"{_ms(ms['median'])} ({_ms(ms['low'])} to {_ms(ms['high'])}){' ~' if row['disturbed'] else ''}",
+            _interval(row["ratio"]),
+            f"{row['share']:.0%}" if "share" in row else "",
+            f"{row['peak_mib']:.0f}" if row.get("peak_mib") else "",
+            f"{row['prepare_s']:.1f} s",
+            error,
+        )
+    return table
+
+
+def console_absent(rows: Sequence[Row]) -> Table:
+    """Who was absent, and why; once for every reason."""
+    table = Table("absent", "why", box=box.SIMPLE_HEAD)
+    for provider, reason in dict.fromkeys(
+        (row["provider"], row["reason"]) for row in rows if row["status"] == "absent"
+    ):
+        table.add_row(provider, escape(reason))
+    return table
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    """The sentence under a table: command, machine, date."""
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    cpu = about.get("model_name") or about["devices"][0]["name"]
+    threads = about["devices"][0].get("threads")
+    disturbed = sum(bool(row.get("disturbed")) for row in result["rows"])
+    noise = f" Other processes disturbed {disturbed} rows." if disturbed else ""
+    return f"`{result['command']}`, {result['date']}, {cpu}, {threads} threads; {versions}.{noise}"
+
+
+def models_block(result: Mapping[str, Any]) -> str:
+    """A line for each case: fastvit beside the baseline and beside the fastest of all others."""
+    lines = [
+        "| model | mode | dtype | batch | allocator | baseline, ms | fastvit, ms | over the baseline (95%) "
+        "| fastest other | over it | of the limit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for race in races(result["rows"]):
+        case, ours = race[0], of(race, OURS)
+        base, other = of(race, case["baseline"]), fastest_other(race)
+        why = next((row for row in race if row["provider"] == OURS), None)
+        cells = [case["name"], case["mode"], case["dtype"], case["batch"], Path(case["allocator"]).name]
+        cells += [
+            _ms(base["ms"]["median"]) if base else "",
+            _ms(ours["ms"]["median"]) if ours else why and why["status"],
+        ]
+        cells += [_interval(ours["ratio"]) if ours else "", other["provider"] if other else ""]
+        cells += [f"{other['ms']['median'] / ours['ms']['median']:.2f}x" if ours and other else ""]
+        cells += [f"{ours['share']:.0%}" if ours and "share" in ours else ""]
+        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def ops_block(result: Mapping[str, Any]) -> str:
+    """For each operator, mode and dtype: the range of its rows over plain code and the fastest other; the losses."""
+    lines = [
+        "| operator | mode | dtype | batch | over eager | over the fastest other | losses |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple, list[list[Row]]] = {}
+    for race in races(result["rows"]):
+        key = (race[0]["name"].partition(": ")[0], *(race[0][axis] for axis in ("mode", "dtype", "batch")))
+        groups.setdefault(key, []).append(race)
+    for key, found in groups.items():
+        eager, best, losses = [], [], []
+        for race in found:
+            other, plain = fastest_other(race), over(race, "eager")
+            eager += [plain] if plain else []
+            ahead = over(race, other["provider"]) if other else None
+            if ahead is not None and other is not None:
+                best.append(ahead)
+                if ahead < 1.0:
+                    losses.append(f"{race[0]['name'].partition(': ')[2]} {ahead:.2f} ({other['provider']})")
+        lines.append("| " + " | ".join([*map(str, key), _range(eager), _range(best), ", ".join(losses)]) + " |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f}x to {max(values):.2f}x" if values else ""
+
+
+BLOCKS = {"models": models_block, "ops": ops_block}
+
+
+def newest(suite: str, folder: Path) -> Path | None:
+    """The newest complete result of a suite."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("suite") == suite and found.get("complete"):
+            return path
+    return None
+
+
+def block(suite: str, folder: Path) -> str:
+    """What stands between the marks of a suite."""
+    path = newest(suite, folder)
+    if path is None:
+        return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"{BLOCKS[suite](json.loads(path.read_text(encoding='utf-8')))}\n\n![{suite}]({name.with_suffix('.svg')})"
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """README.md with its blocks renewed."""
+    return BLOCK.sub(lambda match: f"{match[1]}{block(match[2], folder)}\n{match[3]}", text)
+
+
+def plot(rows: Sequence[Row], path: Path) -> Path:
+    """A chart of the ratios with their intervals: a group of bars for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastvit"
+    import matplotlib.pyplot as plt
+
+    groups = [[row for row in race if measured(row) and row["ratio"]] for race in races(rows)]
+    groups = [race for race in groups if race]
+    names = list(dict.fromkeys(row["provider"] for row in itertools.chain.from_iterable(groups)))
+    height = 0.8 / max(1, len(names))
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.16 * len(names) * max(1, len(groups))), layout="constrained")
+    for i, name in enumerate(names):
+        shown = [(g, row) for g, race in enumerate(groups) for row in race if row["provider"] == name]
+        ratios = [row["ratio"] for _, row in shown]
+        axes.barh(
+            [g + (i - (len(names) - 1) / 2) * height for g, _ in shown],
+            [each["median"] for each in ratios],
+            height,
+            xerr=[
+                [each["median"] - each["low"] for each in ratios],
+                [each["high"] - each["median"] for each in ratios],
+            ],
+            label=name,
+            color="#2f6fde" if name == OURS else plt.colormaps["tab20"](i % 20),
+        )
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(groups)), [", ".join(str(race[0][axis]) for axis in AXES[:4]) for race in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the baseline")
+    axes.spines[["top", "right"]].set_visible(False)
+    if names:
+        axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    console = console_of_a_command()
+    for path in options.files:
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"FILE: {path} is no result of benchmarks.models or benchmarks.ops ({error})")
+        for race in races(rows):
+            console.print(console_table(race, ", ".join(str(race[0][axis]) for axis in AXES)))
+        console.print(console_absent(rows))
+    if not options.files:
+        readme = ROOT / "README.md"
+        readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for suite in BLOCKS:
+            path = newest(suite, RESULTS)
+            if path is not None:
+                plot(json.loads(path.read_text(encoding="utf-8"))["rows"], path.with_suffix(".svg"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Tables of results: README.md is what the report would write, losses are in, and nothing wrong has a speed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import report
+
+README = (report.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def made_up(provider: str, ms: float | None, *, name: str = "m", status: str = "measured", **others) -> dict:
+    """A row; eager, the baseline, takes 10 ms."""
+    case = {"name": name, "mode": "fwd", "dtype": "float32", "batch": 8, "image_size": None, "allocator": "default"}
+    row = {**case, "provider": provider, "baseline": "eager", "status": status, "reason": "", "disturbed": 0.0}
+    if ms is not None:
+        ratio = {"median": 10.0 / ms, "low": 9.0 / ms, "high": 11.0 / ms}
+        row |= {"ms": {"median": ms, "low": ms, "high": ms}, "ratio": ratio, "share": 0.5, "prepare_s": 1.0}
+    return row | others
+
+
+def result(suite: str, rows: list[dict], complete: bool = True) -> dict:
+    machine = {"versions": {"torch": "2.13.0", "openvino": None}, "model_name": "A CPU", "devices": [{"threads": 2}]}
+    command = f"python -m benchmarks.{suite}"
+    head = {"suite": suite, "command": command, "date": "2026-01-02", "machine": machine, "complete": complete}
+    return {**head, "rows": rows}
+
+
+def test_readme_is_what_the_report_would_write():
+    assert report.render(README) == README
+    assert {match[1] for match in report.BLOCK.findall(README)} == set(report.BLOCKS)
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_a_result_of_the_suite_has_its_plot(path: Path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "suite" not in found:
+        pytest.skip("older than the suite")
+    assert path.with_suffix(".svg").exists()
+
+
+def test_a_models_line_has_the_baseline_the_fastest_other_and_the_share_of_the_limit():
+    rows = [made_up("eager", 10.0), made_up("openvino", 4.0), made_up("fastvit", 5.0), made_up("fastvit-inductor", 1.0)]
+    line = report.models_block(result("models", rows)).splitlines()[2]
+    assert line == "| m | fwd | float32 | 8 | default | 10 | 5 | 2.00x (1.80 to 2.20) | openvino | 0.80x | 50% |"
+
+
+def test_a_wrong_result_has_no_speed():
+    rows = [made_up("eager", 10.0), made_up("fastvit", None, status="inaccurate", error=1.0, plain_error=0.1)]
+    line = report.models_block(result("models", rows)).splitlines()[2]
+    assert "inaccurate" in line
+    assert "x" not in line.replace("inaccurate", "")
+    text = io.StringIO()
+    Console(file=text, width=150).print(report.console_table(rows, "title"))
+    assert "inaccurate" in text.getvalue()
+    assert "1.0e+00 (1.0e-01)" in text.getvalue()
+
+
+def test_losses_are_named_with_who_won():
+    rows = [
+        row
+        for name, ours in (("leff: small", 20.0), ("leff: large", 5.0))
+        for row in (made_up("eager", 10.0, name=name), made_up("fastvit", ours, name=name))
+    ]
+    line = report.ops_block(result("ops", rows)).splitlines()[2]
+    assert line == "| leff | fwd | float32 | 8 | 0.50x to 2.00x | 0.50x to 2.00x | small 0.50 (eager) |"
+
+
+def test_a_floor_is_no_rival():
+    rows = [made_up("eager", 10.0), made_up("copy", 1.0, floor=True), made_up("fastvit", 5.0)]
+    assert report.fastest_other(rows)["provider"] == "eager"
+
+
+def test_disturbed_rows_are_marked_and_counted():
+    rows = [made_up("eager", 10.0, disturbed=0.2), made_up("fastvit", 5.0)]
+    assert report.models_block(result("models", rows)).endswith("Other processes disturbed 1 rows.")
+    text = io.StringIO()
+    Console(file=text, width=150).print(report.console_table(rows, "title"))
+    assert "10 (10 to 10) ~" in text.getvalue()
+
+
+def test_who_was_absent_is_listed_once_for_each_reason():
+    rows = [made_up("zentorch", None, status="absent", name=name) | {"reason": "gone"} for name in "ab"]
+    text = io.StringIO()
+    Console(file=text, width=150).print(report.console_absent(rows))
+    assert text.getvalue().count("zentorch") == 1
+
+
+def test_the_newest_complete_result_fills_a_block(tmp_path):
+    for date, complete, ms in (("01", True, 5.0), ("02", True, 2.0), ("03", False, 1.0)):
+        rows = [made_up("eager", 10.0), made_up("fastvit", ms)]
+        (tmp_path / f"2026-01-{date}-models.json").write_text(json.dumps(result("models", rows, complete)))
+    text = "before\n<!-- report: models -->\nold\n<!-- end of report -->\nafter\n"
+    rendered = report.render(text, tmp_path)
+    assert rendered.startswith("before\n<!-- report: models -->\n| model |")
+    assert rendered.endswith("<!-- end of report -->\nafter\n")
+    assert "5.00x (4.50 to 5.50)" in rendered
+    assert "old" not in rendered
+    assert f"![models]({tmp_path}/2026-01-02-models.svg)" in rendered
+    assert report.render(rendered, tmp_path) == rendered
+
+
+def test_a_plot_is_the_same_each_time(tmp_path):
+    rows = [made_up("eager", 10.0), made_up("fastvit", 5.0), made_up("gone", None, status="absent")]
+    first, second = (report.plot(rows, tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
+    assert first == second
+
+
+def test_files_are_printed(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(result("models", [made_up("eager", 10.0), made_up("fastvit", 5.0)])))
+    assert report.main([str(path)]) == 0
+    assert "2.00x" in capsys.readouterr().out
+    path.write_text("[]")
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert f"FILE: {path} is no result" in capsys.readouterr().err
