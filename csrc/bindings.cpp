@@ -73,7 +73,7 @@ uint64_t fingerprint(uintptr_t address, int64_t rows, int64_t columns, int64_t r
   const auto* data = reinterpret_cast<const char*>(address);
   const auto count = static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns);
   uint64_t hash = count;
-  for (uint64_t i = 0; i < kSamples && count > 0; ++i) {
+  for (uint64_t i = 0; i < kSamples && count > 0 && data != nullptr; ++i) {
     const uint64_t at = i == 0 ? count - 1 : static_cast<uint64_t>(static_cast<__uint128_t>(i * kPrime) * count >> 64);
     const auto row = static_cast<int64_t>(at / static_cast<uint64_t>(columns));
     const auto column = static_cast<int64_t>(at % static_cast<uint64_t>(columns));

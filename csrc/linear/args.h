@@ -20,7 +20,7 @@ struct LinearParams {
   const void* weight;  // one of its strides is 1
   int64_t weight_column_stride, weight_depth_stride;
   int64_t panel_stride;  // floats between packed panels
-  const float* bias;  // (columns,)
+  const float* bias;     // (columns,)
   Activation activation;
   const float* scale;    // (columns,), or null
   const void* residual;  // rows contiguous, or null

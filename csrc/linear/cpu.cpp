@@ -139,12 +139,15 @@ struct Moments {
 
 template <class T>
 Moments moments(const T* row, int64_t depth, float eps) {
+  if (depth == 0) return {};
+  // The mean as what is to be added to the first element: exact for a row of equal values, whose deviation is 0.
+  const float first = widen(row[0]);
   Vec sums[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
   const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row + k);
+  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row + k) - Vec::fill(first);
   float total = sum(sums[0] + sums[1]);
-  for (int64_t k = whole; k < depth; ++k) total += widen(row[k]);
-  const float mean = total / static_cast<float>(depth);
+  for (int64_t k = whole; k < depth; ++k) total += widen(row[k]) - first;
+  const float mean = first + total / static_cast<float>(depth);
   sums[0] = sums[1] = Vec::fill(0.0f);
   for (int64_t k = 0; k < whole; k += kLanes) {
     const Vec apart = Vec::load(row + k) - Vec::fill(mean);
@@ -190,28 +193,9 @@ void load_rows(const LinearParams& p, int64_t row, int64_t rows, float* block) {
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
-// Software-prefetches the next panel while a tile of this one is computed, the floats of a word at a time. A prefetch
-// beyond the packed weight is harmless.
-class PrefetchPanel {
- public:
-  explicit PrefetchPanel(const float* panel) : at_(panel) {}
-  FASTVIT_INLINE void next_word() {
-    prefetch(at_, kPanel);
-    at_ += kPanel;
-  }
-
- private:
-  const float* at_;
-};
-
-struct NoPrefetch {
-  FASTVIT_INLINE void next_word() {}
-};
-
 // totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
-template <bool kPairs, int kR, class Prefetch>
-FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, float* totals,
-                                 Prefetch& prefetch_panel) {
+template <bool kPairs, int kR>
+FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, float* totals) {
   for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
     const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
@@ -224,7 +208,6 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
       Vec columns[kPanelVectors];
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
-      prefetch_panel.next_word();
       prefetch(weight + (k + kStepsAhead) * kPanel, kPanel);
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
@@ -257,18 +240,17 @@ struct Panel {
   template <class Finish>
   FASTVIT_INLINE void run(const Finish& finish) const {
     alignas(64) float totals[kRows * kPanel];
+    const int64_t ahead = round_up(divide_up(words_of<kPairs>(p.depth) * kPanel, divide_up(rows, kRows)), 16);
+    const float* next = next_packed;
     for (int64_t r = 0; r < rows;) {
       // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
       const int64_t left = rows - r;
       const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
+      // Each tile software-prefetches its share of the next panel to the L2 cache. Beyond the weight it is harmless.
+      for (int64_t i = 0; i < ahead; i += 16) __builtin_prefetch(next + i, 0, 2);
+      next += ahead;
       start(r, n, totals);
-      if (r == 0) {
-        PrefetchPanel next(next_packed);
-        multiply(r, n, totals, next);
-      } else {
-        NoPrefetch none;
-        multiply(r, n, totals, none);
-      }
+      multiply(r, n, totals);
       finish(r, n, totals);
       r += n;
     }
@@ -287,18 +269,16 @@ struct Panel {
     }
   }
 
-  template <class Prefetch>
-  FASTVIT_INLINE void multiply(int64_t r, int64_t n, float* totals, Prefetch& prefetch_panel) const {
+  FASTVIT_INLINE void multiply(int64_t r, int64_t n, float* totals) const {
     const int64_t words = words_of<kPairs>(p.depth);
     for (int64_t first = 0; first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
       const float* x = block + (first / kDepthBlock * rows + r) * kRowStride;
       const float* weight = packed + first * kPanel;
       if (n == kRows) {
-        add_products<kPairs, kRows>(count, x, weight, totals, prefetch_panel);
+        add_products<kPairs, kRows>(count, x, weight, totals);
       } else {
-        with_constant<kRows>(
-            n, [&](auto few) { add_products<kPairs, few.value>(count, x, weight, totals, prefetch_panel); });
+        with_constant<kRows>(n, [&](auto few) { add_products<kPairs, few.value>(count, x, weight, totals); });
       }
     }
   }

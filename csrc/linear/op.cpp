@@ -104,9 +104,8 @@ int64_t panels_of(const LinearParams& p, const LinearKernel& kernel) {
 
 void pack(const LinearParams& p, const LinearKernel& kernel, float* packed) {
   const int64_t panels = panels_of(p, kernel);
-  parallel_for(0, panels, grain_of(4 * kernel.panel_floats), [&](int64_t begin, int64_t end) {
-    kernel.pack(p, begin, end, packed + begin * kernel.panel_floats);
-  });
+  parallel_for(0, panels, grain_of(4 * kernel.panel_floats),
+               [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end, packed + begin * kernel.panel_floats); });
 }
 
 // Sizes and strides of the weight, copied unless contiguous along one axis.
@@ -129,7 +128,8 @@ Tensor pack_weight(Tensor weight) {
   LinearParams p{};
   take_weight(kOp, "weight", weight, weight.size(1), weight.dtype(), p);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
-  const int64_t floats = checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  const int64_t floats = panels_of(p, kernel) * kernel.panel_floats;
   Tensor packed = empty({kHeaderFloats + floats}, weight, Dtype::float32);
   const PackedHeader header = header_of(p);
   std::memcpy(packed.mutable_data<float>(), &header, sizeof header);
@@ -201,8 +201,8 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
 }
 
 // The packed panels, of now where they were not packed before; the workspace holds them.
-const float* packed_now(const char* op, const OptionalTensor& before, const LinearParams& p,
-                        const LinearKernel& kernel, Workspace& workspace) {
+const float* packed_now(const char* op, const OptionalTensor& before, const LinearParams& p, const LinearKernel& kernel,
+                        Workspace& workspace) {
   const float* packed = take_packed(op, before, p, kernel);
   if (packed != nullptr) return packed;
   float* fresh = workspace.take(panels_of(p, kernel) * kernel.panel_floats);

@@ -1,11 +1,11 @@
 """Weights of linear layers in the layout of the C++ kernels, made once and kept beside the weights.
 
-A packed weight is used again while the weight is the same object, and its version counter, address, sizes, strides,
-dtype and a fingerprint are what they were. The version counter tells of every change in place that autograd can see;
-the address of a replaced ``.data`` and of ``share_memory``; the fingerprint, of 64 values spread over the weight and
-read at each call, of writes through ``.data`` and by other processes. A single value written in such a way may escape
-it: call :func:`release` then. Weights that have no version counter (inference tensors), and all weights with
-``FASTVIT_PACK=0``, are packed at each call. Nothing is kept on modules or in a ``state_dict``.
+A packed weight is used again while the weight is the same object, or a view of it, and its version counter, address,
+sizes, strides, dtype and a fingerprint are what they were. The version counter tells of every change in place that
+autograd can see; the address of a replaced ``.data`` and of ``share_memory``; the fingerprint, of 64 values spread over
+the weight and read at each call, of writes through ``.data`` and by other processes. A single value written in such a
+way may escape it: call :func:`release` then. Weights that have no version counter (inference tensors), and all weights
+with ``FASTVIT_PACK=0``, are packed at each call. Nothing is kept on modules or in a ``state_dict``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import weakref
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastvit import backends
 from fastvit.ops._schema import define
@@ -36,28 +37,31 @@ _fingerprint = None if backends.cpp_reasons() else importlib.import_module("fast
 
 
 class _Kept(NamedTuple):
-    weight: weakref.ref[Tensor]
+    owner: weakref.ref[Tensor]
     state: tuple[Any, ...]
     packed: Tensor
 
 
-_kept: dict[int, _Kept] = {}
-"""By the identity of the weight."""
+_kept: dict[tuple[Any, ...], _Kept] = {}
+"""By the identity of the weight, or of what it is a view of, and its place in that."""
 
 
 def packed(weight: Tensor) -> Tensor | None:
     """A float32 or bfloat16 weight (N, K) on the CPU, packed; None where the call is to pack it."""
-    if not ENABLED or _fingerprint is None or weight.is_inference():
+    # The memory of any other tensor (fake, sparse, on another device) is not to be read by its address.
+    ordinary = type(weight) in (Tensor, Parameter) and weight.is_cpu and weight.dim() == 2
+    if not ENABLED or _fingerprint is None or not ordinary or weight.is_inference():
         return None
-    address, sizes, strides, dtype = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-    sample = _fingerprint(address, sizes[0], sizes[1], strides[0], strides[1], weight.itemsize)
-    state = (weight._version, address, sizes, strides, dtype, sample)
-    kept = _kept.get(id(weight))
-    if kept is not None and kept.state == state and kept.weight() is weight:
+    address, sizes, strides = weight.data_ptr(), weight.shape, weight.stride()
+    sample = _fingerprint(address, *sizes, *strides, weight.itemsize)
+    state = (weight._version, address, sizes, weight.dtype, sample)
+    owner = weight if weight._base is None else weight._base
+    key = id(owner), weight.storage_offset(), strides
+    kept = _kept.get(key)
+    if kept is not None and kept.state == state and kept.owner() is owner:
         return kept.packed
-    identity = id(weight)
-    fresh = _Kept(weakref.ref(weight, lambda _: _kept.pop(identity, None)), state, _pack(weight.detach()))
-    _kept[identity] = fresh
+    fresh = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, _pack(weight.detach()))
+    _kept[key] = fresh
     return fresh.packed
 
 

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvit import backends
+from fastvit import autotune, backends
 from fastvit.ops._checks import check_activation, check_linear, check_number, check_parameter, fail
 from fastvit.ops._operator import (
     AUTO,
@@ -39,6 +41,7 @@ CPP_DTYPES = (torch.float32, torch.bfloat16)
 CPP_MIN_ROWS = 16
 CPP_MIN_COLUMNS = 16
 _CPP_REASONS = tuple(backends.cpp_reasons())
+_HAS_VECTORS = not _CPP_REASONS and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -72,10 +75,14 @@ def _check_layer(names: tuple[str, str], x: Tensor, weight: Tensor, bias: Tensor
     """The number of outputs."""
     outputs = check_linear(names[0], weight, inputs, x)
     check_parameter(names[1], bias, (outputs,), x)
-    for name, tensor in zip(names, (weight, bias), strict=True):
-        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            fail(name, f"x's dtype {x.dtype}", tensor)
+    _check_dtype(names[0], weight, x)
+    _check_dtype(names[1], bias, x)
     return outputs
+
+
+def _check_dtype(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        fail(name, f"x's dtype {x.dtype}", tensor)
 
 
 def _check_x(call: Linear | Mlp) -> None:
@@ -86,20 +93,24 @@ def _check_x(call: Linear | Mlp) -> None:
     if norm is not None:
         if not isinstance(norm, LayerNorm):
             fail("norm", "LayerNorm.of(module) or None", norm)
-        check_parameter("norm.weight", norm.weight, x.shape[-1:], x)
-        check_parameter("norm.bias", norm.bias, x.shape[-1:], x)
+        for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+            check_parameter(name, tensor, tuple(x.shape[-1:]), x)
+            if tensor is None or tensor.dtype != torch.float32:
+                _check_dtype(name, tensor, x)
         check_number("norm.eps", norm.eps)
 
 
 def _check_added(call: Linear | Mlp, outputs: int) -> None:
     x, residual = call.x, call.residual
     check_parameter("scale", call.scale, (outputs,), x)
+    _check_dtype("scale", call.scale, x)
     if residual is not None:
         expected = (*x.shape[:-1], outputs)
         if not isinstance(residual, Tensor) or residual.shape != expected or not residual.is_floating_point():
             fail("residual", f"a floating tensor {expected}", residual)
         if residual.device != x.device:
             fail("residual", f"a tensor on {x.device}", residual)
+        _check_dtype("residual", residual, x)
 
 
 def _check_linear(call: Linear) -> None:
@@ -196,7 +207,7 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-def _run_linear_cpp(call: Linear) -> Tensor:
+def _run_linear_cpp(call: Linear, traced: bool = False) -> Tensor:
     x, weight, bias, activation, norm, scale, residual = call
     if is_grad_enabled() and gradients_needed(x, weight, bias, scale, residual, *(norm or ())[:2]):
         _check_linear(call)
@@ -205,20 +216,20 @@ def _run_linear_cpp(call: Linear) -> Tensor:
         return functional.add_scaled(functional.activate(out if x.dim() > 1 else out[0], activation), scale, residual)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
-    if is_dynamo_compiling():
+    if traced:
         return _linear(x, weight, bias, *norm_arguments, *behind)
     return _packed_linear(x, weight, bias, packed(weight), *norm_arguments, *behind)
 
 
-def _run_mlp_cpp(call: Mlp) -> Tensor:
+def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual = call
     parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, *(norm or ())[:2])
     if is_grad_enabled() and gradients_needed(x, residual, *parameters):
-        hidden = _run_linear_cpp(Linear(x, fc1_weight, fc1_bias, activation, norm))
-        return _run_linear_cpp(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual))
+        hidden = _run_linear_cpp(Linear(x, fc1_weight, fc1_bias, activation, norm), traced)
+        return _run_linear_cpp(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), traced)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
-    if is_dynamo_compiling():
+    if traced:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
     first, second = (fc1_weight, fc1_bias, packed(fc1_weight)), (fc2_weight, fc2_bias, packed(fc2_weight))
     return _packed_mlp(x, *first, *second, *norm_arguments, *behind)
@@ -249,7 +260,8 @@ def _run_mlp_reference(call: Mlp) -> Tensor:
     return _run_linear_reference(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual))
 
 
-def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
+def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) -> Iterator[str]:
+    """``traced``: whether Dynamo traces, where the caller knows."""
     yield from _CPP_REASONS
     x = call.x
     weights: tuple[Tensor, ...]
@@ -269,18 +281,57 @@ def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
             yield f"a parameter is a {type(tensor).__name__}"
     if named:
         return
-    # Not asked of a graph that is traced: it would be a guard on the batch size.
-    if not is_dynamo_compiling() and x.numel() < CPP_MIN_ROWS * x.shape[-1]:
-        yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
     for weight in weights:
         if weight.shape[0] < CPP_MIN_COLUMNS:
             yield f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty"
+    if is_dynamo_compiling() if traced is None else traced:  # what is asked of x would be a guard on the batch size
+        return
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows < CPP_MIN_ROWS:
+        yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
+        return
+    # What the times depend on; within a bucket of rows they are taken to be in proportion.
+    bucket, trains = (
+        min((rows - 1).bit_length(), MOST_ROWS.bit_length()),
+        is_grad_enabled() and gradients_needed(x, *weights),
+    )
+    sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, trains)
+    around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
+    key = (type(call).__name__, *sizes, *around)
+    faster = _FASTER.get(key) or _measure(call, 1 << bucket, weights[-1].shape[0], key)
+    if faster == REFERENCE:
+        yield "the library's products are faster on this machine"
+
+
+_FASTER: dict[tuple[Any, ...], str] = {}
+"""The faster implementation, by what the times depend on."""
+MOST_ROWS = 2048
+"""That are measured."""
+
+
+def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) -> str:
+    """The faster implementation for calls like this one, by :mod:`fastvit.autotune`; with ones for all values."""
+
+    def ones(value: Any) -> Any:
+        return torch.ones_like(value).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    twin = type(call)(*map(ones, call))
+    twin = twin._replace(
+        x=ones(call.x.new_empty(rows, call.x.shape[-1])),
+        norm=None if call.norm is None else LayerNorm(*map(ones, call.norm)),
+        residual=None if call.residual is None else ones(call.x.new_empty(rows, columns)),
+    )
+    implementations = (LINEAR if isinstance(call, Linear) else MLP).implementations
+    # What is first is taken where nothing is measured.
+    runs = {(each.name,): each.run for each in (implementations if _HAS_VECTORS else implementations[::-1])}
+    _FASTER[key] = autotune.choose("products", key, list(runs), lambda name: runs[name](twin), on_cpu=True)[0]
+    return _FASTER[key]
 
 
 LINEAR = Operator(
     "linear",
     (
-        Implementation("cpp", _run_linear_cpp, _cpp_reasons, validates=True),
+        Implementation("cpp", _run_linear_cpp, _cpp_reasons, True, partial(_run_linear_cpp, traced=True)),
         Implementation(REFERENCE, _run_linear_reference, validates=True),
     ),
     _check_linear,
@@ -288,7 +339,7 @@ LINEAR = Operator(
 MLP = Operator(
     "mlp",
     (
-        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, validates=True),
+        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, True, partial(_run_mlp_cpp, traced=True)),
         Implementation(REFERENCE, _run_mlp_reference, validates=True),
     ),
     _check_mlp,
@@ -323,10 +374,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight, bias = cast_like(x, weight, bias)
     call = Linear(x, weight, bias)
     if not _CPP_REASONS and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
-        for _ in _cpp_reasons(call, False):
+        traced = is_dynamo_compiling()
+        for _ in _cpp_reasons(call, False, traced):
             break
         else:
-            return _run_linear_cpp(call)
+            return _run_linear_cpp(call, traced)
     return _run_linear_reference(call)
 
 
@@ -348,7 +400,7 @@ def linear(
         weight: (N, K), dtype and device of x (under autocast dtypes may differ).
         bias: (N,), likewise.
         activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
-        norm: LayerNorm over K, in front. scale: (N,), a LayerScale. residual: (..., N).
+        norm: LayerNorm over K, in front, in x's dtype or float32. scale: (N,), a LayerScale. residual: (..., N).
         backend: "auto", "cpp" or "reference".
 
     Returns:

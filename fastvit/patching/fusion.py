@@ -123,6 +123,18 @@ def _is_ours(cls: type) -> bool:
     return "fastvit_plain" in vars(cls)
 
 
+def readable(part: Any, expected: type[nn.Module]) -> bool:
+    """:func:`is_plain`, a fifth of its time where nothing at all is out of the ordinary."""
+    if type(part) is expected and "forward" not in vars(part):
+        hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        if not hooks and all(type(parameter) in _ORDINARY for parameter in part._parameters.values()):
+            return True
+    return is_plain(part, expected)
+
+
+_ORDINARY = (nn.Parameter, type(None))
+
+
 def is_plain(part: Any, expected: type[nn.Module]) -> bool:
     """Whether a sub-module is exactly of this class, with nothing hooked to it: only then may its tensors be read."""
     return not obstacles(part, expected)

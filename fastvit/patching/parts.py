@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit import ops
-from fastvit import backends
+from fastvit import backends, ops
 from fastvit.patching.fusion import is_plain, plain_class
 from fastvit.reference.cvt import QuickGELU
 

@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.patching.blocks import BlockSeam
 from fastvit.patching.fusion import Fused, Row, intact
 from fastvit.patching.parts import activation_name, check_activation, project
+from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.cvt import ConvProjection
+from fastvit.reference.deepvit import ReAttention
 from fastvit.reference.functional import BatchNorm, Projection
-from fastvit.reference.layers import affine_map, dropout_p, obstacles
+from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
 
 
 class ProjectingSeam(Fused):
@@ -162,6 +165,13 @@ class LastQueryAttentionSeam(Fused):
         )
 
 
+class ReferenceBlockSeam(BlockSeam):
+    """A block of ViT, DeiT, DeepViT, CaiT or CPVT in four calls."""
+
+    attentions = (Attention, ReAttention, TalkingHeadAttention)
+    mlps = (Mlp,)
+
+
 class MlpSeam(Fused):
     """The MLP with its activation inside the first product."""
 
@@ -227,6 +237,9 @@ def _check_mlp(module: nn.Module) -> list[str]:
 
 
 ROWS = (
+    Row("fastvit.reference.layers.Block", ReferenceBlockSeam),
+    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam),
+    Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockSeam),
     Row("fastvit.reference.layers.Attention", AttentionSeam),
     Row("fastvit.reference.layers.Mlp", MlpSeam, _check_mlp),
     Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),
