@@ -60,9 +60,11 @@ def packed(weight: Tensor) -> Tensor | None:
     kept = _kept.get(key)
     if kept is not None and kept.state == state and kept.owner() is owner:
         return kept.packed
-    fresh = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, _pack(weight.detach()))
-    _kept[key] = fresh
-    return fresh.packed
+    fresh = _pack(weight.detach())
+    if type(fresh) is not Tensor:  # made while fake tensors are
+        return None
+    _kept[key] = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, fresh)
+    return fresh
 
 
 def release() -> None:

@@ -21,8 +21,6 @@ from fastvit.patching.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
 from fastvit.reference.layers import DropPath
 
-_PARTS = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm, "drop_path": DropPath}
-_OF_ATTENTION = {"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout}
 _OF_MLP = {"fc1": nn.Linear, "fc2": nn.Linear, "drop": nn.Dropout}
 
 
@@ -63,49 +61,67 @@ class BlockSeam(Fused):
 
     fastvit_op = "linear"
     attentions: ClassVar[tuple[type[nn.Module], ...]]
-    """The attention classes it knows, and below the class of its MLP."""
+    """The attention classes it knows, and below the classes of MLP."""
     mlps: ClassVar[tuple[type[nn.Module], ...]]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and _is_whole(self)):
+        if not (at_inference(self, x) and adds_attention(self) and adds_mlp(self)):
             return self.fastvit_plain.forward(self, x, mask)
-        attention, mlp = self.attn, self.mlp
-        q, k, v = split_heads(
-            ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(self.norm1)), attention
-        )
-        out = attention.attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        scale_1, scale_2 = getattr(self, "gamma_1", None), getattr(self, "gamma_2", None)
-        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale_1, residual=x)
-        return ops.mlp(
-            x,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
-            activation_name(mlp.act),
-            norm=LayerNorm.of(self.norm2),
-            scale=scale_2,
-            residual=x,
-        )
+        return add_mlp(self, add_attention(self, x, mask))
 
 
-def split_heads(qkv: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 * C) in the order (q|k|v, heads, head_dim) to views (B, H, N, D)."""
-    batch, tokens, _ = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def adds_attention(block: Any, **reads: type[nn.Module]) -> bool:
+    """Whether the attention, and all around it, is known and does nothing more than its tensors tell.
 
-
-def _is_whole(block: Any) -> bool:
-    """Whether the block is of known parts, none of which does more than its tensors tell."""
-    attention, mlp, backend = block.attn, block.mlp, block.fastvit_backend
+    Args:
+        reads: linear layers of the attention beside ``proj``; by default ``qkv``.
+    """
+    attention = block.attn
+    of_attention = {**(reads or {"qkv": nn.Linear}), "proj": nn.Linear, "proj_drop": nn.Dropout}
     return (
-        all(readable(block._modules.get(name), expected) for name, expected in _PARTS.items())
-        and not block.drop_path.training
-        and is_known(attention, block.attentions, backend, _OF_ATTENTION)
+        readable(block._modules.get("norm1"), nn.LayerNorm)
+        and _passes(block._modules.get("drop_path"))
+        and getattr(block, "scale_adjustment", 1.0) == 1.0
+        and is_known(attention, block.attentions, block.fastvit_backend, of_attention)
         and dropout_p(attention.proj_drop) == 0.0
-        and is_known(mlp, block.mlps, backend, _OF_MLP)
+    )
+
+
+def adds_mlp(block: Any) -> bool:
+    """Whether the MLP, and all around it, is known and does nothing more than its tensors tell."""
+    mlp = block.mlp
+    return (
+        readable(block._modules.get("norm2"), nn.LayerNorm)
+        and _passes(block._modules.get("drop_path"))
+        and is_known(mlp, block.mlps, block.fastvit_backend, _OF_MLP)
         and dropout_p(mlp.drop) == 0.0
         and activation_name(mlp.act) is not None
-        and getattr(block, "scale_adjustment", 1.0) == 1.0
     )
+
+
+def _passes(drop_path: Any) -> bool:
+    return readable(drop_path, DropPath) and not drop_path.training
+
+
+def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
+    attention = block.attn
+    batch, tokens, _ = x.shape
+    qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(block.norm1))
+    heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    return add_projection(block, x, attention.attend(q, k, v, mask))
+
+
+def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
+    """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
+    proj = block.attn.proj
+    tokens = out.transpose(1, 2).flatten(2)
+    return ops.linear(tokens, proj.weight, proj.bias, scale=getattr(block, "gamma_1", None), residual=x)
+
+
+def add_mlp(block: Any, x: Tensor) -> Tensor:
+    """x + gamma_2 mlp(norm2(x))."""
+    fc1, fc2, activation = block.mlp.fc1, block.mlp.fc2, activation_name(block.mlp.act)
+    scale, norm = getattr(block, "gamma_2", None), LayerNorm.of(block.norm2)
+    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, norm=norm, scale=scale, residual=x)

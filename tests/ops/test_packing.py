@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvit import backends, ops
 from fastvit.ops import _packing
@@ -250,3 +251,10 @@ def test_another_weight_or_instruction_set_is_refused(layer: nn.Linear) -> None:
                 run_packed(X, layer.weight, None, packed, *rest)
         finally:
             native._set_cpu_capability(before)
+
+
+def test_a_packing_that_holds_no_values_is_not_kept(layer: nn.Linear) -> None:
+    expected = ops.linear(X, layer.weight.detach().clone(), layer.bias.detach().clone(), backend="cpp")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        ops.linear(torch.empty(40, 24), layer.weight, layer.bias, backend="cpp")
+    assert torch.equal(run(layer), expected)
