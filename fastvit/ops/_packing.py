@@ -4,14 +4,16 @@ A packed weight is used again while the weight is the same object, or a view of 
 sizes, strides, dtype and a fingerprint are what they were. The version counter tells of every change in place that
 autograd can see; the address of a replaced ``.data`` and of ``share_memory``; the fingerprint, of 64 values spread over
 the weight and read at each call, of writes through ``.data`` and by other processes. A single value written in such a
-way may escape it: call :func:`release` then. Weights that have no version counter (inference tensors), and all weights
-with ``FASTVIT_PACK=0``, are packed at each call. Nothing is kept on modules or in a ``state_dict``.
+way may escape it: call ``fastvit.release_memory()`` then. Weights that have no version counter (inference tensors), and
+all weights with ``FASTVIT_PACK=0``, are packed at each call. Nothing is kept on modules or in a ``state_dict``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
+import sys
 import weakref
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from torch.nn import Parameter
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["packed", "release"]
+__all__ = ["packed", "release_memory"]
 
 
 def _enabled(value: str) -> bool:
@@ -67,6 +69,10 @@ def packed(weight: Tensor) -> Tensor | None:
     return fresh
 
 
-def release() -> None:
-    """Give up every packed weight; the next call packs anew."""
+def release_memory() -> None:
+    """Give up every packed copy of a weight, and give freed memory back to the system; the next call packs anew."""
     _kept.clear()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)

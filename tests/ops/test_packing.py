@@ -186,7 +186,7 @@ def test_a_packing_goes_with_its_weight(layer: nn.Linear) -> None:
     gc.collect()
     assert not _packing._kept
     run(layer)
-    _packing.release()
+    _packing.release_memory()
     assert not _packing._kept
     assert_fresh(layer)
 
@@ -218,7 +218,7 @@ def test_training_keeps_no_packing(layer: nn.Linear, packings: list[Tensor]) -> 
 def test_two_threads_at_once(layer: nn.Linear) -> None:
     expected = run(layer)
     for _ in range(20):
-        _packing.release()
+        _packing.release_memory()
         start, results = threading.Barrier(4), []
 
         def work(start=start, results=results) -> None:
