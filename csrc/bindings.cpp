@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -64,6 +66,26 @@ py::dict cpu_info() {
   return info;
 }
 
+// A hash of 64 values spread over a matrix in memory; strides in elements.
+uint64_t fingerprint(uintptr_t address, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                     int64_t element_bytes) {
+  constexpr uint64_t kSamples = 64, kPrime = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio, which spreads the samples
+  const auto* data = reinterpret_cast<const char*>(address);
+  const auto count = static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns);
+  uint64_t hash = count;
+  for (uint64_t i = 0; i < kSamples && count > 0 && data != nullptr; ++i) {
+    const uint64_t at = i == 0 ? count - 1 : static_cast<uint64_t>(static_cast<__uint128_t>(i * kPrime) * count >> 64);
+    const auto row = static_cast<int64_t>(at / static_cast<uint64_t>(columns));
+    const auto column = static_cast<int64_t>(at % static_cast<uint64_t>(columns));
+    uint64_t value = 0;
+    std::memcpy(&value, data + (row * row_stride + column * column_stride) * element_bytes,
+                static_cast<size_t>(element_bytes < 8 ? element_bytes : 8));
+    hash = (hash ^ value) * kPrime;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
 // (operator, dispatch key) of every kernel in this binary.
 std::vector<std::pair<std::string, std::string>> operators() {
   std::vector<std::pair<std::string, std::string>> all;
@@ -81,6 +103,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native part of fastvit: build and CPU information; operators are registered with torch.";
   module.def("build_info", &build_info, "How this binary was built.");
   module.def("cpu_info", &cpu_info, "Who made this CPU, the instruction sets it can run, and the one in use.");
+  module.def("fingerprint", &fingerprint, "A hash of 64 values spread over a matrix in memory, strides in elements.");
   module.def("operators", &operators, "(operator, dispatch key) of every kernel in this binary.");
   module.def("_set_cpu_capability", &fastvit::set_cpu_isa, py::arg("name"),
              "Changes the instruction set in use (for tests); ValueError if this CPU cannot run it.");

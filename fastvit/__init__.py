@@ -12,6 +12,7 @@ import os
 
 from fastvit import backends, losses, ops, patching, reference
 from fastvit._version import __version__
+from fastvit.ops._packing import release_memory
 from fastvit.patching import (
     Explanation,
     Fused,
@@ -50,6 +51,7 @@ __all__ = [
     "patching",
     "reference",
     "register",
+    "release_memory",
     "report",
     "unpatch",
     "unregister",

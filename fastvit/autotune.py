@@ -3,12 +3,13 @@
 - :func:`choose` takes a Triton kernel's launch configuration out of a short list, the first of which is valid
   everywhere.
 - :func:`fastest` takes an operator's implementation where a CUDA and a Triton kernel can both run a call.
+- :func:`choose` with ``on_cpu`` does so on the CPU, for products, which C++ kernels and the library can both compute.
 
 Results are kept in memory, and on disk for later processes: one small JSON file per key, so that processes which
 measure at the same time cannot damage each other's results.
 
-Nothing is measured, and the first candidate is taken, where measuring is impossible or unwanted: off the GPU, while a
-CUDA graph is captured, while torch.compile traces or a model is exported, and under
+Nothing is measured, and the first candidate is taken, where measuring is impossible or unwanted: while a CUDA graph is
+captured, while torch.compile traces or a model is exported, and under
 ``torch.use_deterministic_algorithms``, where the result must not depend on a timer.
 
 Environment:
@@ -25,11 +26,13 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import statistics
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -59,6 +62,8 @@ AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
 
 WARMUP_RUNS = 3
 ROUNDS = 9
+PREFERENCE = 0.9
+"""Of the first candidate on the CPU: another has to take less than this part of its time."""
 INTERPRETER_MULTIPROCESSORS = 4
 """Few programs for Triton's interpreter, since each is slow."""
 
@@ -127,8 +132,9 @@ def choose(
     key: tuple[Hashable, ...],
     configurations: Sequence[Configuration],
     run: Callable[[Configuration], object],
+    on_cpu: bool = False,
 ) -> Configuration:
-    """The configuration to launch a kernel with, on the current CUDA device.
+    """The configuration to launch a kernel with, on the current CUDA device or on the CPU.
 
     Args:
         kernel_name: letters, digits and underscores.
@@ -143,17 +149,17 @@ def choose(
     first = configurations[0]
     if len(configurations) == 1 or not ENABLED or torch.are_deterministic_algorithms_enabled():
         return first
-    if torch.compiler.is_compiling() or not _has_device():
+    if torch.compiler.is_compiling() or not (on_cpu or _has_device()):
         return first
-    known = (kernel_name, _device_index(), key, tuple(configurations))
+    known = (kernel_name, "cpu" if on_cpu else _device_index(), key, tuple(configurations))
     if known in _chosen:
         return _chosen[known]
     with _measuring:
         if known not in _chosen:
-            record = _record(kernel_name, key)
+            record = _record(kernel_name, key, cpu_name() if on_cpu else _device_name())
             found = _read(record, configurations)
-            if found is None and not _capturing():
-                found = _fastest(configurations, run)
+            if found is None and (on_cpu or not _capturing()):
+                found = _fastest(configurations, run, _time_on_cpu if on_cpu else _time)
                 if found is not None:
                     _write(record, found)
             if found is None:
@@ -235,11 +241,28 @@ def _device_name() -> str:
     return torch.cuda.get_device_name()
 
 
+@functools.cache
+def cpu_name() -> str:
+    """The CPU: its model by name, family, model and stepping, and the instruction set asked for."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    number = "/".join(fields.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} {number} {os.environ.get('FASTVIT_CPU_CAPABILITY', '').lower()}".strip()
+
+
 def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _fastest(configurations: Sequence[Configuration], run: Callable[[Configuration], object]) -> Configuration | None:
+def _fastest(
+    configurations: Sequence[Configuration],
+    run: Callable[[Configuration], object],
+    time: Callable[[Sequence[Callable[[], object]]], list[float]],
+) -> Configuration | None:
     """The candidate with the smallest median time; None where none can run or memory is too short to measure."""
     fitting = []
     try:
@@ -247,7 +270,7 @@ def _fastest(configurations: Sequence[Configuration], run: Callable[[Configurati
             with contextlib.suppress(*_resource_errors()):
                 run(configuration)  # compiles; raises where the device lacks the resources
                 fitting.append(configuration)
-        seconds = _time([functools.partial(run, configuration) for configuration in fitting])
+        seconds = time([functools.partial(run, configuration) for configuration in fitting])
     except torch.OutOfMemoryError:
         return None
     return min(zip(seconds, range(len(fitting)), fitting, strict=True))[2] if fitting else None
@@ -278,12 +301,24 @@ def _time(calls: Sequence[Callable[[], object]]) -> list[float]:
     return [statistics.median(begin.elapsed_time(end) for begin, end in pairs) for pairs in events]
 
 
-def _record(kernel_name: str, key: tuple[Hashable, ...]) -> tuple[Path, dict[str, Any]]:
+def _time_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The shortest time of each call, interleaved; the first one's a little shortened, as it is preferred."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-1, ROUNDS):
+        for call, times in zip(calls, seconds, strict=True):
+            begin = time.perf_counter()
+            call()
+            if turn >= 0:
+                times.append(time.perf_counter() - begin)
+    return [min(times) * (PREFERENCE if place == 0 else 1.0) for place, times in enumerate(seconds)]
+
+
+def _record(kernel_name: str, key: tuple[Hashable, ...], device: str) -> tuple[Path, dict[str, Any]]:
     """The file of a key, and the key with all else that identifies a result."""
     identity = {
         "kernel": kernel_name,
         "key": [value if isinstance(value, (int, float, str)) else str(value) for value in key],
-        "device": _device_name(),
+        "device": device,
         "triton": backends.TRITON_VERSION,
         "fastvit": __version__,
     }

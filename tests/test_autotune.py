@@ -184,9 +184,8 @@ def test_a_directory_that_cannot_be_written_to_is_no_error(machine, tmp_path):
 
 def _write_often(folder: str) -> None:
     os.environ["FASTVIT_CACHE_DIR"] = folder
-    autotune._device_name = lambda: "GPU"
     for block in range(200):
-        autotune._write(autotune._record("kernel", (1,)), Config(block))
+        autotune._write(autotune._record("kernel", (1,), "GPU"), Config(block))
 
 
 def test_processes_that_write_at_the_same_time_leave_whole_files(machine, tmp_path):
@@ -195,7 +194,7 @@ def test_processes_that_write_at_the_same_time_leave_whole_files(machine, tmp_pa
     for writer in writers:
         writer.start()
     machine.device = "GPU"
-    record = autotune._record("kernel", (1,))
+    record = autotune._record("kernel", (1,), "GPU")
     every = [Config(block) for block in range(200)]
     while any(writer.is_alive() for writer in writers):
         assert not record[0].exists() or autotune._read(record, every) is not None

@@ -158,11 +158,14 @@ void replace(Tensor& tensor, Dtype dtype) {
 
 }  // namespace
 
-void make_last_axis_contiguous(Tensor& tensor) {
-  const int64_t axes = tensor.dim();
-  if (axes == 0 || tensor.stride(axes - 1) == 1 || tensor.numel() == 0) return;
+void make_contiguous(Tensor& tensor) {
   const Dtype dtype = tensor.dtype();
   if (dtype != Dtype::other) replace(tensor, dtype);
+}
+
+void make_last_axis_contiguous(Tensor& tensor) {
+  const int64_t axes = tensor.dim();
+  if (axes > 0 && tensor.stride(axes - 1) != 1 && tensor.numel() > 0) make_contiguous(tensor);
 }
 
 void make_parameter(Tensor& tensor, const Tensor& x) {

@@ -158,7 +158,8 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like);  // contiguous
 Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like, Dtype dtype);
 
-// Replaces a tensor by a contiguous copy unless the stride of its last axis is 1.
+// Replaces a tensor by a contiguous copy, the second unless the stride of its last axis is 1.
+void make_contiguous(Tensor& tensor);
 void make_last_axis_contiguous(Tensor& tensor);
 
 // Replaces a parameter by a contiguous copy in float32 unless it is contiguous, and in float32 or x's dtype.

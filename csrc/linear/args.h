@@ -1,4 +1,4 @@
-// A linear layer and its activation: the arguments of the kernels.
+// A linear layer with what stands before and behind it: the arguments of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,29 +8,44 @@
 
 namespace fastvit {
 
-// out[m][n] = activation(sum_k x[m][k] weight[n][k] + bias[n]). Strides in elements.
+// out = residual + scale * activation(norm(x) weight^T + bias), of which all but the product may be absent. Strides in
+// elements.
 struct LinearParams {
   int64_t rows, columns, depth;
   const void* x;  // rows contiguous
   int64_t x_stride;
+  bool has_norm;                         // a layer norm of each row of x
+  const float *norm_weight, *norm_bias;  // (depth,), may be null
+  float norm_eps;
   const void* weight;  // one of its strides is 1
   int64_t weight_column_stride, weight_depth_stride;
-  const float* bias;  // (columns,)
-  void* out;          // contiguous
-  bool bfloat16;      // x, weight and out; float32 otherwise
+  int64_t panel_stride;  // floats between packed panels
+  const float* bias;     // (columns,)
   Activation activation;
-  bool accumulate;  // float32: adds to out instead of the bias
+  const float* scale;    // (columns,), or null
+  const void* residual;  // rows contiguous, or null
+  int64_t residual_stride;
+  void* out;        // contiguous
+  bool bfloat16;    // x, weight, residual and out; float32 otherwise
+  bool accumulate;  // float32: starts from out instead of the bias
 };
 
-// The steps of the computation. Columns are divided into panels, and panels into groups that share a packed weight.
+// The steps of the computation. The columns are divided into panels of the packed weight, the rows into blocks that
+// stay in the L2 cache.
 struct LinearKernel {
   int64_t panel_columns, row_tile;
-  int64_t packed_floats_of_panel, scratch_floats_of_panel, scratch_floats;
+  int64_t panel_floats;  // of a packed panel
+  int64_t row_floats;    // of a row in a block
   // Packs panels [begin, end).
   void (*pack)(const LinearParams&, int64_t begin, int64_t end, float* packed);
-  // Computes rows [row_begin, row_end) of panels [begin, end), packed as pack does.
-  void (*multiply)(const LinearParams&, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                   const float* packed, float* scratch);
+  // Copies rows of x to a block, normalised.
+  void (*load)(const LinearParams&, int64_t row, int64_t rows, float* block);
+  // Computes panels [begin, end) of the rows in a block, which are rows from `row` on of out; `packed` is panel begin.
+  void (*multiply)(const LinearParams&, int64_t row, int64_t rows, const float* block, int64_t begin, int64_t end,
+                   const float* packed);
+  // Likewise, to a block of the product that follows; without scale and residual.
+  void (*multiply_to_block)(const LinearParams&, int64_t rows, const float* block, int64_t begin, int64_t end,
+                            const float* packed, float* next);
 };
 
 FASTVIT_DECLARE_PER_ISA(LinearKernel linear_kernel(const LinearParams& p);)

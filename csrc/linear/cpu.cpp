@@ -1,14 +1,20 @@
-// A linear layer and its activation, compiled once per instruction set.
+// A linear layer with what stands before and behind it, compiled once per instruction set.
 //
 // Columns are the lanes of every vector. A tile of the result is kRows rows by a panel of kPanelVectors vectors; its
 // sums stay in registers while words of x are broadcast and multiplied by the packed weight:
 //   sums[r][c] += x[r][k] * weight[k][c]
 // Every kPartialSum terms the sums are added to the tile's totals, which start with the bias: partial sums keep the
-// rounding error of long sums small. The rows of x are copied, a block of the depth at a time, to rows a constant
-// distance apart: it fits the addressing modes, and is no power of two, at which rows would share cache sets.
+// rounding error of long sums small.
+//
+// Rows of x are copied to a block in the L2 cache, normalised on the way. Every panel of the weight passes all tiles of
+// the block while it is in the L1 cache, and the next panel is prefetched. In a block a row is cut into parts of
+// kDepthBlock words, [part][row][kRowStride]: a constant distance between rows fits the addressing modes, and is no
+// power of two, at which rows would share cache sets.
 //
 // With the bfloat16 dot product (kPairs) a word is a pair along the depth, and the sums are float32.
 #include "linear/args.h"
+
+#include <type_traits>
 
 #include "common/vec_activation.h"
 #include "common/vec_product.h"
@@ -119,37 +125,77 @@ void pack(const LinearParams& p, int64_t begin, int64_t end, float* packed) {
   }
 }
 
-// --- A tile ----------------------------------------------------------------------------------------------------------
+// --- A block of rows -------------------------------------------------------------------------------------------------
 
-// Software-prefetches the rows of x that the next tile copies, a cache line at a time while this tile is computed: they
-// are too many for the hardware prefetcher. A prefetch beyond x is harmless.
-class PrefetchRows {
- public:
-  PrefetchRows(const void* first, int64_t stride, int64_t rows)
-      : line_(static_cast<const char*>(first)), stride_(stride), rows_(rows) {}
+template <bool kPairs>
+using Word = std::conditional_t<kPairs, bf16, float>;  // an element of a block
+template <bool kPairs>
+constexpr int64_t kElementsOfWord = kPairs ? 2 : 1;
 
-  FASTVIT_INLINE void next_line() {
-    __builtin_prefetch(line_ + row_ * stride_);
-    if (++row_ == rows_) {
-      row_ = 0;
-      line_ += 64;
+// Mean and 1 / sqrt(variance + eps) of a row.
+struct Moments {
+  float mean, inverse;
+};
+
+template <class T>
+Moments moments(const T* row, int64_t depth, float eps) {
+  if (depth == 0) return {};
+  // The mean as what is to be added to the first element: exact for a row of equal values, whose deviation is 0.
+  const float first = widen(row[0]);
+  Vec sums[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row + k) - Vec::fill(first);
+  float total = sum(sums[0] + sums[1]);
+  for (int64_t k = whole; k < depth; ++k) total += widen(row[k]) - first;
+  const float mean = first + total / static_cast<float>(depth);
+  sums[0] = sums[1] = Vec::fill(0.0f);
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    const Vec apart = Vec::load(row + k) - Vec::fill(mean);
+    sums[k / kLanes % 2] = fma(apart, apart, sums[k / kLanes % 2]);
+  }
+  float squares = sum(sums[0] + sums[1]);
+  for (int64_t k = whole; k < depth; ++k) squares += (widen(row[k]) - mean) * (widen(row[k]) - mean);
+  return {mean, 1.0f / __builtin_sqrtf(squares / static_cast<float>(depth) + eps)};
+}
+
+// to = (row - mean) * inverse * weight + bias, for `count` elements from `first` on.
+template <class T, class To>
+void normalize(const LinearParams& p, const T* row, Moments of, int64_t first, int64_t count, To* to) {
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const int64_t n = smaller(kLanes, count - k), at = first + k;
+    Vec value = (load(row + at, n) - Vec::fill(of.mean)) * Vec::fill(of.inverse);
+    if (p.norm_weight != nullptr) value *= load(p.norm_weight + at, n);
+    if (p.norm_bias != nullptr) value += load(p.norm_bias + at, n);
+    store(value, to + k, n);
+  }
+}
+
+template <class T, bool kPairs>
+void load_rows(const LinearParams& p, int64_t row, int64_t rows, float* block) {
+  constexpr int64_t kElements = kElementsOfWord<kPairs>;
+  const int64_t words = words_of<kPairs>(p.depth);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
+    const Moments of = p.has_norm ? moments(from, p.depth, p.norm_eps) : Moments{};
+    for (int64_t first = 0; first < words; first += kDepthBlock) {
+      float* to = block + (first / kDepthBlock * rows + r) * kRowStride;
+      const int64_t count = smaller(kDepthBlock, words - first);
+      if (!p.has_norm) {
+        copy_words<T, kPairs>(from, p.depth, first * kElements, count, to);
+        continue;
+      }
+      const int64_t elements = smaller(count * kElements, p.depth - first * kElements);
+      if (elements < count * kElements) to[count - 1] = 0.0f;  // the missing half of a pair
+      normalize(p, from, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
     }
   }
+}
 
- private:
-  const char* line_;
-  int64_t stride_, rows_, row_ = 0;  // stride in bytes
-};
+// --- A tile ----------------------------------------------------------------------------------------------------------
 
-struct NoPrefetch {
-  FASTVIT_INLINE void next_line() {}
-};
-
-// sink(r, c, sum) for every partial sum of sum_k x[r][k] weight[k][c] over `words` words. One line is prefetched per
-// word: the rows of a tile have fewer lines than words.
-template <bool kPairs, int kR, class Prefetch, class Sink>
-FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, Prefetch prefetch_x,
-                                 const Sink& sink) {
+// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
+template <bool kPairs, int kR>
+FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, float* totals) {
   for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
     const int64_t end = smaller(words, first + kPartialSum<kPairs>);
     Vec sums[kR][kPanelVectors];
@@ -162,9 +208,7 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
       Vec columns[kPanelVectors];
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
-      prefetch_x.next_line();
-      __builtin_prefetch(weight + (k + kStepsAhead) * kPanel);
-      __builtin_prefetch(weight + (k + kStepsAhead) * kPanel + kLanes);
+      prefetch(weight + (k + kStepsAhead) * kPanel, kPanel);
 #pragma GCC unroll 16
       for (int r = 0; r < kR; ++r) {
         const Vec row = Vec::fill(x[r * kRowStride + k]);
@@ -175,163 +219,158 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) sink(r, c, sums[r][c]);
+      for (int c = 0; c < kPanelVectors; ++c) {
+        float* total = totals + r * kPanel + c * kLanes;
+        (Vec::load(total) + sums[r][c]).store(total);
+      }
     }
   }
 }
 
-// totals[r][c] += sum_k x[r][k] weight[k][c].
-template <bool kPairs, int kR, class Prefetch>
-void add_to_totals(int64_t words, const float* x, const float* weight, float* totals, Prefetch prefetch_x) {
-  add_products<kPairs, kR>(words, x, weight, prefetch_x, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
-    float* total = totals + r * kPanel + c * kLanes;
-    (Vec::load(total) + sum).store(total);
-  });
-}
-
-// out[r][c] = bias[c] + sum_k x[r][k] weight[k][c], for sums of one partial sum.
-template <bool kPairs, class T, class Prefetch>
-void store_short_sums(int64_t words, const float* x, const float* weight, const float* bias, T* out, int64_t stride,
-                      Prefetch prefetch_x) {
-  Vec results[kPanelVectors];
-  add_products<kPairs, kRows>(words, x, weight, prefetch_x, [&](int r, int c, Vec sum) __attribute__((always_inline)) {
-    results[c] = Vec::load(bias + c * kLanes) + sum;
-    if (c + 1 == kPanelVectors) store_two(results[0], results[1], out + r * stride);
-  });
-}
-
-// The rows of a tile against all panels of a group.
+// A panel of the weight against the rows of a block.
 template <class T, bool kPairs>
-struct Tile {
+struct Panel {
   const LinearParams& p;
-  int64_t row, rows, begin_panel, end_panel;
-  const float* packed;
-  float *copy, *totals;
+  int64_t row, rows;  // of the block; row: of its first in out
+  const float* block;
+  int64_t column, columns;  // columns: at most kPanel
+  const float *packed, *next_packed;
 
-  int64_t columns(int64_t panel) const { return smaller(kPanel, p.columns - panel * kPanel); }
-  float* total(int64_t panel, int64_t r) const { return totals + ((panel - begin_panel) * kRows + r) * kPanel; }
-
-  // Panels before it are stored straight from registers: whole panels of sums that are a single partial sum, without an
-  // activation, whose constants would not fit beside the sums.
-  int64_t first_panel_with_totals(int64_t words) const {
-    const bool is_short = words > 0 && words <= kPartialSum<kPairs> && words <= kDepthBlock;
-    if (!is_short || rows < kRows || p.accumulate || p.activation != Activation::none) return begin_panel;
-    const int64_t whole = p.columns / kPanel;
-    return whole < begin_panel ? begin_panel : smaller(whole, end_panel);
+  // finish(r, n, totals) for every tile of n rows from r on.
+  template <class Finish>
+  FASTVIT_INLINE void run(const Finish& finish) const {
+    alignas(64) float totals[kRows * kPanel];
+    const int64_t ahead = round_up(divide_up(words_of<kPairs>(p.depth) * kPanel, divide_up(rows, kRows)), 16);
+    const float* next = next_packed;
+    for (int64_t r = 0; r < rows;) {
+      // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
+      const int64_t left = rows - r;
+      const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
+      // Each tile software-prefetches its share of the next panel to the L2 cache. Beyond the weight it is harmless.
+      for (int64_t i = 0; i < ahead; i += 16) __builtin_prefetch(next + i, 0, 2);
+      next += ahead;
+      start(r, n, totals);
+      multiply(r, n, totals);
+      finish(r, n, totals);
+      r += n;
+    }
   }
 
-  void run() const {
+  // The totals begin with the bias, or with the previous result.
+  FASTVIT_INLINE void start(int64_t r, int64_t n, float* totals) const {
+    const float* from = p.accumulate ? static_cast<const float*>(p.out) + (row + r) * p.columns : p.bias;
+    const int64_t step = p.accumulate ? p.columns : 0;
+    for (int64_t c = 0; c < kPanel; c += kLanes) {
+      const int64_t left = columns - c;
+      for (int64_t i = 0; i < n; ++i) {
+        const float* at = from + i * step + column + c;
+        (left > 0 ? load(at, smaller(kLanes, left)) : Vec::fill(0.0f)).store(totals + i * kPanel + c);
+      }
+    }
+  }
+
+  FASTVIT_INLINE void multiply(int64_t r, int64_t n, float* totals) const {
     const int64_t words = words_of<kPairs>(p.depth);
-    const int64_t first_total = first_panel_with_totals(words);
-    start(first_total);
     for (int64_t first = 0; first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
-      copy_rows(first, count);
-      for (int64_t panel = begin_panel; panel < end_panel; ++panel) {
-        if (first == 0) prefetch_out(panel);
-        const float* weight = packed + ((panel - begin_panel) * words + first) * kPanel;
-        if (rows < kRows) {
-          with_constant<kRows>(rows, [&](auto n) {
-            add_to_totals<kPairs, n.value>(count, copy, weight, total(panel, 0), NoPrefetch());
-          });
-        } else if (panel == begin_panel) {
-          const T* below = static_cast<const T*>(p.x) + (row + rows) * p.x_stride + first * (kPairs ? 2 : 1);
-          multiply(panel, count, weight, panel < first_total,
-                   PrefetchRows(below, p.x_stride * static_cast<int64_t>(sizeof(T)), rows));
-        } else {
-          multiply(panel, count, weight, panel < first_total, NoPrefetch());
-        }
-      }
-    }
-    with_activation(p.activation, [&]<Activation activation>() { finish<activation>(first_total); });
-  }
-
-  // A panel of a whole tile.
-  template <class Prefetch>
-  void multiply(int64_t panel, int64_t words, const float* weight, bool directly, Prefetch prefetch_x) const {
-    if (directly) {
-      T* out = static_cast<T*>(p.out) + row * p.columns + panel * kPanel;
-      store_short_sums<kPairs>(words, copy, weight, p.bias + panel * kPanel, out, p.columns, prefetch_x);
-    } else {
-      add_to_totals<kPairs, kRows>(words, copy, weight, total(panel, 0), prefetch_x);
-    }
-  }
-
-  // Initialises the totals of the panels from `first_panel` on.
-  void start(int64_t first_panel) const {
-    // The bias is the same for all rows, unlike the previous result.
-    const float* from = p.accumulate ? static_cast<const float*>(p.out) + row * p.columns : p.bias;
-    const int64_t step = p.accumulate ? p.columns : 0;
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      for (int64_t c = 0; c < kPanel; c += kLanes) {
-        const int64_t column = panel * kPanel + c, left = columns(panel) - c;
-        for (int64_t r = 0; r < rows; ++r) {
-          const float* start = from + r * step + column;
-          const Vec value = left > 0 ? load(start, smaller(kLanes, left)) : Vec::fill(0.0f);
-          value.store(total(panel, r) + c);
-        }
-      }
-    }
-  }
-
-  // Prefetches a panel of the result, which is written once all sums are done.
-  void prefetch_out(int64_t panel) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* out = static_cast<const T*>(p.out) + (row + r) * p.columns + panel * kPanel;
-      for (int64_t c = 0; c < kPanel; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + c, 1);
-    }
-  }
-
-  void copy_rows(int64_t first, int64_t count) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
-      copy_words<T, kPairs>(from, p.depth, first * (kPairs ? 2 : 1), count, copy + r * kRowStride);
-    }
-  }
-
-  // The results of the panels from `first_panel` on, from their totals.
-  template <Activation activation>
-  void finish(int64_t first_panel) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        T* out = static_cast<T*>(p.out) + (row + r) * p.columns + panel * kPanel;
-        if (columns(panel) == kPanel) {
-          Vec values[kPanelVectors];
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(total(panel, r) + c * kLanes);
-          activate<activation>(values);
-          store_two(values[0], values[1], out);
-          continue;
-        }
-        for (int64_t c = 0; c < columns(panel); c += kLanes) {
-          store(activate<activation>(Vec::load(total(panel, r) + c)), out + c, smaller(kLanes, columns(panel) - c));
-        }
+      const float* x = block + (first / kDepthBlock * rows + r) * kRowStride;
+      const float* weight = packed + first * kPanel;
+      if (n == kRows) {
+        add_products<kPairs, kRows>(count, x, weight, totals);
+      } else {
+        with_constant<kRows>(n, [&](auto few) { add_products<kPairs, few.value>(count, x, weight, totals); });
       }
     }
   }
 };
 
-template <class T, bool kPairs>
-void multiply(const LinearParams& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-              const float* packed, float* scratch) {
-  for (int64_t row = row_begin; row < row_end;) {
-    // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
-    const int64_t left = row_end - row;
-    const int64_t rows = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
-    Tile<T, kPairs>{p, row, rows, begin, end, packed, scratch, scratch + kRows * kRowStride}.run();
-    row += rows;
+// f(panel) for panels [begin, end).
+template <class T, bool kPairs, class F>
+FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, int64_t rows, const float* block, int64_t begin,
+                                   int64_t end, const float* packed, const F& f) {
+  for (int64_t panel = begin; panel < end; ++panel, packed += p.panel_stride) {
+    const int64_t column = panel * kPanel, columns = smaller(kPanel, p.columns - column);
+    f(Panel<T, kPairs>{p, row, rows, block, column, columns, packed, packed + p.panel_stride});
   }
 }
 
 template <class T, bool kPairs>
+void multiply(const LinearParams& p, int64_t row, int64_t rows, const float* block, int64_t begin, int64_t end,
+              const float* packed) {
+  with_activation(p.activation, [&]<Activation activation>() {
+    for_each_panel<T, kPairs>(p, row, rows, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
+      panel.run([&](int64_t r, int64_t n, const float* totals) {
+        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
+          T* out = static_cast<T*>(p.out) + (row + r + i) * p.columns + panel.column;
+          const T* residual = p.residual == nullptr ? nullptr
+                                                    : static_cast<const T*>(p.residual) +
+                                                          (row + r + i) * p.residual_stride + panel.column;
+          Vec values[kPanelVectors];
+#pragma GCC unroll 2
+          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+          activate<activation, T>(values);
+          if (panel.columns == kPanel) {
+#pragma GCC unroll 2
+            for (int c = 0; c < kPanelVectors; ++c) {
+              if (p.scale != nullptr) values[c] *= Vec::load(p.scale + panel.column + c * kLanes);
+              if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
+            }
+            store_two(values[0], values[1], out);
+            continue;
+          }
+          for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
+            const int64_t m = smaller(kLanes, panel.columns - c * kLanes);
+            if (p.scale != nullptr) values[c] *= load(p.scale + panel.column + c * kLanes, m);
+            if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
+            store(values[c], out + c * kLanes, m);
+          }
+        }
+      });
+    });
+  });
+}
+
+template <class T, bool kPairs>
+void multiply_to_block(const LinearParams& p, int64_t rows, const float* block, int64_t begin, int64_t end,
+                       const float* packed, float* next) {
+  using To = Word<kPairs>;
+  constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // columns of a part of a row, whole panels
+  static_assert(kPart % kPanel == 0);
+  with_activation(p.activation, [&]<Activation activation>() {
+    for_each_panel<T, kPairs>(p, 0, rows, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
+      panel.run([&](int64_t r, int64_t n, const float* totals) {
+        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
+          float* part = next + (panel.column / kPart * rows + r + i) * kRowStride;
+          To* to = reinterpret_cast<To*>(part) + panel.column % kPart;
+          Vec values[kPanelVectors];
+#pragma GCC unroll 2
+          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+          activate<activation, T>(values);
+          if (panel.columns < kPanel) memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
+          if (panel.columns < kPanel) {
+            for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
+              store(values[c], to + c * kLanes, smaller(kLanes, panel.columns - c * kLanes));
+            }
+          } else {
+            store_two(values[0], values[1], to);
+          }
+        }
+      });
+    });
+  });
+}
+
+template <class T, bool kPairs>
 LinearKernel make_kernel(const LinearParams& p) {
+  const int64_t words = words_of<kPairs>(p.depth);
   return {kPanel,
           kRows,
-          words_of<kPairs>(p.depth) * kPanel,
-          kRows * kPanel,
-          kRows * kRowStride,
+          words * kPanel,
+          divide_up(words, kDepthBlock) * kRowStride,
           pack<T, kPairs>,
-          multiply<T, kPairs>};
+          load_rows<T, kPairs>,
+          multiply<T, kPairs>,
+          multiply_to_block<T, kPairs>};
 }
 
 }  // namespace

@@ -1,119 +1,342 @@
-// fastvit::linear on the CPU: checks, dividing the work, registration.
-#include "linear/args.h"
-
+// fastvit::packed_linear, packed_mlp and pack_weight on the CPU: checks, dividing the work, registration.
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/arguments.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
+#include "linear/args.h"
 
 namespace fastvit {
 namespace {
 
-constexpr char kOp[] = "linear";
-constexpr int64_t kPackedFloats = 128 << 10;  // of a group, which stays in the L2 cache
-// Terms of a long sum per slice: a group of deeper panels would have few of them, and every group reads x again.
-constexpr int64_t kDepthSlice = 1024;
+constexpr int64_t kBlockFloats = 64 << 10;  // of a block of rows, half of a small L2 cache
+constexpr int64_t kFewTiles = 4;            // of rows, which do not repay a chunk of their own
+// Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
+constexpr int64_t kDepthSlice = 3072;
 
-// The rows of x, (..., K), as one axis; throws if they have no common stride.
-int64_t take_rows(const Tensor& x, LinearParams& p) {
-  const int64_t last = x.dim() - 1;
-  check(x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0, kOp, ": x must be contiguous along its last axis");
-  int64_t rows = 1, stride = x.size(last);
-  for (int64_t axis = last - 1; axis >= 0; --axis) {
-    if (x.size(axis) != 1) {
-      check(rows == 1 || x.stride(axis) == rows * stride || x.numel() == 0, kOp, ": the leading axes of x, of shape ",
-            shape_of(x), ", must be viewable as one");
-      if (rows == 1) stride = x.stride(axis);
+// --- Arguments, in the order of the schemas --------------------------------------------------------------------------
+
+// A layer norm of x, if `exists`.
+struct NormOfRows {
+  using Schema = std::tuple<bool, OptionalTensor, OptionalTensor, double>;
+  bool exists;
+  OptionalTensor weight, bias;
+  double eps;
+};
+
+struct Layer {
+  using Schema = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
+  Tensor weight;
+  OptionalTensor bias, packed;
+};
+
+// What is added behind a product: out = residual + scale * product.
+struct Addition {
+  using Schema = std::tuple<OptionalTensor, OptionalTensor>;
+  OptionalTensor scale, residual;
+};
+
+// A vector in float32: the tensor's own memory, or a copy.
+class Floats {
+ public:
+  Floats(const char* op, const OptionalTensor& tensor, const char* name, int64_t size) {
+    if (!tensor) return;
+    check_cpu_shape(op, *tensor, name, {size});
+    if (tensor->dtype() == Dtype::float32 && (tensor->stride(0) == 1 || size <= 1)) {
+      data_ = tensor->data<float>();
+    } else {
+      copy_ = small_values(op, *tensor, name);
+      data_ = copy_.data();
     }
-    rows = rows == 0 || x.size(axis) == 0 ? 0 : checked_product(kOp, {rows, x.size(axis)});
   }
-  p.x_stride = stride;
-  return rows;
+  const float* data() const { return data_; }
+  const float* data_or_zeros(int64_t size) {
+    if (data_ == nullptr) copy_.assign(static_cast<size_t>(size), 0.0f), data_ = copy_.data();
+    return data_;
+  }
+
+ private:
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// The rows of (..., K) as one axis, and their stride; copies the tensor where they have no common stride.
+int64_t take_rows(const char* op, Tensor& x, int64_t& stride) {
+  make_last_axis_contiguous(x);
+  const int64_t last = x.dim() - 1;
+  for (const bool copied : {false, true}) {
+    int64_t rows = 1;
+    bool together = true;
+    stride = x.size(last);
+    for (int64_t axis = last - 1; axis >= 0; --axis) {
+      if (x.size(axis) == 1) continue;
+      if (rows == 1) stride = x.stride(axis);
+      together = together && x.stride(axis) == rows * stride;
+      rows = rows == 0 || x.size(axis) == 0 ? 0 : checked_product(op, {rows, x.size(axis)});
+    }
+    if (together || rows == 0 || copied) return rows;
+    make_contiguous(x);
+  }
+  return 0;
 }
 
-void run_slice(const LinearParams& p) {
+// --- The packed weight -----------------------------------------------------------------------------------------------
+
+// What a packed weight begins with: a layout is that of an instruction set.
+struct PackedHeader {
+  int64_t isa, columns, depth, bfloat16;
+  bool operator==(const PackedHeader&) const = default;
+};
+constexpr int64_t kHeaderFloats = 16;
+static_assert(sizeof(PackedHeader) <= kHeaderFloats * sizeof(float));
+
+PackedHeader header_of(const LinearParams& p) {
+  return {static_cast<int64_t>(cpu_isa()), p.columns, p.depth, p.bfloat16};
+}
+
+int64_t panels_of(const LinearParams& p, const LinearKernel& kernel) {
+  return divide_up(p.columns, kernel.panel_columns);
+}
+
+void pack(const LinearParams& p, const LinearKernel& kernel, float* packed) {
+  const int64_t panels = panels_of(p, kernel);
+  parallel_for(0, panels, grain_of(4 * kernel.panel_floats),
+               [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end, packed + begin * kernel.panel_floats); });
+}
+
+// Sizes and strides of the weight, copied unless contiguous along one axis.
+void take_weight(const char* op, const char* name, Tensor& weight, int64_t depth, Dtype dtype, LinearParams& p) {
+  check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == depth && weight.dtype() == dtype, op, ": ", name,
+        " must be (N, ", depth, ") ", dtype, " on the CPU, got ", shape_of(weight), " ", weight.dtype());
+  if (weight.stride(0) != 1) make_last_axis_contiguous(weight);
+  p.weight = weight.data<void>();
+  p.columns = weight.size(0);
+  p.depth = depth;
+  p.weight_column_stride = weight.stride(0);
+  p.weight_depth_stride = weight.stride(1);
+  p.bfloat16 = dtype == Dtype::bfloat16;
+}
+
+Tensor pack_weight(Tensor weight) {
+  constexpr char kOp[] = "pack_weight";
+  check(weight.dim() == 2, kOp, ": weight must be (N, K), got ", shape_of(weight));
+  check_cpu_dtype(kOp, weight, "weight");
+  LinearParams p{};
+  take_weight(kOp, "weight", weight, weight.size(1), weight.dtype(), p);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
-  const int64_t threads = p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
-  const int64_t panels = divide_up(p.columns, kernel.panel_columns);
-  // Groups that fit the cache, in a multiple of the number of threads if there are enough panels.
-  int64_t groups = larger(1, divide_up(panels * kernel.packed_floats_of_panel, kPackedFloats));
-  groups = std::min(panels, divide_up(groups, threads) * threads);
-  const int64_t chunks = std::min(divide_up(threads, groups), divide_up(p.rows, kernel.row_tile));
-  const int64_t largest = divide_up(panels, groups);
-  const int64_t packed_floats = largest * kernel.packed_floats_of_panel;
-  const int64_t items = groups * chunks;
+  checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  const int64_t floats = panels_of(p, kernel) * kernel.panel_floats;
+  Tensor packed = empty({kHeaderFloats + floats}, weight, Dtype::float32);
+  const PackedHeader header = header_of(p);
+  std::memcpy(packed.mutable_data<float>(), &header, sizeof header);
+  pack(p, kernel, packed.mutable_data<float>() + kHeaderFloats);
+  return packed;
+}
+
+FASTVIT_REGISTER(pack_weight, "CPU", pack_weight);
+
+// The panels that were packed before; null where they were not.
+const float* take_packed(const char* op, const OptionalTensor& packed, const LinearParams& p,
+                         const LinearKernel& kernel) {
+  if (!packed) return nullptr;
+  PackedHeader header{};
+  const int64_t floats = kHeaderFloats + panels_of(p, kernel) * kernel.panel_floats;
+  const bool fits = packed->is_cpu() && packed->dtype() == Dtype::float32 && packed->numel() == floats;
+  if (fits) std::memcpy(&header, packed->data<float>(), sizeof header);
+  check(fits && header == header_of(p), op, ": packed is not what pack_weight makes of this weight here");
+  return packed->data<float>() + kHeaderFloats;
+}
+
+// --- Dividing the work -----------------------------------------------------------------------------------------------
+
+// Rows that are processed together, at most `most` of them in blocks of equal size, whole tiles.
+int64_t block_rows(int64_t rows, int64_t most, int64_t tile) {
+  const int64_t blocks = divide_up(rows, larger(tile, most));
+  return larger(1, smaller(rows, round_up(divide_up(rows, larger(1, blocks)), tile)));
+}
+
+int64_t threads_for(const LinearParams& p) {
+  return p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
+}
+
+// Rows are divided first: chunks of columns each read, and normalise, all rows.
+void multiply(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
+  const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
+  const int64_t row_chunks = std::min(threads, divide_up(p.rows, kFewTiles * kernel.row_tile));
+  const int64_t column_chunks = std::min(panels, divide_up(threads, row_chunks)), items = row_chunks * column_chunks;
+  const int64_t most = kBlockFloats / larger(1, p.depth);
   parallel_for(0, items, divide_up(items, threads), [&](int64_t begin, int64_t end) {
-    float* packed =
-        Workspace::of_thread().take(packed_floats + kernel.scratch_floats + largest * kernel.scratch_floats_of_panel);
-    int64_t last_group = -1;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / chunks, chunk = item % chunks;
-      const int64_t first = group * panels / groups, last = (group + 1) * panels / groups;
-      if (group != last_group) kernel.pack(p, first, last, packed);
-      last_group = group;
-      kernel.multiply(p, chunk * p.rows / chunks, (chunk + 1) * p.rows / chunks, first, last, packed,
-                      packed + packed_floats);
+      const int64_t chunk = item % row_chunks, group = item / row_chunks;
+      const int64_t first = chunk * p.rows / row_chunks, last = (chunk + 1) * p.rows / row_chunks;
+      const int64_t first_panel = group * panels / column_chunks, last_panel = (group + 1) * panels / column_chunks;
+      const int64_t step = block_rows(last - first, most, kernel.row_tile);
+      float* block = Workspace::of_thread().take(step * kernel.row_floats);
+      for (int64_t row = first; row < last; row += step) {
+        const int64_t rows = smaller(step, last - row);
+        kernel.load(p, row, rows, block);
+        kernel.multiply(p, row, rows, block, first_panel, last_panel, packed + first_panel * p.panel_stride);
+      }
+      Workspace::of_thread().give_back();
+    }
+  });
+}
+
+// Long float32 sums accumulate in the result, slice by slice.
+void run(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
+  const int64_t slices = p.bfloat16 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const int64_t begin = slice * p.depth / slices;
+    LinearParams part = p;
+    part.depth = (slice + 1) * p.depth / slices - begin;
+    if (slices > 1) part.x = static_cast<const float*>(p.x) + begin;
+    part.accumulate = slice > 0;
+    if (slice + 1 < slices) part.activation = Activation::none, part.scale = nullptr, part.residual = nullptr;
+    multiply(part, FASTVIT_PER_ISA(linear_kernel)(part), packed + begin * kernel.panel_columns);
+  }
+}
+
+// The packed panels, of now where they were not packed before; the workspace holds them.
+const float* packed_now(const char* op, const OptionalTensor& before, const LinearParams& p, const LinearKernel& kernel,
+                        Workspace& workspace) {
+  const float* packed = take_packed(op, before, p, kernel);
+  if (packed != nullptr) return packed;
+  float* fresh = workspace.take(panels_of(p, kernel) * kernel.panel_floats);
+  pack(p, kernel, fresh);
+  return fresh;
+}
+
+// --- The operators ---------------------------------------------------------------------------------------------------
+
+// x and its norm.
+struct Input {
+  Floats norm_weight, norm_bias;
+
+  Input(const char* op, Tensor& x, const NormOfRows& norm, LinearParams& p)
+      : norm_weight(op, norm.weight, "norm_weight", last_size(op, x)),
+        norm_bias(op, norm.bias, "norm_bias", last_size(op, x)) {
+    p.rows = take_rows(op, x, p.x_stride);
+    p.x = x.data<void>();
+    p.has_norm = norm.exists;
+    p.norm_weight = norm_weight.data(), p.norm_bias = norm_bias.data();
+    p.norm_eps = static_cast<float>(norm.eps);
+  }
+
+  static int64_t last_size(const char* op, const Tensor& x) {
+    check(x.is_cpu() && x.dim() >= 1, op, ": x must be (..., K) on the CPU, got ", shape_of(x));
+    check_cpu_dtype(op, x, "x");
+    return x.size(x.dim() - 1);
+  }
+};
+
+// The result, and what is added to it.
+struct Output {
+  Floats scale;
+  Tensor out;
+
+  Output(const char* op, const Tensor& x, Addition& addition, LinearParams& p)
+      : scale(op, addition.scale, "scale", p.columns), out(result(x, p.columns)) {
+    p.scale = scale.data();
+    p.out = out.mutable_data<void>();
+    if (!addition.residual) return;
+    Tensor& residual = *addition.residual;
+    check(residual.is_cpu() && residual.dtype() == x.dtype() && residual.dim() == out.dim() &&
+              std::equal(out.sizes(), out.sizes() + out.dim(), residual.sizes()),
+          op, ": residual must be ", shape_of(out), " ", x.dtype(), " on the CPU, got ", shape_of(residual), " ",
+          residual.dtype());
+    take_rows(op, residual, p.residual_stride);
+    p.residual = residual.data<void>();
+  }
+
+  static Tensor result(const Tensor& x, int64_t columns) {
+    std::vector<int64_t> sizes(x.sizes(), x.sizes() + x.dim());
+    sizes.back() = columns;
+    return empty(sizes, x);
+  }
+};
+
+Tensor linear_cpu(Tensor x, Layer layer, const NormOfRows& norm, int64_t activation, Addition addition) {
+  constexpr char kOp[] = "linear";
+  LinearParams p{};
+  const Input input(kOp, x, norm, p);
+  take_weight(kOp, "weight", layer.weight, x.size(x.dim() - 1), x.dtype(), p);
+  Floats bias(kOp, layer.bias, "bias", p.columns);
+  p.bias = bias.data_or_zeros(p.columns);
+  p.activation = activation_of(kOp, activation, "activation");
+  checked_product(kOp, {64, p.rows, p.columns, p.depth});
+  Output output(kOp, x, addition, p);
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  p.panel_stride = kernel.panel_floats;
+  if (output.out.numel() > 0) {
+    run(p, kernel, packed_now(kOp, layer.packed, p, kernel, Workspace::of_call()));
+    Workspace::of_call().give_back();
+  }
+  return std::move(output.out);
+}
+
+FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
+
+// Two layers, block by block of rows: the hidden values of a block stay in the cache.
+void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
+             const LinearKernel& down_kernel, const float* down_packed) {
+  const int64_t threads = std::max(threads_for(up), threads_for(down));
+  const int64_t chunks = std::min(threads, divide_up(up.rows, up_kernel.row_tile));
+  const int64_t most = kBlockFloats / larger(1, larger(up.depth, down.depth));
+  parallel_for(0, chunks, divide_up(chunks, threads), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * up.rows / chunks, last = end * up.rows / chunks;
+    const int64_t step = block_rows(last - first, most, up_kernel.row_tile);
+    float* block = Workspace::of_thread().take(step * (up_kernel.row_floats + down_kernel.row_floats));
+    float* hidden = block + step * up_kernel.row_floats;
+    for (int64_t row = first; row < last; row += step) {
+      const int64_t rows = smaller(step, last - row);
+      up_kernel.load(up, row, rows, block);
+      up_kernel.multiply_to_block(up, rows, block, 0, panels_of(up, up_kernel), up_packed, hidden);
+      down_kernel.multiply(down, row, rows, hidden, 0, panels_of(down, down_kernel), down_packed);
     }
     Workspace::of_thread().give_back();
   });
 }
 
-// Long float32 sums accumulate in the result, slice by slice.
-void run(const LinearParams& p) {
-  const int64_t slices = p.bfloat16 ? 1 : divide_up(std::max<int64_t>(p.depth, 1), kDepthSlice);
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    const int64_t begin = slice * p.depth / slices;
-    LinearParams part = p;
-    part.depth = (slice + 1) * p.depth / slices - begin;
-    if (!p.bfloat16) {
-      part.x = static_cast<const float*>(p.x) + begin;
-      part.weight = static_cast<const float*>(p.weight) + begin * p.weight_depth_stride;
-    }
-    part.accumulate = slice > 0;
-    if (slice + 1 < slices) part.activation = Activation::none;
-    run_slice(part);
+Tensor mlp_cpu(Tensor x, Layer fc1, Layer fc2, const NormOfRows& norm, int64_t activation, Addition addition) {
+  constexpr char kOp[] = "mlp";
+  LinearParams up{};
+  const Input input(kOp, x, norm, up);
+  take_weight(kOp, "fc1_weight", fc1.weight, x.size(x.dim() - 1), x.dtype(), up);
+  Floats up_bias(kOp, fc1.bias, "fc1_bias", up.columns);
+  up.bias = up_bias.data_or_zeros(up.columns);
+  up.activation = activation_of(kOp, activation, "activation");
+  LinearParams down{};
+  down.rows = up.rows;
+  take_weight(kOp, "fc2_weight", fc2.weight, up.columns, x.dtype(), down);
+  Floats down_bias(kOp, fc2.bias, "fc2_bias", down.columns);
+  down.bias = down_bias.data_or_zeros(down.columns);
+  checked_product(kOp, {64, up.rows, larger(up.columns, 1), larger(up.depth, down.columns)});
+  Output output(kOp, x, addition, down);
+  if (output.out.numel() == 0) return std::move(output.out);
+  const LinearKernel up_kernel = FASTVIT_PER_ISA(linear_kernel)(up);
+  const LinearKernel down_kernel = FASTVIT_PER_ISA(linear_kernel)(down);
+  up.panel_stride = up_kernel.panel_floats, down.panel_stride = down_kernel.panel_floats;
+  Workspace up_workspace;  // freed with the call, since both packed weights are needed at once
+  const float* up_packed = packed_now(kOp, fc1.packed, up, up_kernel, up_workspace);
+  const float* down_packed = packed_now(kOp, fc2.packed, down, down_kernel, Workspace::of_call());
+  if (up.rows >= 2 * up_kernel.row_tile * num_threads()) {
+    run_mlp(up, up_kernel, up_packed, down, down_kernel, down_packed);
+  } else {  // too few rows to divide: columns are
+    Tensor hidden = Output::result(x, up.columns);
+    up.out = hidden.mutable_data<void>();
+    down.x = hidden.data<void>(), down.x_stride = up.columns;
+    if (up.columns > 0) run(up, up_kernel, up_packed);
+    run(down, down_kernel, down_packed);
   }
+  Workspace::of_call().give_back();
+  return std::move(output.out);
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t activation) {
-  const Dtype dtype = x.dtype();
-  check(x.is_cpu() && x.dim() >= 1, kOp, ": x must be (..., K) on the CPU, got ", shape_of(x));
-  check_cpu_dtype(kOp, x, "x");
-  check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(x.dim() - 1) && weight.dtype() == dtype, kOp,
-        ": weight must be (N, K) of x's dtype on the CPU, got ", shape_of(weight), " of ", weight.dtype(), " beside ",
-        shape_of(x), " of ", dtype);
-  check(weight.stride(1) == 1 || weight.stride(0) == 1 || weight.numel() == 0, kOp,
-        ": weight must be contiguous along one axis");
-
-  LinearParams p{};
-  p.activation = activation_of(kOp, activation, "activation");
-  p.rows = take_rows(x, p);
-  p.columns = weight.size(0);
-  p.depth = weight.size(1);
-  checked_product(kOp, {64, p.rows, p.columns, p.depth});
-  std::vector<int64_t> sizes(x.sizes(), x.sizes() + x.dim());
-  sizes.back() = p.columns;
-  Tensor out = empty(sizes, x);
-  if (out.numel() == 0) return out;
-  std::vector<float> bias_floats(static_cast<size_t>(p.columns), 0.0f);
-  if (bias) {
-    check_cpu_shape(kOp, *bias, "bias", {p.columns});
-    bias_floats = small_values(kOp, *bias, "bias");
-  }
-  p.x = x.data<void>();
-  p.weight = weight.data<void>();
-  p.weight_column_stride = weight.stride(0);
-  p.weight_depth_stride = weight.stride(1);
-  p.bias = bias_floats.data();
-  p.out = out.mutable_data<void>();
-  p.bfloat16 = dtype == Dtype::bfloat16;
-  run(p);
-  return out;
-}
-
-FASTVIT_REGISTER(linear, "CPU", linear_cpu);
+FASTVIT_REGISTER(packed_mlp, "CPU", mlp_cpu);
 
 }  // namespace
 }  // namespace fastvit

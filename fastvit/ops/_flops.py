@@ -97,6 +97,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "linear": lambda a: 2 * a.x.numel() * a.weight.shape[0],
     "masked_attention": _attention,
     "masked_attention_backward": lambda a: 2 * _attention(a),
+    "mlp": lambda a: 2 * a.x.numel() // max(a.x.shape[-1], 1) * (a.fc1_weight.numel() + a.fc2_weight.numel()),
+    "pack_weight": _nothing,
     "token_depthwise_conv": _depthwise,
     "token_depthwise_conv_backward": _depthwise_backward,
     "token_depthwise_conv_training": _depthwise,
@@ -106,7 +108,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
 
 def _formula(name: str) -> Callable[..., int]:
     """As torch calls it: with the operator's arguments, and its result as ``out_val``."""
-    formula, record = FORMULAS[name.replace("_cpp", "").replace("_triton", "")], REGISTERED[name].Arguments
+    op = name.replace("_cpp", "").replace("_triton", "").replace("packed_", "")
+    formula, record = FORMULAS[op], REGISTERED[name].Arguments
     return lambda *args, out_val=None, **kwargs: formula(record(*args, **kwargs))
 
 

@@ -65,12 +65,14 @@ class Implementation(NamedTuple):
         reasons: ``reasons(call, named)`` yields, lazily, why it cannot take the call and, unless it was asked for by
             name, why another one is faster. The first that is yielded turns it down. None: it takes every call.
         validates: whether the kernel refuses wrong arguments itself, before anything is changed.
+        traced: computes the call while Dynamo traces; ``run`` where None.
     """
 
     name: str
     run: Callable[[Any], Any]
     reasons: Callable[[Any, bool], Iterator[str]] | None = None
     validates: bool = False
+    traced: Callable[[Any], Any] | None = None
 
 
 class Selection(NamedTuple):
@@ -142,7 +144,7 @@ class Operator:
                 self.check(call)
             if not compiling and (_recorder.get() is not None or 0 < log.level <= logging.DEBUG):
                 return self._observed(call, chosen)
-            return chosen.run(call)
+            return chosen.traced(call) if compiling and chosen.traced is not None else chosen.run(call)
         except Exception:
             self._blame(call)
             raise

@@ -1,13 +1,15 @@
-"""Linear layers and MLPs, with the activation in the epilogue of the product.
+"""Linear layers and MLPs with what stands before and behind them: norm, activation, LayerScale, residual.
 
-- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too; :func:`pays_off` says where it is chosen.
-- ``reference``: ``torch.nn.functional.linear``, the library's product, and the activation after it.
+- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too. At inference all of it is one call, an MLP's hidden
+  values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
+- ``reference``: ``torch.nn.functional.linear``, the library's product, and the rest around it.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,34 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvit import backends
-from fastvit.ops._checks import check_activation, check_linear, check_parameter, fail
+from fastvit import autotune, backends
+from fastvit.ops._checks import check_activation, check_linear, check_number, check_parameter, fail
 from fastvit.ops._operator import (
     AUTO,
     REFERENCE,
     Implementation,
     Operator,
+    any_autocast,
     differentiable_backward,
     gradients_needed,
+    is_dynamo_compiling,
+    is_grad_enabled,
 )
-from fastvit.ops._schema import ACTIVATION_CODES, define
+from fastvit.ops._packing import packed
+from fastvit.ops._schema import ACTIVATION_CODES, Registered, define
 from fastvit.reference import functional
-from fastvit.reference.functional import ACTIVATIONS
+from fastvit.reference.functional import LayerNorm
 
-__all__ = ["linear", "mlp", "pays_off"]
+__all__ = ["linear", "mlp"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 CPP_MIN_ROWS = 16
 CPP_MIN_COLUMNS = 16
 _CPP_REASONS = tuple(backends.cpp_reasons())
+_HAS_VECTORS = not _CPP_REASONS and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-_linear = define(
-    "linear",
-    "Tensor x, Tensor weight, Tensor? bias, int activation",
-    "Tensor",
-    lambda a: a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0])),
-).call
 
 
 class Linear(NamedTuple):
@@ -52,6 +52,9 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     activation: str | None = None
+    norm: LayerNorm | None = None
+    scale: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class Mlp(NamedTuple):
@@ -63,41 +66,119 @@ class Mlp(NamedTuple):
     fc2_weight: Tensor
     fc2_bias: Tensor | None
     activation: str | None = "gelu"
+    norm: LayerNorm | None = None
+    scale: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def _check_layer(names: tuple[str, str], x: Tensor, weight: Tensor, bias: Tensor | None, inputs: int) -> int:
     """The number of outputs."""
     outputs = check_linear(names[0], weight, inputs, x)
     check_parameter(names[1], bias, (outputs,), x)
-    for name, tensor in zip(names, (weight, bias), strict=True):
-        if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            fail(name, f"x's dtype {x.dtype}", tensor)
+    _check_dtype(names[0], weight, x)
+    _check_dtype(names[1], bias, x)
     return outputs
 
 
-def _check_x(x: Tensor, activation: str | None) -> None:
+def _check_dtype(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    if tensor is not None and tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        fail(name, f"x's dtype {x.dtype}", tensor)
+
+
+def _check_x(call: Linear | Mlp) -> None:
+    x, norm = call.x, call.norm
     if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
         fail("x", "a floating tensor (..., K)", x)
-    check_activation("activation", activation)
+    check_activation("activation", call.activation)
+    if norm is not None:
+        if not isinstance(norm, LayerNorm):
+            fail("norm", "LayerNorm.of(module) or None", norm)
+        for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+            check_parameter(name, tensor, tuple(x.shape[-1:]), x)
+            if tensor is None or tensor.dtype != torch.float32:
+                _check_dtype(name, tensor, x)
+        check_number("norm.eps", norm.eps)
+
+
+def _check_added(call: Linear | Mlp, outputs: int) -> None:
+    x, residual = call.x, call.residual
+    check_parameter("scale", call.scale, (outputs,), x)
+    _check_dtype("scale", call.scale, x)
+    if residual is not None:
+        expected = (*x.shape[:-1], outputs)
+        if not isinstance(residual, Tensor) or residual.shape != expected or not residual.is_floating_point():
+            fail("residual", f"a floating tensor {expected}", residual)
+        if residual.device != x.device:
+            fail("residual", f"a tensor on {x.device}", residual)
+        _check_dtype("residual", residual, x)
 
 
 def _check_linear(call: Linear) -> None:
-    _check_x(call.x, call.activation)
-    _check_layer(("weight", "bias"), call.x, call.weight, call.bias, call.x.shape[-1])
+    _check_x(call)
+    _check_added(call, _check_layer(("weight", "bias"), call.x, call.weight, call.bias, call.x.shape[-1]))
 
 
 def _check_mlp(call: Mlp) -> None:
-    _check_x(call.x, call.activation)
+    _check_x(call)
     hidden = _check_layer(("fc1_weight", "fc1_bias"), call.x, call.fc1_weight, call.fc1_bias, call.x.shape[-1])
-    _check_layer(("fc2_weight", "fc2_bias"), call.x, call.fc2_weight, call.fc2_bias, hidden)
+    _check_added(call, _check_layer(("fc2_weight", "fc2_bias"), call.x, call.fc2_weight, call.fc2_bias, hidden))
 
 
-# --- By the C++ kernel ----------------------------------------------------------------------------------------------
+# --- Registered operators -------------------------------------------------------------------------------------------
+
+_LAYER = "Tensor {0}weight, Tensor? {0}bias"
+_PACKED_LAYER = _LAYER + ", Tensor? {0}packed"
+_AROUND = (
+    "bool has_norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int activation, Tensor? scale, "
+    "Tensor? residual"
+)
+NO_NORM = (False, None, None, 0.0)
+"""For the arguments of a norm that is absent."""
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x, copied unless it is contiguous, so that its leading axes can be seen as one."""
-    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+def _define_linear(name: str, layer: str) -> Registered:
+    def fake(a: Any) -> Tensor:
+        return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]))
+
+    return define(name, f"Tensor x, {layer.format('')}, {_AROUND}", "Tensor", fake)
+
+
+def _define_mlp(name: str, layer: str) -> Registered:
+    def fake(a: Any) -> Tensor:
+        return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]))
+
+    return define(name, f"Tensor x, {layer.format('fc1_')}, {layer.format('fc2_')}, {_AROUND}", "Tensor", fake)
+
+
+_packed_linear = _define_linear("packed_linear", _PACKED_LAYER).eager
+_packed_mlp = _define_mlp("packed_mlp", _PACKED_LAYER).eager
+# For the graphs of torch.compile, which cannot hold a packed weight.
+_linear = _define_linear("linear", _LAYER).call
+_mlp = _define_mlp("mlp", _LAYER).call
+
+
+@torch.library.impl("fastvit::linear", "cpu")
+def _run_compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *around: Any) -> Tensor:
+    return _packed_linear(x, weight, bias, packed(weight), *around)
+
+
+@torch.library.impl("fastvit::mlp", "cpu")
+def _run_compiled_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, *around: Any
+) -> Tensor:
+    return _packed_mlp(x, fc1_weight, fc1_bias, packed(fc1_weight), fc2_weight, fc2_bias, packed(fc2_weight), *around)
+
+
+# --- By the C++ kernels ---------------------------------------------------------------------------------------------
+
+_ALONE = (*NO_NORM, 0, None, None)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias in a step of training, whose weight no later call will see."""
+    if torch.compiler.is_compiling():
+        return _linear(x, weight, bias, *_ALONE)
+    return _packed_linear(x, weight, bias, None, *_ALONE)
 
 
 class _Linear(torch.autograd.Function):
@@ -106,7 +187,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return _linear(_rows(x), weight, bias, 0)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,76 +197,71 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         of_x = of_weight = of_bias = None
         if needs_x:
-            of_x = _linear(_rows(grad), weight.t(), None, 0)
+            of_x = _product(grad, weight.t(), None)
         if needs_weight or needs_bias:
             rows = grad.flatten(0, -2)
             if needs_weight:
-                of_weight = _linear(_rows(rows.t()), _rows(x).flatten(0, -2).t(), None, 0)
+                of_weight = _product(rows.t(), x.flatten(0, -2).t(), None)
             if needs_bias:
                 of_bias = rows.sum(0)
         return of_x, of_weight, of_bias
 
 
-def _run_linear_cpp(call: Linear) -> Tensor:
-    x, weight, bias, activation = call
-    if 1 not in weight.stride():
-        weight = weight.clone(memory_format=torch.contiguous_format)
-    if torch.is_grad_enabled() and gradients_needed(x, weight, bias):
+def _run_linear_cpp(call: Linear, traced: bool = False) -> Tensor:
+    x, weight, bias, activation, norm, scale, residual = call
+    if is_grad_enabled() and gradients_needed(x, weight, bias, scale, residual, *(norm or ())[:2]):
+        _check_linear(call)
+        x = x if norm is None else norm.over_last(x)
         out = _Linear.apply(x if x.dim() > 1 else x[None], weight, bias)
-        return functional.activate(out if x.dim() > 1 else out[0], activation)
-    return _linear(x if x.is_contiguous() else _rows(x), weight, bias, ACTIVATION_CODES[activation])
+        return functional.add_scaled(functional.activate(out if x.dim() > 1 else out[0], activation), scale, residual)
+    norm_arguments = NO_NORM if norm is None else (True, *norm)
+    behind = (ACTIVATION_CODES[activation], scale, residual)
+    if traced:
+        return _linear(x, weight, bias, *norm_arguments, *behind)
+    return _packed_linear(x, weight, bias, packed(weight), *norm_arguments, *behind)
+
+
+def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual = call
+    parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, *(norm or ())[:2])
+    if is_grad_enabled() and gradients_needed(x, residual, *parameters):
+        hidden = _run_linear_cpp(Linear(x, fc1_weight, fc1_bias, activation, norm), traced)
+        return _run_linear_cpp(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), traced)
+    norm_arguments = NO_NORM if norm is None else (True, *norm)
+    behind = (ACTIVATION_CODES[activation], scale, residual)
+    if traced:
+        return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
+    first, second = (fc1_weight, fc1_bias, packed(fc1_weight)), (fc2_weight, fc2_bias, packed(fc2_weight))
+    return _packed_mlp(x, *first, *second, *norm_arguments, *behind)
+
+
+# --- Implementations ------------------------------------------------------------------------------------------------
 
 
 def _run_linear_reference(call: Linear) -> Tensor:
-    x, weight, bias, activation = call
+    x, weight, bias, activation, norm, scale, residual = call
     # torch would broadcast a bias, add one of another dtype, and answer meta parameters with an empty result; a proxy
     # of torch.fx has no shape.
-    if not isinstance(x, torch.fx.Proxy):
-        if bias is not None:
-            if bias.dim() != 1 or bias.numel() != weight.shape[0] or bias.is_meta is not x.is_meta:
-                raise ValueError("bias")
-            if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError("bias")
-        if weight.is_meta is not x.is_meta:
-            raise ValueError("weight")
-    out = F.linear(x, weight, bias)
-    return out if activation is None else ACTIVATIONS[activation](out)
+    if not isinstance(x, torch.fx.Proxy) and (
+        norm is not None
+        or scale is not None
+        or residual is not None
+        or weight.is_meta is not x.is_meta
+        or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.is_meta))
+    ):
+        _check_linear(call)
+    x = x if norm is None else norm.over_last(x)
+    return functional.add_scaled(functional.activate(F.linear(x, weight, bias), activation), scale, residual)
 
 
 def _run_mlp_reference(call: Mlp) -> Tensor:
-    hidden = _run_linear_reference(Linear(call.x, call.fc1_weight, call.fc1_bias, call.activation))
-    return _run_linear_reference(Linear(hidden, call.fc2_weight, call.fc2_bias))
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual = call
+    hidden = _run_linear_reference(Linear(x, fc1_weight, fc1_bias, activation, norm))
+    return _run_linear_reference(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual))
 
 
-def _run_mlp_cpp(call: Mlp) -> Tensor:
-    hidden = _run_linear_cpp(Linear(call.x, call.fc1_weight, call.fc1_bias, call.activation))
-    return _run_linear_cpp(Linear(hidden, call.fc2_weight, call.fc2_bias))
-
-
-# Found out at import, since a graph that is being traced cannot ask.
-_CPU = {} if backends.cpp_reasons() else importlib.import_module("fastvit._C").cpu_info()
-_PAYS_OFF = (
-    torch.backends.mkl.is_available()
-    and _CPU.get("vendor") == "amd"
-    and _CPU.get("in_use") in ("avx512", "avx512_bf16")
-)
-_HAS_BFLOAT16_PRODUCTS = _CPU.get("in_use") == "avx512_bf16"
-
-
-def pays_off() -> bool:
-    """Whether products of the C++ kernel are faster than the library's on this machine, where they are not small.
-
-    They are where the library's float32 product does not use what the CPU has: MKL does not on AMD's. There the C++
-    kernel takes 0.4 to 0.75 times its time, and 0.7 to 1.0 times oneDNN's in bfloat16
-    (``python -m benchmarks.ops --only linear mlp``). Elsewhere neither has been measured, and the library is left to
-    it.
-    """
-    return _PAYS_OFF
-
-
-def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
-    if not (named or _PAYS_OFF):
-        yield "the library's products are taken to be as fast on this machine"
+def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) -> Iterator[str]:
+    """``traced``: whether Dynamo traces, where the caller knows."""
     yield from _CPP_REASONS
     x = call.x
     weights: tuple[Tensor, ...]
@@ -196,33 +272,66 @@ def _cpp_reasons(call: Linear | Mlp, named: bool) -> Iterator[str]:
         weights, biases = (call.fc1_weight, call.fc2_weight), (call.fc1_bias, call.fc2_bias)
     if not x.is_cpu:
         yield f"it takes tensors on the CPU, x is on {x.device}"
-        return
-    dtype = x.dtype
-    if dtype not in CPP_DTYPES:
-        yield f"dtype {dtype} is not one of float32, bfloat16"
-    if torch.is_autocast_enabled("cpu"):
+    if x.dtype not in CPP_DTYPES:
+        yield f"dtype {x.dtype} is not one of float32, bfloat16"
+    if any_autocast() and torch.is_autocast_enabled("cpu"):
         yield "autocast is on, whose cast weights the library keeps"
     for tensor in (*weights, *biases):
         if tensor is not None and type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
             yield f"a parameter is a {type(tensor).__name__}"
-        elif tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu):
-            yield f"a parameter is {tensor.dtype} on {tensor.device}, x is {dtype}"
     if named:
         return
-    if dtype == torch.bfloat16 and not _HAS_BFLOAT16_PRODUCTS:
-        yield "the library's bfloat16 products are faster on a CPU without AVX-512 BF16"
-    # Not asked of a graph that is traced: it would be a guard on the batch size.
-    if not torch.compiler.is_dynamo_compiling() and x.numel() < CPP_MIN_ROWS * x.shape[-1]:
-        yield f"fewer than {CPP_MIN_ROWS} rows do not repay the packing of the weight"
     for weight in weights:
         if weight.shape[0] < CPP_MIN_COLUMNS:
             yield f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty"
+    if is_dynamo_compiling() if traced is None else traced:  # what is asked of x would be a guard on the batch size
+        return
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows < CPP_MIN_ROWS:
+        yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
+        return
+    # What the times depend on; within a bucket of rows they are taken to be in proportion.
+    bucket, trains = (
+        min((rows - 1).bit_length(), MOST_ROWS.bit_length()),
+        is_grad_enabled() and gradients_needed(x, *weights),
+    )
+    sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, trains)
+    around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
+    key = (type(call).__name__, *sizes, *around)
+    faster = _FASTER.get(key) or _measure(call, 1 << bucket, weights[-1].shape[0], key)
+    if faster == REFERENCE:
+        yield "the library's products are faster on this machine"
+
+
+_FASTER: dict[tuple[Any, ...], str] = {}
+"""The faster implementation, by what the times depend on."""
+MOST_ROWS = 2048
+"""That are measured."""
+
+
+def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) -> str:
+    """The faster implementation for calls like this one, by :mod:`fastvit.autotune`; with ones for all values."""
+
+    def ones(value: Any) -> Any:
+        return torch.ones_like(value).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    twin = type(call)(*map(ones, call))
+    twin = twin._replace(
+        x=ones(call.x.new_empty(rows, call.x.shape[-1])),
+        norm=None if call.norm is None else LayerNorm(*map(ones, call.norm)),
+        residual=None if call.residual is None else ones(call.x.new_empty(rows, columns)),
+    )
+    implementations = (LINEAR if isinstance(call, Linear) else MLP).implementations
+    # What is first is taken where nothing is measured.
+    runs = {(each.name,): each.run for each in (implementations if _HAS_VECTORS else implementations[::-1])}
+    _FASTER[key] = autotune.choose("products", key, list(runs), lambda name: runs[name](twin), on_cpu=True)[0]
+    return _FASTER[key]
 
 
 LINEAR = Operator(
     "linear",
     (
-        Implementation("cpp", _run_linear_cpp, _cpp_reasons, validates=True),
+        Implementation("cpp", _run_linear_cpp, _cpp_reasons, True, partial(_run_linear_cpp, traced=True)),
         Implementation(REFERENCE, _run_linear_reference, validates=True),
     ),
     _check_linear,
@@ -230,7 +339,7 @@ LINEAR = Operator(
 MLP = Operator(
     "mlp",
     (
-        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, validates=True),
+        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, True, partial(_run_mlp_cpp, traced=True)),
         Implementation(REFERENCE, _run_mlp_reference, validates=True),
     ),
     _check_mlp,
@@ -264,11 +373,12 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         weight, bias = cast_like(x, weight, bias)
     call = Linear(x, weight, bias)
-    if _PAYS_OFF and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
-        for _ in _cpp_reasons(call, False):
+    if not _CPP_REASONS and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
+        traced = is_dynamo_compiling()
+        for _ in _cpp_reasons(call, False, traced):
             break
         else:
-            return _run_linear_cpp(call)
+            return _run_linear_cpp(call, traced)
     return _run_linear_reference(call)
 
 
@@ -277,15 +387,20 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
+    *,
+    norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str = AUTO,
 ) -> Tensor:
-    """activation(x weight^T + bias).
+    """residual + scale * activation(norm(x) weight^T + bias).
 
     Args:
         x: (..., K), floating.
         weight: (N, K), dtype and device of x (under autocast dtypes may differ).
         bias: (N,), likewise.
         activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
+        norm: LayerNorm over K, in front, in x's dtype or float32. scale: (N,), a LayerScale. residual: (..., N).
         backend: "auto", "cpp" or "reference".
 
     Returns:
@@ -295,9 +410,10 @@ def linear(
         ValueError: a shape, dtype, device or activation that is not accepted, or an unknown backend.
         RuntimeError: the backend asked for cannot run this call; lists every reason.
 
-    The plain form is ``fastvit.reference.functional.linear``.
+    Source: Dosovitskiy et al. 2021 (ViT), equations 2 and 3; Touvron et al. 2021 (CaiT), equation 4 (LayerScale). The
+    plain form is ``fastvit.reference.functional.linear``.
     """
-    return LINEAR(Linear(x, weight, bias, activation), backend)
+    return LINEAR(Linear(x, weight, bias, activation, norm, scale, residual), backend)
 
 
 def mlp(
@@ -307,15 +423,19 @@ def mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None = "gelu",
+    *,
+    norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str = AUTO,
 ) -> Tensor:
-    """activation(x fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias.
+    """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias).
 
     Args:
         x: (..., K), floating.
         fc1_weight, fc2_weight: (M, K) and (N, M), dtype and device of x (under autocast dtypes may differ).
         fc1_bias, fc2_bias: (M,) and (N,), likewise.
-        activation: as for :func:`linear`.
+        activation, norm, scale, residual: as for :func:`linear`.
         backend: "auto", "cpp" or "reference".
 
     Returns:
@@ -327,4 +447,4 @@ def mlp(
 
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1. The plain form is ``fastvit.reference.functional.mlp``.
     """
-    return MLP(Mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation), backend)
+    return MLP(Mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual), backend)

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit import ops
-from fastvit.ops.linear import pays_off
+from fastvit import backends, ops
 from fastvit.patching.fusion import is_plain, plain_class
 from fastvit.reference.cvt import QuickGELU
 
@@ -44,7 +43,7 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 
     ``backend`` is that of the block.
     """
-    if pays_off() and backend_of_linears(backend) == "auto" and is_plain(linear, nn.Linear):
+    if not backends.cpp_reasons() and backend_of_linears(backend) == "auto" and is_plain(linear, nn.Linear):
         return ops.linear(x, linear.weight, linear.bias)
     return linear(x)
 

@@ -7,12 +7,27 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact
+from fastvit.patching.blocks import (
+    BlockSeam,
+    add_attention,
+    add_attention_of_first,
+    add_mlp,
+    add_projection,
+    adds_attention,
+    adds_mlp,
+    at_inference,
+)
+from fastvit.patching.fusion import Fused, Row, intact, readable
 from fastvit.patching.parts import activation_name, check_activation, project
+from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import leff_arguments
-from fastvit.reference.cvt import ConvProjection
+from fastvit.reference.cpvt import CPVT
+from fastvit.reference.cvt import ConvAttention, ConvProjection
+from fastvit.reference.deepvit import DeepViT, ReAttention
+from fastvit.reference.deit import DeiT
 from fastvit.reference.functional import BatchNorm, Projection
-from fastvit.reference.layers import affine_map, dropout_p, obstacles
+from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
+from fastvit.reference.vit import ViT
 
 
 class ProjectingSeam(Fused):
@@ -162,6 +177,108 @@ class LastQueryAttentionSeam(Fused):
         )
 
 
+class ReferenceBlockSeam(BlockSeam):
+    """A block of ViT, DeiT, DeepViT, CaiT or CPVT in four calls."""
+
+    attentions = (Attention, ReAttention, TalkingHeadAttention)
+    mlps = (Mlp,)
+
+
+class ConvBlockSeam(Fused):
+    """A block of CvT: the norm, the projections, and then as other blocks."""
+
+    fastvit_op = "linear"
+    attentions = (ConvAttention,)
+    mlps = (Mlp,)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        if not (at_inference(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)):
+            return self.fastvit_plain.forward(self, x, grid, mask)
+        attention, heads = self.attn, (self.attn.num_heads, self.attn.head_dim)
+        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in attention.project(self.norm1(x), grid))
+        return add_mlp(self, add_projection(self, x, attention.attend(q, k, v, mask)))
+
+
+class IsotropicSeam(Fused):
+    """A model whose head reads prefix tokens alone: the last block computes only those, from all keys and values.
+
+    At inference on the CPU, where nobody looks at the block or the norm behind it, which see fewer tokens then.
+    """
+
+    fastvit_op = "linear"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not (at_inference(self, x) and _reads_prefix_tokens(self)):
+            return self.fastvit_plain.forward(self, x, mask)
+        tokens, _ = self.run_blocks(x, mask, last=len(self.blocks) - 2)
+        block, count = self.blocks[-1], len(self.prefix_tokens())
+        tokens = add_mlp(block, add_attention_of_first(block, tokens, self.block_mask(x, mask), count))
+        return self.forward_head(self.norm(tokens))
+
+
+_ISOTROPIC = (ViT, DeiT, DeepViT, CPVT)
+_OF_FORWARD = {"forward_features", "forward_head", "run_blocks", "after_block", "finish", "pool_tokens", "embed"}
+
+
+def _reads_prefix_tokens(model: Any) -> bool:
+    block = model.blocks[-1] if len(model.blocks) else None
+    return (
+        model.fastvit_plain in _ISOTROPIC
+        and not vars(model).keys() & _OF_FORWARD
+        and getattr(model, "pool", "token") == "token"
+        and len(model.blocks) > len(getattr(model, "pos_block", ()))  # a PEG behind the last block reads all tokens
+        and readable(model._modules.get("norm"), nn.LayerNorm)
+        and isinstance(block, ReferenceBlockSeam)
+        and block.fastvit_backend == model.fastvit_backend
+        and not block.training
+        and readable(block, type(block))
+        and adds_attention(block)
+        and adds_mlp(block)
+    )
+
+
+_OF_CONV_ATTENTION = {"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear}
+
+
+class LeFFBlockSeam(Fused):
+    """A block of CeiT: its attention as in other blocks, then the LeFF."""
+
+    fastvit_op = "linear"
+    attentions = (Attention,)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        if not (at_inference(self, x) and adds_attention(self)):
+            return self.fastvit_plain.forward(self, x, grid, mask)
+        x = add_attention(self, x, mask)
+        return x + self.leff(self.norm2(x), grid)
+
+
+class PyramidBlockSeam(Fused):
+    """A block of PCPVT: its attention by parts, then the MLP as in other blocks."""
+
+    fastvit_op = "linear"
+    mlps = (Mlp,)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        if not (at_inference(self, x) and adds_mlp(self)):
+            return self.fastvit_plain.forward(self, x, grid, mask)
+        return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
+
+
+class PatchEmbedSeam(Fused):
+    """The patches of an image as rows of one product, at inference on the CPU."""
+
+    fastvit_op = "linear"
+    fastvit_reads: ClassVar = {"proj": nn.Conv2d}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (at_inference(self, x) and readable(self._modules.get("proj"), nn.Conv2d)):
+            return self.fastvit_plain.forward(self, x)
+        (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
+        patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
+        return ops.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
 class MlpSeam(Fused):
     """The MLP with its activation inside the first product."""
 
@@ -227,6 +344,17 @@ def _check_mlp(module: nn.Module) -> list[str]:
 
 
 ROWS = (
+    Row("fastvit.reference.vit.ViT", IsotropicSeam),
+    Row("fastvit.reference.deit.DeiT", IsotropicSeam),
+    Row("fastvit.reference.deepvit.DeepViT", IsotropicSeam),
+    Row("fastvit.reference.cpvt.CPVT", IsotropicSeam),
+    Row("fastvit.reference.layers.Block", ReferenceBlockSeam),
+    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam),
+    Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockSeam),
+    Row("fastvit.reference.cvt.Block", ConvBlockSeam),
+    Row("fastvit.reference.ceit.Block", LeFFBlockSeam),
+    Row("fastvit.reference.cpvt.PyramidBlock", PyramidBlockSeam),
+    Row("fastvit.reference.layers.PatchEmbed", PatchEmbedSeam),
     Row("fastvit.reference.layers.Attention", AttentionSeam),
     Row("fastvit.reference.layers.Mlp", MlpSeam, _check_mlp),
     Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),

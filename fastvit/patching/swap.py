@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
@@ -99,6 +100,8 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model.
 
+    Packed copies of weights are given up, those of other models too, which pack theirs anew.
+
     Raises:
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
         RuntimeError: a class was put over a fused one since ``patch`` (FSDP does so).
@@ -106,6 +109,7 @@ def unpatch(model: Model) -> Model:
     check_model(model)
     undo(model)
     reporting.forget(model)
+    release_memory()
     return model
 
 

@@ -6,14 +6,15 @@ sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their pl
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact
+from fastvit.patching.blocks import at_inference, is_known
+from fastvit.patching.fusion import Fused, Row, intact, readable
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -26,6 +27,7 @@ from fastvit.patching.parts import (
     is_plain,
     project,
 )
+from fastvit.reference.functional import LayerNorm
 
 
 def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -249,6 +251,69 @@ class MlpSeam(Fused):
         return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
 
 
+class BlockSeam(Fused):
+    """timm's ``Block`` of ViT, DeiT and their kin in four calls, see :mod:`fastvit.patching.blocks`."""
+
+    fastvit_op = "linear"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        masked = any(arg is not None for arg in args) or any(value for value in kwargs.values())
+        if masked or not (at_inference(self, x) and _adds(self, 1) and _adds(self, 2)):
+            return self.fastvit_plain.forward(self, x, *args, **kwargs)
+        attention, mlp = self.attn, self.mlp
+        batch, tokens, _ = x.shape
+        qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(self.norm1))
+        heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        out = ops.masked_attention(q, k, v, scale=attention.scale, backend=self.fastvit_backend)
+        out = out.transpose(1, 2).flatten(2)
+        scale = getattr(self.ls1, "gamma", None)
+        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale, residual=x)
+        layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
+        scale = getattr(self.ls2, "gamma", None)
+        return ops.mlp(x, *layers, norm=LayerNorm.of(self.norm2), scale=scale, residual=x)
+
+
+_ATTENTION_READS = {"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout}
+_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+_SCALES = ("torch.nn.modules.linear.Identity", "timm.layers.layer_scale.LayerScale")
+_DROP_PATHS = ("torch.nn.modules.linear.Identity", "timm.layers.drop.DropPath")
+_ATTENTIONS = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _adds(block: Any, half: int) -> bool:
+    """Whether a half of a block is of known parts that do nothing more than their tensors tell."""
+    parts = block._modules
+    norm, scale, drop_path = (parts.get(f"{name}{half}") for name in ("norm", "ls", "drop_path"))
+    branch = parts.get("attn" if half == 1 else "mlp")
+    around = ((norm, _NORMS), (scale, _SCALES), (drop_path, _DROP_PATHS))
+    if not all(
+        _path(type(part)) in paths and readable(part, type(part)) and not part.training for part, paths in around
+    ):
+        return False
+    if half == 2:
+        drops = (branch._modules.get("drop1"), branch._modules.get("drop2"))
+        return (
+            isinstance(branch, MlpSeam)
+            and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, branch.fastvit_reads)
+            and _path(branch.fastvit_plain) == "timm.layers.mlp.Mlp"
+            and all(dropout_p(drop) == 0.0 for drop in drops)
+            and activation_name(branch.act) is not None
+        )
+    return (
+        isinstance(branch, AttentionSeam)
+        and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, _ATTENTION_READS)
+        and _path(branch.fastvit_plain) in _ATTENTIONS
+        and all(type(branch._modules.get(name)) in (nn.Identity, type(None)) for name in ("q_norm", "k_norm", "norm"))
+        and getattr(branch, "gate", None) is None
+        and dropout_p(branch.proj_drop) == dropout_p(branch.attn_drop) == 0.0
+    )
+
+
 class PosConvSeam(Fused):
     """timm's Twins ``PosConv`` (PEG) on tokens as they lie."""
 
@@ -403,10 +468,14 @@ _BEIT_NAMES = _COMMON_NAMES | {
 }
 _REL_POS_NAMES = _COMMON_NAMES | {"qkv", "q_norm", "k_norm", "head_dim", "rel_pos", "get_bias"}
 _TWINS_NAMES = _COMMON_NAMES | {"qkv", "q", "kv", "sr", "norm", "view", "pad", "ws", "contiguous"}
+_BLOCK_NAMES = frozenset(
+    {"drop_path1", "ls1", "attn", "norm1", "drop_path2", "ls2", "mlp", "norm2", "attn_mask", "is_causal"}
+)
 _MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
 
 ROWS = (
+    Row("timm.models.vision_transformer.Block", BlockSeam, known_names=_BLOCK_NAMES),
     Row("timm.layers.attention.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),

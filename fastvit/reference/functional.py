@@ -158,7 +158,7 @@ def _synchronised_over(module: nn.Module) -> Any:
 
 
 class LayerNorm(NamedTuple):
-    """The tensors and settings of a LayerNorm over heads: every position of a map is normalised over its H values."""
+    """The tensors and settings of a LayerNorm over one axis: heads in a map, or the channels of tokens."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -173,7 +173,11 @@ class LayerNorm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise x (B, H, ...) over its second axis."""
-        return F.layer_norm(x.movedim(1, -1), (x.shape[1],), self.weight, self.bias, self.eps).movedim(-1, 1)
+        return self.over_last(x.movedim(1, -1)).movedim(-1, 1)
+
+    def over_last(self, x: Tensor) -> Tensor:
+        """Normalise x (..., C) over its last axis."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -223,17 +227,36 @@ def conv_batch_norm(
     return activate(norm(F.conv2d(x, weight, bias, stride, padding)), activation)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """activation(x weight^T + bias).
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + scale * activation(norm(x) weight^T + bias).
 
     Args:
         x: (..., K). weight: (N, K). bias: (N,).
         activation: a name of :data:`ACTIVATIONS`.
+        norm: over K. scale: (N,), a LayerScale. residual: (..., N).
 
     Returns:
         (..., N).
+
+    Source: Dosovitskiy et al. 2021 (ViT), equations 2 and 3; Touvron et al. 2021 (CaiT), equation 4 (LayerScale).
     """
-    return activate(F.linear(x, weight, bias), activation)
+    x = x if norm is None else norm.over_last(x)
+    return add_scaled(activate(F.linear(x, weight, bias), activation), scale, residual)
+
+
+def add_scaled(out: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    """residual + scale * out, of which either may be absent."""
+    out = out if scale is None else scale * out
+    return out if residual is None else residual + out
 
 
 def mlp(
@@ -243,19 +266,25 @@ def mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     activation: str | None = "gelu",
+    *,
+    norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(x fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias.
+    """residual + scale * (activation(norm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias).
 
     Args:
         x: (..., K). fc1_weight: (M, K). fc1_bias: (M,). fc2_weight: (N, M). fc2_bias: (N,).
         activation: a name of :data:`ACTIVATIONS`.
+        norm: over K. scale: (N,), a LayerScale. residual: (..., N).
 
     Returns:
         (..., N).
 
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1.
     """
-    return F.linear(linear(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias)
+    hidden = linear(x, fc1_weight, fc1_bias, activation, norm=norm)
+    return add_scaled(F.linear(hidden, fc2_weight, fc2_bias), scale, residual)
 
 
 def _expand_mask(mask: Tensor | None) -> Tensor | None:

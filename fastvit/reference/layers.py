@@ -84,6 +84,8 @@ def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
     if type(part) is not expected:
         return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
     found = []
+    if "forward" in vars(part):
+        found.append("has a forward of its own, which the fused path would not call")
     if any(
         not getattr(hook, WATCHES, False) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     ):

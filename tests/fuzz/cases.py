@@ -261,7 +261,23 @@ def _linear(d: Draw) -> dict[str, Any]:
     x, inner = _rows(d)
     outputs = d.size(70)
     weight, bias = d.tensor(outputs, inner), d.optional(outputs, may_be_float32=False)
-    return {"x": x, "weight": weight, "bias": bias, "activation": d.choice(ACTIVATIONS)}
+    layer = {"x": x, "weight": weight, "bias": bias, "activation": d.choice(ACTIVATIONS)}
+    return layer | _around(d, x, inner, outputs)
+
+
+def _around(d: Draw, x: Spec, inner: int, outputs: int) -> dict[str, Any]:
+    """What stands before and behind a product, each at times."""
+    around: dict[str, Any] = {}
+    if inner and d.chance(0.3):
+        # As of an nn.LayerNorm. In float32 beside half precision, torch's own gradients lose digits.
+        weight = d.optional(inner, may_be_float32=False)
+        bias = None if weight is None else d.optional(inner, may_be_float32=False)
+        around["norm"] = LayerNorm(weight, bias, d.choice((1e-6, 1e-5, 1e-2)))
+    if d.chance(0.3):
+        around["scale"] = d.parameter(outputs, may_be_float32=False)
+    if d.chance(0.3):
+        around["residual"] = d.tensor(*x.shape[:-1], outputs)
+    return around
 
 
 def _mlp(d: Draw) -> dict[str, Any]:
@@ -274,7 +290,7 @@ def _mlp(d: Draw) -> dict[str, Any]:
         "fc2_weight": d.tensor(outputs, hidden),
         "fc2_bias": d.optional(outputs, may_be_float32=False),
         "activation": d.choice(ACTIVATIONS),
-    }
+    } | _around(d, x, inner, outputs)
 
 
 def _conv_batch_norm(d: Draw) -> dict[str, Any]:
@@ -343,7 +359,7 @@ WRONG_NUMBERS: dict[str, tuple[Any, ...]] = {
     "output_scale": ("1", [1.0], None),
     "backend": ("fast", None, 3, ["cpp"]),
 }
-OPTIONAL = ("bias", "mask", "padding")
+OPTIONAL = ("bias", "mask", "padding", "scale", "residual")
 
 
 def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
@@ -356,7 +372,8 @@ def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
         kinds.remove("axes")
     kind = d.choice(kinds)
     if kind == "shape":
-        axis = d.randrange(len(spec.shape))
+        any_rows = path in ("x", "weight", "fc2_weight") and d.op in ("linear", "mlp")
+        axis = len(spec.shape) - 1 if any_rows else d.randrange(len(spec.shape))
         # Three more than there are broadcast to nothing.
         return d.tensor(
             *(size + 3 * (i == axis) for i, size in enumerate(spec.shape)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 HEADS, CHANNELS, HIDDEN = 4, 6, 12
 
@@ -20,6 +20,11 @@ def batch_norm(features: int, batch: bool = False, **changes: Any) -> BatchNorm:
 
 def boolean(*shape: int, device: str = "cpu") -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=device)
+
+
+def _around(inputs: int, outputs: int) -> dict[str, Any]:
+    norm = LayerNorm(torch.ones(inputs), torch.zeros(inputs))
+    return {"norm": norm, "scale": torch.ones(outputs), "residual": torch.randn(3, outputs)}
 
 
 def attention(batch: bool) -> dict[str, Any]:
@@ -99,14 +104,19 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         "norm": batch_norm(CHANNELS, batch),
         **TOKENS,
     },
-    "linear": lambda batch: {"x": torch.randn(3, 8), "weight": torch.randn(4, 8), "bias": torch.randn(4)},
-    "mlp": lambda batch: {
-        "x": torch.randn(3, 8),
-        "fc1_weight": torch.randn(6, 8),
-        "fc1_bias": torch.randn(6),
-        "fc2_weight": torch.randn(4, 6),
-        "fc2_bias": torch.randn(4),
-    },
+    "linear": lambda batch: (
+        {"x": torch.randn(3, 8), "weight": torch.randn(4, 8), "bias": torch.randn(4)} | _around(8, 4)
+    ),
+    "mlp": lambda batch: (
+        {
+            "x": torch.randn(3, 8),
+            "fc1_weight": torch.randn(6, 8),
+            "fc1_bias": torch.randn(6),
+            "fc2_weight": torch.randn(4, 6),
+            "fc2_bias": torch.randn(4),
+        }
+        | _around(8, 4)
+    ),
     "conv_batch_norm": lambda batch: {
         "x": torch.randn(2, 3, 8, 8),
         "weight": torch.randn(CHANNELS, 3, 3, 3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from fastvit import backends, ops
 from fastvit.ops._operator import recording
 from fastvit.reference import functional
+from fastvit.reference.functional import LayerNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
 
 MODULE = importlib.import_module("fastvit.ops.linear")
@@ -57,9 +60,113 @@ def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool,
     x, weight, bias = _layer(17, 2501, 37, dtype)
     weight = weight.t().contiguous().t() if turned else weight
     with poisoned_empty():
-        got = torch.ops.fastvit.linear.default(x, weight, bias, 1)
+        got = ops.linear(x, weight, bias, "gelu", backend="cpp")
     exact = functional.linear(x.double(), weight.double(), bias.double(), "gelu")
     assert_as_accurate(got, functional.linear(x, weight, bias, "gelu"), exact)
+
+
+def _around(columns: int, depth: int, rows: int, dtype: torch.dtype, **parts: bool) -> dict[str, Any]:
+    """A norm, a scale and a residual, with strides, as the names in ``parts`` ask for."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    around: dict[str, Any] = {}
+    if parts.get("norm"):
+        around["norm"] = LayerNorm(draw(depth), draw(depth), 1e-6)
+    if parts.get("bare_norm"):
+        around["norm"] = LayerNorm(None, None, 1e-3)
+    if parts.get("scale"):
+        around["scale"] = draw(columns)
+    if parts.get("residual"):
+        around["residual"] = draw(rows, columns + 3)[:, :columns]
+    if parts.get("turned_residual"):
+        around["residual"] = draw(columns, rows).t()
+    return around
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, LayerNorm):
+        return LayerNorm(*map(_double, value))
+    return value.double() if isinstance(value, Tensor) else value
+
+
+AROUND = (
+    {"norm": True},
+    {"bare_norm": True},
+    {"scale": True},
+    {"residual": True},
+    {"turned_residual": True},
+    {"norm": True, "scale": True, "residual": True},
+)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", AROUND, ids=lambda parts: "-".join(parts))
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_what_stands_around_a_product(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dtype) -> None:
+    rows, depth, columns = shape
+    x, weight, bias = _layer(*shape, dtype)
+    x = 3 * x + 1  # a mean beside the deviation
+    around = _around(columns, depth, rows, dtype, **parts)
+    exact = {name: _double(value) for name, value in around.items()}
+    for activation in (None, "gelu"):
+        with poisoned_empty():
+            got = ops.linear(x, weight, bias, activation, **around, backend="cpp")
+        plain = functional.linear(x, weight, bias, activation, **around)
+        oracle = functional.linear(x.double(), weight.double(), bias.double(), activation, **exact)
+        assert_as_accurate(got, plain, oracle)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [{}, *AROUND], ids=lambda parts: "-".join(parts) or "alone")
+@pytest.mark.parametrize("shape", [(3, 5, 7), (29, 64, 48), (197, 96, 401), (300, 24, 1100)])
+def test_mlp(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dtype) -> None:
+    rows, depth, hidden = shape
+    x, *up = _layer(*shape, dtype)
+    _, *down = _layer(1, hidden, depth, dtype, seed=1)
+    around = _around(depth, depth, rows, dtype, **parts)
+    exact = {name: _double(value) for name, value in around.items()}
+    for activation in ("gelu", "silu"):
+        with poisoned_empty():
+            got = ops.mlp(x, *up, *down, activation, **around, backend="cpp")
+        plain = functional.mlp(x, *up, *down, activation, **around)
+        oracle = functional.mlp(*map(_double, (x, *up, *down)), activation, **exact)
+        assert_as_accurate(got, plain, oracle)
+
+
+@needs_cpp
+def test_infinities_of_a_hidden_value_stay_in_their_rows() -> None:
+    """Also where the last panel of hidden values is padded."""
+    x, *up = _layer(40, 16, 37, torch.float32)
+    _, *down = _layer(1, 37, 16, torch.float32, seed=1)
+    x[3, 2], x[17, 5] = float("nan"), float("inf")
+    got = ops.mlp(x, *up, *down, "relu", backend="cpp")
+    assert torch.equal(got.isfinite().all(1), x.isfinite().all(1))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_what_stands_around(dtype: torch.dtype) -> None:
+    values = (*_layer(34, 40, 36, dtype), *_layer(1, 36, 40, dtype, seed=1)[1:])
+    around = _around(40, 40, 34, dtype, norm=True, scale=True, residual=True)
+    values += (around["norm"].weight, around["norm"].bias, around["scale"], around["residual"])
+    grad = torch.randn(34, 40, generator=torch.Generator().manual_seed(2))
+
+    def gradients(run, dtype: torch.dtype, **options: str) -> list[Tensor]:
+        leaves = [value.detach().to(dtype, copy=True).requires_grad_() for value in values]
+        *layers, gamma, beta, scale, residual = leaves
+        norm = LayerNorm(gamma, beta, 1e-6)
+        out = run(*layers, "gelu", norm=norm, scale=scale, residual=residual, **options)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    fused = gradients(ops.mlp, dtype, backend="cpp")
+    plain, exact = gradients(functional.mlp, dtype), gradients(functional.mlp, torch.float64)
+    for place, (got, reference, oracle) in enumerate(zip(fused, plain, exact, strict=True)):
+        assert_as_accurate(got, reference, oracle, name=str(place))
 
 
 @needs_cpp
@@ -99,7 +206,11 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         results = []
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            results.append(ops.linear(x, weight, bias, "gelu", backend="cpp"))
+            hidden = ops.linear(x, weight, bias, "gelu", backend="cpp")
+            mlp = ops.mlp(x, weight, bias, weight.t(), None, "gelu", backend="cpp")
+            results.append(torch.cat((hidden, mlp, ops.linear(hidden, weight.t(), None, backend="cpp")), 1))
+            # The hidden values that stay in the cache are those of two calls.
+            assert torch.equal(results[-1][:, 500:800], results[-1][:, 800:])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -156,12 +267,20 @@ def test_compiles_whole_with_dynamic_rows() -> None:
 def test_opcheck(activation: int) -> None:
     x, weight, bias = _layer(20, 8, 16, torch.float32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fastvit.linear.default, (x, weight, bias, activation), test_utils=tests)
+    norm = (True, torch.randn(8), None, 1e-5)
+    behind = (activation, torch.randn(16), torch.randn(20, 16))
+    run = torch.ops.fastvit
+    torch.library.opcheck(run.linear.default, (x, weight, bias, *norm, *behind), test_utils=tests)
+    torch.library.opcheck(run.packed_linear.default, (x, weight, bias, None, *norm, *behind), test_utils=tests)
+    back = (weight.t().contiguous(), None)
+    behind = (activation, torch.randn(8), torch.randn(20, 8))
+    torch.library.opcheck(run.mlp.default, (x, weight, bias, *back, *norm, *behind), test_utils=tests)
+    torch.library.opcheck(
+        run.packed_mlp.default, (x, weight, bias, None, *back, None, *norm, *behind), test_utils=tests
+    )
 
 
-def _chosen(monkeypatch: pytest.MonkeyPatch, pays_off: bool, *args: Tensor, vectorised: bool = True) -> str:
-    monkeypatch.setattr(MODULE, "_PAYS_OFF", pays_off)
-    monkeypatch.setattr(MODULE, "_HAS_BFLOAT16_PRODUCTS", vectorised)
+def _chosen(*args: Tensor) -> str:
     seen: list[str] = []
     with recording(lambda selection: seen.append(selection.backend)):
         ops.linear(*args)
@@ -169,18 +288,37 @@ def _chosen(monkeypatch: pytest.MonkeyPatch, pays_off: bool, *args: Tensor, vect
 
 
 @needs_cpp
-def test_the_library_does_what_does_not_pay_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_does_what_it_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def choose(name: str, key: tuple, candidates: list, run: Callable, on_cpu: bool) -> tuple[str]:
+        assert on_cpu
+        asked.append(key)
+        outputs = [run(candidate) for candidate in candidates]
+        assert outputs[0].shape == outputs[1].shape
+        return candidates[-1] if len(asked) > 2 else candidates[0]
+
+    monkeypatch.setattr(MODULE.autotune, "choose", choose)
+    monkeypatch.setattr(MODULE, "_FASTER", {})
     x, weight, bias = _layer(64, 24, 32, torch.float32)
-    assert _chosen(monkeypatch, True, x, weight, bias) == "cpp"
-    assert _chosen(monkeypatch, False, x, weight, bias) == "reference"
-    assert _chosen(monkeypatch, True, x[:4], weight, bias) == "reference"
-    assert _chosen(monkeypatch, True, x, weight[:3], bias[:3]) == "reference"
-    assert _chosen(monkeypatch, True, x.double(), weight.double(), bias.double()) == "reference"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert _chosen(monkeypatch, True, x, weight, bias) == "reference"
+    assert _chosen(x, weight, bias) == "cpp"
+    assert _chosen(x[:60], weight, bias) == "cpp"  # of one bucket
+    assert len(asked) == 1
     low = [tensor.bfloat16() for tensor in (x, weight, bias)]
-    assert _chosen(monkeypatch, True, *low) == "cpp"
-    assert _chosen(monkeypatch, True, *low, vectorised=False) == "reference"
+    assert _chosen(*low) == "cpp"
+    assert len(asked) == 2
+    assert _chosen(x[:30], weight, bias) == "reference"
+    assert len(set(asked)) == len(asked) == 3
+
+
+@needs_cpp
+def test_the_library_does_what_is_small_or_of_another_dtype() -> None:
+    x, weight, bias = _layer(64, 24, 32, torch.float32)
+    assert _chosen(x[:4], weight, bias) == "reference"
+    assert _chosen(x, weight[:3], bias[:3]) == "reference"
+    assert _chosen(x.double(), weight.double(), bias.double()) == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _chosen(x, weight, bias) == "reference"
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:

@@ -265,8 +265,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
 def _own_products(monkeypatch):
     """Linear layers by the C++ kernel on every machine, few rows or not."""
     linear = sys.modules["fastvit.ops.linear"]
-    for changed, value in (("_PAYS_OFF", True), ("_HAS_BFLOAT16_PRODUCTS", True)):
-        monkeypatch.setattr(linear, changed, value)
     for changed in ("CPP_MIN_ROWS", "CPP_MIN_COLUMNS"):
         monkeypatch.setattr(linear, changed, 1)
 
@@ -451,7 +449,8 @@ def test_export_takes_the_plain_path(op):
 
 def batched(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Those with an axis of images."""
-    return {name: arguments[name] for name in ("x", "q", "k", "v", "mask") if isinstance(arguments.get(name), Tensor)}
+    names = ("x", "q", "k", "v", "mask", "residual")
+    return {name: arguments[name] for name in names if isinstance(arguments.get(name), Tensor)}
 
 
 def batches(op: str, batch_statistics: bool, size: int) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""Pre-norm transformer blocks whole, at inference on the CPU: four calls instead of forty.
+
+Norm and queries, keys, values; attention; projection, LayerScale and residual; norm, MLP, LayerScale and residual. A
+block of which any part is hooked, wrapped, replaced or left alone by ``patch`` calls its parts one by one, as does one
+that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastvit import ops
+from fastvit.ops._operator import any_autocast
+from fastvit.patching.fusion import Fused, readable
+from fastvit.patching.parts import activation_name, dropout_p
+from fastvit.reference.functional import LayerNorm
+from fastvit.reference.layers import DropPath
+
+_OF_MLP = {"fc1": nn.Linear, "fc2": nn.Linear, "drop": nn.Dropout}
+
+
+def at_inference(block: Any, x: Tensor) -> bool:
+    """Whether a block may run whole, as far as the call and not its parts decide that."""
+    return (
+        not torch.is_grad_enabled()
+        and not block.training
+        and type(x) is Tensor
+        and x.is_cpu
+        and block.fastvit_backend in ("auto", "cpp")
+        and not any_autocast()
+        and torch._C._get_tracing_state() is None
+        and not torch.compiler.is_exporting()
+        and not _has_any_global_hook()
+    )
+
+
+def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads: Mapping[str, type[nn.Module]]) -> bool:
+    """Whether a part is fused, of exactly one of these classes, and may be read down to its own parts."""
+    return (
+        isinstance(part, Fused)
+        and part.fastvit_plain in plain
+        and part.fastvit_backend == backend
+        and not part.training
+        and not vars(part).keys() & _OVERRIDABLE
+        and readable(part, type(part))
+        and all(readable(part._modules.get(name), expected) for name, expected in reads.items())
+    )
+
+
+_OVERRIDABLE = {"forward", "project", "merge", "linear"}
+"""Methods that a block does not call, unless somebody put one on the instance."""
+
+
+class BlockSeam(Fused):
+    """A block of self-attention with one product for queries, keys and values, and an MLP."""
+
+    fastvit_op = "linear"
+    attentions: ClassVar[tuple[type[nn.Module], ...]]
+    """The attention classes it knows, and below the classes of MLP."""
+    mlps: ClassVar[tuple[type[nn.Module], ...]]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not (at_inference(self, x) and adds_attention(self) and adds_mlp(self)):
+            return self.fastvit_plain.forward(self, x, mask)
+        return add_mlp(self, add_attention(self, x, mask))
+
+
+def adds_attention(block: Any, **reads: type[nn.Module]) -> bool:
+    """Whether the attention, and all around it, is known and does nothing more than its tensors tell.
+
+    Args:
+        reads: linear layers of the attention beside ``proj``; by default ``qkv``.
+    """
+    attention = block.attn
+    of_attention = {**(reads or {"qkv": nn.Linear}), "proj": nn.Linear, "proj_drop": nn.Dropout}
+    return (
+        readable(block._modules.get("norm1"), nn.LayerNorm)
+        and _passes(block._modules.get("drop_path"))
+        and getattr(block, "scale_adjustment", 1.0) == 1.0
+        and is_known(attention, block.attentions, block.fastvit_backend, of_attention)
+        and dropout_p(attention.proj_drop) == 0.0
+    )
+
+
+def adds_mlp(block: Any) -> bool:
+    """Whether the MLP, and all around it, is known and does nothing more than its tensors tell."""
+    mlp = block.mlp
+    return (
+        readable(block._modules.get("norm2"), nn.LayerNorm)
+        and _passes(block._modules.get("drop_path"))
+        and is_known(mlp, block.mlps, block.fastvit_backend, _OF_MLP)
+        and dropout_p(mlp.drop) == 0.0
+        and activation_name(mlp.act) is not None
+    )
+
+
+def _passes(drop_path: Any) -> bool:
+    return readable(drop_path, DropPath) and not drop_path.training
+
+
+def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
+    attention = block.attn
+    batch, tokens, _ = x.shape
+    qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(block.norm1))
+    heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    return add_projection(block, x, attention.attend(q, k, v, mask))
+
+
+def add_attention_of_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """The first ``count`` tokens of :func:`add_attention`, (B, count, C): queries of those, keys and values of all."""
+    attention, norm = block.attn, LayerNorm.of(block.norm1)
+    batch, tokens, width = x.shape
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    first = x[:, :count]
+    q = ops.linear(first, weight[:width], q_bias, norm=norm).unflatten(2, (attention.num_heads, attention.head_dim))
+    kv = ops.linear(x, weight[width:], kv_bias, norm=norm)
+    heads = kv.view(batch, tokens, 2, attention.num_heads, attention.head_dim)
+    k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, :count]
+    return add_projection(block, first, attention.attend(q.transpose(1, 2), k, v, mask))
+
+
+def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
+    """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
+    proj = block.attn.proj
+    tokens = out.transpose(1, 2).flatten(2)
+    return ops.linear(tokens, proj.weight, proj.bias, scale=getattr(block, "gamma_1", None), residual=x)
+
+
+def add_mlp(block: Any, x: Tensor) -> Tensor:
+    """x + gamma_2 mlp(norm2(x))."""
+    fc1, fc2, activation = block.mlp.fc1, block.mlp.fc2, activation_name(block.mlp.act)
+    scale, norm = getattr(block, "gamma_2", None), LayerNorm.of(block.norm2)
+    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, norm=norm, scale=scale, residual=x)
