@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from fastvit.kernels import attention_class as kernels
 from fastvit.kernels.attention_class_backward import class_attention_tokens_kernel
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

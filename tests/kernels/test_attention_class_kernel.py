@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit import ops
 from fastvit.kernels import attention_class as kernels
 from fastvit.kernels.attention_class_backward import class_attention_backward
+
+from fastvit import ops
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 

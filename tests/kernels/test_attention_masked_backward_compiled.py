@@ -13,6 +13,7 @@ from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked_backward as kernels
 from fastvit.kernels.attention_masked import Config
 from fastvit.kernels.attention_masked_bias_gradient import masked_attention_dbias_kernel
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

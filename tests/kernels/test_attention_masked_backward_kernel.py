@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import fastvit
 from fastvit.kernels import attention_masked as forward
 from fastvit.kernels import attention_masked_backward as backward
 from fastvit.kernels import attention_masked_bias_gradient
 from fastvit.kernels.attention_masked import Config
+
+import fastvit
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 from tests.kernels.test_attention_masked_kernel import packed

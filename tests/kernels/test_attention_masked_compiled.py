@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from fastvit.kernels import _primitives as primitives
 from fastvit.kernels import attention_masked as kernels
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

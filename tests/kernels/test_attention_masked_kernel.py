@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import fastvit
 from fastvit.kernels import attention_masked as kernels
+
+import fastvit
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 

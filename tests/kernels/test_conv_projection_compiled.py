@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: nothing to compil
 
 from fastvit.kernels import _depthwise_prologue as products
 from fastvit.kernels import conv_projection as kernels
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, compile_kernel, sample
 
 pytestmark = pytest.mark.slow

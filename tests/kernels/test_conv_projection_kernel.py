@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import conv_projection as kernels
 from fastvit.kernels._depthwise_prologue import Config, Epilogue
+
 from fastvit.ops import conv_projection, depthwise_separable_conv
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate

@@ -27,6 +27,7 @@ from fastvit.kernels.head_mixed_attention_configs import (
     Config,
     configurations,
 )
+
 from tests.kernels.aot import Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

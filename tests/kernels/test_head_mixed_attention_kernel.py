@@ -15,6 +15,7 @@ from fastvit.kernels.head_mixed_attention import head_mixed_attention_forward
 from fastvit.kernels.head_mixed_attention_backward import head_mixed_attention_backward
 from fastvit.kernels.head_mixed_attention_configs import Config
 from fastvit.kernels.head_mixed_attention_moments import head_map_moments, head_map_moments_backward
+
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 

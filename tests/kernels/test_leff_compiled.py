@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from fastvit.kernels import leff as kernels
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

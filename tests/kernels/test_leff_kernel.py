@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import leff as kernels
+
 from fastvit.ops import leff
 from fastvit.ops.leff import Call, Convolution, _fits
 from fastvit.reference import functional

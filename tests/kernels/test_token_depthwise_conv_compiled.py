@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 import torch
-
 from fastvit.kernels.token_depthwise_conv import convolve_kernel, norm_activation_kernel
 from fastvit.kernels.token_depthwise_conv_backward import (
     norm_activation_backward_kernel,
@@ -18,6 +17,7 @@ from fastvit.kernels.token_depthwise_conv_backward import (
 )
 from fastvit.kernels.token_depthwise_conv_tiles import Statistics, Tokens, choose_config
 from fastvit.kernels.token_depthwise_conv_training import statistics_kernel
+
 from tests.kernels.aot import TARGETS, Build, assert_fits, sample
 
 pytestmark = pytest.mark.slow

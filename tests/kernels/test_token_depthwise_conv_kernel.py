@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import token_depthwise_conv_tiles
 from fastvit.kernels._tokens import with_small_row_strides
+
 from fastvit.ops import token_depthwise_conv
 from fastvit.ops.token_depthwise_conv import TRITON
 from fastvit.reference import functional
