@@ -1,0 +1,74 @@
+"""The products' inner loops keep the multipliers of recent CPUs busy, by llvm-mca's models of those CPUs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MCA = next(filter(None, map(shutil.which, ("llvm-mca-20", "llvm-mca-19", "llvm-mca"))), None)
+COMPILER = shutil.which("g++")
+FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+}
+# llvm-mca has a 512-bit broadcast of Zen 4 wait for the pipes of the multipliers, which the CPU's load ports make.
+CPUS = (
+    ("avx2", "haswell"),
+    ("avx2", "znver3"),
+    ("avx2", "znver4"),
+    ("avx2", "icelake-server"),
+    ("avx512", "icelake-server"),
+    ("avx512", "sapphirerapids"),
+)
+LEAST = 0.95
+"""Of the rate of the multiply-adds alone."""
+
+
+def innermost_loops(assembly: str) -> list[list[str]]:
+    """The bodies of loops without jumps or labels inside, without their own jump."""
+    lines, labels, found = assembly.splitlines(), {}, []
+    for place, line in enumerate(lines):
+        if label := re.match(r"(\.L\d+):", line):
+            labels[label[1]] = place
+        jump = re.match(r"\s+j\w+\s+(\.L\d+)", line)
+        if jump and jump[1] in labels:
+            body = lines[labels[jump[1]] + 1 : place]
+            if not any(re.match(r"\.L\d+:|\s+j", inner) for inner in body):
+                found.append(body)
+    return found
+
+
+def cycles(body: list[str], cpu: str) -> float:
+    """Of one turn of a loop."""
+    turns = 200
+    command = [str(MCA), "-mtriple=x86_64", f"-mcpu={cpu}", f"-iterations={turns}"]
+    run = subprocess.run(command, input="\n".join(body), capture_output=True, text=True, check=True)
+    total = re.search(r"Total Cycles:\s+(\d+)", run.stdout)
+    assert total is not None, run.stdout
+    return int(total[1]) / turns
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """An instruction set and the loop with the most multiply-adds that it is compiled to."""
+    if MCA is None or COMPILER is None:
+        pytest.skip("needs llvm-mca (Debian: llvm-19) and g++")
+    target = tmp_path_factory.mktemp("assembly") / f"{request.param}.s"
+    command = [COMPILER, "-std=c++20", "-O3", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-Icsrc", "-S"]
+    options = [*FLAGS[request.param], f"-DFASTVIT_ISA={request.param}", "csrc/linear/cpu.cpp", "-o", str(target)]
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
+    loops = innermost_loops(target.read_text(encoding="utf-8"))
+    return request.param, max(loops, key=lambda body: sum("vfmadd" in line for line in body))
+
+
+def test_the_loop_of_products_is_bound_by_its_multiply_adds(loop: tuple[str, list[str]]) -> None:
+    isa, body = loop
+    alone = [line for line in body if "vfmadd" in line]
+    assert len(alone) == {"avx2": 12, "avx512": 28}[isa]  # a whole tile, its sums in registers
+    shares = {cpu: cycles(alone, cpu) / cycles(body, cpu) for of, cpu in CPUS if of == isa}
+    assert all(share >= LEAST for share in shares.values()), shares
