@@ -367,12 +367,18 @@ def _train(call: Convolution, kernels: Kernels, differentiate: bool, t: Tensors,
 
 def _track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics as ``nn.BatchNorm2d`` does, the variance made unbiased."""
-    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
+    if norm.running_mean is None or norm.running_var is None:
         return
+    share = norm.momentum
     with torch.no_grad():
-        keep = 1.0 - norm.momentum
-        norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
-        norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
+        for running, new, factor in (
+            (norm.running_mean, mean, share),
+            (norm.running_var, var, share * count / (count - 1)),
+        ):
+            wide = running.float()  # itself, unless of 16 bits: rounded once
+            wide.mul_(1.0 - share).add_(new, alpha=factor)
+            if wide is not running:
+                running.copy_(wide)
 
 
 def _autocast_dtype(call: Convolution) -> torch.dtype:
