@@ -353,6 +353,8 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   }
 
   void gradients_through_mixed_logits() const {
+    // Zeros at hidden pairs times such weights would be NaN.
+    const bool hides = p.mask != nullptr && !is_finite(p.pre_gradient, p.heads * p.heads);
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t j = begin; j < end; ++j) {
@@ -363,6 +365,14 @@ struct GradientTile : MapTile<T, kPairs, kV> {
                             s.map_stride, false, lane_sum(s.totals.pre_products()));
       mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0), s.map_stride,
                 gradient(0) + at(begin, 0), s.map_stride);
+      for (int64_t h = 0; hides && h < p.heads; ++h) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int v = 0; v < kV; ++v) {
+            float* x = gradient(h) + at(j, v);
+            this->hide_from_all(j, v, Vec::fill(0.0f), Vec::load(x)).store(x);
+          }
+        }
+      }
       if constexpr (kPairs) {
         for (int64_t h = 0; h < p.heads; ++h) {
           for (int64_t j = begin; j < end; j += 2) {

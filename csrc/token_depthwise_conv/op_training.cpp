@@ -144,13 +144,18 @@ float read(const ChannelParameter& parameter, int64_t channel, float absent) {
 class NormGradient {
  public:
   NormGradient(const ChannelNorm& norm, bool exists, int64_t channels)
-      : channels_(channels), exists_(exists), values_(static_cast<size_t>(exists ? 6 * channels : 0)) {
+      : channels_(channels), exists_(exists), values_(static_cast<size_t>(exists ? 7 * channels : 0)) {
     for (int64_t c = 0; exists && c < channels; ++c) {
       const float deviation = std::sqrt(read(norm.var, c, 1.0f) + norm.eps);
       row(kMean)[c] = read(norm.mean, c, 0.0f);
       row(kInverse)[c] = 1.0f / deviation;
       row(kScale)[c] = read(norm.weight, c, 1.0f) / deviation;
       row(kBias)[c] = read(norm.bias, c, 0.0f);
+      if (std::isinf(row(kScale)[c])) {  // applied as in finish, to c itself
+        row(kCenter)[c] = row(kMean)[c];
+        row(kBias)[c] -= row(kMean)[c] * row(kScale)[c];
+        row(kMean)[c] = 0.0f;
+      }
     }
   }
 
@@ -165,15 +170,13 @@ class NormGradient {
     for (int64_t c = 0; c < channels_; ++c) {
       const double scale = row(kScale)[c], inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
       row(kOffset)[c] = static_cast<float>(-scale * share * sums[static_cast<size_t>(c)]);
-      const double centred = sums[static_cast<size_t>(channels_ + c)];
-      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred);
+      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred(sums, c));
     }
   }
 
   void store_affine(const std::vector<double>& sums, float* weight, float* bias) {
     for (int64_t c = 0; c < channels_; ++c) {
-      const double centred = sums[static_cast<size_t>(channels_ + c)];
-      if (weight != nullptr) weight[c] = static_cast<float>(centred * row(kInverse)[c]);
+      if (weight != nullptr) weight[c] = static_cast<float>(centred(sums, c) * row(kInverse)[c]);
       if (bias != nullptr) bias[c] = static_cast<float>(sums[static_cast<size_t>(c)]);
     }
   }
@@ -188,7 +191,11 @@ class NormGradient {
   }
 
  private:
-  enum Row { kMean, kScale, kBias, kSlope, kOffset, kInverse };
+  enum Row { kMean, kScale, kBias, kSlope, kOffset, kInverse, kCenter };
+  // The sum of dn (c - mean); kCenter is what the passes left out of that mean.
+  double centred(const std::vector<double>& sums, int64_t c) {
+    return sums[static_cast<size_t>(channels_ + c)] - row(kCenter)[c] * sums[static_cast<size_t>(c)];
+  }
   float* row(Row index) { return values_.data() + index * channels_; }
 
   int64_t channels_;

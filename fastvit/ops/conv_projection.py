@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops._checks import (
+    check_batch,
     check_batch_norm,
     check_depthwise,
     check_geometry,
@@ -70,7 +71,8 @@ def _check_separable(call: Separable) -> None:
     check_batch_norm(f"{part}norm", c.norm, channels, x)
     outputs = check_linear(f"{part}pw_weight", call.pw_weight, channels, x)
     check_parameter(f"{part}pw_bias", call.pw_bias, (outputs,), x)
-    check_geometry(c.grid, kernel, c.stride, c.padding, part)
+    rows, columns = check_geometry(c.grid, kernel, c.stride, c.padding, part)
+    check_batch(f"{part}norm", c.norm, x.shape[0] * rows * columns)
 
 
 def _check_projections(call: Projections) -> None:

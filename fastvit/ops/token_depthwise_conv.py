@@ -41,6 +41,7 @@ from torch import Tensor
 from fastvit import backends
 from fastvit.ops._checks import (
     check_activation,
+    check_batch,
     check_batch_norm,
     check_depthwise,
     check_geometry,
@@ -107,6 +108,8 @@ def _check(call: Convolution) -> None:
     check_activation("activation", call.activation)
     check_batch_norm("pre_norm", call.pre_norm, channels, x)
     check_batch_norm("norm", call.norm, channels, x)
+    check_batch("pre_norm", call.pre_norm, x.shape[0] * call.grid[0] * call.grid[1])
+    check_batch("norm", call.norm, x.shape[0] * out[0] * out[1])
 
 
 # --- Registered operators -------------------------------------------------------------------------------------------

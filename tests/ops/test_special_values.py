@@ -461,6 +461,31 @@ def test_nan_shows_in_closed_forms(isa, masked, norm):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_weights_of_a_mix_bring_nothing_to_hidden_keys(isa, dtype):
+    q, k, v = (torch.randn(1, 4, 6, 8).to(dtype).requires_grad_() for _ in range(3))
+    weight = torch.eye(4)
+    weight[1] = INF
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 4:] = False
+    out = ops.head_mixed_attention(q, k, v, pre_weight=weight.to(dtype), mask=mask, backend="cpp")
+    (dk,) = torch.autograd.grad(out.float().sum(), k)
+    assert dk[:, :, 4:].eq(0).all() and dk.isnan().any()
+
+
+def test_a_single_value_is_refused_before_running_statistics_move():
+    x, weight, outer = torch.randn(1, 1, 8), torch.randn(8, 1, 3, 3), torch.randn(5, 8)
+    mean = torch.zeros(8)
+    norm = BatchNorm(mean, torch.ones(8), None, None, use_batch_stats=True)
+    many = functional.Projection(weight, norm, outer, padding=2)
+    single = functional.Projection(weight, norm, outer, padding=1)
+    with pytest.raises(ValueError, match=r"v\.norm.*more than 1 value"):
+        ops.conv_projection(x, many, many, single, grid=(1, 1))
+    with pytest.raises(ValueError, match=r"pre_norm.*more than 1 value"):
+        ops.token_depthwise_conv(x, weight, grid=(1, 1), pre_norm=norm)
+    assert mean.eq(0).all()
+
+
 # --- Accuracy -------------------------------------------------------------------------------------------------------
 
 
@@ -498,4 +523,24 @@ def test_large_biases_in_front_of_a_batch_norm(isa, channels, kernel, size):
     plain, exact = (call(functional.token_depthwise_conv, dtype) for dtype in (torch.float32, torch.float64))
     names = ("out", "dx", "dweight", "running_mean", "running_var")
     for name, *three in zip(names, got, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+
+
+def test_sums_of_the_last_norm_of_a_leff_at_batch_1():
+    """The plain form has them in double there."""
+    x, up, taps, down = torch.randn(1, 6400, 8), torch.randn(8, 8), torch.randn(8, 1, 3, 3), torch.randn(8, 8)
+    gradient = torch.randn(1, 6400, 8) + 1.0
+
+    def call(form, dtype, **more):
+        affine = [torch.ones(8, dtype=dtype, requires_grad=True), torch.zeros(8, dtype=dtype, requires_grad=True)]
+        norm = BatchNorm(torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), *affine)
+        tensors = (tensor.to(dtype) for tensor in (x, up, taps, down))
+        given, up_weight, dw_weight, down_weight = tensors
+        layers = (up_weight, None, dw_weight, None, down_weight, None)
+        out = form(given, *layers, grid=(80, 80), down_norm=norm, prefix_tokens=0, **more)
+        return torch.autograd.grad(out, affine, gradient.to(dtype))
+
+    got = call(ops.leff, torch.float32, backend="cpp")
+    plain, exact = (call(functional.leff, dtype) for dtype in (torch.float32, torch.float64))
+    for name, *three in zip(("weight", "bias"), got, plain, exact, strict=True):
         assert_as_accurate(*three, name=name)
