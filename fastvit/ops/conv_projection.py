@@ -61,7 +61,8 @@ class Projections(NamedTuple):
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
-def _check_separable(call: Separable) -> None:
+def _check_part(call: Separable) -> int:
+    """The arguments; returns how many values a channel has in front of the norm."""
     x, c, part = call.x, call.convolution, call.part
     check_tokens(x)
     check_grid(x, c.grid, c.prefix_tokens)
@@ -72,12 +73,17 @@ def _check_separable(call: Separable) -> None:
     outputs = check_linear(f"{part}pw_weight", call.pw_weight, channels, x)
     check_parameter(f"{part}pw_bias", call.pw_bias, (outputs,), x)
     rows, columns = check_geometry(c.grid, kernel, c.stride, c.padding, part)
-    check_batch(f"{part}norm", c.norm, x.shape[0] * rows * columns)
+    return x.shape[0] * rows * columns
+
+
+def _check_separable(call: Separable) -> None:
+    check_batch(f"{call.part}norm", call.convolution.norm, _check_part(call))
 
 
 def _check_projections(call: Projections) -> None:
-    for part in (call.q, call.k, call.v):
-        _check_separable(part)
+    parts = (call.q, call.k, call.v)
+    for part, values in zip(parts, [_check_part(part) for part in parts], strict=True):
+        check_batch(f"{part.part}norm", part.convolution.norm, values)
 
 
 def _trains(call: Separable) -> bool:

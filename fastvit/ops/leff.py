@@ -72,9 +72,10 @@ def _check(call: Call) -> None:
     for name, bias, norm, size in parts:
         check_parameter(f"{name}_bias", bias, (size,), x)
         check_batch_norm(f"{name}_norm", norm, size, x)
-        check_batch(f"{name}_norm", norm, x.shape[0] * c.grid[0] * c.grid[1])
     if call.form not in LEFF_FORMS:
         fail("form", f"one of {LEFF_FORMS}", call.form)
+    for name, _, norm, _ in parts:
+        check_batch(f"{name}_norm", norm, x.shape[0] * c.grid[0] * c.grid[1])
 
 
 # --- Registered operator --------------------------------------------------------------------------------------------
