@@ -48,13 +48,22 @@ FASTVIT_INLINE Vec derivative(Vec x) {
     // s + 1.702 x s (1 - s), of which x comes last: 1.702 x may be infinite where x is not.
     const Vec s = sigmoid(x * Vec::fill(1.702f));
     return fma(x, s * (one - s) * Vec::fill(1.702f), s);
-  } else if constexpr (activation == Activation::silu) {
+  } else {
+    static_assert(activation == Activation::silu);
     const Vec s = sigmoid(x);
     return s * fma(x, one - s, one);
+  }
+}
+
+// The gradient of the activation's input x from its output's. ReLU's selects, as torch's does: NaN does not pass a 0.
+template <Activation activation, class T = float>
+FASTVIT_INLINE Vec input_gradient(Vec grad, Vec x) {
+  if constexpr (activation == Activation::none) {
+    return grad;
   } else if constexpr (activation == Activation::relu) {
-    return keep_positive(x, one);
+    return keep_positive(x, grad);
   } else {
-    return one;
+    return grad * derivative<activation, T>(x);
   }
 }
 

@@ -196,10 +196,10 @@ FASTVIT_INLINE Vec gelu_slope(Vec x) {
   const Vec tail = coarse ? polynomial(kCoarseSlopeTail, at, t) : polynomial(kSlopeTail, at, at.r);
   return keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + fma(x, zero, tail);
 #else
-  // phi is close to the smallest normal number at 13.
+  // phi is 0 at 15.
   const Vec tail = normal_tail(x).weight;
   const Vec below = keep_positive(x, fnma(Vec::fill(2.0f), tail, one)) + fma(x, zero, tail);
-  const Vec near = max(Vec::fill(-13.0f), min(Vec::fill(13.0f), x));
+  const Vec near = max(Vec::fill(-15.0f), min(Vec::fill(15.0f), x));
   return fma(near * Vec::fill(0.398942280f), exp(near * near * Vec::fill(-0.5f)), below);
 #endif
 }

@@ -50,7 +50,8 @@ struct HeadMapTotals {
   FASTVIT_INLINE int64_t mixed() const { return 2 * heads * heads; }      // (H,): gradient of M_h
   FASTVIT_INLINE int64_t norm_factor() const { return mixed() + heads; }  // (H,)
   FASTVIT_INLINE int64_t norm_shift() const { return mixed() + 2 * heads; }
-  FASTVIT_INLINE int64_t count() const { return mixed() + 3 * heads; }
+  FASTVIT_INLINE int64_t pre_bias() const { return mixed() + 3 * heads; }  // zero, or NaN: see settle_deltas
+  FASTVIT_INLINE int64_t count() const { return mixed() + 4 * heads; }
 };
 
 // A kernel over tiles of queries whose results are sums over all queries. A batch element's queries may be split into

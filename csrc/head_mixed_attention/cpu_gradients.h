@@ -4,8 +4,8 @@
 // With dP the gradient of the maps P, for one query,
 //   dS'_g[j] = P_g[j] (dP_g[j] - sum_j P_g[j] dP_g[j])        dS_h[j] = sum_g L[g][h] dS'_g[j]
 //   dq_h[d] = scale sum_j k_h[j][d] dS_h[j]                   dk_h[j][d] = scale sum_i dS_h[j][i] q_h[i][d]
-// and dL[g][h] = sum dS'_g S_h over all queries and keys. The gradient of the bias before the softmax is zero: a
-// constant added to all logits of a row changes nothing.
+// and dL[g][h] = sum dS'_g S_h over all queries and keys. The gradient of the bias before the softmax is zero, unless
+// something is NaN: a constant added to all logits of a row changes nothing.
 //
 // The first three are products with queries in the lanes. The fourth is a sum over queries, of scalars from the map
 // with rows of q; it accumulates in float32, per batch element or part of its queries. Sums over queries and keys are
@@ -293,11 +293,20 @@ struct GradientTile : MapTile<T, kPairs, kV> {
     }
   }
 
-  // Where a sum of P dP is not finite: dP less the sum without hidden keys, whose own dP becomes zero.
+  // Where a sum of P dP is not finite: dP less the sum without hidden keys, whose own dP becomes zero. If that is not
+  // finite either, nor is dS', nor its sum, the gradient of the bias before the softmax.
   void settle_deltas() const {
-    if (p.mask == nullptr || is_finite(s.delta, p.heads * kWidth)) return;
+    if (is_finite(s.delta, p.heads * kWidth)) return;
     const Vec zero = Vec::fill(0.0f);
+    const auto add_to_pre_bias = [&](int64_t h, Vec delta) {
+      float* to = lane_sum(s.totals.pre_bias() + h);
+      fma(delta, zero, Vec::load(to)).store(to);
+    };
     for (int64_t h = 0; h < p.heads; ++h) {
+      if (p.mask == nullptr) {
+        for (int v = 0; v < kV; ++v) add_to_pre_bias(h, Vec::load(s.delta + h * kWidth + v * kLanes));
+        continue;
+      }
       Vec delta[kV];
       for (int v = 0; v < kV; ++v) delta[v] = zero;
       for_each_place([&](int64_t j, int v, int64_t place) {
@@ -307,7 +316,10 @@ struct GradientTile : MapTile<T, kPairs, kV> {
       for_each_place([&](int64_t j, int v, int64_t place) {
         this->hide(h, j, v, zero, Vec::load(gradient(h) + place) - delta[v]).store(gradient(h) + place);
       });
-      for (int v = 0; v < kV; ++v) zero.store(s.delta + h * kWidth + v * kLanes);
+      for (int v = 0; v < kV; ++v) {
+        add_to_pre_bias(h, delta[v]);
+        zero.store(s.delta + h * kWidth + v * kLanes);
+      }
     }
   }
 
@@ -341,6 +353,8 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   }
 
   void gradients_through_mixed_logits() const {
+    // Zeros at hidden pairs times such weights would be NaN.
+    const bool hides = p.mask != nullptr && !is_finite(p.pre_gradient, p.heads * p.heads);
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t j = begin; j < end; ++j) {
@@ -351,6 +365,14 @@ struct GradientTile : MapTile<T, kPairs, kV> {
                             s.map_stride, false, lane_sum(s.totals.pre_products()));
       mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0), s.map_stride,
                 gradient(0) + at(begin, 0), s.map_stride);
+      for (int64_t h = 0; hides && h < p.heads; ++h) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int v = 0; v < kV; ++v) {
+            float* x = gradient(h) + at(j, v);
+            this->hide_from_all(j, v, Vec::fill(0.0f), Vec::load(x)).store(x);
+          }
+        }
+      }
       if constexpr (kPairs) {
         for (int64_t h = 0; h < p.heads; ++h) {
           for (int64_t j = begin; j < end; j += 2) {

@@ -3,7 +3,8 @@
 // With c = 1 / keys, over all queries and keys, masked keys (P = 0) included:
 //   sums_g = sum (P_g - c)        moments_gh = sum (P_g - c) (P_h - c)
 // A row of a map sums to one, or to zero if all its keys are masked: so the sums only count such rows, without
-// rounding. A gradient of P that is constant along a row therefore has no effect, which leaves
+// rounding; those of a map with NaN are NaN. A gradient of P that is constant along a row therefore has no effect,
+// which leaves
 //   dP_g = sum_h (dmoments_gh + dmoments_hg) (P_h - c)
 #include "head_mixed_attention/cpu_gradients.h"
 
@@ -63,7 +64,9 @@ struct MomentTile : MapTile<T, kPairs, kV> {
     for (int64_t h = 0; h < p.heads; ++h) {
       for (int64_t i = 0; i < queries; ++i) {
         // The largest exponential of a row is one, so its sum is at least one unless all keys are masked.
-        if (s.inverse[h * kV * kLanes + i] > 1.0f) totals[at_total.mixed() + h] -= 1.0;
+        const float inverse = s.inverse[h * kV * kLanes + i];
+        if (inverse > 1.0f) totals[at_total.mixed() + h] -= 1.0;
+        if (inverse != inverse) totals[at_total.mixed() + h] = inverse;
       }
     }
   }

@@ -52,13 +52,13 @@ struct MapScratch {
 // --- Products --------------------------------------------------------------------------------------------------------
 
 // out[r] = factor * sum_k a[r][k] b[k] for the rows of all panels (see Packed); rows of b and out are kV vectors.
-template <bool kPairs, int kV>
+template <bool kPairs, int kV, int64_t kPartial = kPartialSum>
 void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const float* a, const float* b, float factor,
                      float* out) {
   for (int64_t panel = 0; panel < panels.blocks; ++panel) {
     with_constant<kRows>(panels.size(panel), [&](auto rows) {
-      product_to<kPairs, rows.value, kV>(depth, a + panel * panel_words, b, Vec::fill(factor),
-                                         out + panels.begin(panel) * kV * kLanes);
+      product_to<kPairs, rows.value, kV, kPartial>(depth, a + panel * panel_words, b, Vec::fill(factor),
+                                                   out + panels.begin(panel) * kV * kLanes);
     });
   }
 }
@@ -180,9 +180,10 @@ struct MapTile {
     }
   }
 
-  // out[j] = factor * sum_d k[j][d] q[d] for all keys; `packed` are key panels.
+  // out[j] = factor * sum_d k[j][d] q[d] for all keys; `packed` are key panels. Large logits need short partial sums.
   void products_with_keys(const float* packed, const float* q, float factor, float* out) const {
-    multiply_panels<kPairs, kV>(layout.key_panels, layout.key_words, layout.words(p.dim), packed, q, factor, out);
+    multiply_panels<kPairs, kV, (kPartialSum < 32 ? kPartialSum : 32)>(layout.key_panels, layout.key_words,
+                                                                       layout.words(p.dim), packed, q, factor, out);
   }
 
   // out[d] = factor * sum_j v[j][d] map[j] for all channels; `packed` is a head of keys and values.

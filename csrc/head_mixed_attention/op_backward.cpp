@@ -61,11 +61,11 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
           std::move(dk),
           std::move(dv),
           small_result(part(at.pre_products(), at.mixed(), 1.0), square, a.pre_weight.has_value(), a.q),
-          small_result(std::vector<double>(factor.size(), 0.0), line, a.pre_bias.has_value(), a.q),
+          small_result(part(at.pre_bias(), at.count(), 1.0), line, a.pre_bias.has_value(), a.q),
           small_result(dweight, square, a.post_weight.has_value(), a.q),
           small_result(dbias, line, a.post_bias.has_value(), a.q),
           small_result(part(at.norm_factor(), at.norm_shift(), output_scale), line, a.norm_weight.has_value(), a.q),
-          small_result(part(at.norm_shift(), at.count(), output_scale), line, a.norm_bias.has_value(), a.q)};
+          small_result(part(at.norm_shift(), at.pre_bias(), output_scale), line, a.norm_bias.has_value(), a.q)};
 }
 
 FASTVIT_REGISTER(head_mixed_attention_backward, "CPU", head_mixed_attention_backward_cpu);

@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const T
   const HeadMapTotals at{p.heads};
   const std::vector<double> dpre(totals.begin() + at.pre_products(), totals.begin() + at.mixed());
   return {std::move(dq), std::move(dk), small_result(dpre, {p.heads, p.heads}, a.pre_weight.has_value(), a.q),
-          small_result(std::vector<double>(zeros.size(), 0.0), {p.heads}, a.pre_bias.has_value(), a.q)};
+          small_result({totals.begin() + at.pre_bias(), totals.begin() + at.count()}, {p.heads}, a.pre_bias.has_value(),
+                       a.q)};
 }
 
 FASTVIT_REGISTER(head_map_moments_backward, "CPU", head_map_moments_backward_cpu);

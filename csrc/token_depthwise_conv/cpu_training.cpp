@@ -167,9 +167,14 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
       known = block.first;
       for_each_vector(block.channels, [&](int64_t c, int64_t n) {
         const int64_t at = block.first + c;
-        read(op.norm.mean, at, n, 0.0f).store(mean + c);
-        (read(op.norm.weight, at, n, 1.0f) / sqrt(read(op.norm.var, at, n, 1.0f) + eps)).store(scale + c);
-        read(op.norm.bias, at, n, 0.0f).store(bias + c);
+        const Vec zero = Vec::fill(0.0f), center = read(op.norm.mean, at, n, 0.0f);
+        const Vec factor = read(op.norm.weight, at, n, 1.0f) / sqrt(read(op.norm.var, at, n, 1.0f) + eps);
+        const Vec shift = read(op.norm.bias, at, n, 0.0f);
+        // An infinite scale is applied as torch does, to c itself, so that NaN is in the same places.
+        const Vec size = min(factor, zero - factor);
+        if_hidden(size, zero, center).store(mean + c);
+        factor.store(scale + c);
+        if_hidden(size, fnma(center, factor, shift), shift).store(bias + c);
       });
     }
     const T *x = image_of<T>(op, image) + block.first, *conv = conv_of<T>(op, image, block.first);
@@ -306,10 +311,15 @@ class ConvGradients {
 
   void input_gradient(int64_t image) {
     gradient_map_.flip(block_);
+    const bool finite = has_finite_taps();
     SplitSums sums(sums_memory_, 2, op_.channel_block);
     for (int64_t y = 0; y < op_.height; y += kRows) {
       const Target<float> to = rows_at(gradient_map_, y, values_);
-      convolve_transposed_(gradient_map_, y - transposed_.op.padding, to);
+      if (finite) {
+        convolve_transposed_(gradient_map_, y - transposed_.op.padding, to);
+      } else {
+        for (int64_t row = 0; row < to.rows; ++row) gather_gradients(y + row, to.to + row * to.row_step);
+      }
       for (int64_t row = 0; row < to.rows; ++row) {
         const float* grad = values_ + row * op_.width * op_.channel_block;
         input_backward_kernel_(op_.pre, block_, input_row<T>(op_, block_, image, y + row, grad), sums);
@@ -317,6 +327,34 @@ class ConvGradients {
     }
     store_sums(sums, op_.pre_sums, image, block_);
     copy_prefix_gradient<T>(op_, block_, image);
+  }
+
+  bool has_finite_taps() const {
+    bool finite = true;
+    for (int64_t i = 0; i < op_.kernel * op_.kernel * op_.channel_block; i += kLanes) {
+      finite &= all_finite(Vec::load(block_.taps + i));
+    }
+    return finite;
+  }
+
+  // Row y of the gradient of the convolution's input, from gradients of outputs alone: infinite taps and those that are
+  // NaN must not meet the zeros between and around them.
+  void gather_gradients(int64_t y, float* to) const {
+    const int64_t width = op_.channel_block, stride = op_.stride;
+    const auto is_output = [&](int64_t at, const Range& range) {
+      return at >= 0 && at % stride == 0 && at / stride >= range.first && at / stride < range.end;
+    };
+    memset(to, 0, static_cast<size_t>(op_.width * width) * sizeof(float));
+    for (int64_t x = 0; x < op_.width; ++x, to += width) {
+      for (int64_t tap = 0; tap < op_.kernel * op_.kernel; ++tap) {
+        const int64_t row = y + op_.padding - tap / op_.kernel, column = x + op_.padding - tap % op_.kernel;
+        if (!is_output(row, rows_) || !is_output(column, columns_)) continue;
+        const float* grad = gradient_row(row / stride) + gradient_column(column / stride);
+        for (int64_t c = 0; c < width; c += kLanes) {
+          fma(Vec::load(grad + c), Vec::load(block_.taps + tap * width + c), Vec::load(to + c)).store(to + c);
+        }
+      }
+    }
   }
 
   void weight_gradient(int64_t image) {

@@ -10,7 +10,8 @@
 namespace fastvit {
 
 // A norm and its gradient, each an array over the channels: n = (c - mean) scale + bias, and
-// dc = scale dn + slope (c - mean) + offset. Without a norm the pointers are null: n is c and dc is dn.
+// dc = scale dn + slope (c - mean) + offset. With given statistics slope and offset are null, and without a norm all of
+// them: n is c and dc is dn.
 struct NormCoefficients {
   const float *mean, *scale, *bias, *slope, *offset;
 };

@@ -153,6 +153,7 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
   constexpr bool valued = normed || activation != Activation::none;
   const int64_t first = block.first;
   const bool has_out = row.out.p != nullptr, adds = row.add.p != nullptr, through = normed && !row.of_norm_output;
+  const bool by_batch = normed && norm.slope != nullptr;
   const Vec zero = Vec::fill(0.0f);
   for (int64_t begin = 0; begin < row.columns; begin += kGroup) {
     const int64_t count = begin + kGroup < row.columns ? kGroup : row.columns - begin;
@@ -164,7 +165,7 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
       prefetch_row<0>(values, row.next_value, count, c);
       prefetch_row<0>(grads, row.next_grad, count, c);
       prefetch_row<1>(outs, row.next_out, count, c);
-      const auto read = [&](const float* of) { return normed ? load(of + first + c, n) : zero; };
+      const auto read = [&](const float* of) { return normed && of != nullptr ? load(of + first + c, n) : zero; };
       const Vec mean = read(norm.mean), scale = read(norm.scale), bias = read(norm.bias);
       const Vec slope = read(norm.slope), offset = read(norm.offset);
       const Value* value = values.p + c;
@@ -176,14 +177,15 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
         Vec centred = zero, dn = load(grad, n);
         if constexpr (valued) {
           centred = load(value, n) - mean;
-          dn *= derivative<activation, T>(normed ? fma(centred, scale, bias) : centred);
+          dn = input_gradient<activation, T>(dn, normed ? fma(centred, scale, bias) : centred);
           value += values.step;
         }
         grad += grads.step;
         sum += dn;
         if constexpr (normed) product = fma(dn, centred, product);
         if (!has_out) continue;
-        Vec result = through ? fma(dn, scale, fma(centred, slope, offset)) : dn;
+        Vec result = dn;
+        if (through) result = by_batch ? fma(dn, scale, fma(centred, slope, offset)) : dn * scale;
         if (adds) result += load(add, n), add += added.step;
         store(result, out, n);
         out += outs.step;

@@ -2,6 +2,7 @@
 // between them, registration.
 #include "token_depthwise_conv/cpu_training.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -143,18 +144,24 @@ float read(const ChannelParameter& parameter, int64_t channel, float absent) {
 class NormGradient {
  public:
   NormGradient(const ChannelNorm& norm, bool exists, int64_t channels)
-      : channels_(channels), exists_(exists), values_(static_cast<size_t>(exists ? 6 * channels : 0)) {
+      : channels_(channels), exists_(exists), values_(static_cast<size_t>(exists ? 7 * channels : 0)) {
     for (int64_t c = 0; exists && c < channels; ++c) {
       const float deviation = std::sqrt(read(norm.var, c, 1.0f) + norm.eps);
       row(kMean)[c] = read(norm.mean, c, 0.0f);
       row(kInverse)[c] = 1.0f / deviation;
       row(kScale)[c] = read(norm.weight, c, 1.0f) / deviation;
       row(kBias)[c] = read(norm.bias, c, 0.0f);
+      if (std::isinf(row(kScale)[c])) {  // applied as in finish, to c itself
+        row(kCenter)[c] = row(kMean)[c];
+        row(kBias)[c] -= row(kMean)[c] * row(kScale)[c];
+        row(kMean)[c] = 0.0f;
+      }
     }
   }
 
-  NormCoefficients coefficients() {
+  NormCoefficients coefficients(bool batch_statistics) {
     if (!exists_) return {};
+    if (!batch_statistics) return {row(kMean), row(kScale), row(kBias), nullptr, nullptr};
     return {row(kMean), row(kScale), row(kBias), row(kSlope), row(kOffset)};
   }
 
@@ -163,29 +170,32 @@ class NormGradient {
     for (int64_t c = 0; c < channels_; ++c) {
       const double scale = row(kScale)[c], inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
       row(kOffset)[c] = static_cast<float>(-scale * share * sums[static_cast<size_t>(c)]);
-      const double centred = sums[static_cast<size_t>(channels_ + c)];
-      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred);
+      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred(sums, c));
     }
   }
 
   void store_affine(const std::vector<double>& sums, float* weight, float* bias) {
     for (int64_t c = 0; c < channels_; ++c) {
-      const double centred = sums[static_cast<size_t>(channels_ + c)];
-      if (weight != nullptr) weight[c] = static_cast<float>(centred * row(kInverse)[c]);
+      if (weight != nullptr) weight[c] = static_cast<float>(centred(sums, c) * row(kInverse)[c]);
       if (bias != nullptr) bias[c] = static_cast<float>(sums[static_cast<size_t>(c)]);
     }
   }
 
-  // The sum of the gradient of the norm's input, which is zero with batch statistics.
+  // The sum of the gradient of the norm's input, which with batch statistics is zero, or NaN where that gradient is.
   void store_sum(const std::vector<double>& sums, bool batch_statistics, float* to) {
     for (int64_t c = 0; c < channels_; ++c) {
-      const double scale = batch_statistics ? 0.0 : exists_ ? row(kScale)[c] : 1.0;
+      double scale = exists_ ? row(kScale)[c] : 1.0;
+      if (batch_statistics) scale = 0.0 * (scale + row(kSlope)[c] + row(kOffset)[c]);
       to[c] = static_cast<float>(scale * sums[static_cast<size_t>(c)]);
     }
   }
 
  private:
-  enum Row { kMean, kScale, kBias, kSlope, kOffset, kInverse };
+  enum Row { kMean, kScale, kBias, kSlope, kOffset, kInverse, kCenter };
+  // The sum of dn (c - mean); kCenter is what the passes left out of that mean.
+  double centred(const std::vector<double>& sums, int64_t c) {
+    return sums[static_cast<size_t>(channels_ + c)] - row(kCenter)[c] * sums[static_cast<size_t>(c)];
+  }
   float* row(Row index) { return values_.data() + index * channels_; }
 
   int64_t channels_;
@@ -202,6 +212,19 @@ void store_weight(const std::vector<double>& sums, int64_t area, int64_t channel
   }
 }
 
+template <class Bits>
+bool are_finite(const void* data, int64_t count, Bits exponent) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= (static_cast<const Bits*>(data)[i] & exponent) != exponent;
+  return finite;
+}
+
+bool has_finite_taps(const TokenDepthwiseConv& op) {
+  const int64_t count = op.channels * op.kernel * op.kernel;
+  return op.weight.element == Element::float32 ? are_finite<uint32_t>(op.weight.data, count, 0x7f800000)
+                                               : are_finite<uint16_t>(op.weight.data, count, 0x7f80);
+}
+
 void clear_gradients(const TokenDepthwiseConvBackward& op) {
   if (op.dweight != nullptr) std::fill_n(op.dweight, op.channels * op.kernel * op.kernel, 0.0f);
   for (float* gradient : {op.dbias, op.dpre_norm_weight, op.dpre_norm_bias, op.dnorm_weight, op.dnorm_bias}) {
@@ -209,14 +232,15 @@ void clear_gradients(const TokenDepthwiseConvBackward& op) {
   }
 }
 
-// The pass backward through the convolution.
+// The pass backward through a 3x3 convolution.
+void compute_3x3_gradients(TokenDepthwiseConvPass& pass) {
+  const int64_t rows = kDcRows * (pass.out_width + 2) + kMaxRows * pass.width;
+  pass.ring_rows = kMaxRows;
+  run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 2 * 9 + 2 * 4, kRingFloats);
+}
+
+// The same for any convolution.
 void compute_gradients(TokenDepthwiseConvPass& pass) {
-  if (is_3x3(pass)) {
-    const int64_t rows = kDcRows * (pass.out_width + 2) + kMaxRows * pass.width;
-    pass.ring_rows = kMaxRows;
-    run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 2 * 9 + 2 * 4, kRingFloats);
-    return;
-  }
   pass.ring_rows = pass.height;
   // Besides the map of inputs that of gradients, with a Block of its own: see TransposedConv in cpu_training.cpp.
   const int64_t area = pass.kernel * pass.kernel, padding = std::max<int64_t>(pass.kernel - 1 - pass.padding, 0);
@@ -239,8 +263,8 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   pass.dx = op.dx;
   pass.dx_of_norm_output = op.pre_batch_statistics;
   pass.streams = !pass.dx_of_norm_output && is_streamed(op, op.dx, op.batch * op.height * op.width * op.channels);
-  pass.pre = pre.coefficients();
-  pass.post = post.coefficients();
+  pass.pre = pre.coefficients(op.pre_batch_statistics);
+  pass.post = post.coefficients(op.batch_statistics);
 
   const bool parameters = op.dweight != nullptr;
   const bool wants_pre_sums = op.has_pre_norm && (parameters || (op.pre_batch_statistics && op.dx != nullptr));
@@ -263,7 +287,19 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   }
   pass.pre_sums = wants_pre_sums ? pre_sums : nullptr;
   pass.weight_sums = parameters ? weight_sums : nullptr;
-  compute_gradients(pass);
+  // The passes of a 3x3 convolution multiply inputs and taps by zeros around the gradients, too, where that is
+  // harmless.
+  bool is_done = false;
+  std::vector<double> weight_total;
+  if (is_3x3(pass) && has_finite_taps(pass)) {
+    compute_3x3_gradients(pass);
+    if (parameters) weight_total = add_images(weight_sums, op.batch, area, op.channels);
+    is_done = std::all_of(weight_total.begin(), weight_total.end(), [](double sum) { return std::isfinite(sum); });
+  }
+  if (!is_done) {
+    compute_gradients(pass);
+    if (parameters) weight_total = add_images(weight_sums, op.batch, area, op.channels);
+  }
   if (pass.sums != nullptr) total = add_images(sums, op.batch, 2, op.channels);
   std::vector<double> pre_total;
   if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);
@@ -272,7 +308,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
     run_token_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 5);
   }
   if (parameters) {
-    store_weight(add_images(weight_sums, op.batch, area, op.channels), area, op.channels, op.dweight);
+    store_weight(weight_total, area, op.channels, op.dweight);
     if (op.dbias != nullptr) post.store_sum(total, op.batch_statistics, op.dbias);
     if (op.has_norm) post.store_affine(total, op.dnorm_weight, op.dnorm_bias);
     if (op.has_pre_norm) pre.store_affine(pre_total, op.dpre_norm_weight, op.dpre_norm_bias);

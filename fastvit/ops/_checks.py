@@ -91,6 +91,12 @@ def check_batch_norm(name: str, norm: BatchNorm | None, channels: int, x: Tensor
         fail(f"{name}.use_batch_stats", "a bool", norm.use_batch_stats)
 
 
+def check_batch(name: str, norm: BatchNorm | None, values: int) -> None:
+    """More than one value per channel, where they have statistics: before running ones move, of another norm's too."""
+    if norm is not None and norm.use_batch_stats and norm.layer is None and values == 1:
+        raise ValueError(f"{name}: Expected more than 1 value per channel when training, got 1")
+
+
 # --- Attention ------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.ops._checks import (
+    check_batch,
     check_batch_norm,
     check_depthwise,
     check_geometry,
@@ -67,7 +68,8 @@ class Projections(NamedTuple):
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
-def _check_separable(call: Separable) -> None:
+def _check_part(call: Separable) -> int:
+    """The arguments; returns how many values a channel has in front of the norm."""
     x, c, part = call.x, call.convolution, call.part
     check_tokens(x)
     check_grid(x, c.grid, c.prefix_tokens)
@@ -77,12 +79,18 @@ def _check_separable(call: Separable) -> None:
     check_batch_norm(f"{part}norm", c.norm, channels, x)
     outputs = check_linear(f"{part}pw_weight", call.pw_weight, channels, x)
     check_parameter(f"{part}pw_bias", call.pw_bias, (outputs,), x)
-    check_geometry(c.grid, kernel, c.stride, c.padding, part)
+    rows, columns = check_geometry(c.grid, kernel, c.stride, c.padding, part)
+    return x.shape[0] * rows * columns
+
+
+def _check_separable(call: Separable) -> None:
+    check_batch(f"{call.part}norm", call.convolution.norm, _check_part(call))
 
 
 def _check_projections(call: Projections) -> None:
-    for part in (call.q, call.k, call.v):
-        _check_separable(part)
+    parts = (call.q, call.k, call.v)
+    for part, values in zip(parts, [_check_part(part) for part in parts], strict=True):
+        check_batch(f"{part.part}norm", part.convolution.norm, values)
 
 
 def _trains(call: Separable) -> bool:

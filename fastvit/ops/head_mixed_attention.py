@@ -391,7 +391,7 @@ class _FoldBatch(torch.autograd.Function):
             dsums,
             dproducts,
             None if weight is None else dweight,
-            None if bias is None else bias * 0.0,  # the mean takes a bias away again; NaN stays NaN
+            None if bias is None else (dmean + dvariance) * 0.0,  # the mean takes a bias away again; NaN stays NaN
             None if gamma is None else dfactor * inverse,
             None if beta is None else dshift,
         )
@@ -422,7 +422,7 @@ def _fold(settings, count, totals, products, weight, bias, gamma, beta):  # type
 
 def _track(norm: BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
     """Move the running statistics, in place, as ``nn.BatchNorm2d`` does: the variance without bias."""
-    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
+    if norm.running_mean is None or norm.running_var is None:
         return
     with torch.no_grad():
         unbiased = variance * (count / (count - 1.0))

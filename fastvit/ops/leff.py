@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.ops._checks import (
+    check_batch,
     check_batch_norm,
     check_depthwise,
     check_grid,
@@ -73,6 +74,8 @@ def _check(call: Call) -> None:
         check_batch_norm(f"{name}_norm", norm, size, x)
     if call.form not in LEFF_FORMS:
         fail("form", f"one of {LEFF_FORMS}", call.form)
+    for name, _, norm, _ in parts:
+        check_batch(f"{name}_norm", norm, x.shape[0] * c.grid[0] * c.grid[1])
 
 
 # --- Registered operator --------------------------------------------------------------------------------------------
@@ -120,7 +123,9 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
     prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
     hidden = multiply(tokens, call.up_weight, call.up_bias)
     out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
-    if norm is not None:  # over batch and tokens alike, as one of BatchNorm2d is over batch and map
+    if norm is not None and 1 in (out.shape[0], *c.grid):  # where BatchNorm.__call__ has the sums in double, too
+        out = norm(out.transpose(1, 2)).transpose(1, 2).contiguous()
+    elif norm is not None:  # over batch and tokens alike, as one of BatchNorm2d is over batch and map
         out = norm(out.flatten(0, 1)).view_as(out)
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)

@@ -41,6 +41,7 @@ from torch import Tensor
 from fastvit import backends
 from fastvit.ops._checks import (
     check_activation,
+    check_batch,
     check_batch_norm,
     check_depthwise,
     check_geometry,
@@ -109,6 +110,8 @@ def _check(call: Convolution) -> None:
     check_activation("activation", call.activation)
     check_batch_norm("pre_norm", call.pre_norm, channels, x)
     check_batch_norm("norm", call.norm, channels, x)
+    check_batch("pre_norm", call.pre_norm, x.shape[0] * call.grid[0] * call.grid[1])
+    check_batch("norm", call.norm, x.shape[0] * out[0] * out[1])
 
 
 # --- Registered operators -------------------------------------------------------------------------------------------
@@ -357,12 +360,18 @@ def _train(call: Convolution, kernels: Kernels, differentiate: bool, t: Tensors,
 
 def _track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics as ``nn.BatchNorm2d`` does, the variance made unbiased."""
-    if norm.running_mean is None or norm.running_var is None or norm.momentum == 0.0:
+    if norm.running_mean is None or norm.running_var is None:
         return
+    share = norm.momentum
     with torch.no_grad():
-        keep = 1.0 - norm.momentum
-        norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
-        norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
+        for running, new, factor in (
+            (norm.running_mean, mean, share),
+            (norm.running_var, var, share * count / (count - 1)),
+        ):
+            wide = running.float()  # itself, unless of 16 bits: rounded once
+            wide.mul_(1.0 - share).add_(new, alpha=factor)
+            if wide is not running:
+                running.copy_(wide)
 
 
 def _autocast_dtype(call: Convolution) -> torch.dtype:

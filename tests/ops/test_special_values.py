@@ -341,6 +341,151 @@ def test_a_nan_bias_of_a_mix_shows(isa, training):
         assert torch.equal(got.isnan(), plain.isnan()) and got[:, 1].isnan().all()
 
 
+# --- Convolutions and norms -----------------------------------------------------------------------------------------
+
+
+def assert_finite_where_plain(call: Callable[..., tuple[Tensor, ...]], fused: Callable, plain: Callable) -> None:
+    """Each result is finite where the plain form's is, and nowhere else."""
+    for got, expected in zip(call(fused), call(plain), strict=True):
+        assert torch.equal(got.isfinite(), expected.isfinite())
+
+
+def fused_conv(*args, **options) -> Tensor:
+    return ops.token_depthwise_conv(*args, backend="cpp", **options)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2), (2, 1)])
+@pytest.mark.parametrize("where", ["weight", "x", "gradient"])
+def test_zeros_around_a_map_meet_nothing_in_the_backward_pass(isa, where, kernel, stride, value):
+    """Zeros of padding and between strided gradients, times an infinite tap or input, would be NaN elsewhere."""
+    tensors = {
+        "x": torch.randn(2, 35, 20),
+        "weight": torch.randn(20, 1, kernel, kernel),
+        "gradient": torch.ones(
+            2,
+            fused_conv(torch.randn(1, 35, 20), torch.randn(20, 1, kernel, kernel), grid=(5, 7), stride=stride).shape[1],
+            20,
+        ),
+    }
+    tensors[where].view(-1)[3::97] = value
+    x, weight, gradient = (tensors[name] for name in ("x", "weight", "gradient"))
+
+    def call(form):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = form(*leaves, grid=(5, 7), stride=stride)
+        return torch.autograd.grad(out, leaves, gradient)
+
+    (dx, dweight), (plain_dx, plain_dweight) = call(fused_conv), call(functional.token_depthwise_conv)
+    assert torch.equal(dx.isfinite(), plain_dx.isfinite()) and plain_dx.isfinite().any()
+    if where != "gradient":  # zeros of x's padding are multiplied, as some of torch's own forms do
+        assert torch.equal(dweight.isfinite(), plain_dweight.isfinite()) and plain_dweight.isfinite().any()
+    assert dweight.isfinite()[plain_dweight == 0].all()
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_relu_lets_no_nan_through_where_it_is_zero(isa, kernel):
+    x, weight, bias = torch.randn(2, 30, 20), torch.randn(20, 1, kernel, kernel), torch.randn(20)
+    bias[4] = INF  # of SiLU, whose gradient is then NaN
+
+    def call(form):
+        leaf = x.clone().requires_grad_()
+        out = form(leaf, weight, bias, grid=(5, 6), pre_activation="relu", activation="silu")
+        return torch.autograd.grad(out.sum(), leaf)
+
+    assert_finite_where_plain(call, fused_conv, functional.token_depthwise_conv)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_nan_that_given_statistics_keep_from_the_gradient(isa, kernel):
+    """With given statistics dx does not depend on the norm's input; NaN in that, or in its shift, stays there."""
+    x, weight, bias = torch.randn(2, 30, 20), torch.randn(20, 1, kernel, kernel), torch.randn(20)
+    bias[4] = NAN
+
+    def call(form):
+        leaf = x.clone().requires_grad_()
+        norm = BatchNorm(torch.zeros(20), torch.ones(20), torch.ones(20), torch.zeros(20))
+        return torch.autograd.grad(form(leaf, weight, bias, grid=(5, 6), norm=norm).sum(), leaf)
+
+    assert_finite_where_plain(call, fused_conv, functional.token_depthwise_conv)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_nan_in_front_of_batch_statistics(isa, kernel, momentum):
+    """The gradient of the convolution's bias is zero, but not of a channel with NaN; and a momentum of 0 times NaN."""
+    x, weight = torch.randn(2, 30, 20), torch.randn(20, 1, kernel, kernel)
+    x[0, 3, 4] = NAN
+
+    def call(form):
+        bias, mean, var = torch.zeros(20, requires_grad=True), torch.zeros(20), torch.ones(20)
+        norm = BatchNorm(mean, var, None, None, use_batch_stats=True, momentum=momentum)
+        out = form(x, weight, bias, grid=(5, 6), norm=norm)
+        return *torch.autograd.grad(out.sum(), bias), mean, var
+
+    assert_finite_where_plain(call, fused_conv, functional.token_depthwise_conv)
+
+
+def test_an_infinite_scale_of_a_norm(isa):
+    """Applied as torch's BatchNorm does, which ReLU makes visible: -inf becomes 0, NaN does not."""
+    x, weight = torch.randn(2, 30, 20), torch.randn(20, 1, 3, 3)
+
+    def call(form):
+        norm = BatchNorm(None, None, torch.full((20,), -INF), torch.zeros(20), use_batch_stats=True)
+        return (form(x, weight, grid=(5, 6), norm=norm, activation="relu"),)
+
+    assert_finite_where_plain(call, fused_conv, functional.token_depthwise_conv)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_nan_shows_in_closed_forms(isa, masked, norm):
+    """The gradient of a bias before the softmax, or before batch statistics, and their mean: no constants for NaN."""
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    q[1, 2, 3, 1] = NAN
+    mask = torch.rand(2, 1, 6, 6) < 0.7 if masked else None
+
+    def call(form, **more):
+        weights = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 4), (4,)) * 2]
+        leaves = [tensor.requires_grad_() for tensor in weights]
+        names = ("pre_weight", "pre_bias", "post_weight", "post_bias")
+        mean, var = torch.zeros(4), torch.ones(4)
+        by_batch = BatchNorm(mean, var, None, None, use_batch_stats=True) if norm else None
+        out = form(q, k, v, mask=mask, norm=by_batch, **dict(zip(names, leaves, strict=True)), **more)
+        return *torch.autograd.grad(out.sum(), leaves), mean, var
+
+    assert_finite_where_plain(
+        call,
+        lambda *args, **more: ops.head_mixed_attention(*args, backend="cpp", **more),
+        functional.head_mixed_attention,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_weights_of_a_mix_bring_nothing_to_hidden_keys(isa, dtype):
+    q, k, v = (torch.randn(1, 4, 6, 8).to(dtype).requires_grad_() for _ in range(3))
+    weight = torch.eye(4)
+    weight[1] = INF
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 4:] = False
+    out = ops.head_mixed_attention(q, k, v, pre_weight=weight.to(dtype), mask=mask, backend="cpp")
+    (dk,) = torch.autograd.grad(out.float().sum(), k)
+    assert dk[:, :, 4:].eq(0).all() and dk.isnan().any()
+
+
+def test_a_single_value_is_refused_before_running_statistics_move():
+    x, weight, outer = torch.randn(1, 1, 8), torch.randn(8, 1, 3, 3), torch.randn(5, 8)
+    mean = torch.zeros(8)
+    norm = BatchNorm(mean, torch.ones(8), None, None, use_batch_stats=True)
+    many = functional.Projection(weight, norm, outer, padding=2)
+    single = functional.Projection(weight, norm, outer, padding=1)
+    with pytest.raises(ValueError, match=r"v\.norm.*more than 1 value"):
+        ops.conv_projection(x, many, many, single, grid=(1, 1))
+    with pytest.raises(ValueError, match=r"pre_norm.*more than 1 value"):
+        ops.token_depthwise_conv(x, weight, grid=(1, 1), pre_norm=norm)
+    assert mean.eq(0).all()
+
+
 # --- Accuracy -------------------------------------------------------------------------------------------------------
 
 
@@ -378,4 +523,24 @@ def test_large_biases_in_front_of_a_batch_norm(isa, channels, kernel, size):
     plain, exact = (call(functional.token_depthwise_conv, dtype) for dtype in (torch.float32, torch.float64))
     names = ("out", "dx", "dweight", "running_mean", "running_var")
     for name, *three in zip(names, got, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+
+
+def test_sums_of_the_last_norm_of_a_leff_at_batch_1():
+    """The plain form has them in double there."""
+    x, up, taps, down = torch.randn(1, 6400, 8), torch.randn(8, 8), torch.randn(8, 1, 3, 3), torch.randn(8, 8)
+    gradient = torch.randn(1, 6400, 8) + 1.0
+
+    def call(form, dtype, **more):
+        affine = [torch.ones(8, dtype=dtype, requires_grad=True), torch.zeros(8, dtype=dtype, requires_grad=True)]
+        norm = BatchNorm(torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype), *affine)
+        tensors = (tensor.to(dtype) for tensor in (x, up, taps, down))
+        given, up_weight, dw_weight, down_weight = tensors
+        layers = (up_weight, None, dw_weight, None, down_weight, None)
+        out = form(given, *layers, grid=(80, 80), down_norm=norm, prefix_tokens=0, **more)
+        return torch.autograd.grad(out, affine, gradient.to(dtype))
+
+    got = call(ops.leff, torch.float32, backend="cpp")
+    plain, exact = (call(functional.leff, dtype) for dtype in (torch.float32, torch.float64))
+    for name, *three in zip(("weight", "bias"), got, plain, exact, strict=True):
         assert_as_accurate(*three, name=name)
