@@ -89,7 +89,7 @@ ENABLED = _enabled(os.environ.get("FASTVIT_AUTOTUNE", ""))
 
 @contextlib.contextmanager
 def unmeasured() -> Iterator[None]:
-    """Within it, :func:`fastest` measures nothing in this thread: for queries of the choice that compute nothing."""
+    """Within it nothing is measured in this thread: for queries of the choice that compute nothing."""
     token = _unmeasured.set(True)
     try:
         yield
@@ -158,7 +158,7 @@ def choose(
         if known not in _chosen:
             record = _record(kernel_name, key, cpu_name() if on_cpu else _device_name())
             found = _read(record, configurations)
-            if found is None and (on_cpu or not _capturing()):
+            if found is None and not _unmeasured.get() and (on_cpu or not _capturing()):
                 found = _fastest(configurations, run, _time_on_cpu if on_cpu else _time)
                 if found is not None:
                     _write(record, found)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.patching.fusion import give, plain_class
-from fastvit.patching.plan import SKIPPED, Finding, apply, device_of
+from fastvit.patching.fusion import Fused, give, plain_class
+from fastvit.patching.plan import SKIPPED, Finding, apply, device_of, parts_needed, without_empty_blocks
 from fastvit.patching.timing import Times, interleaved, readable
 from fastvit.patching.verification import END_TO_END, as_call, undisturbed, watching
 
@@ -21,7 +21,7 @@ def choose(
 
     Call it with the model plain; the winners are left fused. Runs in eval mode without gradients; a module that runs
     several times in one forward is timed on its first input. Blocks inside a block are decided before it, and are in
-    both its runs what they will be.
+    both its runs what they will be; one that needs a part which lost is not timed, and left alone.
 
     Returns:
         The findings, those that lost turned into skipped ones with the times as their reason; and the times by module
@@ -33,7 +33,7 @@ def choose(
         hooks = {finding.module: _timing(finding, backend, times) for finding in findings if finding.fused is not None}
         with watching(hooks):
             model(*args, **kwargs)
-        chosen = [_decided(finding, times) for finding in findings]
+        chosen = without_empty_blocks(_decided(finding, times) for finding in findings)
         times[END_TO_END] = _compared(functools.partial(model, *args, **kwargs), model, chosen, backend)
     apply(chosen, backend)
     return chosen, times
@@ -43,7 +43,7 @@ def _timing(finding: Finding, backend: str, times: dict[str | None, Times]) -> C
     """A forward hook, the module's first, that times the plain and the fused class on the input and lets one stay."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if finding.name in times:
+        if finding.name in times or not all(isinstance(part, Fused) for _, part in parts_needed(finding)):
             return
 
         def run() -> Any:

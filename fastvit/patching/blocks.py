@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import ops
 from fastvit.ops._operator import any_autocast
-from fastvit.patching.fusion import Fused, readable
+from fastvit.patching.fusion import Fused, has_hooks_for_all, is_ours, readable
 from fastvit.patching.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
 from fastvit.reference.layers import DropPath
@@ -29,13 +29,13 @@ def at_inference(block: Any, x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not block.training
-        and type(x) is Tensor
+        and type(x) in (Tensor, FakeTensor)
         and x.is_cpu
         and block.fastvit_backend in ("auto", "cpp")
         and not any_autocast()
         and torch._C._get_tracing_state() is None
         and not torch.compiler.is_exporting()
-        and not _has_any_global_hook()
+        and not has_hooks_for_all()
     )
 
 
@@ -43,6 +43,7 @@ def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads:
     """Whether a part is fused, of exactly one of these classes, and may be read down to its own parts."""
     return (
         isinstance(part, Fused)
+        and is_ours(type(part))
         and part.fastvit_plain in plain
         and part.fastvit_backend == backend
         and not part.training
@@ -60,6 +61,7 @@ class BlockSeam(Fused):
     """A block of self-attention with one product for queries, keys and values, and an MLP."""
 
     fastvit_op = "linear"
+    fastvit_needs = ("attn", "mlp")
     attentions: ClassVar[tuple[type[nn.Module], ...]]
     """The attention classes it knows, and below the classes of MLP."""
     mlps: ClassVar[tuple[type[nn.Module], ...]]
@@ -79,7 +81,7 @@ def adds_attention(block: Any, **reads: type[nn.Module]) -> bool:
     attention = block.attn
     of_attention = {**(reads or {"qkv": nn.Linear}), "proj": nn.Linear, "proj_drop": nn.Dropout}
     return (
-        readable(block._modules.get("norm1"), nn.LayerNorm)
+        _is_over_channels(block._modules.get("norm1"))
         and _passes(block._modules.get("drop_path"))
         and getattr(block, "scale_adjustment", 1.0) == 1.0
         and is_known(attention, block.attentions, block.fastvit_backend, of_attention)
@@ -91,12 +93,16 @@ def adds_mlp(block: Any) -> bool:
     """Whether the MLP, and all around it, is known and does nothing more than its tensors tell."""
     mlp = block.mlp
     return (
-        readable(block._modules.get("norm2"), nn.LayerNorm)
+        _is_over_channels(block._modules.get("norm2"))
         and _passes(block._modules.get("drop_path"))
         and is_known(mlp, block.mlps, block.fastvit_backend, _OF_MLP)
         and dropout_p(mlp.drop) == 0.0
         and activation_name(mlp.act) is not None
     )
+
+
+def _is_over_channels(norm: Any) -> bool:
+    return readable(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
 
 
 def _passes(drop_path: Any) -> bool:
@@ -107,7 +113,8 @@ def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
     attention = block.attn
     batch, tokens, _ = x.shape
-    qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(block.norm1))
+    norm, backend = LayerNorm.of(block.norm1), block.fastvit_backend
+    qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm, backend=backend)
     heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     return add_projection(block, x, attention.attend(q, k, v, mask))
@@ -131,12 +138,13 @@ def add_attention_of_first(block: Any, x: Tensor, mask: Tensor | None, count: in
 def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
     """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
     proj = block.attn.proj
-    tokens = out.transpose(1, 2).flatten(2)
-    return ops.linear(tokens, proj.weight, proj.bias, scale=getattr(block, "gamma_1", None), residual=x)
+    tokens, scale = out.transpose(1, 2).flatten(2), getattr(block, "gamma_1", None)
+    return ops.linear(tokens, proj.weight, proj.bias, scale=scale, residual=x, backend=block.fastvit_backend)
 
 
 def add_mlp(block: Any, x: Tensor) -> Tensor:
     """x + gamma_2 mlp(norm2(x))."""
     fc1, fc2, activation = block.mlp.fc1, block.mlp.fc2, activation_name(block.mlp.act)
-    scale, norm = getattr(block, "gamma_2", None), LayerNorm.of(block.norm2)
-    return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, norm=norm, scale=scale, residual=x)
+    around = {"norm": LayerNorm.of(block.norm2), "scale": getattr(block, "gamma_2", None), "residual": x}
+    layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return ops.mlp(x, *layers, activation, **around, backend=block.fastvit_backend)

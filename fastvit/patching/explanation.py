@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from fastvit.ops import _operator
 from fastvit.patching import tables
@@ -70,27 +70,25 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     """
     check_model(model)
     args, kwargs = as_call(example)
-    running: list[str] = []
+    names = {id(module): name for name, module in model.named_modules() if isinstance(module, Fused)}
     rows: list[Choice] = []
     with contextlib.ExitStack() as stack:
-        names = {module: name for name, module in model.named_modules() if isinstance(module, Fused)}
-        # For all modules there are, since blocks call parts that have hooks of their own where they else need not.
-        enter = register_module_forward_pre_hook(functools.partial(_enter, running, names))
-        leave = register_module_forward_hook(functools.partial(_leave, running, names), always_call=True)
-        stack.callback(enter.remove)
-        stack.callback(leave.remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
-        stack.enter_context(_operator.recording(lambda choice: rows.append(Choice(running[-1], *choice))))
+        stack.enter_context(_operator.recording(lambda choice: rows.append(Choice(_running(names), *choice))))
         model(*args, **kwargs)
     return Explanation(plain_class(model).__name__, tuple(rows))
 
 
-def _enter(running: list[str], names: dict[nn.Module, str], module: nn.Module, *_: object) -> None:
-    if module in names:
-        running.append(names[module])
+def _running(names: Mapping[int, str]) -> str:
+    """The name of the innermost of these modules of which a method runs.
 
-
-def _leave(running: list[str], names: dict[nn.Module, str], module: nn.Module, *_: object) -> None:
-    if module in names:
-        running.pop()
+    It is read off the stack: a hook would have a block call the parts that it need not call without one.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = names.get(id(frame.f_locals.get("self")))
+        if name is not None:
+            return name
+        frame = frame.f_back
+    return ""

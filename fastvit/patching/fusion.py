@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_hooks_for_all
 
 from fastvit.reference.layers import obstacles, symbolically_traced
 
@@ -33,6 +34,8 @@ class Fused:
     """The operator in ``fastvit.ops`` that the replaced methods call."""
     fastvit_reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
     """Sub-modules whose tensors or settings are read instead of calling them, and the one class each may have."""
+    fastvit_needs: ClassVar[tuple[str, ...]] = ()
+    """Sub-modules that must be fused as well, or it would only call its parts: then ``patch`` leaves it alone."""
     fastvit_plain: ClassVar[type[nn.Module]]
     """The class that ``unpatch`` gives back."""
     fastvit_backend = "auto"
@@ -122,7 +125,7 @@ def undo(model: nn.Module) -> None:
             plain class would silently drop.
     """
     fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
-    covered = [f"{name} ({type(module).__name__})" for name, module in fused if not _is_ours(type(module))]
+    covered = [f"{name} ({type(module).__name__})" for name, module in fused if not is_ours(type(module))]
     if covered:
         raise RuntimeError(
             "classes were put over fused ones since patch (as FSDP and parametrisations do); take them off before "
@@ -132,13 +135,15 @@ def undo(model: nn.Module) -> None:
         give(module, plain_class(module))
 
 
-def _is_ours(cls: type) -> bool:
+def is_ours(cls: type) -> bool:
     """Whether a class was made here, and is not derived from one that was."""
     return "fastvit_plain" in vars(cls)
 
 
 def readable(part: Any, expected: type[nn.Module]) -> bool:
-    """:func:`is_plain`, a fifth of its time where nothing at all is out of the ordinary."""
+    """:func:`is_plain` and no hook for all modules, a fifth of its time where nothing at all is out of the ordinary."""
+    if has_hooks_for_all():
+        return False
     if type(part) is expected and "forward" not in vars(part):
         hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
         if not hooks and all(type(parameter) in _ORDINARY for parameter in part._parameters.values()):
@@ -158,9 +163,9 @@ def intact(module: nn.Module) -> bool:
     """Whether every sub-module that the fused path reads is still the plain class, without hooks.
 
     Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward,
-    as it does while torch.fx traces.
+    as it does while torch.fx traces and while a hook is registered for all modules.
     """
-    if symbolically_traced():
+    if symbolically_traced() or has_hooks_for_all():
         return False
     return all(not obstacles(getattr(module, name), expected) for name, expected in module.fastvit_reads.items())
 

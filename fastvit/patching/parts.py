@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvit import backends, ops
-from fastvit.patching.fusion import is_plain, plain_class
+from fastvit.patching.fusion import has_hooks_for_all, is_plain, plain_class
 from fastvit.reference.cvt import QuickGELU
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -43,7 +43,8 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 
     ``backend`` is that of the block.
     """
-    if not backends.cpp_reasons() and backend_of_linears(backend) == "auto" and is_plain(linear, nn.Linear):
+    ours = not backends.cpp_reasons() and backend_of_linears(backend) == "auto"
+    if ours and is_plain(linear, nn.Linear) and not has_hooks_for_all():
         return ops.linear(x, linear.weight, linear.bias)
     return linear(x)
 

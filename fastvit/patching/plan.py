@@ -120,7 +120,27 @@ def survey(
         if kind is not None:
             reason = f"{plain_class(module).__name__} is not known"
             findings.append(Finding(name, module, kind, None, UNRECOGNISED, reasons=(reason,)))
-    return _without_parts_and_wrappers(findings)
+    return without_empty_blocks(_without_parts_and_wrappers(findings))
+
+
+def without_empty_blocks(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings; blocks that would only call their parts, since one they need is plain, are left alone as well."""
+    findings = list(findings)
+    fused = {finding.module for finding in findings if finding.fused is not None}
+
+    def judged(finding: Finding) -> Finding:
+        plain = [name for name, part in parts_needed(finding) if part not in fused]
+        if not plain:
+            return finding
+        reasons = tuple(f"{name} is not fused" for name in plain)
+        return finding._replace(status=SKIPPED, fused=None, reasons=reasons)
+
+    return [judged(finding) for finding in findings]
+
+
+def parts_needed(finding: Finding) -> list[tuple[str, object]]:
+    """Names and modules of the parts without which the fused class would only call them all."""
+    return [(name, getattr(finding.module, name, None)) for name in getattr(finding.fused, "fastvit_needs", ())]
 
 
 def _judge(

@@ -17,13 +17,13 @@ from fastvit.patching.blocks import (
     adds_mlp,
     at_inference,
 )
-from fastvit.patching.fusion import Fused, Row, intact, readable
+from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_plain, plain_class, readable
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.cpvt import CPVT
 from fastvit.reference.cvt import ConvAttention, ConvProjection
-from fastvit.reference.deepvit import DeepViT, ReAttention
+from fastvit.reference.deepvit import DeepViT, ReAttention, ReAttentionBlock
 from fastvit.reference.deit import DeiT
 from fastvit.reference.functional import BatchNorm, Projection
 from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
@@ -88,6 +88,8 @@ class ConvAttentionSeam(ProjectingSeam):
 def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
     """Whether a projection's parts do more than its tensors tell, or are not to be fused as the attention is."""
     known = isinstance(convolution, ConvProjectionSeam) and convolution.fastvit_plain is ConvProjection
+    if has_hooks_for_all():
+        return True
     if not known or convolution.fastvit_backend != attention.fastvit_backend:
         return True
     return bool(obstacles(convolution, type(convolution)) or obstacles(linear, nn.Linear))
@@ -188,6 +190,7 @@ class ConvBlockSeam(Fused):
     """A block of CvT: the norm, the projections, and then as other blocks."""
 
     fastvit_op = "linear"
+    fastvit_needs = ("attn", "mlp")
     attentions = (ConvAttention,)
     mlps = (Mlp,)
 
@@ -244,6 +247,7 @@ class LeFFBlockSeam(Fused):
     """A block of CeiT: its attention as in other blocks, then the LeFF."""
 
     fastvit_op = "linear"
+    fastvit_needs = ("attn",)
     attentions = (Attention,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
@@ -257,6 +261,7 @@ class PyramidBlockSeam(Fused):
     """A block of PCPVT: its attention by parts, then the MLP as in other blocks."""
 
     fastvit_op = "linear"
+    fastvit_needs = ("mlp",)
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
@@ -271,12 +276,20 @@ class PatchEmbedSeam(Fused):
     fastvit_op = "linear"
     fastvit_reads: ClassVar = {"proj": nn.Conv2d}
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (at_inference(self, x) and readable(self._modules.get("proj"), nn.Conv2d)):
-            return self.fastvit_plain.forward(self, x)
+    def project(self, x: Tensor) -> Tensor:
+        conv = self._modules.get("proj")
+        if not (at_inference(self, x) and readable(conv, nn.Conv2d) and _cuts_patches(conv, x, self.patch_size)):
+            return self.fastvit_plain.project(self, x)
         (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
-        return ops.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        tokens = patches.flatten(3).flatten(1, 2)
+        return ops.linear(tokens, conv.weight.flatten(1), conv.bias, backend=self.fastvit_backend)
+
+
+def _cuts_patches(conv: nn.Conv2d, x: Tensor, patch_size: tuple[int, int]) -> bool:
+    """Whether a convolution, which may have been exchanged since, multiplies each patch of images by one matrix."""
+    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return settings == (patch_size, patch_size, (0, 0), (1, 1), 1) and x.dim() == 4 and x.shape[1] == conv.in_channels
 
 
 class MlpSeam(Fused):
@@ -299,7 +312,8 @@ class StemSeam(Fused):
     fastvit_op = "conv_batch_norm"
 
     def convolve(self, x: Tensor, conv: Any, norm: Any, activation: str | None = None) -> Tensor:
-        if norm.training or obstacles(conv, nn.Conv2d) or obstacles(norm, nn.BatchNorm2d):
+        read = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and not has_hooks_for_all()
+        if norm.training or not read:
             return self.fastvit_plain.convolve(self, x, conv, norm, activation)
         return ops.conv_batch_norm(
             x,
@@ -343,13 +357,23 @@ def _check_mlp(module: nn.Module) -> list[str]:
     return check_activation("act", module.act)
 
 
+def _check_re_attention_block(module: nn.Module) -> list[str]:
+    """Reasons where the steps that its forward takes are not its own, or change what the tensors alone tell."""
+    plain = plain_class(module)
+    names = [name for name in ("_add", "_scaled") if getattr(plain, name) is not getattr(ReAttentionBlock, name)]
+    reasons = [f"{plain.__name__} overrides {name}" for name in names]
+    if module.scale_adjustment != 1.0:
+        reasons.append(f"scale_adjustment is {module.scale_adjustment}, expected is 1")
+    return reasons
+
+
 ROWS = (
     Row("fastvit.reference.vit.ViT", IsotropicSeam),
     Row("fastvit.reference.deit.DeiT", IsotropicSeam),
     Row("fastvit.reference.deepvit.DeepViT", IsotropicSeam),
     Row("fastvit.reference.cpvt.CPVT", IsotropicSeam),
     Row("fastvit.reference.layers.Block", ReferenceBlockSeam),
-    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam),
+    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam, _check_re_attention_block),
     Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockSeam),
     Row("fastvit.reference.cvt.Block", ConvBlockSeam),
     Row("fastvit.reference.ceit.Block", LeFFBlockSeam),

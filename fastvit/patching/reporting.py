@@ -169,7 +169,12 @@ class Report:
         return "; ".join(parts)
 
 
-_KINDS = {ATTENTION: "attention blocks", CONVOLUTION: "convolutions", MLP: "MLPs", LINEAR: "linear layers"}
+_KINDS = {
+    ATTENTION: "attention blocks",
+    CONVOLUTION: "convolutions",
+    MLP: "MLPs",
+    LINEAR: "linear layers and blocks",
+}
 """What rows count as at the foot."""
 
 

@@ -79,7 +79,7 @@ def _draw(
     exact = _in_float64(model, args, kwargs)
     found: dict[_Call, list[Deviation]] = {}
     busy: list[str] = []
-    hooks = {f.module: _measuring(f.name, f.fused, backend, found, busy) for f in looked_at if f.fused is not None}
+    hooks = {each.module: _measuring(each, fused, backend, found, busy) for each in looked_at}
     with watching(hooks):
         plain = model(*args, **kwargs)
     apply(fused, backend)
@@ -173,31 +173,29 @@ def _floating(leaves: list[Any]) -> list[Tensor]:
 
 
 def _measuring(
-    name: str,
-    fused_class: type[nn.Module],
-    backend: str,
-    found: dict[_Call, list[Deviation]],
-    busy: list[str],
+    finding: Finding, fused: Sequence[Finding], backend: str, found: dict[_Call, list[Deviation]], busy: list[str]
 ) -> Callable[..., None]:
     """A forward hook, the module's first, that runs the fused class and the plain one in float64 on the same input.
 
-    While one is ``busy``, those of the modules inside its own have nothing to see: they were measured before.
+    What can be fused inside the module is, since a block may run whole only then. While one is ``busy``, those of the
+    modules inside its own have nothing to see: they were measured before.
     """
     calls = itertools.count()
+    parts = set(finding.module.modules())
+    inside = [each for each in fused if each.module in parts]
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if busy:
             return
-        busy.append(name)
-        plain = type(module)
+        busy.append(finding.name)
         try:
             exact = _in_float64(module, args, kwargs)
-            give(module, fused_class, backend)
-            fused = module.forward(*args, **kwargs)
+            apply(inside, backend)
+            got = module.forward(*args, **kwargs)
         finally:
-            give(module, plain)
+            _undo(inside)
             busy.pop()
-        found[name, next(calls)] = _deviations(fused, output, exact)
+        found[finding.name, next(calls)] = _deviations(got, output, exact)
 
     return hook
 

@@ -111,9 +111,13 @@ class PatchEmbed(nn.Module):
         """Token grid (h, w) of an image; see :func:`token_grid`."""
         return token_grid((height, width), self.patch_size, name)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens (B, h*w, D); the part a fused module replaces."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
         self.grid(*x.shape[-2:])
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.project(x)
 
 
 class Mlp(nn.Module):

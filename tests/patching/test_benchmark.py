@@ -83,7 +83,7 @@ def test_losers_are_left_alone_and_the_report_says_by_how_much(slow_attention):
     assert "slower here" in str(shown) and "end to end: " in str(shown).splitlines()[-1]
     data = json.loads(shown.to_json())
     assert data["seconds"] == shown.seconds
-    assert data["rows"][1]["plain_seconds"] == lost.plain_seconds
+    assert {row["name"]: row["plain_seconds"] for row in data["rows"]}["blocks.0.attn"] == lost.plain_seconds
 
 
 def test_strict_counts_what_could_be_fused(slow_attention):
@@ -96,8 +96,33 @@ def test_strict_counts_what_could_be_fused(slow_attention):
 def test_nothing_wins_warns(monkeypatch):
     monkeypatch.setattr(table.AttentionSeam, "attend", _slowed(table.AttentionSeam.attend))
     monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
-    with pytest.warns(UserWarning, match=r"nothing to fuse in ViT:\s+blocks.0.attn: slower here"):
+    monkeypatch.setattr(table.PatchEmbedSeam, "project", _slowed(table.PatchEmbedSeam.project))
+    told = (
+        r"nothing to fuse in ViT:\s+patch_embed: slower here.*\s+blocks.0: attn is not fused, mlp is not fused\s+blocks"
+    )
+    with pytest.warns(UserWarning, match=told):
         assert not is_patched(patch(build("vit"), benchmark=images("vit")))
+
+
+def test_a_block_is_judged_around_what_its_parts_turned_out_to_be(monkeypatch):
+    """Its plain run has the parts that won; where one lost there is nothing to time."""
+    run = table.ReferenceBlockSeam.forward
+    parts: set[tuple[bool, ...]] = set()
+
+    def recording(self, *args):
+        parts.add((isinstance(self.attn, Fused), isinstance(self.mlp, Fused)))
+        return run(self, *args)
+
+    monkeypatch.setattr(table.ReferenceBlockSeam, "forward", recording)
+    model = patch(build("vit"), benchmark=images("vit"))
+    assert parts == {(True, True)} and len(fused_names(model)) == 7
+    monkeypatch.setattr(table.ReferenceBlockSeam, "forward", _slowed(recording))
+    rows = {row.name: row for row in report(patch(model, benchmark=images("vit"))).rows}
+    assert re.match("slower here", rows["blocks.0"].reasons[0]) and rows["blocks.0.attn"].status == "patched"
+    monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
+    rows = {row.name: row for row in report(patch(model, benchmark=images("vit"))).rows}
+    assert rows["blocks.0"].reasons == ("mlp is not fused",) and rows["blocks.0"].seconds is None
+    assert fused_names(model) == ["patch_embed", "blocks.0.attn", "blocks.1.attn"]
 
 
 def test_inputs_are_the_real_ones(monkeypatch):
@@ -150,7 +175,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     for example, error in ((torch.zeros(1, 3, 7, 7), ValueError), (7, TypeError)):
         with pytest.raises(error):
             patch(model, benchmark=example)
-        assert fused_names(model) == ["blocks.1.attn", "blocks.1.mlp"]
+        assert fused_names(model) == ["blocks.1", "blocks.1.attn", "blocks.1.mlp"]
         assert not any(module._forward_hooks for module in model.modules())
 
 

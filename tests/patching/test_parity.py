@@ -18,14 +18,14 @@ from tests.tiny import FAMILIES, TIMM, build, images
 
 EVERY = (*FAMILIES, *TIMM)
 FUSED = {
-    "vit": {"masked_attention": 2, "mlp": 2},
-    "deit": {"masked_attention": 2, "mlp": 2},
-    "deepvit": {"head_mixed_attention": 2, "mlp": 2},
-    "cait": {"head_mixed_attention": 2, "class_attention": 2, "mlp": 4},
-    "cpvt": {"masked_attention": 2, "token_depthwise_conv": 1, "mlp": 2},
-    "cvt": {"masked_attention": 3, "token_depthwise_conv": 9, "mlp": 3},
-    "ceit": {"conv_batch_norm": 1, "masked_attention": 2, "class_attention": 1, "leff": 2, "mlp": 1},
-    "twins_pcpvt": {"masked_attention": 4, "token_depthwise_conv": 4, "mlp": 4},
+    "vit": {"linear": 3, "masked_attention": 2, "mlp": 2},
+    "deit": {"linear": 3, "masked_attention": 2, "mlp": 2},
+    "deepvit": {"linear": 3, "head_mixed_attention": 2, "mlp": 2},
+    "cait": {"linear": 3, "head_mixed_attention": 2, "class_attention": 2, "mlp": 4},
+    "cpvt": {"linear": 3, "masked_attention": 2, "token_depthwise_conv": 1, "mlp": 2},
+    "cvt": {"linear": 3, "masked_attention": 3, "token_depthwise_conv": 9, "mlp": 3},
+    "ceit": {"linear": 2, "conv_batch_norm": 1, "masked_attention": 2, "class_attention": 1, "leff": 2, "mlp": 1},
+    "twins_pcpvt": {"linear": 8, "masked_attention": 4, "token_depthwise_conv": 4, "mlp": 4},
     "timm_vit": {"masked_attention": 2, "mlp": 2},
     "timm_vit_qk_norm": {"masked_attention": 2, "mlp": 2},
     "timm_deit_distilled": {"masked_attention": 2, "mlp": 2},
@@ -53,11 +53,16 @@ def test_every_block_is_fused_and_called(name):
     model = patch(build(name))
     totals = report(model).totals()
     assert totals == {op: (count, count) for op, count in FUSED[name].items()}
-    choices = [row for row in explain(model, images(name)).rows if row.op != "linear"]  # the projections beside
-    called = [row.name for row in choices if row.op != "conv_projection"]
+    patched = {row.name: row.op for row in report(model).rows if row.status == "patched"}
+    told = explain(model, images(name)).rows
+    blocks = {row for row, op in patched.items() if op == "linear"}
+    assert blocks <= {row.name for row in told}
+    choices = [row for row in told if row.op != "linear"]
+    # A block that runs whole calls its MLP's operator itself.
+    called = [f"{row.name}.mlp" if row.name in blocks else row.name for row in choices if row.op != "conv_projection"]
     joined = [row.name for row in choices if row.op == "conv_projection"]
     called += [f"{attention}.conv_proj_{part}" for attention in joined for part in "qkv"]
-    assert sorted(called) == sorted(row.name for row in report(model).rows if row.status == "patched")
+    assert sorted(called) == sorted(patched.keys() - blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -11,7 +11,7 @@ from torch import nn
 from fastvit import backends
 from fastvit.patching import is_patched, patch, patched, report, swap, unpatch
 from fastvit.patching.fusion import Fused, plain_class
-from fastvit.reference.layers import Attention, Mlp
+from fastvit.reference.layers import Attention, Block, Mlp, PatchEmbed
 from tests.tiny import build, images
 
 
@@ -68,16 +68,29 @@ def test_a_module_that_is_itself_a_block():
 def test_filter_fn_sees_module_and_qualified_name(model):
     seen = {}
     patch(model, filter_fn=lambda module, name: seen.setdefault(name, plain_class(module)) and name.endswith("0.attn"))
-    assert seen == {f"blocks.{i}.{name}": cls for i in (0, 1) for name, cls in (("attn", Attention), ("mlp", Mlp))}
+    parts = {f"blocks.{i}.{name}": cls for i in (0, 1) for name, cls in (("attn", Attention), ("mlp", Mlp))}
+    assert seen == {"patch_embed": PatchEmbed, "blocks.0": Block, "blocks.1": Block, **parts}
     assert fused_names(model) == ["blocks.0.attn"]
-    assert report(model).rows[1].reasons == ("filter_fn leaves it out",)
+    assert {row.reasons for row in report(model).rows} == {("filter_fn leaves it out",), ()}
+
+
+def test_a_block_whose_parts_stay_plain_stays_plain_too(model):
+    patch(model, filter_fn=lambda module, name: name != "blocks.0.mlp")
+    assert fused_names(model) == ["patch_embed", "blocks.0.attn", "blocks.1", "blocks.1.attn", "blocks.1.mlp"]
+    assert {row.name: row.reasons for row in report(model).rows}["blocks.0"] == ("mlp is not fused",)
+    assert fused_names(patch(model, ops="linear")) == ["patch_embed"]
+    rows = {row.name: row for row in report(model).rows}
+    assert rows["blocks.1"].status == "skipped" and rows["blocks.1"].reasons == (
+        "attn is not fused",
+        "mlp is not fused",
+    )
 
 
 def test_ops_chooses_operators():
     model = build("ceit")
     everything = fused_names(patch(model))
     convolutions = fused_names(patch(model, ops="leff"))
-    attentions = fused_names(patch(model, ops=["masked_attention", "class_attention"]))
+    attentions = fused_names(patch(model, ops=["masked_attention", "class_attention", "linear"]))
     assert convolutions == ["blocks.0.leff", "blocks.1.leff"]
     others = fused_names(patch(model, ops=["mlp", "conv_batch_norm"]))
     assert sorted(convolutions + attentions + others) == sorted(everything)
@@ -187,8 +200,10 @@ def test_a_subclass_with_its_own_forward_around_the_seam_is_fused():
 def test_a_forward_replaced_on_the_instance_is_left_alone(model):
     model.blocks[0].attn.forward = lambda x, mask=None: x
     patch(model)
-    assert fused_names(model) == ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
-    assert report(model).rows[0].reasons == ("forward was replaced on the instance",)
+    assert fused_names(model) == ["patch_embed", "blocks.0.mlp", "blocks.1", "blocks.1.attn", "blocks.1.mlp"]
+    reasons = {row.name: row.reasons for row in report(model).rows}
+    assert reasons["blocks.0.attn"] == ("forward was replaced on the instance",)
+    assert reasons["blocks.0"] == ("attn is not fused",)
 
 
 def test_dry_run_changes_nothing_and_fills_the_report(model):
@@ -198,7 +213,7 @@ def test_dry_run_changes_nothing_and_fills_the_report(model):
     assert classes(model) == before
     planned = report(model)
     assert planned.dry_run
-    assert [row.status for row in planned.rows] == ["patched"] * 4
+    assert [row.status for row in planned.rows] == ["patched"] * 7
     assert planned.error is not None
     assert "dry run" in str(planned)
     patch(model)
@@ -232,7 +247,7 @@ def test_an_error_in_filter_fn_leaves_the_model_as_it_was(model):
 def test_patched_restores_the_state_before(model):
     with patched(model) as same:
         assert same is model
-        assert len(fused_names(model)) == 4
+        assert len(fused_names(model)) == 7
     assert not is_patched(model)
     patch(model, backend="sdpa", filter_fn=lambda module, name: "0" in name)
     before = report(model).rows

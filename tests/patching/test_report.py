@@ -43,11 +43,12 @@ def test_rows_say_what_is_and_what_could_be():
         "class_attention": (0, 1),
         "conv_batch_norm": (0, 1),
         "leff": (0, 2),
+        "linear": (0, 2),
         "masked_attention": (2, 2),
         "mlp": (0, 1),
     }
     unpatch(model)
-    assert rows["blocks.0.leff"].reasons != report(model).rows[1].reasons
+    assert {row.reasons for row in report(model).rows} == {("plain; fastvit.patch(model) would fuse it",)}
 
 
 def test_unknown_blocks_are_named_once_and_innermost():
@@ -125,11 +126,11 @@ def test_text_is_a_table_with_totals():
     assert "patched" in row
     share = f"{report(model).flops_share:.1%}"
     assert lines[-1] == (
-        f"4 of 4 attention blocks, 4 of 4 MLPs patched; est. share of FLOPs covered: {share} (one 3 x 32 x 32 image); "
-        "ordinary convolutions, left to the library: patch_embed.proj"
+        "4 of 4 attention blocks, 4 of 4 MLPs, 3 of 3 linear layers and blocks patched; "
+        f"est. share of FLOPs covered: {share} (one 3 x 32 x 32 image)"
     )
     patch(model, ops="head_mixed_attention")
-    assert "2 of 4 attention blocks, 0 of 4 MLPs patched; est." in str(report(model))
+    assert "2 of 4 attention blocks, 0 of 4 MLPs, 0 of 3 linear layers and blocks patched; est." in str(report(model))
     assert "\x1b" not in str(report(model))
     assert str(report(nn.Linear(1, 1))).endswith("no attention, depthwise convolution or MLP found")
 
@@ -140,9 +141,11 @@ def test_json_and_html():
     data = json.loads(shown.to_json())
     assert data["model"] == "ViT"
     assert data["dry_run"] is False
-    assert data["totals"] == {op: {"patched": 2, "known": 2} for op in ("masked_attention", "mlp")}
+    totals = {op: {"patched": 2, "known": 2} for op in ("masked_attention", "mlp")}
+    assert data["totals"] == {"linear": {"patched": 3, "known": 3}, **totals}
     assert data["error"] == shown.error
-    assert data["rows"][0] == {
+    assert [row["name"] for row in data["rows"][:3]] == ["patch_embed", "blocks.0", "blocks.0.attn"]
+    assert data["rows"][2] == {
         "name": "blocks.0.attn",
         "class": "Attention",
         "kind": "attention",
@@ -151,13 +154,13 @@ def test_json_and_html():
         "backend": ATTENTION,
         "reasons": [],
         "backends": {"float32": ATTENTION, "bfloat16": ATTENTION, "float16": "sdpa"},
-        "error": shown.rows[0].error,
-        "plain_error": shown.rows[0].plain_error,
+        "error": shown.rows[2].error,
+        "plain_error": shown.rows[2].plain_error,
         "seconds": None,
         "plain_seconds": None,
     }
     html = shown._repr_html_()
-    assert html.count("<tr>") == 5
+    assert html.count("<tr>") == 8
     assert "blocks.0.attn" in html
 
 
@@ -289,16 +292,31 @@ def test_explain_tells_the_backend_of_each_block_and_why_not_the_others():
     model = patch(build("vit"))
     told = explain(model, images("vit"))
     assert [(row.name, row.op, row.backend) for row in told.rows] == [
-        ("blocks.0.attn", "masked_attention", ATTENTION),
-        ("blocks.0.mlp", "mlp", "reference"),
-        ("blocks.1.attn", "masked_attention", ATTENTION),
-        ("blocks.1.mlp", "mlp", "reference"),
+        ("patch_embed", "linear", "reference"),
+        *(
+            (f"blocks.{i}{name}", op, backend)
+            for i in (0, 1)
+            for name, op, backend in (
+                ("", "linear", "reference"),
+                (".attn", "masked_attention", ATTENTION),
+                ("", "linear", "reference"),
+                ("", "mlp", "reference"),
+            )
+        ),
     ]
-    assert told.rows[0].turned_down["triton"]
+    assert told.rows[2].turned_down["triton"]
     assert "blocks.1.attn" in str(told)
-    assert "4 calls" in told._repr_html_()
+    assert "9 calls" in told._repr_html_()
     assert json.loads(told.to_json())["rows"][2]["backend"] == ATTENTION
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_explain_names_the_parts_that_a_block_calls():
+    model = patch(build("vit"))
+    model.blocks[0].norm2.register_forward_hook(lambda *_: None)
+    rows = [(row.name, row.op) for row in explain(model, images("vit")).rows if row.name.startswith("blocks.0")]
+    attention = [("blocks.0.attn", op) for op in ("linear", "masked_attention", "linear")]
+    assert rows == [*(attention if not backends.cpp_reasons() else attention[1:2]), ("blocks.0.mlp", "mlp")]
 
 
 def test_explain_follows_the_input():
