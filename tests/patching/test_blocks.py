@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ FAMILIES = {
     "cpvt": Family("blocks.0", None, 17, 9),
     "cvt": Family("stage2.blocks.0", (3, 3), 10, 16, 5),
     "ceit": Family("blocks.0", (4, 4), 17, 23),
-    "twins_pcpvt": Family("blocks.1.0", (8, 8), 64, 24, 4),
+    "twins_pcpvt": Family("blocks.1.0", (8, 8), 64, 21, 4),
 }
 PARTS = (
     *("norm1", "attn", "attn.qkv", "attn.proj_q", "attn.kv", "attn.proj", "attn.proj_drop", "attn.attn_drop"),
@@ -92,7 +93,10 @@ class _Calls(TorchDispatchMode):
 
 @needs_cpp
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_block_is_few_calls(name):
+def test_a_block_is_few_calls(name, monkeypatch):
+    linear = sys.modules["fastvit.ops.linear"]
+    monkeypatch.setattr(linear, "_FASTER", {})
+    monkeypatch.setattr(linear.autotune, "choose", lambda *_, **__: ("cpp",))
     case = make(name)
     block = fused(case, backend="cpp")
     with torch.no_grad(), _Calls() as plain:
@@ -377,7 +381,7 @@ def test_parts_of_another_backend_are_called(part, whole):
     case = make("vit")
     block = fused(case)
     vars(block.get_submodule(part))["fastvit_backend"] = "triton"
-    with torch.no_grad(), contextlib.suppress(RuntimeError):  # which Triton's attention raises on the CPU
+    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):  # it does not run here, or is none of MLPs
         case.run(block)
     assert not whole
 
