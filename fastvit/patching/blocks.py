@@ -120,21 +120,6 @@ def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return add_projection(block, x, attention.attend(q, k, v, mask))
 
 
-def add_attention_of_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """The first ``count`` tokens of :func:`add_attention`, (B, count, C): queries of those, keys and values of all."""
-    attention, norm = block.attn, LayerNorm.of(block.norm1)
-    batch, tokens, width = x.shape
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    first = x[:, :count]
-    q = ops.linear(first, weight[:width], q_bias, norm=norm).unflatten(2, (attention.num_heads, attention.head_dim))
-    kv = ops.linear(x, weight[width:], kv_bias, norm=norm)
-    heads = kv.view(batch, tokens, 2, attention.num_heads, attention.head_dim)
-    k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, :count]
-    return add_projection(block, first, attention.attend(q.transpose(1, 2), k, v, mask))
-
-
 def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
     """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
     proj = block.attn.proj

@@ -10,7 +10,6 @@ from fastvit import ops
 from fastvit.patching.blocks import (
     BlockSeam,
     add_attention,
-    add_attention_of_first,
     add_mlp,
     add_projection,
     adds_attention,
@@ -21,13 +20,10 @@ from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_pl
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import leff_arguments
-from fastvit.reference.cpvt import CPVT
 from fastvit.reference.cvt import ConvAttention, ConvProjection
-from fastvit.reference.deepvit import DeepViT, ReAttention, ReAttentionBlock
-from fastvit.reference.deit import DeiT
+from fastvit.reference.deepvit import ReAttention, ReAttentionBlock
 from fastvit.reference.functional import BatchNorm, Projection
 from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
-from fastvit.reference.vit import ViT
 
 
 class ProjectingSeam(Fused):
@@ -202,44 +198,6 @@ class ConvBlockSeam(Fused):
         return add_mlp(self, add_projection(self, x, attention.attend(q, k, v, mask)))
 
 
-class IsotropicSeam(Fused):
-    """A model whose head reads prefix tokens alone: the last block computes only those, from all keys and values.
-
-    At inference on the CPU, where nobody looks at the block or the norm behind it, which see fewer tokens then.
-    """
-
-    fastvit_op = "linear"
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and _reads_prefix_tokens(self)):
-            return self.fastvit_plain.forward(self, x, mask)
-        tokens, _ = self.run_blocks(x, mask, last=len(self.blocks) - 2)
-        block, count = self.blocks[-1], len(self.prefix_tokens())
-        tokens = add_mlp(block, add_attention_of_first(block, tokens, self.block_mask(x, mask), count))
-        return self.forward_head(self.norm(tokens))
-
-
-_ISOTROPIC = (ViT, DeiT, DeepViT, CPVT)
-_OF_FORWARD = {"forward_features", "forward_head", "run_blocks", "after_block", "finish", "pool_tokens", "embed"}
-
-
-def _reads_prefix_tokens(model: Any) -> bool:
-    block = model.blocks[-1] if len(model.blocks) else None
-    return (
-        model.fastvit_plain in _ISOTROPIC
-        and not vars(model).keys() & _OF_FORWARD
-        and getattr(model, "pool", "token") == "token"
-        and len(model.blocks) > len(getattr(model, "pos_block", ()))  # a PEG behind the last block reads all tokens
-        and readable(model._modules.get("norm"), nn.LayerNorm)
-        and isinstance(block, ReferenceBlockSeam)
-        and block.fastvit_backend == model.fastvit_backend
-        and not block.training
-        and readable(block, type(block))
-        and adds_attention(block)
-        and adds_mlp(block)
-    )
-
-
 _OF_CONV_ATTENTION = {"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear}
 
 
@@ -368,10 +326,6 @@ def _check_re_attention_block(module: nn.Module) -> list[str]:
 
 
 ROWS = (
-    Row("fastvit.reference.vit.ViT", IsotropicSeam),
-    Row("fastvit.reference.deit.DeiT", IsotropicSeam),
-    Row("fastvit.reference.deepvit.DeepViT", IsotropicSeam),
-    Row("fastvit.reference.cpvt.CPVT", IsotropicSeam),
     Row("fastvit.reference.layers.Block", ReferenceBlockSeam),
     Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam, _check_re_attention_block),
     Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockSeam),
