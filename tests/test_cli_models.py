@@ -83,8 +83,8 @@ class TestModels:
     @pytest.mark.parametrize(
         ("name", "library", "ops"),
         [
-            ("fastvit/ceit_tiny", None, {"masked_attention", "class_attention", "leff"}),
-            ("deit_tiny_patch16_224", None, {"masked_attention"}),
+            ("fastvit/ceit_tiny", None, {"masked_attention", "class_attention", "leff", "linear"}),
+            ("deit_tiny_patch16_224", None, {"masked_attention", "linear"}),
             ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "class_attention"}),
             ("torchvision/vit_b_32", "torchvision", {"masked_attention"}),
             ("transformers/CvtConfig", "transformers", {"masked_attention", "token_depthwise_conv", "linear"}),
@@ -251,7 +251,7 @@ class TestBench:
         told = json.loads(out)
         assert status == 0
         assert (told["batch"], told["accurate"], told["compile"]) == (3, True, False)
-        assert sum(told["replaced"].values()) == 6
+        assert sum(told["replaced"].values()) == 8
         speed, speedup = told["images_per_s"], told["speedup"]
         assert 0 < speedup["low"] <= speedup["median"] <= speedup["high"]
         assert speed["plain"] > 0 and speed["patched"] > 0

@@ -123,10 +123,8 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
     prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
     hidden = multiply(tokens, call.up_weight, call.up_bias)
     out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
-    if norm is not None and 1 in (out.shape[0], *c.grid):  # where BatchNorm.__call__ has the sums in double, too
+    if norm is not None:  # over batch and tokens alike; in this layout torch's sums are of double
         out = norm(out.transpose(1, 2)).transpose(1, 2).contiguous()
-    elif norm is not None:  # over batch and tokens alike, as one of BatchNorm2d is over batch and map
-        out = norm(out.flatten(0, 1)).view_as(out)
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
     return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out

@@ -285,8 +285,10 @@ def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) ->
     for weight in weights:
         if weight.shape[0] < CPP_MIN_COLUMNS:
             yield f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty"
-    if is_dynamo_compiling() if traced is None else traced:  # what is asked of x would be a guard on the batch size
-        return
+    if is_dynamo_compiling() if traced is None else traced:
+        if is_grad_enabled() and gradients_needed(x, *weights):
+            yield "the compiler differentiates the library's products"
+        return  # what is asked of x would be a guard on the batch size
     rows = x.numel() // max(x.shape[-1], 1)
     if rows < CPP_MIN_ROWS:
         yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.blocks import at_inference, is_known
-from fastvit.patching.fusion import Fused, Row, intact, readable
+from fastvit.patching.fusion import Fused, Row, intact, is_ours, plain_class, readable
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -255,6 +255,7 @@ class BlockSeam(Fused):
     """timm's ``Block`` of ViT, DeiT and their kin in four calls, see :mod:`fastvit.patching.blocks`."""
 
     fastvit_op = "linear"
+    fastvit_needs = ("attn", "mlp")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masked = any(arg is not None for arg in args) or any(value for value in kwargs.values())
@@ -262,16 +263,17 @@ class BlockSeam(Fused):
             return self.fastvit_plain.forward(self, x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp
         batch, tokens, _ = x.shape
-        qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=LayerNorm.of(self.norm1))
+        backend = self.fastvit_backend
+        norm_1, norm_2 = LayerNorm.of(self.norm1), LayerNorm.of(self.norm2)
+        qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm_1, backend=backend)
         heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        out = ops.masked_attention(q, k, v, scale=attention.scale, backend=self.fastvit_backend)
-        out = out.transpose(1, 2).flatten(2)
+        out = ops.masked_attention(q, k, v, scale=attention.scale, backend=backend).transpose(1, 2).flatten(2)
         scale = getattr(self.ls1, "gamma", None)
-        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale, residual=x)
+        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale, residual=x, backend=backend)
         layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
         scale = getattr(self.ls2, "gamma", None)
-        return ops.mlp(x, *layers, norm=LayerNorm.of(self.norm2), scale=scale, residual=x)
+        return ops.mlp(x, *layers, norm=norm_2, scale=scale, residual=x, backend=backend)
 
 
 _ATTENTION_READS = {"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout}
@@ -285,6 +287,26 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _attends_as_usual(attention: Any) -> bool:
+    """Without norms of its own and without a gate."""
+    norms = (attention._modules.get(name) for name in ("q_norm", "k_norm", "norm"))
+    return all(type(norm) in (nn.Identity, type(None)) for norm in norms) and getattr(attention, "gate", None) is None
+
+
+def _is_usual_block(module: Any) -> bool:
+    """One that can run whole, for all that does not change."""
+    parts = {name: plain_class(part) for name, part in module.named_children()}
+    around = (("norm1", _NORMS), ("norm2", _NORMS), ("ls1", _SCALES), ("ls2", _SCALES))
+    return (
+        all(name in parts and _path(parts[name]) in paths for name, paths in around)
+        and "attn" in parts
+        and _path(parts["attn"]) in _ATTENTIONS
+        and _attends_as_usual(module.attn)
+        and "mlp" in parts
+        and _path(parts["mlp"]) == "timm.layers.mlp.Mlp"
+    )
+
+
 def _adds(block: Any, half: int) -> bool:
     """Whether a half of a block is of known parts that do nothing more than their tensors tell."""
     parts = block._modules
@@ -294,6 +316,8 @@ def _adds(block: Any, half: int) -> bool:
     if not all(
         _path(type(part)) in paths and readable(part, type(part)) and not part.training for part, paths in around
     ):
+        return False
+    if not is_ours(type(branch)):
         return False
     if half == 2:
         drops = (branch._modules.get("drop1"), branch._modules.get("drop2"))
@@ -308,8 +332,7 @@ def _adds(block: Any, half: int) -> bool:
         isinstance(branch, AttentionSeam)
         and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, _ATTENTION_READS)
         and _path(branch.fastvit_plain) in _ATTENTIONS
-        and all(type(branch._modules.get(name)) in (nn.Identity, type(None)) for name in ("q_norm", "k_norm", "norm"))
-        and getattr(branch, "gate", None) is None
+        and _attends_as_usual(branch)
         and dropout_p(branch.proj_drop) == dropout_p(branch.attn_drop) == 0.0
     )
 
@@ -475,7 +498,7 @@ _MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
 
 ROWS = (
-    Row("timm.models.vision_transformer.Block", BlockSeam, known_names=_BLOCK_NAMES),
+    Row("timm.models.vision_transformer.Block", BlockSeam, known_names=_BLOCK_NAMES, applies=_is_usual_block),
     Row("timm.layers.attention.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),

@@ -120,10 +120,14 @@ def test_a_part_of_the_blocks(name):
     with torch.no_grad():
         oracle, expected = copy.deepcopy(model).double()(x.double()), model(x)
         patch(model, filter_fn=lambda module, name: name in chosen)
-        assert _fused_names(model) == chosen
+        fused, rows = _fused_names(model), report(model).rows
         assert_as_accurate(model(x), expected, oracle)
-    left = [row.name for row in report(model).rows if row.reasons == ("filter_fn leaves it out",)]
+    left = [row.name for row in rows if row.reasons == ("filter_fn leaves it out",)]
     assert left == names[1::2]
+    # A block of which a part is left out only calls its parts, and stays plain as well.
+    empty = {row.name for row in rows if any(reason.endswith("is not fused") for reason in row.reasons)}
+    assert fused == [name for name in chosen if name not in empty]
+    assert all(any(other.startswith(f"{name}.") for other in left) for name in empty)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
     "leff, paper": ("leff", lambda: CALLS["leff"](True) | {"form": "paper"}),
     "leff, no prefix": ("leff", lambda: CALLS["leff"](True) | {"x": torch.randn(2, 12, 6), "prefix_tokens": 0}),
     "linear, gelu": ("linear", lambda: CALLS["linear"](False) | {"activation": "gelu"}),
-    "linear, one row": ("linear", lambda: CALLS["linear"](False) | {"x": torch.randn(8)}),
+    "linear, one row": ("linear", lambda: CALLS["linear"](False) | {"x": torch.randn(8), "residual": torch.randn(4)}),
     "re_attention, layer norm": (
         "re_attention",
         lambda: CALLS["re_attention"](False) | {"norm": LayerNorm(torch.rand(HEADS) + 0.5, torch.randn(HEADS), 1e-3)},
