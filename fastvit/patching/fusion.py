@@ -196,9 +196,7 @@ class Row:
 
     def methods(self) -> set[str]:
         """Names of the methods that fusing replaces."""
-        seams = [cls for cls in self.seam.__mro__ if issubclass(cls, Fused) and cls is not Fused]
-        found = {name: value for cls in seams for name, value in vars(cls).items()}
-        return {name for name, value in found.items() if callable(value) and not name.startswith("__")}
+        return {name for name, value in vars(self.seam).items() if callable(value) and not name.startswith("__")}
 
 
 def names_used(code: CodeType) -> set[str]:

@@ -178,6 +178,7 @@ class LastQueryAttentionSeam(Fused):
 class ReferenceBlockSeam(BlockSeam):
     """A block of ViT, DeiT, DeepViT, CaiT or CPVT in four calls."""
 
+    forward = BlockSeam.forward  # a row is judged by the methods that its own class replaces
     attentions = (Attention, ReAttention, TalkingHeadAttention)
     mlps = (Mlp,)
 

@@ -258,7 +258,7 @@ class BlockSeam(Fused):
     fastvit_needs = ("attn", "mlp")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        masked = any(arg is not None for arg in args) or any(value for value in kwargs.values())
+        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
         if masked or not (at_inference(self, x) and _adds(self, 1) and _adds(self, 2)):
             return self.fastvit_plain.forward(self, x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp

@@ -38,8 +38,11 @@ def test_a_hook_that_wants_the_attention_map_keeps_it():
         block.attn.fused_attn = False
     handle = model.blocks[0].attn.attn_drop.register_forward_hook(lambda module, args, output: maps.append(output))
     patch(model)
-    assert report(model).rows[0].reasons == ("attn_drop has forward hooks, which the fused path would not call",)
-    assert report(model).rows[1].status == "patched"
+    rows = {row.name: row for row in report(model).rows}
+    reasons = ("attn_drop has forward hooks, which the fused path would not call",)
+    assert rows["blocks.0.attn"].reasons == reasons
+    assert rows["blocks.0"].reasons == ("attn is not fused",)
+    assert rows["blocks.0.mlp"].status == rows["blocks.1"].status == "patched"
     # One that comes after patch is served as well: the block then runs its own forward.
     model.blocks[1].attn.attn_drop.register_forward_hook(lambda module, args, output: maps.append(output))
     expected = model(x)
@@ -158,6 +161,8 @@ def test_int8_weights_by_torchao(name, first):
             assert "proj_l has a Int8Tensor for weight, which kernels cannot read" in row.reasons
         elif row.op == "mlp" and first == "quantise":
             assert "fc1 has a Int8Tensor for weight, which kernels cannot read" in row.reasons
+        elif row.op == "linear" and row.status == "skipped" and first == "quantise":  # a block with such parts
+            assert all(reason.endswith("is not fused") for reason in row.reasons)
         elif row.op is not None:
             assert row.status == "patched"
     with torch.no_grad():

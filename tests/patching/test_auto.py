@@ -242,7 +242,7 @@ def test_models_built_in_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert [len(fused(model)) for model in models] == [4] * 4
+    assert [len(fused(model)) for model in models] == [6] * 4
 
 
 def test_a_block_that_cannot_be_judged_does_not_stop_the_model(monkeypatch, caplog):
