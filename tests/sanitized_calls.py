@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import _C, ops
-from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -96,12 +96,15 @@ def products() -> Iterable[Call]:
     for rows, inner, columns in ((17, 16, 16), (33, 40, 19), (70, 24, 100), (15, 1100, 40)):
         x, weight = torch.randn(1, rows, inner), torch.randn(columns, inner)
         yield ops.linear, {"x": x, "weight": weight, "bias": torch.randn(columns), "activation": "gelu"}
+        around = {"norm": LayerNorm(torch.ones(inner), torch.zeros(inner)), "residual": torch.randn(1, rows, inner)}
+        layers = {"fc1_weight": weight, "fc1_bias": None, "fc2_weight": torch.randn(inner, columns), "fc2_bias": None}
+        yield ops.mlp, {"x": x, **layers, "scale": torch.randn(inner), **around}
 
 
 def lower(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.bfloat16() if value.is_floating_point() else value
-    if isinstance(value, (BatchNorm, Projection)):
+    if isinstance(value, (BatchNorm, LayerNorm, Projection)):
         return type(value)(*map(lower, value))
     return tuple(map(lower, value)) if isinstance(value, tuple) else value
 

@@ -123,7 +123,9 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
     prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
     hidden = multiply(tokens, call.up_weight, call.up_bias)
     out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
-    if norm is not None:  # over batch and tokens alike; in this layout torch's sums are of double
+    if norm is not None and torch.compiler.is_compiling():  # which takes wrong strides for the other's gradient
+        out = norm(out.flatten(0, 1)).view_as(out)
+    elif norm is not None:  # over batch and tokens alike; in this layout torch's sums are of double
         out = norm(out.transpose(1, 2)).transpose(1, 2).contiguous()
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
