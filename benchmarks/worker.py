@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit import backends, ops
 from fastvit.accuracy import NONE, Deviation, deviation
+from fastvit.patching.coverage import FlopCounter
 
 MODES = ("fwd", "bwd", "fwd_bwd")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -222,14 +222,14 @@ class Contender:
         inputs = workload.inputs(0)
         ready = plain.ready(inputs)
         with (
-            FlopCounterMode(display=False) as counter,
+            FlopCounter() as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
             out = plain.forward(ready)
         moved = [*inputs, *out, *state.values()]
         times = {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[self.case.mode]
         return {
-            "flops": counter.get_total_flops() * times,
+            "flops": counter.flops * times,
             "bytes": sum(each.numel() * each.element_size() for each in moved) * times,
         }
 

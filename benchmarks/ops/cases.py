@@ -51,6 +51,29 @@ class Op(NamedTuple):
         return f"{self.op}: {self.shape}"
 
 
+def rows_of(
+    op: str,
+    shapes: Sequence[Any],
+    make_inputs: Callable[..., tuple[Tensor, ...]],
+    make_arguments: Callable[..., Arguments],
+    peers: Mapping[str, Maker],
+    floors: Sequence[str] = (),
+) -> tuple[Op, ...]:
+    """A row per shape, each with a ``name``, of an operator whose peers fold its norms beforehand."""
+    return tuple(
+        Op(
+            op,
+            shape.name,
+            functools.partial(make_inputs, shape),
+            functools.partial(make_arguments, shape),
+            peers,
+            prepared=tuple(peers),
+            floors=floors,
+        )
+        for shape in shapes
+    )
+
+
 @functools.cache
 def rows() -> dict[str, Op]:
     """All rows by name."""

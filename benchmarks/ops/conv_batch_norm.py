@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.cases import Op, both_layouts, folded, random_norm
+from benchmarks.ops.cases import both_layouts, folded, random_norm, rows_of
 from fastvit.reference.functional import activate
 
 
@@ -62,14 +61,4 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Any:
 
 
 PEERS = both_layouts(library_composition)
-ROWS = tuple(
-    Op(
-        "conv_batch_norm",
-        shape.name,
-        functools.partial(make_inputs, shape),
-        functools.partial(make_arguments, shape),
-        PEERS,
-        prepared=tuple(PEERS),
-    )
-    for shape in SHAPES
-)
+ROWS = rows_of("conv_batch_norm", SHAPES, make_inputs, make_arguments, PEERS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.cases import Maker, Op, both_layouts, folded, random_norm
+from benchmarks.ops.cases import Maker, both_layouts, folded, random_norm, rows_of
 from fastvit.reference.functional import activate
 
 
@@ -91,15 +90,4 @@ def copied(arguments: dict[str, Any]) -> Any:
 
 
 PEERS: dict[str, Maker] = {**both_layouts(library_composition), "copy": copied}
-ROWS = tuple(
-    Op(
-        "token_depthwise_conv",
-        shape.name,
-        functools.partial(make_inputs, shape),
-        functools.partial(make_arguments, shape),
-        PEERS,
-        prepared=tuple(PEERS),
-        floors=("copy",),
-    )
-    for shape in SHAPES
-)
+ROWS = rows_of("token_depthwise_conv", SHAPES, make_inputs, make_arguments, PEERS, floors=("copy",))

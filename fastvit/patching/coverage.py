@@ -38,9 +38,9 @@ def share_of_flops(model: nn.Module, example: Any) -> float | None:
     args, kwargs = as_call(example)
     fused = {module for module in model.modules() if isinstance(module, Fused)}
     with undisturbed(model), _whole_products():
-        with _Counter() as outside, _operator.recording(outside.leave_out):
+        with FlopCounter() as outside, _operator.recording(outside.leave_out):
             model(*args, **kwargs)
-        with _plain(fused), _Counter() as whole:
+        with _plain(fused), FlopCounter() as whole:
             model(*args, **kwargs)
     return 1.0 - outside.flops / whole.flops if whole.flops else None
 
@@ -96,7 +96,7 @@ def _without_hooks(model: nn.Module) -> nn.Module:
     return hollow
 
 
-class _Counter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Adds up FLOPs by torch's own formulas.
 
     torch's ``FlopCounterMode`` follows modules by hooks on gradients too, which it cannot put on all that models pass.

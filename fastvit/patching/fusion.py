@@ -82,9 +82,9 @@ def fused_class(seam: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
 def keep_pages_mapped() -> None:
     """Let glibc keep the memory of activations between operations instead of giving it back to the kernel.
 
-    It does so for blocks up to the largest that was freed before, and unmaps larger ones: page faults then take a tenth
-    of the time of a model. One block of nearly the most it learns from, 32 MiB, is freed here, untouched; what the user
-    set (``MALLOC_MMAP_THRESHOLD_``) stays. Elsewhere it does nothing.
+    It keeps blocks up to the size of the largest that was freed before, and unmaps larger ones, whose pages then fault at
+    each operation. One block of nearly the most it learns from, 32 MiB, is freed here, untouched. What the user set
+    (``MALLOC_MMAP_THRESHOLD_``) stays; other allocators are not affected.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
