@@ -82,8 +82,8 @@ def fused_class(seam: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
 def keep_pages_mapped() -> None:
     """Let glibc keep the memory of activations between operations instead of giving it back to the kernel.
 
-    It keeps blocks up to the size of the largest that was freed before, and unmaps larger ones, whose pages then fault at
-    each operation. One block of nearly the most it learns from, 32 MiB, is freed here, untouched. What the user set
+    It keeps blocks up to the size of the largest that was freed before, and unmaps larger ones, whose pages then fault
+    at each operation. One block of nearly the most it learns from, 32 MiB, is freed here, untouched. What the user set
     (``MALLOC_MMAP_THRESHOLD_``) stays; other allocators are not affected.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
