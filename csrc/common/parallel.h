@@ -1,6 +1,7 @@
 // Parallel loops on torch's intra-op threads, without torch's headers.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "common/integers.h"
@@ -22,6 +23,17 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
         (*static_cast<const F*>(context))(chunk_begin, chunk_end);
       },
       &f);
+}
+
+// Items [0, items) of work, which the threads take one by one: a core may be slower than another, or share its units
+// with another program. `start` is called on each thread and gives the function of an item.
+template <class F>
+void share_out(int64_t items, int64_t threads, const F& start) {
+  std::atomic<int64_t> next{0};
+  parallel_for(0, smaller(items, threads), 1, [&](int64_t, int64_t) {
+    auto work = start();
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
+  });
 }
 
 // Multiply-adds below which waking another thread costs more than it saves.

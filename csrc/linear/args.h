@@ -8,6 +8,8 @@
 
 namespace fastvit {
 
+constexpr int64_t kBlockFloats = 64 << 10;  // of a block of rows at most, half of a small L2 cache
+
 // out = residual + scale * activation(norm(x) weight^T + bias), of which all but the product may be absent. Strides in
 // elements.
 struct LinearParams {
@@ -30,22 +32,28 @@ struct LinearParams {
   bool accumulate;  // float32: starts from out instead of the bias
 };
 
+// `rows` rows of a product's input, as its kernel reads them, in a block of `block_rows`.
+struct RowBlock {
+  float* data;
+  int64_t rows, block_rows;
+};
+
 // The steps of the computation. The columns are divided into panels of the packed weight, the rows into blocks that
 // stay in the L2 cache.
 struct LinearKernel {
   int64_t panel_columns, row_tile;
   int64_t panel_floats;  // of a packed panel
   int64_t row_floats;    // of a row in a block
+  int64_t row_stride;    // floats between rows of a block
   // Packs panels [begin, end).
   void (*pack)(const LinearParams&, int64_t begin, int64_t end, float* packed);
-  // Copies rows of x to a block, normalised.
-  void (*load)(const LinearParams&, int64_t row, int64_t rows, float* block);
+  // Copies rows of x, from `row` on, to a block, normalised.
+  void (*load)(const LinearParams&, int64_t row, const RowBlock&);
   // Computes panels [begin, end) of the rows in a block, which are rows from `row` on of out; `packed` is panel begin.
-  void (*multiply)(const LinearParams&, int64_t row, int64_t rows, const float* block, int64_t begin, int64_t end,
-                   const float* packed);
+  void (*multiply)(const LinearParams&, int64_t row, const RowBlock&, int64_t begin, int64_t end, const float* packed);
   // Likewise, to a block of the product that follows; without scale and residual.
-  void (*multiply_to_block)(const LinearParams&, int64_t rows, const float* block, int64_t begin, int64_t end,
-                            const float* packed, float* next);
+  void (*multiply_to_block)(const LinearParams&, const RowBlock&, int64_t begin, int64_t end, const float* packed,
+                            const RowBlock& next);
 };
 
 FASTVIT_DECLARE_PER_ISA(LinearKernel linear_kernel(const LinearParams& p);)

@@ -3,11 +3,11 @@
 // Columns are the lanes of every vector. A tile of the result is kRows rows by a panel of kPanelVectors vectors; its
 // sums stay in registers while words of x are broadcast and multiplied by the packed weight:
 //   sums[r][c] += x[r][k] * weight[k][c]
-// Every kPartialSum terms the sums are added to the tile's totals, which start with the bias: partial sums keep the
+// Every kDepthBlock terms the sums are added to the tile's totals, which start with the bias: partial sums keep the
 // rounding error of long sums small.
 //
-// Rows of x are copied to a block in the L2 cache, normalised on the way. Every panel of the weight passes all tiles of
-// the block while it is in the L1 cache, and the next panel is prefetched. In a block a row is cut into parts of
+// Rows of x are copied to a block in the L2 cache, normalised on the way. kDepthBlock words of a panel pass all tiles
+// of the block while they are in the L1 cache, and the next ones are prefetched. In a block a row is cut into parts of
 // kDepthBlock words, [part][row][kRowStride]: a constant distance between rows fits the addressing modes, and is no
 // power of two, at which rows would share cache sets.
 //
@@ -26,11 +26,12 @@ namespace {
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as the registers hold beside the operands
-constexpr int64_t kDepthBlock = 512;              // words of x in a row of the copy
+// Terms of a partial sum: of so many words a panel, 24 KB, and a tile's rows fit the L1 cache.
+constexpr int64_t kDepthBlock = Vec::lanes == 16 ? 192 : 384;
 constexpr int64_t kRowStride = kDepthBlock + 16;
-// Terms of a partial sum; more for bfloat16, whose results are rounded far more coarsely.
-template <bool kPairs>
-constexpr int64_t kPartialSum = kPairs ? kDepthBlock : 192;
+// Rows of a block that is deeper than kDepthBlock.
+constexpr int64_t kMostRows = kBlockFloats / kDepthBlock + 2 * kRows;
+constexpr int kLine = 16;  // floats of a cache line
 
 // --- Words: floats, or pairs of bfloat16 -----------------------------------------------------------------------------
 
@@ -57,7 +58,6 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 
 // --- The packed weight: [panel][word of the depth][column] -----------------------------------------------------------
 
-constexpr int64_t kStepsAhead = 8;           // of the packed weight, prefetched from the L2 cache
 constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row: too many rows for the hardware prefetcher
 
 // Packs a panel whose columns are contiguous rows of the weight.
@@ -171,14 +171,14 @@ void normalize(const LinearParams& p, const T* row, Moments of, int64_t first, i
 }
 
 template <class T, bool kPairs>
-void load_rows(const LinearParams& p, int64_t row, int64_t rows, float* block) {
+void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
   constexpr int64_t kElements = kElementsOfWord<kPairs>;
   const int64_t words = words_of<kPairs>(p.depth);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < block.rows; ++r) {
     const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
     const Moments of = p.has_norm ? moments(from, p.depth, p.norm_eps) : Moments{};
     for (int64_t first = 0; first < words; first += kDepthBlock) {
-      float* to = block + (first / kDepthBlock * rows + r) * kRowStride;
+      float* to = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
       const int64_t count = smaller(kDepthBlock, words - first);
       if (!p.has_norm) {
         copy_words<T, kPairs>(from, p.depth, first * kElements, count, to);
@@ -193,36 +193,42 @@ void load_rows(const LinearParams& p, int64_t row, int64_t rows, float* block) {
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words.
+// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. On the way `lines` cache lines from `next` on are
+// prefetched to the L2 cache for each line of a row.
 template <bool kPairs, int kR>
-FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* weight, float* totals) {
-  for (int64_t first = 0; first < words; first += kPartialSum<kPairs>) {
-    const int64_t end = smaller(words, first + kPartialSum<kPairs>);
-    Vec sums[kR][kPanelVectors];
+__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, float* totals,
+                                            const float* next, int64_t lines) {
+  Vec sums[kR][kPanelVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = Vec::fill(0.0f);
+  }
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    Vec columns[kPanelVectors];
+#pragma GCC unroll 2
+    for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
+      const Vec row = Vec::fill(x[r * kRowStride + k]);
 #pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = Vec::fill(0.0f);
+      for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
     }
-    for (int64_t k = first; k < end; ++k) {
-      Vec columns[kPanelVectors];
-#pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
-      prefetch(weight + (k + kStepsAhead) * kPanel, kPanel);
+  };
+  int64_t k = 0;
+  while (k + kLine <= words) {
+    for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
-      for (int r = 0; r < kR; ++r) {
-        const Vec row = Vec::fill(x[r * kRowStride + k]);
-#pragma GCC unroll 2
-        for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
-      }
-    }
+    for (int i = 0; i < kLine; ++i) step(k + i);
+    k += kLine;
+  }
+  for (; k < words; ++k) step(k);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
+  for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) {
-        float* total = totals + r * kPanel + c * kLanes;
-        (Vec::load(total) + sums[r][c]).store(total);
-      }
+    for (int c = 0; c < kPanelVectors; ++c) {
+      float* total = totals + r * kPanel + c * kLanes;
+      (Vec::load(total) + sums[r][c]).store(total);
     }
   }
 }
@@ -231,28 +237,40 @@ FASTVIT_INLINE void add_products(int64_t words, const float* x, const float* wei
 template <class T, bool kPairs>
 struct Panel {
   const LinearParams& p;
-  int64_t row, rows;  // of the block; row: of its first in out
-  const float* block;
+  int64_t row;  // of the block's first in out
+  const RowBlock& block;
   int64_t column, columns;  // columns: at most kPanel
   const float *packed, *next_packed;
 
   // finish(r, n, totals) for every tile of n rows from r on.
   template <class Finish>
   FASTVIT_INLINE void run(const Finish& finish) const {
-    alignas(64) float totals[kRows * kPanel];
-    const int64_t ahead = round_up(divide_up(words_of<kPairs>(p.depth) * kPanel, divide_up(rows, kRows)), 16);
-    const float* next = next_packed;
-    for (int64_t r = 0; r < rows;) {
-      // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
-      const int64_t left = rows - r;
-      const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
-      // Each tile software-prefetches its share of the next panel to the L2 cache. Beyond the weight it is harmless.
-      for (int64_t i = 0; i < ahead; i += 16) __builtin_prefetch(next + i, 0, 2);
-      next += ahead;
-      start(r, n, totals);
-      multiply(r, n, totals);
-      finish(r, n, totals);
-      r += n;
+    alignas(64) float totals_of_rows[kMostRows * kPanel];
+    const int64_t rows = block.rows, words = words_of<kPairs>(p.depth), lines = divide_up(kPanel * kRows, rows);
+    for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
+      const int64_t count = smaller(kDepthBlock, words - first);
+      const bool last = first + count == words;
+      // What the tiles prefetch follows this part. Beyond the weight it is harmless.
+      const float* next = last ? next_packed : packed + (first + count) * kPanel;
+      for (int64_t r = 0; r < rows;) {
+        // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
+        const int64_t left = rows - r;
+        const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
+        float* totals = totals_of_rows + (first == 0 && last ? 0 : r * kPanel);
+        if (first == 0) start(r, n, totals);
+        const float* x = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
+        const auto add = [&](auto constant) __attribute__((always_inline)) {
+          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, totals, next, lines);
+        };
+        if (n == kRows) {
+          add(Int<kRows>{});
+        } else {
+          with_constant<kRows>(n, add);
+        }
+        next += count / kLine * lines * kLine;
+        if (last) finish(r, n, totals);
+        r += n;
+      }
     }
   }
 
@@ -268,37 +286,23 @@ struct Panel {
       }
     }
   }
-
-  FASTVIT_INLINE void multiply(int64_t r, int64_t n, float* totals) const {
-    const int64_t words = words_of<kPairs>(p.depth);
-    for (int64_t first = 0; first < words; first += kDepthBlock) {
-      const int64_t count = smaller(kDepthBlock, words - first);
-      const float* x = block + (first / kDepthBlock * rows + r) * kRowStride;
-      const float* weight = packed + first * kPanel;
-      if (n == kRows) {
-        add_products<kPairs, kRows>(count, x, weight, totals);
-      } else {
-        with_constant<kRows>(n, [&](auto few) { add_products<kPairs, few.value>(count, x, weight, totals); });
-      }
-    }
-  }
 };
 
 // f(panel) for panels [begin, end).
 template <class T, bool kPairs, class F>
-FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, int64_t rows, const float* block, int64_t begin,
+FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin,
                                    int64_t end, const float* packed, const F& f) {
   for (int64_t panel = begin; panel < end; ++panel, packed += p.panel_stride) {
     const int64_t column = panel * kPanel, columns = smaller(kPanel, p.columns - column);
-    f(Panel<T, kPairs>{p, row, rows, block, column, columns, packed, packed + p.panel_stride});
+    f(Panel<T, kPairs>{p, row, block, column, columns, packed, packed + p.panel_stride});
   }
 }
 
 template <class T, bool kPairs>
-void multiply(const LinearParams& p, int64_t row, int64_t rows, const float* block, int64_t begin, int64_t end,
+void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin, int64_t end,
               const float* packed) {
   with_activation(p.activation, [&]<Activation activation>() {
-    for_each_panel<T, kPairs>(p, row, rows, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
+    for_each_panel<T, kPairs>(p, row, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
         for (int64_t i = 0; i < n; ++i, totals += kPanel) {
           T* out = static_cast<T*>(p.out) + (row + r + i) * p.columns + panel.column;
@@ -331,16 +335,16 @@ void multiply(const LinearParams& p, int64_t row, int64_t rows, const float* blo
 }
 
 template <class T, bool kPairs>
-void multiply_to_block(const LinearParams& p, int64_t rows, const float* block, int64_t begin, int64_t end,
-                       const float* packed, float* next) {
+void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t begin, int64_t end, const float* packed,
+                       const RowBlock& next) {
   using To = Word<kPairs>;
   constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // columns of a part of a row, whole panels
   static_assert(kPart % kPanel == 0);
   with_activation(p.activation, [&]<Activation activation>() {
-    for_each_panel<T, kPairs>(p, 0, rows, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
+    for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
         for (int64_t i = 0; i < n; ++i, totals += kPanel) {
-          float* part = next + (panel.column / kPart * rows + r + i) * kRowStride;
+          float* part = next.data + (panel.column / kPart * next.block_rows + r + i) * kRowStride;
           To* to = reinterpret_cast<To*>(part) + panel.column % kPart;
           Vec values[kPanelVectors];
 #pragma GCC unroll 2
@@ -367,6 +371,7 @@ LinearKernel make_kernel(const LinearParams& p) {
           kRows,
           words * kPanel,
           divide_up(words, kDepthBlock) * kRowStride,
+          kRowStride,
           pack<T, kPairs>,
           load_rows<T, kPairs>,
           multiply<T, kPairs>,

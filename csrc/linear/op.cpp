@@ -13,8 +13,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kBlockFloats = 64 << 10;  // of a block of rows, half of a small L2 cache
-constexpr int64_t kFewTiles = 4;            // of rows, which do not repay a chunk of their own
+constexpr int64_t kItems = 16;                            // of work for each thread, where they are
+constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
 
@@ -153,36 +153,66 @@ const float* take_packed(const char* op, const OptionalTensor& packed, const Lin
 
 // --- Dividing the work -----------------------------------------------------------------------------------------------
 
-// Rows that are processed together, at most `most` of them in blocks of equal size, whole tiles.
-int64_t block_rows(int64_t rows, int64_t most, int64_t tile) {
-  const int64_t blocks = divide_up(rows, larger(tile, most));
-  return larger(1, smaller(rows, round_up(divide_up(rows, larger(1, blocks)), tile)));
+// Rows that are processed together: blocks of equal size, whole tiles, that fit the L2 cache.
+int64_t rows_of_block(const LinearParams& p, const LinearKernel& kernel) {
+  const int64_t most = larger(kernel.row_tile, kBlockFloats / larger(1, p.depth)), blocks = divide_up(p.rows, most);
+  return smaller(p.rows, round_up(divide_up(p.rows, blocks), kernel.row_tile));
 }
 
 int64_t threads_for(const LinearParams& p) {
   return p.rows * p.columns * p.depth < 2 * kSerialProducts ? 1 : num_threads();
 }
 
-// Rows are divided first: chunks of columns each read, and normalise, all rows.
-void multiply(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
+// A thread's memory for a block of rows.
+class BlockOfThread {
+ public:
+  explicit BlockOfThread(int64_t floats) : data_(Workspace::of_thread().take(floats)) {}
+  BlockOfThread(const BlockOfThread&) = delete;
+  BlockOfThread& operator=(const BlockOfThread&) = delete;
+  ~BlockOfThread() { Workspace::of_thread().give_back(); }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// f(row, rows, first panel, last panel) for items of work: blocks of rows, in which groups of panels are neighbours.
+// `start` gives f to each thread.
+template <class F>
+void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& start) {
   const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
-  const int64_t row_chunks = std::min(threads, divide_up(p.rows, kFewTiles * kernel.row_tile));
-  const int64_t column_chunks = std::min(panels, divide_up(threads, row_chunks)), items = row_chunks * column_chunks;
-  const int64_t most = kBlockFloats / larger(1, p.depth);
-  parallel_for(0, items, divide_up(items, threads), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t chunk = item % row_chunks, group = item / row_chunks;
-      const int64_t first = chunk * p.rows / row_chunks, last = (chunk + 1) * p.rows / row_chunks;
-      const int64_t first_panel = group * panels / column_chunks, last_panel = (group + 1) * panels / column_chunks;
-      const int64_t step = block_rows(last - first, most, kernel.row_tile);
-      float* block = Workspace::of_thread().take(step * kernel.row_floats);
-      for (int64_t row = first; row < last; row += step) {
-        const int64_t rows = smaller(step, last - row);
-        kernel.load(p, row, rows, block);
-        kernel.multiply(p, row, rows, block, first_panel, last_panel, packed + first_panel * p.panel_stride);
+  const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
+  const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
+  const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
+  share_out(blocks * groups, threads, [&] {
+    return [&, f = start()](int64_t item) mutable {
+      const int64_t row = item / groups * step, group = item % groups;
+      f(row, smaller(step, p.rows - row), group * panels / groups, (group + 1) * panels / groups);
+    };
+  });
+}
+
+// `from`: the rows of x in one block, where they are already; `to`: a block for the result instead of out.
+void multiply(const LinearParams& p, const LinearKernel& kernel, const float* packed, float* from = nullptr,
+              float* to = nullptr) {
+  for_each_block(p, kernel, [&] {
+    const int64_t floats = from == nullptr ? rows_of_block(p, kernel) * kernel.row_floats : 0;
+    return [&, memory = BlockOfThread(floats), loaded = int64_t{-1}](int64_t row, int64_t rows, int64_t first,
+                                                                     int64_t last) mutable {
+      RowBlock block{memory.data(), rows, rows};
+      if (from != nullptr) {
+        block = {from + row * kernel.row_stride, rows, p.rows};
+      } else if (row != loaded) {
+        kernel.load(p, row, block);
+        loaded = row;
       }
-      Workspace::of_thread().give_back();
-    }
+      const float* panels = packed + first * p.panel_stride;
+      if (to == nullptr) {
+        kernel.multiply(p, row, block, first, last, panels);
+      } else {
+        kernel.multiply_to_block(p, block, first, last, panels, {to + row * kernel.row_stride, rows, p.rows});
+      }
+    };
   });
 }
 
@@ -200,14 +230,14 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
   }
 }
 
-// The packed panels, of now where they were not packed before; the workspace holds them.
-const float* packed_now(const char* op, const OptionalTensor& before, const LinearParams& p, const LinearKernel& kernel,
-                        Workspace& workspace) {
-  const float* packed = take_packed(op, before, p, kernel);
-  if (packed != nullptr) return packed;
-  float* fresh = workspace.take(panels_of(p, kernel) * kernel.panel_floats);
-  pack(p, kernel, fresh);
-  return fresh;
+// The packed panels, packed to `memory` where they were not before.
+const float* pack_if_absent(const float* packed, const LinearParams& p, const LinearKernel& kernel, float* memory) {
+  if (packed == nullptr) pack(p, kernel, memory);
+  return packed == nullptr ? memory : packed;
+}
+
+int64_t floats_to_pack(const float* packed, const LinearParams& p, const LinearKernel& kernel) {
+  return packed == nullptr ? whole_lines(panels_of(p, kernel) * kernel.panel_floats) : 0;
 }
 
 // --- The operators ---------------------------------------------------------------------------------------------------
@@ -271,33 +301,34 @@ Tensor linear_cpu(Tensor x, Layer layer, const NormOfRows& norm, int64_t activat
   Output output(kOp, x, addition, p);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
   p.panel_stride = kernel.panel_floats;
-  if (output.out.numel() > 0) {
-    run(p, kernel, packed_now(kOp, layer.packed, p, kernel, Workspace::of_call()));
-    Workspace::of_call().give_back();
-  }
+  const float* packed = take_packed(kOp, layer.packed, p, kernel);
+  if (output.out.numel() == 0) return std::move(output.out);
+  float* memory = Workspace::of_call().take(floats_to_pack(packed, p, kernel));
+  run(p, kernel, pack_if_absent(packed, p, kernel, memory));
+  Workspace::of_call().give_back();
   return std::move(output.out);
 }
 
 FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
 
+// Whether there are blocks of rows enough to divide among the threads.
+bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKernel& kernel) {
+  const int64_t threads = std::max(threads_for(up), threads_for(down));
+  return threads == 1 || divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= 8 * threads;
+}
+
 // Two layers, block by block of rows: the hidden values of a block stay in the cache.
 void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
              const LinearKernel& down_kernel, const float* down_packed) {
-  const int64_t threads = std::max(threads_for(up), threads_for(down));
-  const int64_t chunks = std::min(threads, divide_up(up.rows, up_kernel.row_tile));
-  const int64_t most = kBlockFloats / larger(1, larger(up.depth, down.depth));
-  parallel_for(0, chunks, divide_up(chunks, threads), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * up.rows / chunks, last = end * up.rows / chunks;
-    const int64_t step = block_rows(last - first, most, up_kernel.row_tile);
-    float* block = Workspace::of_thread().take(step * (up_kernel.row_floats + down_kernel.row_floats));
-    float* hidden = block + step * up_kernel.row_floats;
-    for (int64_t row = first; row < last; row += step) {
-      const int64_t rows = smaller(step, last - row);
-      up_kernel.load(up, row, rows, block);
-      up_kernel.multiply_to_block(up, rows, block, 0, panels_of(up, up_kernel), up_packed, hidden);
-      down_kernel.multiply(down, row, rows, hidden, 0, panels_of(down, down_kernel), down_packed);
-    }
-    Workspace::of_thread().give_back();
+  const int64_t step = rows_of_block(up.depth > down.depth ? up : down, up_kernel);
+  share_out(divide_up(up.rows, step), std::max(threads_for(up), threads_for(down)), [&] {
+    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t item) {
+      const int64_t row = item * step, rows = smaller(step, up.rows - row);
+      const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * up_kernel.row_floats, rows, rows};
+      up_kernel.load(up, row, block);
+      up_kernel.multiply_to_block(up, block, 0, panels_of(up, up_kernel), up_packed, hidden);
+      down_kernel.multiply(down, row, hidden, 0, panels_of(down, down_kernel), down_packed);
+    };
   });
 }
 
@@ -320,17 +351,21 @@ Tensor mlp_cpu(Tensor x, Layer fc1, Layer fc2, const NormOfRows& norm, int64_t a
   const LinearKernel up_kernel = FASTVIT_PER_ISA(linear_kernel)(up);
   const LinearKernel down_kernel = FASTVIT_PER_ISA(linear_kernel)(down);
   up.panel_stride = up_kernel.panel_floats, down.panel_stride = down_kernel.panel_floats;
-  Workspace up_workspace;  // freed with the call, since both packed weights are needed at once
-  const float* up_packed = packed_now(kOp, fc1.packed, up, up_kernel, up_workspace);
-  const float* down_packed = packed_now(kOp, fc2.packed, down, down_kernel, Workspace::of_call());
-  if (up.rows >= 2 * up_kernel.row_tile * num_threads()) {
+  const float* up_packed = take_packed(kOp, fc1.packed, up, up_kernel);
+  const float* down_packed = take_packed(kOp, fc2.packed, down, down_kernel);
+  const bool rows_divided = by_rows(up, down, up_kernel);
+  const int64_t up_floats = floats_to_pack(up_packed, up, up_kernel);
+  const int64_t down_floats = floats_to_pack(down_packed, down, down_kernel);
+  const int64_t hidden_floats = rows_divided ? 0 : checked_product(kOp, {up.rows, down_kernel.row_floats});
+  float* memory = Workspace::of_call().take(up_floats + down_floats + hidden_floats);
+  up_packed = pack_if_absent(up_packed, up, up_kernel, memory);
+  down_packed = pack_if_absent(down_packed, down, down_kernel, memory + up_floats);
+  if (rows_divided) {
     run_mlp(up, up_kernel, up_packed, down, down_kernel, down_packed);
-  } else {  // too few rows to divide: columns are
-    Tensor hidden = Output::result(x, up.columns);
-    up.out = hidden.mutable_data<void>();
-    down.x = hidden.data<void>(), down.x_stride = up.columns;
-    if (up.columns > 0) run(up, up_kernel, up_packed);
-    run(down, down_kernel, down_packed);
+  } else {
+    float* hidden = memory + up_floats + down_floats;
+    multiply(up, up_kernel, up_packed, nullptr, hidden);
+    multiply(down, down_kernel, down_packed, hidden);
   }
   Workspace::of_call().give_back();
   return std::move(output.out);
