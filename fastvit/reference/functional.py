@@ -131,6 +131,8 @@ class BatchNorm(NamedTuple):
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
         if self.layer is not None:
             return self.layer(x)
+        if isinstance(x, Tensor) and x.shape[1] == 0:  # for which torch has an IndexError
+            return x
         weight = None if self.weight is None else self.weight.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()
         mean, var = self.running_mean, self.running_var
