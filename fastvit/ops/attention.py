@@ -237,6 +237,8 @@ def _sdpa_reasons(call: Call, named: bool) -> Iterator[str]:
         yield "it lets a NaN or inf at a masked key spread"
     if call.k.shape[2] < 2:  # without a key it may give NaN
         yield "with one key its gradients of q and k are rounding errors instead of zero"
+    if call.scale == 0.0:
+        yield "at a scale of zero it may give NaN"
 
 
 def _run_sdpa(call: Call) -> Tensor:

@@ -141,6 +141,13 @@ def test_sdpa_takes_no_single_key(keys):
         masked_attention(torch.randn(1, 2, 4, 8), *torch.randn(2, 1, 2, keys, 8), backend="sdpa")
 
 
+def test_a_scale_of_zero_is_not_left_to_sdpa():
+    q, k, v = torch.randn(3, 2, 1, 16, 128, dtype=torch.float64)
+    torch.testing.assert_close(masked_attention(q, k, v, scale=0.0), v.mean(2, keepdim=True).expand_as(v))
+    with pytest.raises(RuntimeError, match="at a scale of zero it may give NaN"):
+        masked_attention(q, k, v, scale=0.0, backend="sdpa")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("keys", [5, 40])
 def test_sdpa_loses_no_nan(keys, dtype):
