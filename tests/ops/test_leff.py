@@ -216,7 +216,7 @@ def test_a_gradient_that_batch_statistics_cancel_in_bfloat16() -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_no_channels(backend: str) -> None:
     """torch's batch norm has an IndexError for them, which came when the statistics in front had moved."""
-    hidden, none = (BatchNorm(torch.zeros(n), torch.ones(n), None, None, True) for n in (8, 0))
+    hidden, none = (BatchNorm(torch.zeros(n), torch.ones(n), torch.ones(n), None, n > 0) for n in (8, 0))
     weights = torch.randn(8, 0), None, torch.randn(8, 1, 3, 3), None, torch.randn(0, 8), None
     norms = {"dw_norm": hidden, "down_norm": none}
     out = leff(torch.randn(2, 14, 0), *weights, grid=(4, 3), **norms, prefix_tokens=2, backend=backend)
