@@ -1,6 +1,7 @@
 """Head-mixed attention (talking heads, re-attention), forward. No attention map reaches memory.
 
-    P as in :mod:`fastvit.kernels.head_mixed_attention_maps`;  X_h = sum_g post_weight[h, g] P_g + post_bias[h]
+    P as in :mod:`fastvit.kernels.head_mixed_attention_maps`
+    X_h = sum_g post_weight[h, g] (P_g - centre) + post_bias[h]
     M_h = X_h, or LayerNorm over the heads of X, norm_weight[h] * (X_h - mean) / sqrt(var + eps) + norm_bias[h];
           zero at masked positions
     out_h = output_scale * M_h v_h
@@ -64,7 +65,8 @@ def post_mixed(p, mixes, zero, PLAN: tl.constexpr):
     maps = p
     if PLAN.post_mix:
         weight = load_mix(mixes.post_weight, zero, False, PLAN)
-        maps = mix(weight, p, PLAN) + load_per_head(mixes.post_bias, zero, 0.0, PLAN)[:, None, None]
+        maps = mix(weight, p - tl.cast(mixes.centre, tl.float32), PLAN)
+        maps += load_per_head(mixes.post_bias, zero, 0.0, PLAN)[:, None, None]
     return maps
 
 
@@ -117,6 +119,7 @@ def head_mixed_attention_forward(
     norm_eps: float,
     layer_norm: bool,
     output_scale: float,
+    centred: bool,
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -129,6 +132,7 @@ def head_mixed_attention_forward(
             omits the step.
         norm_weight, norm_bias, norm_eps: of the LayerNorm over heads, if ``layer_norm``.
         output_scale: multiplies the final maps.
+        centred: whether 1 / Nk, the centre, is taken off the maps in front of post_weight.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk).
         scale: multiplies q k^T.
 
@@ -137,7 +141,7 @@ def head_mixed_attention_forward(
     """
     problem = Problem(
         q, k, mask, scale, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
-        output_scale,
+        output_scale, centred,
     )  # fmt: skip
     if problem.empty:
         return empty_heads_last(q, q.shape[2]).zero_()

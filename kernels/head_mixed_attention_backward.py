@@ -5,7 +5,7 @@ With the forward's names, dO the gradient of the result, and dM_h = output_scale
     dX = dM, or with a LayerNorm, Y the normalised X and r the reciprocal standard deviation,
          dY_h = norm_weight[h] dM_h;  dX_h = r (dY_h - mean_heads(dY) - Y_h mean_heads(dY Y))
     dnorm_weight[h] = sum dM_h Y_h;  dnorm_bias[h] = sum dM_h
-    dpost_weight[h, g] = sum dX_h P_g;  dpost_bias[h] = sum dX_h
+    dpost_weight[h, g] = sum dX_h (P_g - centre);  dpost_bias[h] = sum dX_h
     dP_g = sum_h post_weight[h, g] dX_h;  delta_g = sum over the keys of a row of P_g dP_g
     dS'_g = P_g (dP_g - delta_g);  dpre_weight[h, g] = sum dS'_h S_g;  dpre_bias = 0, as rows of dS' sum to zero
     dS_g = sum_h pre_weight[h, g] dS'_h
@@ -163,7 +163,8 @@ def row_gradients_kernel(
         delta += tl.sum(p * dp, 2)
         if not MOMENTS:
             if PLAN.post_mix:
-                d_post_weight = add_outer_products(d_post_weight, dx, p, PLAN)
+                apart = p - tl.cast(mixes.centre, tl.float32)
+                d_post_weight = add_outer_products(d_post_weight, dx, apart, PLAN)
                 d_post_bias += tl.sum(dx, 2)
             if PLAN.layer_norm:
                 d_norm_weight += tl.sum(dm * y, 2)
@@ -373,6 +374,7 @@ def head_mixed_attention_backward(
     norm_eps: float,
     layer_norm: bool,
     output_scale: float,
+    centred: bool,
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
@@ -388,7 +390,7 @@ def head_mixed_attention_backward(
     """
     problem = Problem(
         q, k, mask, scale, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
-        output_scale,
+        output_scale, centred,
     )  # fmt: skip
     parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
     if problem.empty:

@@ -86,6 +86,7 @@ class Problem:
         norm_eps: float = 0.0,
         layer_norm: bool = False,
         output_scale: float = 1.0,
+        centred: bool = False,
     ) -> None:
         self.shape = (*q.shape[:3], k.shape[2])
         self.batch, self.heads, self.num_queries, self.num_keys = self.shape
@@ -97,7 +98,8 @@ class Problem:
         parameters = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
         contiguous = (None if tensor is None else tensor.contiguous() for tensor in parameters)
         # float: Triton would specialise the kernel on an int 1.
-        self.mixes = Mixes(*contiguous, float(norm_eps), float(output_scale), float(scale))
+        centre = 1.0 / max(self.num_keys, 1) if centred else 0.0
+        self.mixes = Mixes(*contiguous, float(norm_eps), float(output_scale), float(scale), centre)
         self.layer_norm = layer_norm
         self.product = product_kind(q.dtype)
 

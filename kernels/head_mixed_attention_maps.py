@@ -60,6 +60,7 @@ class Mixes(NamedTuple):
     norm_eps: Any
     output_scale: Any
     scale: Any
+    centre: Any
 
 
 class Rows(NamedTuple):

@@ -204,6 +204,7 @@ struct Tile {
     bool finite = true;
     for (int v = 0; v < kV; ++v) finite &= all_finite(dot[v]) && all_finite(sum[v]);
     if (can_hide(p) && !finite) clear_hidden(s.map), clear_hidden(s.gradient);
+    if (!finite) clear_padding();
   }
 
   // f(the first of a block of keys, the block), with `limits` of it.
@@ -224,6 +225,13 @@ struct Tile {
         }
       }
     });
+  }
+
+  // The lanes beyond the last query: their zeros times what is infinite in a row of k or v are NaN.
+  void clear_padding() const {
+    for (int64_t j = 0; j < keys.count; ++j) {
+      for (int64_t i = queries; i < kWidth; ++i) at(s.map, j, 0)[i] = at(s.gradient, j, 0)[i] = 0.0f;
+    }
   }
 
   // sum_j e[j] dP[j] again without hidden keys, where their dP has made it NaN.

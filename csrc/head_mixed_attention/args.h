@@ -18,12 +18,13 @@ struct HeadMapParams : AttentionParams {
   const float* pre_bias = nullptr;    // (H,)
 };
 
-// out_h = M_h v_h, M_h = sum_g post_weight[h][g] P_g + post_bias[h]; without a mix after the softmax,
-// post_factor[h] P_h + post_bias[h].
+// out_h = M_h v_h, M_h = sum_g post_weight[h][g] (P_g - centre) + post_bias[h]; without a mix after the softmax,
+// post_factor[h] (P_h - centre) + post_bias[h].
 struct HeadMixParams : HeadMapParams {
   const float* post_weight = nullptr;  // (H, H), with norm and output scale folded in; null without a mix after it
   const float* post_factor = nullptr;  // (H,), used where post_weight is null
   const float* post_bias = nullptr;    // (H,)
+  float centre = 0.0f;                 // of a map: what the mix is of may differ from it by little
   // LayerNorm over heads after the mix. With X the mix less its mean over heads,
   // M_h = norm_factor[h] X_h / sqrt(mean_g X_g^2 + norm_eps) + norm_shift[h]. Null without it.
   const float* norm_factor = nullptr;  // (H,)
@@ -33,8 +34,9 @@ struct HeadMixParams : HeadMapParams {
 
 // Gradients of q and k, from those of something computed from the maps P.
 struct HeadMapGradientParams : HeadMixParams {
-  AttentionOperand grad{};                           // of the output of the attention
-  const float* map_gradient = nullptr;               // (H, H): from the gradients of M, or from the maps, to those of P
+  AttentionOperand grad{};  // of the output of the attention
+  // (H, H): from the gradients of M, or from the maps, to those of P; null: those of M times post_factor.
+  const float* map_gradient = nullptr;
   const float* map_gradient_bias = nullptr;          // (H,)
   const float* pre_gradient = nullptr;               // (H, H): from the gradients of the mixed logits S' to those of S
   const float* zeros = nullptr;                      // (H,)
@@ -45,7 +47,7 @@ struct HeadMapGradientParams : HeadMixParams {
 // indices into an array of doubles.
 struct HeadMapTotals {
   int64_t heads;
-  FASTVIT_INLINE int64_t map_products() const { return 0; }               // (H, H): gradient of M_h (or P_h) times P_g
+  FASTVIT_INLINE int64_t map_products() const { return 0; }  // (H, H): gradient of M_h (or P_h) times P_g - centre
   FASTVIT_INLINE int64_t pre_products() const { return heads * heads; }   // (H, H): gradient of S'_h times S_g
   FASTVIT_INLINE int64_t mixed() const { return 2 * heads * heads; }      // (H,): gradient of M_h
   FASTVIT_INLINE int64_t norm_factor() const { return mixed() + heads; }  // (H,)

@@ -2,9 +2,9 @@
 //
 // Per tile of queries (see cpu_tiles.h) the maps P are recomputed, and dM_h[j] = sum_d v_h[j][d] dout_h[d].
 // Then, a few keys at a time, with all heads of them in the L1 cache,
-//   M_h = sum_g A[h][g] P_g + b_h       dv_h[j][d] += sum_i M_h[j][i] dout_h[i][d]
-//   dA[h][g] += sum dM_h P_g            db_h += sum dM_h            dP_g = sum_h A[h][g] dM_h
-// and cpu_gradients.h continues from dP. With a layer norm over heads, for X = A P + b less its mean over heads,
+//   M_h = sum_g A[h][g] (P_g - c) + b_h      dv_h[j][d] += sum_i M_h[j][i] dout_h[i][d]
+//   dA[h][g] += sum dM_h (P_g - c)           db_h += sum dM_h           dP_g = sum_h A[h][g] dM_h
+// and cpu_gradients.h continues from dP. With a layer norm over heads, for X = A (P - c) + b less its mean over heads,
 //   r = 1 / sqrt(mean_h X_h^2 + eps)    y_h = r X_h    M_h = f_h y_h + s_h    df_h += sum dM_h y_h    ds_h += sum dM_h
 //   dX_h = r (f_h dM_h - mean_g f_g dM_g - y_h mean_g f_g dM_g y_g)           replaces dM.
 // A tile has two maps, or three with a mix before the softmax; no other map exists.
@@ -38,13 +38,15 @@ struct Scratch : GradientScratch {
   float* grad_rows;    // [head][word of queries][channel]
   float* grad_finite;  // [head][lane]
   float* mixed_block;  // [head][key of a block][query]: M
+  float* apart_block;  // the same of P - c
 
   Scratch(const HeadMapGradientParams& p, Arena& arena)
       : GradientScratch(p, arena),
         grad_lanes(arena.take(p.heads * word_stride)),
         grad_rows(arena.take(p.heads * rows_stride)),
         grad_finite(arena.take(p.heads * kMaxWidth)),
-        mixed_block(arena.take(p.heads * kMixedStride)) {}
+        mixed_block(arena.take(p.heads * kMixedStride)),
+        apart_block(arena.take(p.heads * kMixedStride)) {}
 };
 
 template <class T, bool kPairs, int kV>
@@ -64,8 +66,7 @@ struct Tile : GradientTile<T, kPairs, kV> {
     this->compute_maps();
     gradients_of_mixed();
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
-      mix_heads(p.heads, (end - begin) * kV, p.post_weight, p.post_bias, map(0) + at(begin, 0), s.map_stride,
-                mixed(0, 0), s.kMixedStride);
+      mix(begin, end);
       if (p.norm_factor != nullptr) layer_norm_backward(begin, end);
       for (int64_t h = 0; h < p.heads; ++h) {
         finish_mixed(h, begin, end);
@@ -75,8 +76,8 @@ struct Tile : GradientTile<T, kPairs, kV> {
         this->add_left_out(p.grad, s.grad_finite, h, begin, end, mixed(h, 0), hide, dv_block);
         add_gradient(h, begin, end);
       }
-      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), map(0) + at(begin, 0),
-                            s.map_stride, false, lane_sum(s.totals.map_products()));
+      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride, s.apart_block,
+                            s.kMixedStride, false, lane_sum(s.totals.map_products()));
       this->gradients_of_maps(begin, end, s.gradients);
     });
     this->gradients_of_queries_and_keys();
@@ -85,6 +86,23 @@ struct Tile : GradientTile<T, kPairs, kV> {
 
   float* mixed(int64_t h, int64_t key) const { return s.mixed_block + h * s.kMixedStride + key * kWidth; }
   FASTVIT_INLINE Vec load_gradient(int64_t h, int64_t j, int v) const { return Vec::load(gradient(h) + at(j, v)); }
+
+  // P - c, and M of it.
+  void mix(int64_t begin, int64_t end) const {
+    const int64_t count = (end - begin) * kV;
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const float* from = map(h) + at(begin, 0);
+      float *apart = s.apart_block + h * s.kMixedStride, *to = mixed(h, 0);
+      const Vec factor = Vec::fill(p.post_factor[h]), bias = Vec::fill(p.post_bias[h]);
+      for (int64_t i = 0; i < count * kLanes; i += kLanes) {
+        const Vec x = Vec::load(from + i) - Vec::fill(p.centre);
+        x.store(apart + i);
+        if (p.post_weight == nullptr) fma(x, factor, bias).store(to + i);
+      }
+    }
+    if (p.post_weight == nullptr) return;
+    mix_heads(p.heads, count, p.post_weight, p.post_bias, s.apart_block, s.kMixedStride, mixed(0, 0), s.kMixedStride);
+  }
 
   // dM, all keys.
   void gradients_of_mixed() const {

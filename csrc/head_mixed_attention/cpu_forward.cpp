@@ -85,8 +85,9 @@ struct Tile : MapTile<T, kPairs, kV> {
     this->store_lanes(s.channels, p.out);
   }
 
+  // Less the centre.
   FASTVIT_INLINE Vec probability(int64_t h, int64_t j, int v) const {
-    return Vec::load(map(h) + at(j, v)) * this->inverse(h, v);
+    return fma(Vec::load(map(h) + at(j, v)), this->inverse(h, v), Vec::fill(-p.centre));
   }
 
   template <int kKeys>
@@ -143,7 +144,7 @@ struct Tile : MapTile<T, kPairs, kV> {
     }
   }
 
-  // Without a mix, the final map is factor * P_h + bias.
+  // Without a mix, the final map is factor * (P_h - centre) + bias.
   void scale_unmixed() const {
     for (int64_t h = 0; h < p.heads; ++h) {
       const Vec factor = Vec::fill(p.post_factor[h]), bias = Vec::fill(p.post_bias[h]);

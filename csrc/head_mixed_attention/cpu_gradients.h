@@ -41,8 +41,8 @@ void add_outer_product(int64_t count, int64_t depth, const float* a, const float
 
 // out[h][g] += sum_i x_h[i] y_g[i], all of them vectors, for all pairs of heads; symmetric: at least for those on or
 // above the diagonal.
-inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, const float* y, int64_t head_stride,
-                                  bool symmetric, float* out) {
+inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, int64_t x_stride, const float* y,
+                                  int64_t y_stride, bool symmetric, float* out) {
   const Split rows(heads, kPairRows), columns(heads, kPairColumns);
   for (int64_t r = 0; r < rows.blocks; ++r) {
     for (int64_t c = 0; c < columns.blocks; ++c) {
@@ -60,10 +60,10 @@ inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, 
           for (int64_t at = 0; at < depth * kLanes; at += kLanes) {
             Vec left[kR];
 #pragma GCC unroll 8
-            for (int i = 0; i < kR; ++i) left[i] = Vec::load(x + (h + i) * head_stride + at);
+            for (int i = 0; i < kR; ++i) left[i] = Vec::load(x + (h + i) * x_stride + at);
 #pragma GCC unroll 8
             for (int k = 0; k < kC; ++k) {
-              const Vec right = Vec::load(y + (g + k) * head_stride + at);
+              const Vec right = Vec::load(y + (g + k) * y_stride + at);
 #pragma GCC unroll 8
               for (int i = 0; i < kR; ++i) sums[i][k] = fma(left[i], right, sums[i][k]);
             }
@@ -265,9 +265,14 @@ struct GradientTile : MapTile<T, kPairs, kV> {
 
   // The gradients of P for keys [begin, end), from maps `from`, which may be the gradients themselves.
   void gradients_of_maps(int64_t begin, int64_t end, const float* from) const {
-    mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias, from + at(begin, 0), s.map_stride,
-              gradient(0) + at(begin, 0), s.map_stride);
+    if (p.map_gradient != nullptr) {
+      mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias, from + at(begin, 0), s.map_stride,
+                gradient(0) + at(begin, 0), s.map_stride);
+    }
     for (int64_t h = 0; h < p.heads; ++h) {
+      for (int64_t i = at(begin, 0); p.map_gradient == nullptr && i < at(end, 0); i += kLanes) {
+        (Vec::load(gradient(h) + i) * Vec::fill(p.post_factor[h])).store(gradient(h) + i);
+      }
       for (int v = 0; v < kV; ++v) {
         float* delta = s.delta + h * kWidth + v * kLanes;
         Vec part = Vec::fill(0.0f);
@@ -361,8 +366,8 @@ struct GradientTile : MapTile<T, kPairs, kV> {
           for (int v = 0; v < kV; ++v) gradient_of_logit(h, j, v).store(gradient(h) + at(j, v));
         }
       }
-      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), logits(0) + at(begin, 0),
-                            s.map_stride, false, lane_sum(s.totals.pre_products()));
+      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride,
+                            logits(0) + at(begin, 0), s.map_stride, false, lane_sum(s.totals.pre_products()));
       mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0), s.map_stride,
                 gradient(0) + at(begin, 0), s.map_stride);
       for (int64_t h = 0; hides && h < p.heads; ++h) {

@@ -55,8 +55,8 @@ struct MomentTile : MapTile<T, kPairs, kV> {
     __builtin_memset(s.lane_sums, 0, p.heads * p.heads * kLanes * sizeof(float));
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       centre(begin, end);
-      add_products_of_heads(p.heads, (end - begin) * kV, map(0) + at(begin, 0), map(0) + at(begin, 0), s.map_stride,
-                            true, s.lane_sums);
+      add_products_of_heads(p.heads, (end - begin) * kV, map(0) + at(begin, 0), s.map_stride, map(0) + at(begin, 0),
+                            s.map_stride, true, s.lane_sums);
     });
     for (int64_t i = 0; i < p.heads * p.heads; ++i) {
       totals[at_total.map_products() + i] += static_cast<double>(sum(Vec::load(s.lane_sums + i * kLanes)));

@@ -40,6 +40,7 @@ Tensor head_mixed_attention_cpu(const MixArguments& a, const OptionalTensor& nor
   p.post_weight = weight.empty() ? nullptr : weight.data();
   p.post_factor = last_factor.data();
   p.post_bias = bias.data();
+  p.centre = options.centre(p.keys);
   if (options.layer_norm) {
     p.norm_factor = last_factor.data();
     p.norm_shift = last_shift.data();

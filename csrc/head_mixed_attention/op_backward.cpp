@@ -26,13 +26,17 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
   std::vector<double> shift = head_vector(kOp, a.norm_bias, "norm_bias", p.heads, 0.0);
   for (size_t h = 0; h < factor.size(); ++h) factor[h] *= output_scale, shift[h] *= output_scale;
   HeadMix post(kOp, a.post_weight, "post_weight", a.post_bias, "post_bias", p.heads);
-  post.fill_in_identity();
-  if (!layer_norm) post.scale(factor, shift);
+  if (layer_norm) {
+    post.fill_in_identity();
+  } else {
+    post.scale(factor, shift);
+  }
   const std::vector<float> weight = transposed_floats(post.matrix), back = to_floats(post.matrix);
   const std::vector<float> bias = to_floats(post.offset), zeros(factor.size(), 0.0f);
   const std::vector<float> last_factor = to_floats(factor), last_shift = to_floats(shift);
-  p.post_weight = weight.data(), p.post_bias = bias.data();
-  p.map_gradient = back.data(), p.map_gradient_bias = zeros.data();
+  p.post_weight = weight.empty() ? nullptr : weight.data(), p.map_gradient = weight.empty() ? nullptr : back.data();
+  p.post_factor = last_factor.data(), p.post_bias = bias.data(), p.map_gradient_bias = zeros.data();
+  p.centre = options.centre(p.keys);
   p.pre_gradient = pre.back.data(), p.zeros = zeros.data();
   if (layer_norm) {
     p.norm_factor = last_factor.data(), p.norm_shift = last_shift.data();

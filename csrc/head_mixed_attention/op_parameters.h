@@ -17,12 +17,15 @@ struct MixArguments {
   OptionalTensor pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias;
 };
 struct MixOptions {
-  using Schema = std::tuple<double, bool, double, OptionalTensor, double>;
+  using Schema = std::tuple<double, bool, double, bool, OptionalTensor, double>;
   double norm_eps;
   bool layer_norm;
   double output_scale;
+  bool centred;
   OptionalTensor mask;
   double scale;
+
+  float centre(int64_t keys) const { return centred && keys > 0 ? 1.0f / static_cast<float>(keys) : 0.0f; }
 };
 
 // A linear map over heads: an (H, H) matrix row by row, or empty for the identity, and an offset (H,).

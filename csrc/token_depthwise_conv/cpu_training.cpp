@@ -211,8 +211,18 @@ void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t
     row.columns = op.out_height * op.out_width;
     row.next_grad = 16 * op.grad_token_stride;
     row.next_value = 16 * op.channels;
+    // Where all tokens seem to have the same gradient, as behind a mean over them, sums about that are exactly zero,
+    // and so is the gradient of the norm's input.
+    float* about = place(op.sums, 3, image, 2, block);
+    const T* first = grad_of<T>(op, 0, block.first) + op.prefix_tokens * op.grad_token_stride;
+    const T* second = first + (row.columns > 1 ? op.grad_token_stride : 0);
+    for (int64_t c = 0; c < block.channels; ++c) {
+      const bool same = op.activation == Activation::none && widen(first[c]) == widen(second[c]);
+      about[c] = same ? widen(first[c]) : 0.0f;
+    }
+    row.about = about;
     pass(op.post, block, row, sums);
-    store_sums(sums, op.sums, image, block);
+    for (int64_t kind = 0; kind < 2; ++kind) sums.store(kind, block.channels, place(op.sums, 3, image, kind, block));
   });
 }
 
@@ -434,7 +444,7 @@ void pre_norm_gradient(const TokenDepthwiseConvPass& op, int64_t begin, int64_t 
       for_each_vector(channels, [&](int64_t c, int64_t n) {
         const Vec centred = load(x + c, n) - load(op.pre.mean + first + c, n);
         const Vec slope = load(op.pre.slope + first + c, n), scale = load(op.pre.scale + first + c, n);
-        Vec value = fma(load(dx + c, n), scale, fma(centred, slope, load(op.pre.offset + first + c, n)));
+        Vec value = fma(centred, slope, load(dx + c, n) + load(op.pre.offset + first + c, n)) * scale;
         if (op.residual) value += load(grad + c, n);
         store(value, dx + c, n);
       });

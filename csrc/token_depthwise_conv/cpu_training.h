@@ -10,8 +10,8 @@
 namespace fastvit {
 
 // A norm and its gradient, each an array over the channels: n = (c - mean) scale + bias, and
-// dc = scale dn + slope (c - mean) + offset. With given statistics slope and offset are null, and without a norm all of
-// them: n is c and dc is dn.
+// dc = scale (dn + slope (c - mean) + offset). With given statistics slope and offset are null, and without a norm all
+// of them: n is c and dc is dn.
 struct NormCoefficients {
   const float *mean, *scale, *bias, *slope, *offset;
 };
@@ -39,7 +39,7 @@ FASTVIT_DECLARE_PER_ISA(
     void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // From the convolution's result to out.
     void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
-    // sums only.
+    // sums only, with a third kind: what every dn was less than in them.
     void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);
     // sums, pre_sums, weight_sums and dx, those that are wanted.
     void conv_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch);

@@ -127,11 +127,12 @@ struct Tokens {
 template <class Value, class Grad, class Out>
 struct BackwardRow {
   int64_t columns;
-  Tokens<const Value> value;    // the norm's input; null with neither norm nor activation
-  Tokens<const Grad> grad;      // of the activation's output
-  Tokens<Out> out;              // the gradient of the norm's input; null if not wanted
-  Tokens<const Out> add;        // added to out
-  bool of_norm_output = false;  // out is the gradient of the norm's output instead
+  Tokens<const Value> value;     // the norm's input; null with neither norm nor activation
+  Tokens<const Grad> grad;       // of the activation's output
+  Tokens<Out> out;               // the gradient of the norm's input; null if not wanted
+  Tokens<const Out> add;         // added to out
+  bool of_norm_output = false;   // out is the gradient of the norm's output instead
+  const float* about = nullptr;  // taken off every gradient in the sums; without an activation only
   // The distance from a token to the one to prefetch, in the next row; 0: none.
   int64_t next_value = 0, next_grad = 0, next_out = 0;
 };
@@ -172,6 +173,7 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
       const Grad* grad = grads.p + c;
       Out* out = outs.p + c;
       const Out* add = added.p + c;
+      const Vec about = row.about == nullptr ? zero : load(row.about + c, n);
       Vec sum = zero, product = zero;
       for (int64_t column = 0; column < count; ++column) {
         Vec centred = zero, dn = load(grad, n);
@@ -181,11 +183,12 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
           value += values.step;
         }
         grad += grads.step;
-        sum += dn;
-        if constexpr (normed) product = fma(dn, centred, product);
+        const Vec apart = activation == Activation::none ? dn - about : dn;
+        sum += apart;
+        if constexpr (normed) product = fma(apart, centred, product);
         if (!has_out) continue;
         Vec result = dn;
-        if (through) result = by_batch ? fma(dn, scale, fma(centred, slope, offset)) : dn * scale;
+        if (through) result = by_batch ? fma(centred, slope, dn + offset) * scale : dn * scale;
         if (adds) result += load(add, n), add += added.step;
         store(result, out, n);
         out += outs.step;

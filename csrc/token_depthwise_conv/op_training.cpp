@@ -165,12 +165,21 @@ class NormGradient {
     return {row(kMean), row(kScale), row(kBias), row(kSlope), row(kOffset)};
   }
 
+  // Adds what all dn are less than, the third of the sums, to that of dn. (That of c - mean is zero.)
+  void add_common(std::vector<double>& sums, int64_t tokens) {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double common = static_cast<double>(tokens) * sums[static_cast<size_t>(2 * channels_ + c)];
+      sums[static_cast<size_t>(c)] += common;
+      sums[static_cast<size_t>(channels_ + c)] += row(kCenter)[c] * common;
+    }
+  }
+
   // Adds the gradients through the batch's statistics, which are over `count` values.
   void add_statistics_gradients(const std::vector<double>& sums, int64_t count) {
     for (int64_t c = 0; c < channels_; ++c) {
-      const double scale = row(kScale)[c], inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
-      row(kOffset)[c] = static_cast<float>(-scale * share * sums[static_cast<size_t>(c)]);
-      row(kSlope)[c] = static_cast<float>(-scale * share * inverse * inverse * centred(sums, c));
+      const double inverse = row(kInverse)[c], share = 1.0 / static_cast<double>(count);
+      row(kOffset)[c] = static_cast<float>(-share * sums[static_cast<size_t>(c)]);
+      row(kSlope)[c] = static_cast<float>(-share * inverse * inverse * centred(sums, c));
     }
   }
 
@@ -270,8 +279,8 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   const bool wants_pre_sums = op.has_pre_norm && (parameters || (op.pre_batch_statistics && op.dx != nullptr));
   const bool wants_sums = parameters || op.batch_statistics;
   Workspace& workspace = Workspace::of_call();
-  float* sums = workspace.take(op.batch * (2 * kinds + area * op.channels));
-  float* pre_sums = sums + op.batch * kinds;
+  float* sums = workspace.take(op.batch * (2 * kinds + (1 + area) * op.channels));
+  float* pre_sums = sums + op.batch * (kinds + op.channels);
   float* weight_sums = pre_sums + op.batch * kinds;
 
   std::vector<double> total;
@@ -279,8 +288,10 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
     pass.sums = sums;
     TokenDepthwiseConvPass sums_pass = pass;
     run_token_pass(sums_pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
-    total = add_images(sums, op.batch, 2, op.channels);
-    post.add_statistics_gradients(total, op.batch * op.out_height * op.out_width);
+    total = add_images(sums, op.batch, 3, op.channels);
+    const int64_t tokens = op.out_height * op.out_width;
+    post.add_common(total, tokens);
+    post.add_statistics_gradients(total, op.batch * tokens);
     pass.sums = nullptr;  // known
   } else if (wants_sums) {
     pass.sums = sums;

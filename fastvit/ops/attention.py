@@ -6,7 +6,8 @@
   keys it splits between programs so that one image fills the device.
 - ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, for calls without mask and bias: its kernels add a
   mask to the logits, so that a NaN or inf at a masked key spreads. Its gradients lose digits at large logits: at logits
-  of 2e5, dq on the CPU has a relative error of 0.5 (``cpp``: 0.005).
+  of 2e5, dq on the CPU has a relative error of 0.5 (``cpp``: 0.005). On the CPU it gives zeros for a row whose logits
+  are all NaN or -inf, which are made NaN here; a logit of +inf may still get it a finite row in 16 bits.
 - ``reference``: ``fastvit.reference.functional.masked_attention``.
 """
 
@@ -234,10 +235,19 @@ def _masked_triton_reasons(call: Call, named: bool) -> Iterator[str]:
 def _sdpa_reasons(call: Call, named: bool) -> Iterator[str]:
     if call.mask is not None or call.bias is not None:
         yield "it lets a NaN or inf at a masked key spread"
+    if call.k.shape[2] < 2:  # without a key it may give NaN
+        yield "with one key its gradients of q and k are rounding errors instead of zero"
+    if call.scale == 0.0:
+        yield "at a scale of zero it may give NaN"
 
 
 def _run_sdpa(call: Call) -> Tensor:
-    return F.scaled_dot_product_attention(*call[:3], dropout_p=call.dropout_p, scale=call.scale)
+    q, k, v = call[:3]
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=call.dropout_p, scale=call.scale)
+    if not q.is_cpu:
+        return out
+    lost = ~q.isfinite().all(-1, keepdim=True) | ~k.isfinite().all(-1).any(-1)[..., None, None]
+    return out * torch.where(lost, torch.nan, 1.0).to(out.dtype)  # a product, so that gradients are NaN too
 
 
 def _run_reference(call: Call) -> Tensor:

@@ -5,11 +5,13 @@
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
 Kernels mix maps by H x H matrices, and gather two sums over the maps, which they compute anew. A BatchNorm over heads
-is folded into the mix in front of it: A and b with norm(W P + c) = A P + b.
+is folded into the mix in front of it: A and b with norm(W P + c) = A (P - m) + b, where m is 0 or 1 / Nk.
 
-    by running statistics:  f_h = gamma_h / sqrt(var_h + eps);  A = diag(f) W;  b = beta + f (c - mean)
+    by running statistics:  f_h = gamma_h / sqrt(var_h + eps);  A = diag(f) W;  b = beta + f (c - mean);  m = 0
     by the batch's:         the same with mean = W e + c and var_h = w_h^T C w_h, where e_g is the mean of map g over
-                            the batch, queries and keys, and C the H x H covariance of the maps; so b = beta - f (W e)
+                            the batch, queries and keys, and C the H x H covariance of the maps; m = 1 / Nk, which e is
+                            without a mask, so that neither M nor the gradient of A is a difference of large numbers;
+                            b = beta - f W (e - m)
 
 That is arithmetic on H x H numbers, in float64, which costs nothing and which autocast leaves alone. So the backward of
 batch statistics is two backward passes of the kernels, with H x H numbers between them.
@@ -107,7 +109,7 @@ def _check(call: Call) -> None:
 _PRE = "Tensor? pre_weight, Tensor? pre_bias"
 _MIXES = f"{_PRE}, Tensor? post_weight, Tensor? post_bias"
 _AFFINE = "Tensor? norm_weight, Tensor? norm_bias"
-_SETTINGS = "float norm_eps, bool layer_norm, float output_scale, Tensor? mask, float scale"
+_SETTINGS = "float norm_eps, bool layer_norm, float output_scale, bool centred, Tensor? mask, float scale"
 _TENSORS = f"Tensor q, Tensor k, Tensor v, {_MIXES}, {_AFFINE}"
 
 
@@ -132,8 +134,9 @@ class Kernels(NamedTuple):
     """The registered operators of one kind of kernel; mixes and norms in float32, mask with four axes.
 
     - ``forward(q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
-      output_scale, mask, scale)``: the result, (B, H, Nq, D) in the memory order of (B, Nq, H, D), in q's dtype; with
-      ``layer_norm`` over heads, to which alone norm_weight and norm_bias belong.
+      output_scale, centred, mask, scale)``: the result, (B, H, Nq, D) in the memory order of (B, Nq, H, D), in q's
+      dtype; post_weight mixes the maps, less 1 / Nk if ``centred``; with ``layer_norm`` over heads, to which alone
+      norm_weight and norm_bias belong.
     - ``backward(grad, *the same)``: the gradients of q, k, v in their dtype and in the memory order of (B, N, H, D),
       and of the six small tensors in float32, of size 0 for what is absent.
     - ``moments(q, k, pre_weight, pre_bias, mask, scale)``: sums over b, i, j of P_g - 1/Nk (H,), and of the products
@@ -209,7 +212,7 @@ class _Mix(torch.autograd.Function):
     def forward(
         ctx: Any,
         kernels: Kernels,
-        settings: tuple[float, bool, float],  # norm_eps, layer_norm, output_scale
+        settings: tuple[float, bool, float, bool],  # norm_eps, layer_norm, output_scale, centred
         mask: Tensor | None,
         scale: float,
         *tensors: Tensor | None,  # q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias
@@ -223,12 +226,12 @@ class _Mix(torch.autograd.Function):
         mask, *tensors = ctx.saved_tensors
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             _, _, _, _, *needed = ctx.needs_input_grad
-            norm_eps, layer_norm, output_scale = ctx.settings
+            norm_eps, layer_norm, output_scale, centred = ctx.settings
 
             def plain(q, k, v, pre_weight, pre_bias, post_weight, post_bias, *affine):  # type: ignore[no-untyped-def]
                 wide = torch.promote_types(q.dtype, torch.float32)
-                if post_weight is None and post_bias is not None:
-                    post_weight = torch.eye(q.shape[1], dtype=wide, device=q.device)
+                if centred:
+                    post_bias = post_bias - post_weight.sum(1) / k.shape[2]
                 out = functional.head_mixed_attention(
                     *(tensor.to(wide) for tensor in (q, k, v)),
                     pre_weight=pre_weight,
@@ -288,8 +291,8 @@ Folded = tuple[Tensor, Tensor]
 """A (H, H) and b (H,), float64."""
 
 
-def fold_running(norm: BatchNorm, weight: Tensor | None, bias: Tensor | None) -> Folded:
-    """The mix (None: the identity, or no bias) followed by a norm with running statistics."""
+def fold_running(norm: BatchNorm, weight: Tensor, bias: Tensor | None) -> Folded:
+    """The mix followed by a norm with running statistics."""
     assert norm.running_mean is not None and norm.running_var is not None  # checked with the arguments
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -298,23 +301,17 @@ def fold_running(norm: BatchNorm, weight: Tensor | None, bias: Tensor | None) ->
     shift = factor * (-mean if bias is None else bias.double() - mean)
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    return factor.diag() if weight is None else factor[:, None] * weight.double(), shift
+    return factor[:, None] * weight.double(), shift
 
 
 def fold_batch(
-    norm: BatchNorm,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor,
-    moments: Tensor,
-    keys: int,
-    values: int,
+    norm: BatchNorm, weight: Tensor, bias: Tensor | None, sums: Tensor, moments: Tensor, keys: int, values: int
 ) -> Folded:
     """The mix followed by a norm with the batch's statistics; moves the running ones.
 
     Args:
-        weight, bias: (H, H) and (H,); None is the identity, or no bias.
-        sums, moments: (H,) and (H, H), of the maps less 1 / keys.
+        weight, bias: (H, H), and (H,) or None.
+        sums, moments: (H,) and (H, H), of the maps less 1 / keys, as what is returned is to be applied to them.
         values: numbers in a map over the whole batch. Like the sums, those of this process.
     """
     wide = [_as(torch.float64, tensor) for tensor in (sums, moments, weight, bias, norm.weight, norm.bias)]
@@ -343,7 +340,7 @@ class _FoldBatch(torch.autograd.Function):
         settings: tuple[float, Any, float, int],
         sums: Tensor,
         moments: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
@@ -353,7 +350,7 @@ class _FoldBatch(torch.autograd.Function):
         totals = sums + values * centre
         products = moments + centre * (sums[:, None] + sums) + values * centre**2
         count, totals, products = _over_processes(group, sums.new_full((1,), values), totals, products)
-        mix, shift, mean, variance, saved = _fold(settings, count, totals, products, weight, bias, gamma, beta)
+        mix, shift, mean, variance, saved = _fold(settings, sums, count, totals, products, weight, bias, gamma, beta)
         ctx.save_for_backward(sums, moments, weight, bias, gamma, beta, count, *saved)
         ctx.settings = settings
         ctx.mark_non_differentiable(mean, variance, count)
@@ -361,7 +358,7 @@ class _FoldBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmix: Tensor, dshift: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        sums, moments, weight, bias, gamma, beta, count, each, moved, mean, inverse, factor = ctx.saved_tensors
+        sums, moments, weight, bias, gamma, beta, count, each, apart, moved, inverse, factor = ctx.saved_tensors
         _, group, centre, values = ctx.settings
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
             if group is not None:
@@ -370,49 +367,48 @@ class _FoldBatch(torch.autograd.Function):
             def plain(sums, moments, weight, bias, gamma, beta):  # type: ignore[no-untyped-def]
                 totals = sums + values * centre
                 products = moments + centre * (sums[:, None] + sums) + values * centre**2
-                return _fold(ctx.settings, count, totals, products, weight, bias, gamma, beta)[:2]
+                return _fold(ctx.settings, sums, count, totals, products, weight, bias, gamma, beta)[:2]
 
             _, *needed = ctx.needs_input_grad
             tensors = (sums, moments, weight, bias, gamma, beta)
             return None, *differentiable_backward(plain, tensors, needed, (dmix, dshift))
-        mix = torch.eye(each.numel(), dtype=each.dtype, device=each.device) if weight is None else weight
-        dfactor = (dmix * mix).sum(1) - dshift * mean
+        dfactor = (dmix * weight).sum(1) - dshift * (weight @ apart)
         dmean = -factor * dshift
         dvariance = -0.5 * dfactor * factor * inverse.square()
-        scaled = dvariance[:, None] * mix
-        dcovariance = mix.t() @ scaled
-        deach = mix.t() @ dmean - 2.0 * (dcovariance @ each)
+        dcovariance = weight.t() @ (dvariance[:, None] * weight)
+        deach = weight.t() @ dmean - 2.0 * (dcovariance @ each)
         # Every process's result depends on every one's sums.
         dtotals, dproducts = _over_processes(group, deach / count, dcovariance / count)
         dsums = dtotals + 2.0 * centre * dproducts.sum(1)
-        dweight = factor[:, None] * dmix + dmean[:, None] * each + 2.0 * dvariance[:, None] * moved
+        dweight = factor[:, None] * dmix + dmean[:, None] * apart + 2.0 * dvariance[:, None] * moved
         return (
             None,
             dsums,
             dproducts,
-            None if weight is None else dweight,
+            dweight,
             None if bias is None else (dmean + dvariance) * 0.0,  # the mean takes a bias away again; NaN stays NaN
             None if gamma is None else dfactor * inverse,
             None if beta is None else dshift,
         )
 
 
-def _fold(settings, count, totals, products, weight, bias, gamma, beta):  # type: ignore[no-untyped-def]
+def _fold(settings, sums, count, totals, products, weight, bias, gamma, beta):  # type: ignore[no-untyped-def]
     """(A, b, mean, variance, what the backward needs) from sums over the batch; differentiable."""
+    eps, group, centre, values = settings
     each = totals / count
+    apart = sums / values if group is None else each - centre  # the former whatever the kernels round the centre to
     covariance = products / count - each[:, None] * each
-    mix = torch.eye(each.numel(), dtype=each.dtype, device=each.device) if weight is None else weight
-    moved = mix @ covariance
-    variance = (moved * mix).sum(1)
+    moved = weight @ covariance
+    variance = (moved * weight).sum(1)
     if bias is not None:
         variance = variance + bias * 0.0  # the mean takes a bias away again, but not a NaN or inf
-    mean = mix @ each
-    inverse = (variance + settings[0]).rsqrt()
+    mean = weight @ each
+    inverse = (variance + eps).rsqrt()
     factor = inverse if gamma is None else inverse * gamma
-    shift = -factor * mean
-    saved = (each, moved, mean, inverse, factor)
+    shift = -factor * (weight @ apart)
+    saved = (each, apart, moved, inverse, factor)
     return (
-        factor[:, None] * mix,
+        factor[:, None] * weight,
         shift if beta is None else shift + beta,
         mean if bias is None else mean + bias,
         variance,
@@ -452,17 +448,19 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
     pre = _as(small, call.pre_weight), _as(small, call.pre_bias)
     weight, bias, norm = call.post_weight, call.post_bias, call.norm
     affine: tuple[Tensor | None, Tensor | None] = None, None
-    eps, layer_norm = 0.0, isinstance(norm, LayerNorm)
+    eps, layer_norm, centred = 0.0, isinstance(norm, LayerNorm), False
     if isinstance(norm, LayerNorm):
         affine, eps = (_as(small, norm.weight), _as(small, norm.bias)), norm.eps
     elif norm is not None and not norm.use_batch_stats:
+        assert weight is not None
         weight, bias = fold_running(norm, weight, bias)
     elif norm is not None:
+        assert weight is not None
         sums, moments = _Moments.apply(kernels, mask, scale, q, k, *pre)
-        keys = k.shape[2]
+        keys, centred = k.shape[2], True
         weight, bias = fold_batch(norm.opened(), weight, bias, sums, moments, keys, q.shape[0] * q.shape[2] * keys)
     post = _as(small, weight), _as(small, bias)
-    settings = (eps, layer_norm, call.output_scale)
+    settings = (eps, layer_norm, call.output_scale, centred)
     return _Mix.apply(kernels, settings, mask, scale, q, k, v, *pre, *post, *affine)
 
 
@@ -494,7 +492,7 @@ def _run_cpp(call: Call) -> Tensor:
         normed = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     scale = q.shape[3] ** -0.5 if scale is None else scale
     mixes = (pre_weight, pre_bias, post_weight, post_bias)
-    return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, mask, scale)
+    return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, False, mask, scale)
 
 
 def _run_triton(call: Call) -> Tensor:
@@ -502,13 +500,17 @@ def _run_triton(call: Call) -> Tensor:
 
 
 def _reasons_of(
-    unavailable: Callable[[Tensor, bool], Sequence[str]], dtypes: tuple[torch.dtype, ...], available: bool = False
+    unavailable: Callable[[Tensor, bool], Sequence[str]],
+    dtypes: tuple[torch.dtype, ...],
+    available: bool = False,
+    folds: bool = False,
 ) -> Callable[[Call, bool], Iterator[str]]:
     """``reasons`` of an implementation.
 
     Args:
         unavailable: ``unavailable(q, named)`` says why it cannot run where q is.
         available: whether that is nothing on the CPU, so that it need not be asked.
+        folds: whether its kernels take running statistics, so that inference needs no matrix to fold them into.
     """
 
     def reasons(call: Call, named: bool) -> Iterator[str]:
@@ -535,6 +537,9 @@ def _reasons_of(
                 yield "a mix has a bias and no weight"
         if norm is None or isinstance(norm, LayerNorm):
             return
+        inference = not norm.use_batch_stats and not gradients_needed(q, call.k, call.v, *_parameters(call))
+        if call.post_weight is None and not (folds and inference):
+            yield "a BatchNorm has no mix in front of it"  # the matrix to fold it into has zeros, and 0 * NaN is NaN
         if norm.layer is not None:
             if norm.process_group is None:
                 yield f"the norm is {type(norm.layer).__name__}, which has to be called"
@@ -559,7 +564,7 @@ def _unavailable_triton(q: Tensor, named: bool) -> Sequence[str]:
     return reasons if named or not q.is_cpu else [*reasons, "on the CPU it is interpreted"]
 
 
-_cpp_reasons = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS)
+_cpp_reasons = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS, folds=True)
 _triton_reasons = _reasons_of(_unavailable_triton, TRITON_DTYPES)
 
 

@@ -125,8 +125,11 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
     out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
     if norm is not None and torch.compiler.is_compiling():  # which takes wrong strides for the other's gradient
         out = norm(out.flatten(0, 1)).view_as(out)
-    elif norm is not None:  # over batch and tokens alike; in this layout torch's sums are of double
-        out = norm(out.transpose(1, 2)).transpose(1, 2).contiguous()
+    elif norm is not None:  # over batch and tokens alike: torch's sums of (B, C, N) are of double
+        image = out.transpose(1, 2)
+        if out.dtype.itemsize == 2:  # but it rounds between the steps of their gradients, of (B, C, h, w) not
+            image = image.unflatten(2, c.grid)
+        out = norm(image).flatten(2).transpose(1, 2).contiguous()
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
     return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out

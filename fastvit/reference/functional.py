@@ -131,6 +131,8 @@ class BatchNorm(NamedTuple):
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
         if self.layer is not None:
             return self.layer(x)
+        if isinstance(x, Tensor) and x.shape[1] == 0:  # for which torch has an IndexError
+            return x
         weight = None if self.weight is None else self.weight.contiguous()
         bias = None if self.bias is None else self.bias.contiguous()
         mean, var = self.running_mean, self.running_var
@@ -297,7 +299,8 @@ def _expand_mask(mask: Tensor | None) -> Tensor | None:
 # A masked key is absent: NaN or infinity in it, or in its value, reaches neither the output nor a gradient. A weight of
 # zero is not enough for that, 0 * NaN being NaN. Whole rows that no unmasked pair uses are zeroed by selection. Where
 # the mask varies by query, a row hidden from one query may be visible to another, so the products are taken over finite
-# numbers, and what is not finite is put in only where the query sees it.
+# numbers, and what is not finite is put in only where the query sees it. A visible key that is infinite makes the
+# gradient of the query that sees it NaN even at a logit of -inf, as without a mask: zero times infinity.
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -319,7 +322,17 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or _has_one_row(mask):
         return logits
     special = torch.where(mask & ~logits.isfinite(), logits, 0.0).detach()
-    return _finite(q) @ _finite(k).transpose(-2, -1) + special
+    finite_q, finite_k = _finite(q), _finite(k)
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        sees = mask.expand(logits.shape).to(q.dtype)
+        finite_q = _spoiled(finite_q, sees @ (~k.isfinite()).to(q.dtype) > 0)
+        finite_k = _spoiled(finite_k, sees.transpose(-2, -1) @ (~q.isfinite()).to(q.dtype) > 0)
+    return finite_q @ finite_k.transpose(-2, -1) + special
+
+
+def _spoiled(x: Tensor, where: Tensor) -> Tensor:
+    """x, whose gradient is not finite in some places: the slope of a square root at zero is infinite."""
+    return x + torch.where(where, torch.where(where, x - x.detach(), 1.0).sqrt(), 0.0)
 
 
 def _weighted_sum(maps: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

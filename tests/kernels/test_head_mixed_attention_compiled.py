@@ -108,7 +108,7 @@ def build(case: Case) -> Build:
     pre = (None, None) if case.pressure == NORMED else (matrix, vector)
     norm = (None, None) if case.pressure == LIGHT else (vector, vector)
     mask = torch.ones((1, case.heads, 3, 3) if case.pressure == HEAVY else (1, 1, 1, 3), dtype=torch.bool)
-    settings = (*pre, matrix, vector, *norm, 1e-5, case.pressure != LIGHT, 1.0, mask, 1.0)
+    settings = (*pre, matrix, vector, *norm, 1e-5, case.pressure != LIGHT, 1.0, False, mask, 1.0)
     with recording(case) as recorders:
         if case.kernel == "head_map_moments":
             moments.head_map_moments(q, q, *pre, mask, 1.0)

@@ -94,7 +94,7 @@ def check(q, k, v, parts, mask=None, scale=None, grad=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grad = torch.randn_like(q) if grad is None else grad
     before = [parts[name] for name in NAMES]
-    settings = (*before, EPS, parts["layer_norm"], parts["output_scale"], mask, scale)
+    settings = (*before, EPS, parts["layer_norm"], parts["output_scale"], False, mask, scale)
     with poisoned_empty():
         out = head_mixed_attention_forward(q, k, v, *settings)
         gradients = head_mixed_attention_backward(grad, q, k, v, *settings)
@@ -216,7 +216,7 @@ def test_layouts(layout):
 def test_nothing_to_do(batch, queries, keys):
     q, k = torch.randn(batch, 3, queries, 16), torch.randn(batch, 3, keys, 16)
     parts = make_parts("talking", 3)
-    settings = (*(parts[name] for name in NAMES), EPS, False, 1.0, None, 0.25)
+    settings = (*(parts[name] for name in NAMES), EPS, False, 1.0, False, None, 0.25)
     results = [
         head_mixed_attention_forward(q, k, k, *settings),
         *head_mixed_attention_backward(q, q, k, k, *settings),

@@ -53,9 +53,9 @@ def _finish(finished: Tensor, norm_bias: Tensor | None, output_scale: float, mas
 
 
 def forward(q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, eps, layer_norm, *rest):
-    output_scale, mask, scale = rest
+    output_scale, centred, mask, scale = rest
     _, maps = _maps(q, k, pre_weight, pre_bias, mask, scale)
-    mixed = _mixed(maps, post_weight, post_bias)
+    mixed = _mixed(maps - centred / k.shape[2], post_weight, post_bias)
     if layer_norm:
         mixed = _standard(mixed, eps)[0] * _column(norm_weight)
     return _finish(mixed, norm_bias, output_scale, mask) @ v
@@ -64,9 +64,9 @@ def forward(q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, 
 def backward(
     grad, q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, eps, layer_norm, *rest
 ):
-    output_scale, mask, scale = rest
+    output_scale, centred, mask, scale = rest
     logits, maps = _maps(q, k, pre_weight, pre_bias, mask, scale)
-    mixed = _mixed(maps, post_weight, post_bias)
+    mixed = _mixed(maps - centred / k.shape[2], post_weight, post_bias)
     standard, factor = _standard(mixed, eps) if layer_norm else (mixed, None)
     finished = standard * _column(norm_weight) if layer_norm else mixed
     dv = _finish(finished, norm_bias, output_scale, mask).mT @ grad
@@ -80,7 +80,7 @@ def backward(
         dmixed = factor * (d - d.mean(1, keepdim=True) - standard * (d * standard).mean(1, keepdim=True))
     dpost_weight, dmaps = grad.new_zeros(0), dmixed
     if post_weight is not None:
-        dpost_weight = torch.einsum("bhij,bgij->hg", dmixed, maps)
+        dpost_weight = torch.einsum("bhij,bgij->hg", dmixed, maps - centred / k.shape[2])
         dmaps = torch.einsum("hg,bhij->bgij", post_weight, dmixed)
     dq, dk, dpre_weight, dpre_bias = _through_the_softmax(dmaps, maps, logits, q, k, pre_weight, scale)
     return dq, dk, dv, dpre_weight, dpre_bias, dpost_weight, dmixed.sum((0, 2, 3)), dnorm_weight, dnorm_bias

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         lambda: (
             CALLS["head_mixed_attention"](False)
             | dict.fromkeys(("pre_weight", "pre_bias", "post_weight", "post_bias"))
-            | {"norm": batch_norm(HEADS, True), "output_scale": 0.5}
+            | {"norm": None, "output_scale": 0.5}
         ),
     ),
     "masked_attention, masked rows": (

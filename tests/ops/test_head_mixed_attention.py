@@ -308,7 +308,7 @@ def test_opcheck(masked: bool) -> None:
     mask = torch.rand(2, 1, 9, 9) < 0.5 if masked else None
     weight, bias = torch.randn(4, 4), torch.randn(4)
     statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    arguments = (q, k, v, None, None, weight, bias, *statistics, norm.eps, False, 1.0, mask, 0.3)
+    arguments = (q, k, v, None, None, weight, bias, *statistics, norm.eps, False, 1.0, False, mask, 0.3)
     torch.library.opcheck(torch.ops.fastvit.head_mixed_attention.default, arguments)
 
 
@@ -340,6 +340,9 @@ def test_refusals_give_their_reasons() -> None:
 
     refused("dropout", q, k, v, dropout_p=0.5)
     refused("the norm is Identity, which has to be called", q, k, v, norm=BatchNorm.of(torch.nn.Identity()))
+    statistics = torch.zeros(4), torch.ones(4)
+    refused("a BatchNorm has no mix in front of it", q.requires_grad_(), k, v, norm=BatchNorm(*statistics, None, None))
+    q = q.detach()
     refused("float64", q.double(), k.double(), v.double())
     refused("a parameter has dtype torch.float64", q, k, v, post_weight=torch.eye(4).double())
     refused("33 heads", *make_qkv(1, 33, 2, 2, 4, torch.float32))
@@ -368,7 +371,8 @@ def test_the_operator_checks_for_itself(message: str) -> None:
     q, k, v = make_qkv(1, 4, 9, 9, 8, torch.float32)
     names = ("q", "k", "v", "pre_weight", "pre_bias", "post_weight", "post_bias", "norm_weight", "norm_bias")
     arguments: dict[str, Any] = dict.fromkeys((*names, "norm_mean", "norm_var", "mask"))
-    arguments |= {"q": q, "k": k, "v": v, "norm_eps": 0.0, "layer_norm": False, "output_scale": 1.0, "scale": 1.0}
+    settings = {"norm_eps": 0.0, "layer_norm": False, "output_scale": 1.0, "centred": False, "scale": 1.0}
+    arguments |= {"q": q, "k": k, "v": v, **settings}
     for name, change in LOW_LEVEL_BAD[message].items():
         arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=message):

@@ -110,8 +110,15 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("kind", ["none", "batch", "batch_eval", "layer"])
+@pytest.mark.parametrize(
+    ("kind", "mix"),
+    [
+        (kind, mix)
+        for kind in ("none", "batch", "batch_eval", "layer")
+        for mix, (*_, post_weight, _) in MIXES.items()
+        if post_weight or "batch" not in kind  # which the operator leaves to the plain form
+    ],
+)
 def test_results_gradients_and_statistics(kind: str, mix: str, mask: str) -> None:
     assert_same(step(True, mix, mask, kind), step(False, mix, mask, kind))
 

@@ -32,6 +32,7 @@ class Mix(NamedTuple):
     norm_eps: float = 0.0
     layer_norm: bool = False
     output_scale: float = 1.0
+    centred: bool = False
 
     def to(self, dtype: torch.dtype) -> Mix:
         return Mix(*(field.to(dtype) if isinstance(field, Tensor) else field for field in self))

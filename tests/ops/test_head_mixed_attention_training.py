@@ -221,6 +221,26 @@ def test_autocast(kind: str) -> None:
     assert_as_plain(got, plain, exact)
 
 
+def test_gradients_that_batch_statistics_cancel() -> None:
+    """At a scale of zero all maps are the same: the norm's input is constant, and so is its output."""
+    mixer = Mixer("re", 6)
+    qkv = make_qkv(2, 6, 16, 3, 16, torch.float32)
+    weights = torch.randn(qkv[0].shape)
+    got = step(head_mixed_attention, mixer, qkv, weights, None, scale=0.0, backend="cpp")
+    plain = step(functional.head_mixed_attention, mixer, qkv, weights, None, scale=0.0)
+    exact = step(functional.head_mixed_attention, mixer, [t.double() for t in qkv], weights, None, scale=0.0)
+    for name in ("out", "v", "norm.weight", "norm.bias"):
+        assert_as_accurate(got[name], plain[name], exact[name], name=name)
+
+
+def test_what_is_nan_in_one_head_stays_there_without_a_mix() -> None:
+    qkv = make_qkv(1, 4, 5, 9, 8, torch.float32)
+    qkv[1][0, 2, 3, 0] = torch.nan
+    mixer, weights = Mixer("plain", 4), torch.randn(qkv[0].shape)
+    for left in step(head_mixed_attention, mixer, qkv, weights, None, backend="cpp").values():
+        assert left[:, 2].isnan().any() and left[:, [0, 1, 3]].isfinite().all()
+
+
 def test_deterministic_mode_gives_the_same_bits() -> None:
     mixer, qkv = Mixer("re", 6), make_qkv(3, 6, 40, 40, 16, torch.float32)
     weights = torch.randn(qkv[0].shape)
@@ -328,7 +348,7 @@ def test_opcheck_of_the_low_level_operators(full: bool) -> None:
     matrix, vector = torch.randn(4, 4), torch.randn(4)
     pre = post = (matrix, vector) if full else (None, None)
     affine = (vector, vector) if full else (None, None)
-    settings = (1e-5, full, 0.5, mask, 0.3)
+    settings = (1e-5, full, 0.5, not full, mask, 0.3)
     low = torch.ops.fastvit
     torch.library.opcheck(low.head_mixed_attention.default, (q, k, v, *pre, *post, *affine, None, None, *settings))
     arguments = (torch.randn_like(q), q, k, v, *pre, *post, *affine, *settings)

@@ -12,6 +12,7 @@ from fastvit import backends
 from fastvit.ops import leff
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
+from tests.helpers import assert_as_accurate
 from tests.ops.composed import Arguments, check_inference, check_training, converted, random_norm
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -192,6 +193,34 @@ def test_autocast(form: str, prefix: int) -> None:
         leff(**case).sum().backward()
     assert case["up_weight"].grad is not None
     assert case["up_weight"].grad.dtype == torch.float32
+
+
+@needs_cpp
+def test_a_gradient_that_batch_statistics_cancel_in_bfloat16() -> None:
+    """That of a bias in front of them, of which rounding alone is left."""
+    x, grad = torch.randn(2, 2, 24, 40).bfloat16()
+    weights = torch.randn(20, 40), None, torch.randn(20, 1, 3, 3), None, torch.randn(40, 20)
+    bias, gamma, beta = torch.randn(3, 40).bfloat16()
+
+    def gradient(form: Any, dtype: torch.dtype, **more: Any) -> Tensor:
+        layers = [tensor if tensor is None else tensor.bfloat16().to(dtype) for tensor in weights]
+        leaf = bias.to(dtype).requires_grad_()
+        norm = BatchNorm(None, None, gamma.to(dtype), beta.to(dtype), use_batch_stats=True)
+        out = form(x.to(dtype), *layers, leaf, grid=(4, 6), down_norm=norm, prefix_tokens=0, **more)
+        return torch.autograd.grad(out, leaf, grad.to(dtype))[0]
+
+    exact, plain = (gradient(functional.leff, dtype) for dtype in (torch.float64, torch.bfloat16))
+    assert_as_accurate(gradient(leff, torch.bfloat16, backend="cpp"), plain, exact)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_channels(backend: str) -> None:
+    """torch's batch norm has an IndexError for them, which came when the statistics in front had moved."""
+    hidden, none = (BatchNorm(torch.zeros(n), torch.ones(n), torch.ones(n), None, n > 0) for n in (8, 0))
+    weights = torch.randn(8, 0), None, torch.randn(8, 1, 3, 3), None, torch.randn(0, 8), None
+    norms = {"dw_norm": hidden, "down_norm": none}
+    out = leff(torch.randn(2, 14, 0), *weights, grid=(4, 3), **norms, prefix_tokens=2, backend=backend)
+    assert out.shape == (2, 14, 0)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

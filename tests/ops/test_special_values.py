@@ -235,6 +235,36 @@ def test_logits_of_minus_infinity_are_no_mask(isa, queries, keys):
     torch.testing.assert_close(got, v[..., keys // 2 : keys // 2 + 1, :].expand_as(got))
 
 
+@pytest.mark.parametrize("queries", [2, 21])
+def test_an_infinite_key_at_a_logit_of_minus_infinity_is_seen(queries):
+    """As without a mask its weight is zero, and its product with that in the gradient of the query is NaN."""
+    q, grad = torch.rand(1, 2, queries, 8), torch.randn(1, 2, queries, 8)
+    k, v = torch.randn(2, 1, 2, 9, 8)
+    k[..., 3, 5], k[..., 4, 1] = -INF, NAN
+    mask = torch.ones(1, 1, queries, 9, dtype=torch.bool)
+    mask[..., 4], mask[:, :, 1, 3] = False, False
+
+    def plain(q, k, v, mask, bias, backend):
+        return functional.masked_attention(q, k, v, mask, bias)
+
+    for function in (plain, ops.masked_attention):
+        hold_attention(function, q, k, v, mask, None, grad)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("queries", [9, 20])
+def test_an_infinite_key_spoils_no_gradient_of_others(isa, queries, masked):
+    """Not by way of the lanes of a vector that have no query."""
+    q, grad = torch.rand(1, 2, queries, 8) + 0.1, torch.randn(1, 2, queries, 8)
+    k, v = torch.randn(2, 1, 2, 11, 8)
+    k[..., 3, 5] = -INF
+    mask = torch.ones(1, 1, queries, 11, dtype=torch.bool) if masked else None
+    hold_attention(ops.masked_attention, q, k, v, mask, None, grad)
+    leaf = k.requires_grad_()
+    out = ops.masked_attention(q, leaf, v, mask, backend="cpp")
+    assert torch.autograd.grad(out, leaf, grad)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["bias", "mask", "keys"])
 @pytest.mark.parametrize("queries", [1, 3])

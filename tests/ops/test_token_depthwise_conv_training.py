@@ -140,6 +140,18 @@ def test_autocast_and_float32_parameters_beside_bfloat16_tokens(batch_stats: boo
         assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), 0) > 0.999, name
 
 
+@pytest.mark.parametrize("case", [Case((9, 15), 33, kernel=5, norm=True), Case((6, 7), norm=True, prefix=1)], ids=str)
+def test_no_gradient_passes_batch_statistics_that_is_the_same_for_every_token(case: Case, isa: str) -> None:
+    """As that of a mean over tokens: the norm takes its mean away, to the last digit."""
+    arguments = with_statistics(make_arguments(case, torch.float32), True)
+    leaves = {name: tensor.requires_grad_() for name, tensor in flatten(arguments, TRAINED).items()}
+    out = run_cpp(**arguments)[:, case.prefix :]
+    grad = torch.randn(1, 1, out.shape[2]).expand_as(out)
+    got = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+    for name in ("x", "weight", "bias", "norm.weight"):
+        assert not got[name].any(), name
+
+
 @pytest.mark.parametrize("layout", ["rows", "expanded", "channels", "reversed tokens"])
 def test_x_and_gradient_with_other_strides(layout: str) -> None:
     arguments = with_statistics(make_arguments(Case((6, 5), 24, prefix=1, residual=True, **NORMS), torch.float32), True)
