@@ -160,7 +160,7 @@ FASTVIT_INLINE void exponentials(float* map, int64_t count, float* maximum, floa
   *maximum = largest(most);
   Vec parts = Vec::fill(0.0f);
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec e = exp(Vec::load(map + j) - Vec::fill(*maximum));
+    const Vec e = exp_nonpositive(Vec::load(map + j) - Vec::fill(*maximum));
     e.store(map + j);
     parts += e;
   }
@@ -243,7 +243,7 @@ void combine(const MaskedAttentionParams& p, int64_t problem, const float* parti
     float sums[kAttentionMaxDim] = {};
     for (int64_t part = 0; part < parts; ++part) {
       const float* of_part = partials + part * floats + 2 * i;
-      const Vec weight = exp(Vec::fill(of_part[0]) - most);
+      const Vec weight = exp_nonpositive(Vec::fill(of_part[0]) - most);
       total = fma(weight, Vec::fill(of_part[1]), total);
       for (int64_t d = 0; d < width; d += kLanes) {
         fma(weight, Vec::load(values + part * floats + d), Vec::load(sums + d)).store(sums + d);

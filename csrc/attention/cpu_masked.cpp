@@ -154,7 +154,7 @@ struct Tile {
     }
     if (later) {
       for (int v = 0; v < kV; ++v) {
-        const Vec shrink = exp(before[v] - largest[v]);
+        const Vec shrink = exp_nonpositive(before[v] - largest[v]);
         sum[v] *= shrink;
         for (int64_t d = 0; d < p.dim; ++d) {
           float* at = s.channels + d * kWidth + v * kLanes;
@@ -197,7 +197,7 @@ struct Tile {
   }
 
   FASTVIT_INLINE Vec exponential(int64_t j, int v) const {
-    return exp(Vec::load(s.map + j * kWidth + v * kLanes) - largest[v]);
+    return exp_nonpositive(Vec::load(s.map + j * kWidth + v * kLanes) - largest[v]);
   }
 
   void output(const Packed<T, kPairs>& layout, const float* from, bool add) const {

@@ -173,7 +173,7 @@ struct Tile {
         for (int64_t j = begin; j < end;) {
           Vec few = Vec::fill(0.0f), dot_few = few;
           for (const int64_t last = end - j < kFewTerms ? end : j + kFewTerms; j < last; ++j) {
-            const Vec e = exp(Vec::load(at(s.map, j, v)) - largest[v]);
+            const Vec e = exp_nonpositive(Vec::load(at(s.map, j, v)) - largest[v]);
             e.store(at(s.map, j, v));
             few += e;
             dot_few = fma(e, Vec::load(at(s.gradient, j, v)), dot_few);

@@ -91,6 +91,11 @@ FASTVIT_INLINE Vec round_even(Vec a) {
 }
 // mantissa * 2^n for a whole n
 FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) { return {_mm512_scalef_ps(mantissa.v, n.v)}; }
+// mantissa * 2^n for n from -126 to 127, n = shifted - 1.5 * 2^23
+FASTVIT_INLINE Vec scale_by_low_bits(Vec mantissa, Vec shifted) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  return {_mm512_mul_ps(mantissa.v, _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3f800000))))};
+}
 // value where a > 0 or a is NaN, otherwise 0
 FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ), value.v)};
@@ -164,6 +169,10 @@ FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) {
   const __m256i low = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
   const __m256i high = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
   return {_mm256_mul_ps(_mm256_mul_ps(mantissa.v, _mm256_castsi256_ps(low)), _mm256_castsi256_ps(high))};
+}
+FASTVIT_INLINE Vec scale_by_low_bits(Vec mantissa, Vec shifted) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return {_mm256_mul_ps(mantissa.v, _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3f800000))))};
 }
 FASTVIT_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 // value where a < limit, otherwise 0
@@ -296,6 +305,27 @@ FASTVIT_INLINE Vec exp(Vec x) {
   p = fma(p, r, Vec::fill(0.1666652062663f));
   p = fma(p, r, Vec::fill(0.4999999344729f));
   return scale_by_power(fma(r * r, p, r) + Vec::fill(1.0f), n);
+}
+
+// e^x for x <= 0 or NaN: 0 below -87.3, the smallest normal result. Two thirds of the instructions of exp; the error is
+// as small at 0, and grows by 1.4e-8 |x| of the result.
+FASTVIT_INLINE Vec exp_nonpositive(Vec x) {
+#if defined(__FMA__)
+  // x = (n + r) ln 2 with |r| <= 1/2, n in the low bits of a sum with 1.5 * 2^23; 2^r = 1 + r p(r), p a minimax fit of
+  // degree 5 (relative error 2e-9).
+  const Vec log2e = Vec::fill(1.44269504f), magic = Vec::fill(12582912.0f);
+  const Vec shifted = fma(x, log2e, magic), r = fma(x, log2e, magic - shifted);
+  Vec p = Vec::fill(1.5353362050e-04f);
+  p = fma(p, r, Vec::fill(1.3398874619e-03f));
+  p = fma(p, r, Vec::fill(9.6184373588e-03f));
+  p = fma(p, r, Vec::fill(5.5503324706e-02f));
+  p = fma(p, r, Vec::fill(2.4022647914e-01f));
+  p = fma(p, r, Vec::fill(6.9314720286e-01f));
+  p = fma(p, r, Vec::fill(1.0f));
+  return keep_positive(x + Vec::fill(87.3f), scale_by_low_bits(p, shifted));
+#else
+  return exp(x);
+#endif
 }
 
 FASTVIT_INLINE Vec sigmoid(Vec x) {

@@ -254,7 +254,7 @@ struct MapTile {
       for (int64_t j = first; j < end; ++j) {
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          const Vec e = exp(Vec::load(map + at(j, v)) - largest[v]);
+          const Vec e = exp_nonpositive(Vec::load(map + at(j, v)) - largest[v]);
           part[v] += e;
           e.store(map + at(j, v));
         }
