@@ -39,6 +39,11 @@ def at_inference(block: Any, x: Tensor) -> bool:
     )
 
 
+def computes_first(block: Any, x: Tensor) -> bool:
+    """Whether a block may compute its first tokens alone: its forward is not one that was put over the fused one."""
+    return is_ours(type(block)) and at_inference(block, x)
+
+
 def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads: Mapping[str, type[nn.Module]]) -> bool:
     """Whether a part is fused, of exactly one of these classes, and may be read down to its own parts."""
     return (
@@ -118,6 +123,24 @@ def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     return add_projection(block, x, attention.attend(q, k, v, mask))
+
+
+def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """The first ``count`` tokens of :func:`add_attention`: queries of those, keys and values of all."""
+    attention, norm, backend = block.attn, LayerNorm.of(block.norm1), block.fastvit_backend
+    first, (batch, tokens, width) = x[:, :count], x.shape
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = ops.linear(first, weight[:width], of_q, norm=norm, backend=backend)
+    kv = ops.linear(x, weight[width:], of_kv, norm=norm, backend=backend)
+    k, v = kv.view(batch, tokens, 2, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q = q.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    return add_projection(block, first, attention.attend(q, k, v, mask_of_first(mask, count)))
+
+
+def mask_of_first(mask: Tensor | None, count: int) -> Tensor | None:
+    """The part of an attention's mask that is for the first ``count`` queries."""
+    return mask if mask is None or mask.dim() == 2 or mask.shape[-2] == 1 else mask[..., :count, :]
 
 
 def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
