@@ -19,15 +19,18 @@ from fastvit.patching.blocks import (
     computes_first,
     is_known,
     mask_of_first,
+    split_heads,
 )
 from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_ours, is_plain, plain_class, readable
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import LeFF, leff_arguments
+from fastvit.reference.cpvt import SpatialReductionAttention
 from fastvit.reference.cvt import ConvAttention, ConvProjection
 from fastvit.reference.deepvit import ReAttention, ReAttentionBlock
-from fastvit.reference.functional import LEFF_FORMS, BatchNorm, Projection
+from fastvit.reference.functional import LEFF_FORMS, BatchNorm, LayerNorm, Projection
 from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
+from fastvit.reference.pyramid import tokens_to_map
 
 
 class ProjectingSeam(Fused):
@@ -207,9 +210,9 @@ class ConvBlockSeam(Fused):
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         if not (at_inference(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)):
             return self.fastvit_plain.forward(self, x, grid, mask)
-        attention, heads = self.attn, (self.attn.num_heads, self.attn.head_dim)
-        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in attention.project(self.norm1(x), grid))
-        return add_mlp(self, add_projection(self, x, attention.attend(q, k, v, mask)))
+        attention = self.attn
+        heads = (split_heads(attention, part)[0] for part in attention.project(self.norm1(x), grid))
+        return add_mlp(self, add_projection(self, x, attention.attend(*heads, mask)))
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
         known = computes_first(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)
@@ -220,8 +223,8 @@ class ConvBlockSeam(Fused):
         q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=self.fastvit_backend)
         parts = (_projection(attention, name)._asdict() for name in "kv")
         k, v = (ops.depthwise_separable_conv(normed, **part, **settings) for part in parts)
-        q, k, v = (t.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2) for t in (q, k, v))
-        return add_mlp(self, add_projection(self, first, attention.attend(q, k, v, mask_of_first(mask, count))))
+        heads = (split_heads(attention, part)[0] for part in (q, k, v))
+        return add_mlp(self, add_projection(self, first, attention.attend(*heads, mask_of_first(mask, count))))
 
 
 def _passes_first(attention: Any, count: int) -> bool:
@@ -266,16 +269,38 @@ def _skips_leff(block: Any, count: int) -> bool:
 
 
 class PyramidBlockSeam(Fused):
-    """A block of PCPVT: its attention by parts, then the MLP as in other blocks."""
+    """A block of PCPVT: its attention, by parts where it must be, then the MLP as in other blocks."""
 
     fastvit_op = "linear"
     fastvit_needs = ("mlp",)
+    attentions = (SpatialReductionAttention,)
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         if not (at_inference(self, x) and adds_mlp(self)):
             return self.fastvit_plain.forward(self, x, grid, mask)
-        return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
+        if not (adds_attention(self, q=nn.Linear, kv=nn.Linear) and _reduces(self.attn)):
+            return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
+        return add_mlp(self, _add_reduced_attention(self, x, grid, mask))
+
+
+def _reduces(attention: Any) -> bool:
+    """Whether the norm behind the spatial reduction may be read."""
+    return attention.sr_ratio == 1 or readable(attention._modules.get("norm"), nn.LayerNorm)
+
+
+def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
+    attention, backend = block.attn, block.fastvit_backend
+    normed, norms = x, {"q": LayerNorm.of(block.norm1), "kv": LayerNorm.of(block.norm1)}
+    reduced = x
+    if attention.sr_ratio > 1:  # the convolution reads what the norm gives
+        normed = block.norm1(x)
+        reduced = attention.sr(tokens_to_map(normed, grid)).flatten(2).transpose(1, 2)
+        norms = {"q": None, "kv": LayerNorm.of(attention.norm)}
+    q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norms["q"], backend=backend)
+    kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norms["kv"], backend=backend)
+    heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
+    return add_projection(block, x, attention.attend(*heads, mask))
 
 
 class PatchEmbedSeam(Fused):

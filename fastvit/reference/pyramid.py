@@ -22,7 +22,8 @@ def check_per_stage(arguments: Mapping[str, Sequence], stages: int) -> None:
 
 def tokens_to_map(x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
     """Tokens (B, P + h*w, C) to a map (B, C, h, w), without the P prefix tokens."""
-    return x[:, prefix_tokens:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+    patches = x[:, prefix_tokens:] if prefix_tokens else x
+    return patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
 
 
 def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefix_tokens: int = 0) -> Tensor | None:
