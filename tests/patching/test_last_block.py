@@ -256,7 +256,7 @@ def test_a_norm_left_in_training_counts(name, norms):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_compiled_and_exported(name):
+def test_compiled_exported_and_mapped(name):
     torch._dynamo.reset()
     model, x = build(name), images(name)
     fused = patch(copy.deepcopy(model))
@@ -266,6 +266,7 @@ def test_compiled_and_exported(name):
             torch.compile(fused, fullgraph=True, dynamic=True, backend="eager"),
             torch.export.export(fused, (x,)).module(),
             torch.jit.trace(fused, x),
+            lambda x: torch.vmap(fused)(x[:, None])[:, 0],  # where strides are those of a part
         ):
             torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-4)
 
