@@ -56,9 +56,9 @@ def packed(weight: Tensor) -> Tensor | None:
         return None
     address, sizes, strides = weight.data_ptr(), weight.shape, weight.stride()
     sample = _fingerprint(address, *sizes, *strides, weight.itemsize)
-    state = (weight._version, address, sizes, weight.dtype, sample)
+    state = (weight._version, address, weight.dtype, sample)
     owner = weight if weight._base is None else weight._base
-    key = id(owner), weight.storage_offset(), strides
+    key = id(owner), weight.storage_offset(), sizes, strides  # a last block has a part of a weight packed as well
     kept = _kept.get(key)
     if kept is not None and kept.state == state and kept.owner() is owner:
         return kept.packed

@@ -179,7 +179,8 @@ def _by(kernels: Implementation) -> Implementation:
             out = F.gelu(out)
         prefix_tokens = convolution.prefix_tokens
         if prefix_tokens:
-            out = out.to(torch.promote_types(out.dtype, x.dtype))
+            if out.dtype != x.dtype:
+                out = out.to(torch.promote_types(out.dtype, x.dtype))
             prefix = out[:, :prefix_tokens]
             prefix.zero_() if form == "paper" else prefix.copy_(x[:, :prefix_tokens])
         return out

@@ -7,7 +7,7 @@ that trains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import ops
-from fastvit.ops._operator import any_autocast
+from fastvit.ops._operator import any_autocast, is_dynamo_compiling
 from fastvit.patching.fusion import Fused, has_hooks_for_all, is_ours, readable
 from fastvit.patching.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
@@ -39,6 +39,11 @@ def at_inference(block: Any, x: Tensor) -> bool:
     )
 
 
+def computes_first(block: Any, x: Tensor) -> bool:
+    """Whether a block may compute its first tokens alone: its forward is not one that was put over the fused one."""
+    return is_ours(type(block)) and at_inference(block, x)
+
+
 def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads: Mapping[str, type[nn.Module]]) -> bool:
     """Whether a part is fused, of exactly one of these classes, and may be read down to its own parts."""
     return (
@@ -53,7 +58,7 @@ def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads:
     )
 
 
-_OVERRIDABLE = {"forward", "project", "merge", "linear"}
+_OVERRIDABLE = {"forward", "project", "merge", "linear", "reduce"}
 """Methods that a block does not call, unless somebody put one on the instance."""
 
 
@@ -112,19 +117,52 @@ def _passes(drop_path: Any) -> bool:
 def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
     attention = block.attn
-    batch, tokens, _ = x.shape
     norm, backend = LayerNorm.of(block.norm1), block.fastvit_backend
     qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm, backend=backend)
-    heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    return add_projection(block, x, attention.attend(q, k, v, mask))
+    return add_projection(block, x, attention.attend(*split_heads(attention, qkv, 3), mask))
+
+
+def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+    """The first ``count`` tokens of :func:`add_attention`: queries of those, keys and values of all."""
+    attention, norm, backend = block.attn, LayerNorm.of(block.norm1), block.fastvit_backend
+    first, width = x[:, :count], x.shape[2]
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = ops.linear(first, weight[:width], of_q, norm=norm, backend=backend)
+    kv = ops.linear(x, weight[width:], of_kv, norm=norm, backend=backend)
+    heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
+    return add_projection(block, first, attention.attend(*heads, mask_of_first(mask, count)))
+
+
+def split_heads(attention: Any, x: Tensor, count: int = 1) -> Sequence[Tensor]:
+    """Tokens (B, N, count * H * D) as views (B, H, N, D), each made by one call."""
+    heads, head_dim = attention.num_heads, attention.head_dim
+    if is_dynamo_compiling():  # which chooses strides itself
+        return x.unflatten(2, (count, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    (batch, tokens, _), (of_batch, of_token, of_channel) = x.shape, x.stride()
+    sizes, strides = (batch, heads, tokens, head_dim), (of_batch, head_dim * of_channel, of_token, of_channel)
+    first, step = x.storage_offset(), heads * head_dim * of_channel
+    return [x.as_strided(sizes, strides, first + index * step) for index in range(count)]
+
+
+def merge_heads(out: Tensor) -> Tensor:
+    """What the heads gathered (B, H, N, D) as tokens (B, N, H * D), by one call where they lie so."""
+    (batch, heads, tokens, head_dim), (of_batch, of_head, of_token, of_channel) = out.shape, out.stride()
+    if is_dynamo_compiling() or of_head != head_dim * of_channel:
+        return out.transpose(1, 2).flatten(2)
+    return out.as_strided((batch, tokens, heads * head_dim), (of_batch, of_token, of_channel))
+
+
+def mask_of_first(mask: Tensor | None, count: int) -> Tensor | None:
+    """The part of an attention's mask that is for the first ``count`` queries."""
+    return mask if mask is None or mask.dim() == 2 or mask.shape[-2] == 1 else mask[..., :count, :]
 
 
 def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
     """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
     proj = block.attn.proj
-    tokens, scale = out.transpose(1, 2).flatten(2), getattr(block, "gamma_1", None)
-    return ops.linear(tokens, proj.weight, proj.bias, scale=scale, residual=x, backend=block.fastvit_backend)
+    scale = getattr(block, "gamma_1", None)
+    return ops.linear(merge_heads(out), proj.weight, proj.bias, scale=scale, residual=x, backend=block.fastvit_backend)
 
 
 def add_mlp(block: Any, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastvit.ops import _operator
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.images import Shape, likely_shapes
 from fastvit.patching.plan import device_of
-from fastvit.patching.verification import as_call, undisturbed
+from fastvit.patching.verification import as_call, undisturbed, whole_blocks
 
 
 def share_of_flops(model: nn.Module, example: Any) -> float | None:
@@ -37,7 +37,7 @@ def share_of_flops(model: nn.Module, example: Any) -> float | None:
     """
     args, kwargs = as_call(example)
     fused = {module for module in model.modules() if isinstance(module, Fused)}
-    with undisturbed(model), _whole_products():
+    with undisturbed(model), whole_blocks(model), _whole_products():
         with FlopCounter() as outside, _operator.recording(outside.leave_out):
             model(*args, **kwargs)
         with _plain(fused), FlopCounter() as whole:

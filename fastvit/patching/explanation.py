@@ -17,7 +17,7 @@ from fastvit.ops import _operator
 from fastvit.patching import tables
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.plan import check_model
-from fastvit.patching.verification import as_call
+from fastvit.patching.verification import as_call, whole_blocks
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def _told(turned_down: dict[str, list[str]]) -> str:
 def explain(model: nn.Module, example: Any) -> Explanation:
     """Run a patched model once and tell which backend each fused block took, and why each other one was turned down.
 
-    The model runs as it is (training or eval mode) without gradients.
+    The model runs as it is (training or eval mode) without gradients; a last block that would compute only the tokens
+    that the head reads is run whole, as the others are.
 
     Args:
         example: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -74,6 +75,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     rows: list[Choice] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(whole_blocks(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
         stack.enter_context(_operator.recording(lambda choice: rows.append(Choice(_running(names), *choice))))
         model(*args, **kwargs)

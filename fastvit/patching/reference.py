@@ -10,20 +10,27 @@ from fastvit import ops
 from fastvit.patching.blocks import (
     BlockSeam,
     add_attention,
+    add_attention_to_first,
     add_mlp,
     add_projection,
     adds_attention,
     adds_mlp,
     at_inference,
+    computes_first,
+    is_known,
+    mask_of_first,
+    split_heads,
 )
-from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_plain, plain_class, readable
+from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_ours, is_plain, plain_class, readable
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
-from fastvit.reference.ceit import leff_arguments
+from fastvit.reference.ceit import LeFF, leff_arguments
+from fastvit.reference.cpvt import SpatialReductionAttention
 from fastvit.reference.cvt import ConvAttention, ConvProjection
 from fastvit.reference.deepvit import ReAttention, ReAttentionBlock
-from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.functional import LEFF_FORMS, BatchNorm, LayerNorm, Projection
 from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
+from fastvit.reference.pyramid import tokens_to_map
 
 
 class ProjectingSeam(Fused):
@@ -69,24 +76,28 @@ class ConvAttentionSeam(ProjectingSeam):
     attend = AttentionSeam.attend
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [(getattr(self, f"conv_proj_{name}"), getattr(self, f"proj_{name}")) for name in "qkv"]
-        if any(_must_be_called(self, *part) for part in parts):
+        if _must_be_called(self):
             return self.fastvit_plain.project(self, x, grid)
-        q, k, v = (
-            Projection(part.conv.weight, BatchNorm.of(part.bn), linear.weight, linear.bias, part.stride)
-            for part, linear in parts
-        )
+        q, k, v = (_projection(self, name) for name in "qkv")
         return ops.conv_projection(
             x, q, k, v, grid=grid, prefix_tokens=self.prefix_tokens, backend=self.fastvit_backend
         )
 
 
-def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
-    """Whether a projection's parts do more than its tensors tell, or are not to be fused as the attention is."""
+def _projection(attention: Any, name: str) -> Projection:
+    part, linear = getattr(attention, f"conv_proj_{name}"), getattr(attention, f"proj_{name}")
+    return Projection(part.conv.weight, BatchNorm.of(part.bn), linear.weight, linear.bias, part.stride)
+
+
+def _must_be_called(attention: Any) -> bool:
+    """Whether a part of the projections does more than its tensors tell, or is not to be fused as the attention is."""
+    parts = ((getattr(attention, f"conv_proj_{name}"), getattr(attention, f"proj_{name}")) for name in "qkv")
+    return has_hooks_for_all() or any(_is_called(attention, *part) for part in parts)
+
+
+def _is_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
     known = isinstance(convolution, ConvProjectionSeam) and convolution.fastvit_plain is ConvProjection
-    if has_hooks_for_all():
-        return True
-    if not known or convolution.fastvit_backend != attention.fastvit_backend:
+    if not (known and is_ours(type(convolution))) or convolution.fastvit_backend != attention.fastvit_backend:
         return True
     return bool(obstacles(convolution, type(convolution)) or obstacles(linear, nn.Linear))
 
@@ -182,6 +193,11 @@ class ReferenceBlockSeam(BlockSeam):
     attentions = (Attention, ReAttention, TalkingHeadAttention)
     mlps = (Mlp,)
 
+    def forward_first(self, x: Tensor, mask: Tensor | None = None, *, count: int) -> Tensor:
+        if not (computes_first(self, x) and adds_attention(self) and adds_mlp(self)):
+            return self.fastvit_plain.forward_first(self, x, mask, count=count)
+        return add_mlp(self, add_attention_to_first(self, x, mask, count))
+
 
 class ConvBlockSeam(Fused):
     """A block of CvT: the norm, the projections, and then as other blocks."""
@@ -194,9 +210,26 @@ class ConvBlockSeam(Fused):
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         if not (at_inference(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)):
             return self.fastvit_plain.forward(self, x, grid, mask)
-        attention, heads = self.attn, (self.attn.num_heads, self.attn.head_dim)
-        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in attention.project(self.norm1(x), grid))
-        return add_mlp(self, add_projection(self, x, attention.attend(q, k, v, mask)))
+        attention = self.attn
+        heads = (split_heads(attention, part)[0] for part in attention.project(self.norm1(x), grid))
+        return add_mlp(self, add_projection(self, x, attention.attend(*heads, mask)))
+
+    def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
+        known = computes_first(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)
+        if not (known and _passes_first(self.attn, count)):
+            return self.fastvit_plain.forward_first(self, x, grid, mask, count=count)
+        attention, first, normed = self.attn, x[:, :count], self.norm1(x)
+        settings = {"grid": grid, "prefix_tokens": attention.prefix_tokens, "backend": self.fastvit_backend}
+        q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=self.fastvit_backend)
+        parts = (_projection(attention, name)._asdict() for name in "kv")
+        k, v = (ops.depthwise_separable_conv(normed, **part, **settings) for part in parts)
+        heads = (split_heads(attention, part)[0] for part in (q, k, v))
+        return add_mlp(self, add_projection(self, first, attention.attend(*heads, mask_of_first(mask, count))))
+
+
+def _passes_first(attention: Any, count: int) -> bool:
+    """Whether the first tokens skip the convolution of the queries, and nothing needs its other results."""
+    return count <= attention.prefix_tokens and not _must_be_called(attention) and not attention.conv_proj_q.bn.training
 
 
 _OF_CONV_ATTENTION = {"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear}
@@ -215,18 +248,59 @@ class LeFFBlockSeam(Fused):
         x = add_attention(self, x, mask)
         return x + self.leff(self.norm2(x), grid)
 
+    def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
+        if not (computes_first(self, x) and adds_attention(self) and _skips_leff(self, count)):
+            return self.fastvit_plain.forward_first(self, x, grid, mask, count=count)
+        x = add_attention_to_first(self, x, mask, count)
+        return x + self.norm2(x) if self.leff.form == "official" else x
+
+
+def _skips_leff(block: Any, count: int) -> bool:
+    """Whether the first tokens pass the LeFF by, and nobody waits for its parts."""
+    leff = block.leff
+    return (
+        readable(block._modules.get("norm2"), nn.LayerNorm)
+        and is_known(leff, (LeFF,), block.fastvit_backend, {"conv1": nn.Conv2d, "conv3": nn.Conv2d})
+        and not {"transform", "transform_by_parts"} & vars(leff).keys()
+        and not any(part.training for part in leff.children())
+        and count <= leff.prefix_tokens
+        and leff.form in LEFF_FORMS
+    )
+
 
 class PyramidBlockSeam(Fused):
-    """A block of PCPVT: its attention by parts, then the MLP as in other blocks."""
+    """A block of PCPVT: its attention, by parts where it must be, then the MLP as in other blocks."""
 
     fastvit_op = "linear"
     fastvit_needs = ("mlp",)
+    attentions = (SpatialReductionAttention,)
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
         if not (at_inference(self, x) and adds_mlp(self)):
             return self.fastvit_plain.forward(self, x, grid, mask)
-        return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
+        if not (adds_attention(self, q=nn.Linear, kv=nn.Linear) and _reduces(self.attn)):
+            return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
+        return add_mlp(self, _add_reduced_attention(self, x, grid, mask))
+
+
+def _reduces(attention: Any) -> bool:
+    """Whether the norm behind the spatial reduction may be read."""
+    return attention.sr_ratio == 1 or readable(attention._modules.get("norm"), nn.LayerNorm)
+
+
+def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
+    attention, backend = block.attn, block.fastvit_backend
+    normed, norms = x, {"q": LayerNorm.of(block.norm1), "kv": LayerNorm.of(block.norm1)}
+    reduced = x
+    if attention.sr_ratio > 1:  # the convolution reads what the norm gives
+        normed = block.norm1(x)
+        reduced = attention.sr(tokens_to_map(normed, grid)).flatten(2).transpose(1, 2)
+        norms = {"q": None, "kv": LayerNorm.of(attention.norm)}
+    q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norms["q"], backend=backend)
+    kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norms["kv"], backend=backend)
+    heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
+    return add_projection(block, x, attention.attend(*heads, mask))
 
 
 class PatchEmbedSeam(Fused):

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fastvit.accuracy import FACTOR, NONE, ULPS, Deviation, deviation
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import Finding, apply
+from fastvit.reference.base import VisionModel
 from fastvit.reference.layers import WATCHES
 
 MORE_DRAWS = 3
@@ -109,6 +110,12 @@ def watching(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
             setattr(hook, WATCHES, True)
             stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
+
+
+def whole_blocks(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it, the last block of our models computes every token, though the head may read few: a hook watches it."""
+    ours = (part for part in model.modules() if isinstance(part, VisionModel) and not part.needs_patches())
+    return watching({part.last_block: lambda *_: None for part in ours if part.last_block is not None})
 
 
 def insist(errors: dict[str | None, Error]) -> None:

@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_hooks_for_all
+
+from fastvit.reference.layers import TokenBlock, is_untouched, symbolically_traced
 
 on_build: list[Callable[[nn.Module], object]] = []
 """Called with every family model once it is built, in order. ``import fastvit`` adds the swap to fused blocks."""
@@ -56,6 +60,17 @@ class _BuiltModel(type):
         return model
 
 
+_STEPS = (
+    *("forward_features", "forward_head", "pool_tokens", "finish"),
+    *("run_blocks", "after_block", "_run", "run_layer"),
+)
+
+
+def _steps(cls: type) -> list[Any]:
+    """The methods that an image takes to the logits, of those classes that have them."""
+    return [getattr(cls, name, None) for name in _STEPS]
+
+
 class VisionModel(nn.Module, metaclass=_BuiltModel):
     """An image classifier of one of the seven families.
 
@@ -71,6 +86,13 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
     num_prefix_tokens: int = 1
     grad_checkpointing: bool = False
     default_cfg: dict
+    known_steps: list[Any] | None = None
+    """The methods for which the nearest class with its own :meth:`needs_patches` speaks."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "needs_patches" in vars(cls):
+            cls.known_steps = _steps(cls)
 
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) to normalised tokens (B, N, C)."""
@@ -86,7 +108,34 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
         ``mask`` is bool, True = attend: (B, patches), or (B, N, N) with N the patches or all tokens. Class tokens are
         never masked; a query with no key left attends to nothing.
         """
-        return self.forward_head(self.forward_features(x, mask))
+        features = self.forward_prefix if self.reads_prefix_alone() else self.forward_features
+        return self.forward_head(features(x, mask))
+
+    def needs_patches(self) -> bool:
+        """Whether anything behind the last block reads its patch tokens."""
+        return True
+
+    def reads_prefix_alone(self) -> bool:
+        """Whether nobody sees the last block's patch tokens: at inference, with no other methods, modules or hooks."""
+        return (
+            not (torch.is_grad_enabled() or self.training or self.needs_patches())
+            and _steps(type(self)) == self.known_steps
+            and not any(name in vars(self) for name in _STEPS)
+            and not (symbolically_traced() or has_hooks_for_all())
+            and type(self.norm) is nn.LayerNorm
+            and is_untouched(self.norm)
+            and isinstance(self.last_block, TokenBlock)
+            and is_untouched(self.last_block)
+        )
+
+    @property
+    def last_block(self) -> Any:
+        """The block in front of the final norm."""
+        return None
+
+    def forward_prefix(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The prefix tokens (B, P, C) of :meth:`forward_features`."""
+        raise NotImplementedError(f"{type(self).__name__}.forward_prefix")
 
     def get_classifier(self) -> nn.Module:
         """The linear layer (or Identity) that makes the logits."""

@@ -26,6 +26,7 @@ from fastvit.reference.layers import (
     Mlp,
     PatchEmbed,
     Projecting,
+    TokenBlock,
     affine_map,
     dropout_p,
     expand_mask,
@@ -57,7 +58,7 @@ class TalkingHeadAttention(Attention):
         )
 
 
-class LayerScaleBlock(nn.Module):
+class LayerScaleBlock(TokenBlock):
     """Pre-norm block: x += drop_path(gamma_1 attn(norm1(x))); x += drop_path(gamma_2 mlp(norm2(x))) (section 2).
 
     Args:

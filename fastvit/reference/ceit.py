@@ -30,11 +30,11 @@ from fastvit.reference.layers import (
     ConvolutionalStem,
     DropPath,
     Mlp,
+    TokenBlock,
     dropout_p,
     init_linear_and_norm,
     linear_drop_path,
     obstacles,
-    run_block,
     to_pair,
     token_grid,
 )
@@ -161,7 +161,7 @@ class LeFF(nn.Module):
         return self.transform(x, grid)
 
 
-class Block(nn.Module):
+class Block(TokenBlock):
     """Pre-norm block: x += drop_path(attn(norm1(x))); x += drop_path(leff(norm2(x)))."""
 
     def __init__(
@@ -304,16 +304,24 @@ class CeiT(IsotropicTransformer):
     def stem(self) -> ImageToTokens:
         return self.i2t
 
+    def needs_patches(self) -> bool:
+        return False
+
     def run_blocks(
-        self, images: Tensor, mask: Tensor | None, keep: Collection[int] = (), last: int | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        keep: Collection[int] = (),
+        last: int | None = None,
+        prefix_alone: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """As every family's, but that blocks know the grid, and LCA makes the class token once all of them have run."""
         grid = self.stem.grid(*images.shape[-2:])
         mask = self.block_mask(images, mask)
         x = self.embed(images)
         kept, class_tokens = [], []
-        for index, block in enumerate(self.blocks[: None if last is None else last + 1]):
-            x = run_block(block, self.checkpointing, x, grid, mask)
+        for index in range(len(self.blocks) if last is None else last + 1):
+            x = self.call_block(index, prefix_alone, x, grid, mask)
             class_tokens.append(x[:, 0].clone())  # a view would keep every layer's patch tokens in memory
             if index in keep:
                 kept.append(x)

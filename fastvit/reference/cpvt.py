@@ -113,6 +113,9 @@ class CPVT(IsotropicTransformer):
         if self.num_prefix_tokens:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
+    def needs_patches(self) -> bool:
+        return self.pool != "token" or len(self.pos_block) >= len(self.blocks)  # a PEG behind the last block reads them
+
     def after_block(self, index: int, x: Tensor, grid: Grid) -> Tensor:
         return self.pos_block[index](x, grid, self.num_prefix_tokens) if index < len(self.pos_block) else x
 

@@ -13,6 +13,7 @@ the paper would not guess:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from fastvit.reference.layers import (
     DropPath,
     Mlp,
     Projecting,
+    TokenBlock,
     dropout_p,
     init_linear_and_norm,
     linear_drop_path,
@@ -130,7 +132,7 @@ class ConvAttention(Projecting):
         return self.proj_drop(self.linear(self.proj, out))
 
 
-class Block(nn.Module):
+class Block(TokenBlock):
     """Pre-norm block: x += drop_path(attn(norm1(x))); x += drop_path(mlp(norm2(x)))."""
 
     def __init__(
@@ -272,6 +274,14 @@ class CvT(Pyramid):
 
     def embed(self, stage: int, image: Tensor) -> tuple[Tensor, Grid]:
         return self.stages[stage].embed(image)
+
+    @property
+    def last_block(self) -> Any:
+        blocks = self.stages[-1].blocks
+        return blocks[-1] if len(blocks) else None
+
+    def needs_patches(self) -> bool:
+        return self.num_prefix_tokens == 0
 
     def run_layer(self, stage: int, index: int, x: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
         block = self.stages[stage].blocks[index]

@@ -26,6 +26,7 @@ from fastvit.reference.layers import (
     DropPath,
     Mlp,
     PatchEmbed,
+    TokenBlock,
     dropout_p,
     init_linear_and_norm,
     linear_drop_path,
@@ -89,7 +90,7 @@ class ReAttention(Attention):
         return self.merge(out), maps
 
 
-class ReAttentionBlock(nn.Module):
+class ReAttentionBlock(TokenBlock):
     """Pre-norm block: x += drop_path(attn(norm1(s x))) / s; x += drop_path(mlp(norm2(s x))) / s.
 
     Args:
@@ -242,6 +243,9 @@ class DeepViT(IsotropicTransformer):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.reset_classifier(num_classes)
+
+    def needs_patches(self) -> bool:
+        return False
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Images (B, in_chans, H, W) to logits (B, num_classes); with ``cos_reg`` in training mode, and all maps."""

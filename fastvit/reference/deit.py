@@ -71,6 +71,9 @@ class DeiT(IsotropicTransformer):
             nn.init.trunc_normal_(token, std=0.02)
         self.reset_classifier(num_classes)
 
+    def needs_patches(self) -> bool:
+        return False
+
     def prefix_tokens(self) -> list[nn.Parameter]:
         return [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
 

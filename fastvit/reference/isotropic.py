@@ -7,6 +7,8 @@ patches, prefix tokens, position embedding, blocks, final norm, pooling, head.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,20 +97,37 @@ class IsotropicTransformer(VisionModel):
         """Whether blocks are recomputed in the backward pass."""
         return self.grad_checkpointing and self.training
 
+    @property
+    def last_block(self) -> Any:
+        return self.blocks[-1] if len(self.blocks) else None
+
+    def call_block(self, index: int, prefix_alone: bool, x: Tensor, *args: Any) -> Tensor:
+        """Tokens through one block; with ``prefix_alone`` the last gives the prefix tokens only."""
+        run: Any = self.blocks[index]
+        if prefix_alone and index == len(self.blocks) - 1:
+            run = partial(run.forward_first, count=len(self.prefix_tokens()))
+        return run_block(run, self.checkpointing, x, *args)
+
     def run_blocks(
-        self, images: Tensor, mask: Tensor | None, keep: Collection[int] = (), last: int | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        keep: Collection[int] = (),
+        last: int | None = None,
+        prefix_alone: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Images through the blocks up to index ``last`` (all by default).
 
         Returns:
-            The tokens (B, N, C) after the last block run, and those after each block whose index is in ``keep``.
+            The tokens (B, N, C) after the last block run, with ``prefix_alone`` its prefix tokens (B, P, C); and those
+            after each block whose index is in ``keep``.
         """
         grid = self.stem.grid(*images.shape[-2:])
         mask = self.block_mask(images, mask)
         x = self.embed(images)
         kept = []
-        for index, block in enumerate(self.blocks[: None if last is None else last + 1]):
-            x = run_block(block, self.checkpointing, x, mask)
+        for index in range(len(self.blocks) if last is None else last + 1):
+            x = self.call_block(index, prefix_alone, x, mask)
             x = self.after_block(index, x, grid)
             if index in keep:
                 kept.append(x)
@@ -117,6 +136,9 @@ class IsotropicTransformer(VisionModel):
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens (B, N, C), prefix tokens first."""
         return self.finish(self.run_blocks(x, mask)[0], mask)
+
+    def forward_prefix(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.finish(self.run_blocks(x, mask, prefix_alone=True)[0], mask)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to logits (B, num_classes), or to the pooled features (B, C) with ``pre_logits``."""

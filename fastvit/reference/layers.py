@@ -98,6 +98,12 @@ def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
     return found
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs the forward of its class and nothing beside it, not even a hook that watches."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and not {"forward", "forward_first"} & vars(module).keys() and module._compiled_call_impl is None
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to patch tokens (B, h*w, D), row-major, by a convolution whose stride is its kernel size."""
 
@@ -189,7 +195,15 @@ def dropout_p(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-class Block(nn.Module):
+class TokenBlock(nn.Module):
+    """A block of which a fused one can compute the first tokens alone."""
+
+    def forward_first(self, x: Tensor, *args: Any, count: int) -> Tensor:
+        """The first ``count`` tokens of ``forward(x, *args)``."""
+        return self(x, *args)[:, :count]
+
+
+class Block(TokenBlock):
     """Pre-norm transformer block: x += drop_path(attn(norm1(x))); x += drop_path(mlp(norm2(x)))."""
 
     def __init__(

@@ -22,7 +22,8 @@ def check_per_stage(arguments: Mapping[str, Sequence], stages: int) -> None:
 
 def tokens_to_map(x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
     """Tokens (B, P + h*w, C) to a map (B, C, h, w), without the P prefix tokens."""
-    return x[:, prefix_tokens:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+    patches = x[:, prefix_tokens:] if prefix_tokens else x
+    return patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
 
 
 def stage_mask(mask: Tensor | None, fine: Grid, queries: Grid, keys: Grid, prefix_tokens: int = 0) -> Tensor | None:
@@ -86,9 +87,17 @@ class Pyramid(VisionModel):
         return self.num_prefix_tokens if stage == len(self.depths) - 1 else 0
 
     def _run(
-        self, x: Tensor, mask: Tensor | None, taken: Taken | None = None, stop_early: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        taken: Taken | None = None,
+        stop_early: bool = False,
+        prefix_alone: bool = False,
     ) -> tuple[Tensor, list[tuple[int, Tensor, Grid]]]:
-        """Run the stages: the last tokens before the final norm, and (stage, tokens, grid) after each block taken."""
+        """Run the stages: the last tokens before the final norm, and (stage, tokens, grid) after each block taken.
+
+        With ``prefix_alone`` the last tokens are the prefix tokens only.
+        """
         kept: list[tuple[int, Tensor, Grid]] = []
         image, fine, block = x, None, 0
         for stage, depth in enumerate(self.depths):
@@ -99,6 +108,8 @@ class Pyramid(VisionModel):
                 expand_mask(mask, grid[0] * grid[1], 0, batch=x.shape[0])  # checks it against the first stage's tokens
             seen = stage_mask(mask, fine, grid, self.key_grid(stage, grid), prefix)
             for index in range(depth):
+                if prefix_alone and block == sum(self.depths) - 1:
+                    return self.last_block.forward_first(tokens, grid, seen, count=prefix), kept
                 tokens = self.run_layer(stage, index, tokens, grid, seen)
                 if taken is not None and block in taken.indices:
                     kept.append((stage, tokens, grid))
@@ -111,6 +122,9 @@ class Pyramid(VisionModel):
     def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) to the last stage's normalised tokens (B, P + h*w, C)."""
         return self.norm(self._run(x, mask)[0])
+
+    def forward_prefix(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.norm(self._run(x, mask, prefix_alone=True)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to logits (B, num_classes), or to the pooled features (B, C) with ``pre_logits``.

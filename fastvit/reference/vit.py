@@ -126,6 +126,9 @@ class ViT(IsotropicTransformer):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
 
+    def needs_patches(self) -> bool:
+        return self.pool != "token"
+
     def pool_tokens(self, x: Tensor) -> Tensor:
         x = x[:, 0] if self.pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
         return self.fc_norm(x)

@@ -138,7 +138,9 @@ def test_inputs_are_the_real_ones(monkeypatch):
     monkeypatch.setattr(table.AttentionSeam, "attend", record(table.AttentionSeam.attend))
     patch(build("vit"), benchmark=images("vit", batch=3))
     (shapes,) = seen.values()
-    assert set(shapes) == {(3, 4, 17, 12)}
+    class_token_alone = (3, 4, 1, 12)  # in the last block, where the whole model is timed
+    assert set(shapes) == {(3, 4, 17, 12), class_token_alone}
+    shapes = [shape for shape in shapes if shape != class_token_alone]
     assert len(shapes) >= 2 * (timing.MIN_ROUNDS + 1)
 
 
