@@ -291,14 +291,15 @@ def _reduces(attention: Any) -> bool:
 
 def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
     attention, backend = block.attn, block.fastvit_backend
-    normed, norms = x, {"q": LayerNorm.of(block.norm1), "kv": LayerNorm.of(block.norm1)}
-    reduced = x
+    normed = reduced = x
+    norm_of_q: LayerNorm | None = LayerNorm.of(block.norm1)
+    norm_of_kv = norm_of_q
     if attention.sr_ratio > 1:  # the convolution reads what the norm gives
         normed = block.norm1(x)
         reduced = attention.sr(tokens_to_map(normed, grid)).flatten(2).transpose(1, 2)
-        norms = {"q": None, "kv": LayerNorm.of(attention.norm)}
-    q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norms["q"], backend=backend)
-    kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norms["kv"], backend=backend)
+        norm_of_q, norm_of_kv = None, LayerNorm.of(attention.norm)
+    q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norm_of_q, backend=backend)
+    kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norm_of_kv, backend=backend)
     heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
     return add_projection(block, x, attention.attend(*heads, mask))
 
