@@ -27,8 +27,8 @@ from tests.fuzz.orders import Reordered, batch_norm_of_tokens
 from tests.helpers import poisoned_empty
 
 EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError)
-DRAWS = 8
-"""How many draws of a case's values a result is judged by that is too far off at the first."""
+DRAWS = 8, 32
+"""How many draws of a case's values a result is judged by that is too far off at the first, and then with fewer."""
 ORDERS = 4
 """In how many more orders of summation the plain form is then computed."""
 
@@ -339,12 +339,11 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int], backend: str | 
         else:
             same = [plain(plain.first, count) for count in threads]
         for seed in range(0 if backend is None else ORDERS):
+            # What float32 gives is right in 16 bits too, and where float64 has no digits left, so is either result.
+            wider = {kind: plain.reordered(kind, seed) for kind in {plain.first, torch.float32, torch.float64}}
             if plain.first == torch.float64:
-                same.append(_scaled(plain.reordered(torch.float32, seed), exact))
-            else:
-                same.append(plain.reordered(plain.first, seed))
-            # Where float64 itself has no digits left, the plain form is not held to the first of its results.
-            same.append(plain.reordered(torch.float64, seed))
+                wider[torch.float32] = _scaled(wider[torch.float32], exact)
+            same += wider.values()
         if backend == "reference":  # on the strides of the call, in whose order torch's products add
             same.append(plain(plain.first, as_given=True))
         elif backend == "sdpa":  # torch's own kernel, which is not ours to mend
@@ -386,14 +385,26 @@ def _check_accuracy(case: Case) -> None:
     if not suspects:
         return
     backend = _backend(case)
-    draws = [_deviations(case, redraw, (1, 2), backend) for redraw in range(DRAWS)]
-    for name in suspects:
-        each = [deviations[name] for deviations in draws if name in deviations]
-        pooled = functools.reduce(Deviation.pooled, each, NONE)
-        failing = sum(not part.is_accurate for part in each)
-        if not pooled.is_accurate and failing > 1:  # one: an activation's derivative steps between two roundings
-            errors = f"{pooled.excess:.3g} beyond rounding, the plain form's error {pooled.plain_error:.3g}"
-            raise WrongError("accuracy", f"{name}: {errors}, {failing} of {len(each)} draws")
+    draws: list[dict[str, Deviation]] = []
+    wrong = ""
+    for count in DRAWS:
+        draws += [_deviations(case, redraw, (1, 2), backend) for redraw in range(len(draws), count)]
+        wrong = next(filter(None, (_too_far_off(case, name, draws) for name in suspects)), "")
+        if not wrong:
+            return
+    raise WrongError("accuracy", wrong)
+
+
+def _too_far_off(case: Case, name: str, draws: list[dict[str, Deviation]]) -> str:
+    """How far a result is off in all draws together; empty where it is as accurate as it has to be."""
+    each = [deviations[name] for deviations in draws if name in deviations]
+    pooled = functools.reduce(Deviation.pooled, each, NONE)
+    failing = sum(not part.is_accurate for part in each)
+    # The derivative of ReLU steps between two roundings of zero, in one draw of eight at times.
+    if pooled.is_accurate or failing <= (len(each) // 8 if "relu" in case.arguments.values() else 1):
+        return ""
+    errors = f"{pooled.excess:.3g} beyond rounding, the plain form's error {pooled.plain_error:.3g}"
+    return f"{name}: {errors}, {failing} of {len(each)} draws"
 
 
 def _check_refusal(case: Case) -> None:
