@@ -162,6 +162,8 @@ class _Attention(torch.autograd.Function):
             _, _, _, *needed = ctx.needs_input_grad
             return None, None, None, *differentiable_backward(plain, (q, k, v, bias), needed, grad)
         dq, dk, dv, dbias = ctx.kernels.backward(*kept, grad, q, k, v, mask, bias, ctx.scale, needs_bias)
+        if needs_bias and bias.shape[3] == 1:  # the softmax takes it away again, but not a NaN
+            dbias = (dq * 0.0).sum(3, keepdim=True).sum_to_size(bias.shape)
         return None, None, None, dq, dk, dv, dbias if needs_bias else None
 
 

@@ -453,6 +453,9 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
         affine, eps = (_as(small, norm.weight), _as(small, norm.bias)), norm.eps
     elif norm is not None and not norm.use_batch_stats:
         assert weight is not None
+        if 0 in (q.shape[0], q.shape[2], k.shape[2]):  # gradients of zero, which folding would multiply by a NaN
+            nothing = sum(t.flatten()[:0].sum() for t in (q, k, v, *_parameters(call)) if t is not None)
+            return (torch.zeros_like(q) + nothing).to(dtype)
         weight, bias = fold_running(norm, weight, bias)
     elif norm is not None:
         assert weight is not None

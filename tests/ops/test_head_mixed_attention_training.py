@@ -207,6 +207,13 @@ def test_empty_sizes(shape: tuple[int, ...]) -> None:
         assert all(not tensor.grad.any() for tensor in (*qkv, *mixer.parameters()))
 
 
+def test_a_norm_of_nan_has_no_effect_on_empty_maps() -> None:
+    mixer, qkv = Mixer("re_eval", 4), make_qkv(2, 4, 5, 0, 8, torch.float32)
+    torch.nn.init.constant_(mixer.norm.weight, torch.nan)
+    head_mixed_attention(*qkv, **mixer.arguments()).sum().backward()
+    assert all(not parameter.grad.any() for parameter in mixer.parameters())
+
+
 @pytest.mark.parametrize("kind", ["re", "talking", "layer"])
 def test_autocast(kind: str) -> None:
     """Computed in bfloat16; gradients and statistics come back in the dtypes they have."""

@@ -201,6 +201,15 @@ def test_who_sees_what_is_not_finite_alone_is_not_finite(isa, queries, keys, hea
 
 
 @pytest.mark.parametrize("queries", [1, 3, 21])
+def test_a_nan_in_the_gradient_of_a_bias_that_all_keys_share(isa, queries):
+    q, k, grad = torch.randn(3, 2, 3, queries, 8)
+    v = torch.randn(2, 3, queries, 8)
+    v[0, 1, 0, 2] = INF
+    for rows in (1, queries):
+        hold_attention(ops.masked_attention, q, k, v, None, torch.randn(2, 1, rows, 1), grad)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 21])
 def test_the_calls_of_the_issue(isa, queries):
     """A query of NaN that sees no key, and a value of NaN behind a mask of any kind."""
     q, k, v, grad = torch.randn(4, 1, 2, queries, 8)
