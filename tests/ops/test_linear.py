@@ -57,12 +57,35 @@ def test_activations(isa: str, activation: str | None, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("turned", [False, True])
 def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool, dtype: torch.dtype) -> None:
-    x, weight, bias = _layer(17, 2501, 37, dtype)
+    x, weight, bias = _layer(17, 6501, 37, dtype)
     weight = weight.t().contiguous().t() if turned else weight
     with poisoned_empty():
         got = ops.linear(x, weight, bias, "gelu", backend="cpp")
     exact = functional.linear(x.double(), weight.double(), bias.double(), "gelu")
     assert_as_accurate(got, functional.linear(x, weight, bias, "gelu"), exact)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [7, 50, 197, 1000])
+def test_the_same_bits_however_the_work_is_divided(isa: str, rows: int, dtype: torch.dtype) -> None:
+    x, *up = _layer(rows, 192, 500, dtype)
+    _, *down = _layer(1, 500, 192, dtype, seed=1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with poisoned_empty():
+                hidden = ops.linear(x, *up, "gelu", backend="cpp")
+                results.append(
+                    (hidden, ops.linear(hidden, *down, backend="cpp"), ops.mlp(x, *up, *down, backend="cpp"))
+                )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+    if dtype == torch.float32:  # hidden values are not rounded
+        assert torch.equal(results[0][1], results[0][2])
 
 
 def _around(columns: int, depth: int, rows: int, dtype: torch.dtype, **parts: bool) -> dict[str, Any]:
