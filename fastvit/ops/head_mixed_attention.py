@@ -540,8 +540,9 @@ def _reasons_of(
                 yield "a mix has a bias and no weight"
         if norm is None or isinstance(norm, LayerNorm):
             return
-        inference = not norm.use_batch_stats and not gradients_needed(q, call.k, call.v, *_parameters(call))
-        if call.post_weight is None and not (folds and inference):
+        if call.post_weight is None and not (
+            folds and not norm.use_batch_stats and not gradients_needed(q, call.k, call.v, *_parameters(call))
+        ):
             yield "a BatchNorm has no mix in front of it"  # the matrix to fold it into has zeros, and 0 * NaN is NaN
         if norm.layer is not None:
             if norm.process_group is None:
