@@ -25,10 +25,10 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
       &f);
 }
 
-// Items [0, items) of work, which the threads take one by one: a core may be slower than another, or share its units
-// with another program. `start` is called on each thread and gives the function of an item.
+// Dynamic scheduling: the threads take items [0, items) one by one, since a core may be slower than another, or share
+// its units with another program. `start` is called on each thread and gives the function of an item.
 template <class F>
-void share_out(int64_t items, int64_t threads, const F& start) {
+void parallel_dynamic(int64_t items, int64_t threads, const F& start) {
   std::atomic<int64_t> next{0};
   parallel_for(0, smaller(items, threads), 1, [&](int64_t, int64_t) {
     auto work = start();

@@ -307,8 +307,8 @@ FASTVIT_INLINE Vec exp(Vec x) {
   return scale_by_power(fma(r * r, p, r) + Vec::fill(1.0f), n);
 }
 
-// e^x for x <= 0 or NaN: 0 below -87.3, the smallest normal result. Two thirds of the instructions of exp; the error is
-// as small at 0, and grows by 1.4e-8 |x| of the result.
+// e^x for x <= 0 or NaN, as softmax needs it, by two thirds of the instructions of exp: 0 below -87.3 instead of
+// subnormal results, and 1.4e-8 |x| of the result less accurate.
 FASTVIT_INLINE Vec exp_nonpositive(Vec x) {
 #if defined(__FMA__)
   // x = (n + r) ln 2 with |r| <= 1/2, n in the low bits of a sum with 1.5 * 2^23; 2^r = 1 + r p(r), p a minimax fit of

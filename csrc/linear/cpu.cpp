@@ -29,7 +29,7 @@ constexpr int kRows = Vec::lanes == 16 ? 14 : 6;  // as many sums as the registe
 // Terms of a partial sum: of so many words a panel, 24 KB, and a tile's rows fit the L1 cache.
 constexpr int64_t kDepthBlock = Vec::lanes == 16 ? 192 : 384;
 constexpr int64_t kRowStride = kDepthBlock + 16;
-// Rows of a block that is deeper than kDepthBlock.
+// The most rows of a block that is deeper than kDepthBlock, whose totals wait for its later parts.
 constexpr int64_t kMostRows = kBlockFloats / kDepthBlock + 2 * kRows;
 constexpr int kLine = 16;  // floats of a cache line
 
@@ -193,8 +193,8 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. On the way `lines` cache lines from `next` on are
-// prefetched to the L2 cache for each line of a row.
+// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. With every cache line of a row, `lines` of them are
+// prefetched to the L2 cache from `next` on. Not inlined: there are many callers, and many sizes of tiles.
 template <bool kPairs, int kR>
 __attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, float* totals,
                                             const float* next, int64_t lines) {
@@ -250,7 +250,7 @@ struct Panel {
     for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
       const bool last = first + count == words;
-      // What the tiles prefetch follows this part. Beyond the weight it is harmless.
+      // Each tile prefetches its share of the part of the weight that follows. Beyond the weight that is harmless.
       const float* next = last ? next_packed : packed + (first + count) * kPanel;
       for (int64_t r = 0; r < rows;) {
         // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.

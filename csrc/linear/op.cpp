@@ -184,7 +184,7 @@ void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& 
   const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
   const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
   const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
-  share_out(blocks * groups, threads, [&] {
+  parallel_dynamic(blocks * groups, threads, [&] {
     return [&, f = start()](int64_t item) mutable {
       const int64_t row = item / groups * step, group = item % groups;
       f(row, smaller(step, p.rows - row), group * panels / groups, (group + 1) * panels / groups);
@@ -314,14 +314,14 @@ FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
 // Whether there are blocks of rows enough to divide among the threads.
 bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKernel& kernel) {
   const int64_t threads = std::max(threads_for(up), threads_for(down));
-  return threads == 1 || divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= 8 * threads;
+  return threads == 1 || divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= kItems / 2 * threads;
 }
 
 // Two layers, block by block of rows: the hidden values of a block stay in the cache.
 void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
              const LinearKernel& down_kernel, const float* down_packed) {
   const int64_t step = rows_of_block(up.depth > down.depth ? up : down, up_kernel);
-  share_out(divide_up(up.rows, step), std::max(threads_for(up), threads_for(down)), [&] {
+  parallel_dynamic(divide_up(up.rows, step), std::max(threads_for(up), threads_for(down)), [&] {
     return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t item) {
       const int64_t row = item * step, rows = smaller(step, up.rows - row);
       const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * up_kernel.row_floats, rows, rows};

@@ -243,10 +243,20 @@ def _sdpa_reasons(call: Call, named: bool) -> Iterator[str]:
         yield "at a scale of zero it may give NaN"
 
 
+def _all_finite(q: Tensor, k: Tensor) -> bool:
+    """Whether it is known, at the cost of two sums, that nothing has to be made NaN."""
+    if is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() or type(q) not in _PLAIN or type(k) not in _PLAIN:
+        return False  # what traces cannot branch on values
+    return bool((q.detach().sum() + k.detach().sum()).isfinite())
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _run_sdpa(call: Call) -> Tensor:
     q, k, v = call[:3]
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=call.dropout_p, scale=call.scale)
-    if not q.is_cpu:
+    if not q.is_cpu or _all_finite(q, k):
         return out
     lost = ~q.isfinite().all(-1, keepdim=True) | ~k.isfinite().all(-1).any(-1)[..., None, None]
     return out * torch.where(lost, torch.nan, 1.0).to(out.dtype)  # a product, so that gradients are NaN too

@@ -201,18 +201,11 @@ class CaiT(IsotropicTransformer):
     def prefix_tokens(self) -> list[nn.Parameter]:
         return []  # the class token joins after the blocks
 
-    def run_blocks(
-        self,
-        images: Tensor,
-        mask: Tensor | None,
-        keep: Collection[int] = (),
-        last: int | None = None,
-        prefix_alone: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def block_mask(self, images: Tensor, mask: Tensor | None) -> Tensor | None:
         height, width = self.stem.grid(*images.shape[-2:])
         if mask is not None and mask.dim() == 3 and mask.shape[1] == height * width + 1:
             mask = mask[:, 1:, 1:]  # over all tokens; the class token is not among those of the first stage
-        return super().run_blocks(images, mask, keep, last, prefix_alone)
+        return super().block_mask(images, mask)
 
     def finish(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The class stage: patch tokens (B, N, C) to normalised tokens (B, 1 + N, C)."""
