@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.runner import Settings, Slot, ratio
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH_OF_A_LOG = 150
@@ -60,8 +62,13 @@ def over(race: Sequence[Row], provider: str) -> float | None:
     return other["ms"]["median"] / ours["ms"]["median"] if ours and other else None
 
 
-def _interval(ratio: Mapping[str, float] | None) -> str:
-    return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
+def slots(row: Row) -> list[Slot]:
+    """The measured rounds of a row."""
+    return [Slot(*each) for each in row["slots"]]
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    return f"{found['median']:.2f}x ({found['low']:.2f} to {found['high']:.2f})" if found else ""
 
 
 def _ms(value: float) -> str:
@@ -140,7 +147,7 @@ def models_block(result: Mapping[str, Any]) -> str:
     """A line for each case: fastvit beside the baseline and beside the fastest of all others."""
     lines = [
         "| model | mode | dtype | batch | allocator | baseline, ms | fastvit, ms | over the baseline (95%) "
-        "| fastest other | over it | of the limit |",
+        "| fastest other | over it (95%) | of the limit |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for race in races(result["rows"]):
@@ -153,7 +160,7 @@ def models_block(result: Mapping[str, Any]) -> str:
             _ms(ours["ms"]["median"]) if ours else why and why["status"],
         ]
         cells += [_interval(ours["ratio"]) if ours else "", other["provider"] if other else ""]
-        cells += [f"{other['ms']['median'] / ours['ms']['median']:.2f}x" if ours and other else ""]
+        cells += [_interval(ratio(slots(other), slots(ours), Settings.tolerated)) if ours and other else ""]
         cells += [f"{ours['share']:.0%}" if ours and "share" in ours else ""]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     return "\n".join([*lines, "", _where(result)])

@@ -12,8 +12,6 @@ two blocks of class attention over itself and the finished patch tokens. What a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 

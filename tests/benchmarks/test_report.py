@@ -21,6 +21,7 @@ def made_up(provider: str, ms: float | None, *, name: str = "m", status: str = "
     if ms is not None:
         ratio = {"median": 10.0 / ms, "low": 9.0 / ms, "high": 11.0 / ms}
         row |= {"ms": {"median": ms, "low": ms, "high": ms}, "ratio": ratio, "share": 0.5, "prepare_s": 1.0}
+        row["slots"] = [[number, ms, 0.0] for number in range(5)]
     return row | others
 
 
@@ -45,9 +46,12 @@ def test_a_result_of_the_suite_has_its_plot(path: Path):
 
 
 def test_a_models_line_has_the_baseline_the_fastest_other_and_the_share_of_the_limit():
-    rows = [made_up("eager", 10.0), made_up("openvino", 4.0), made_up("fastvit", 5.0), made_up("fastvit-inductor", 1.0)]
+    slots = [[0, 3.5, 0.0], [1, 4.0, 0.0], [2, 4.5, 0.0], [3, 0.1, 0.9]]  # the last was disturbed
+    rows = [made_up("eager", 10.0), made_up("openvino", 4.0, slots=slots), made_up("fastvit", 5.0)]
+    rows.append(made_up("fastvit-inductor", 1.0))
     line = report.models_block(result("models", rows)).splitlines()[2]
-    assert line == "| m | fwd | float32 | 8 | default | 10 | 5 | 2.00x (1.80 to 2.20) | openvino | 0.80x | 50% |"
+    cells = "| m | fwd | float32 | 8 | default | 10 | 5 | 2.00x (1.80 to 2.20) | openvino | 0.80x (0.70 to 0.90) | 50% |"
+    assert line == cells
 
 
 def test_a_wrong_result_has_no_speed():
