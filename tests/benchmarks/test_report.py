@@ -50,7 +50,9 @@ def test_a_models_line_has_the_baseline_the_fastest_other_and_the_share_of_the_l
     rows = [made_up("eager", 10.0), made_up("openvino", 4.0, slots=slots), made_up("fastvit", 5.0)]
     rows.append(made_up("fastvit-inductor", 1.0))
     line = report.models_block(result("models", rows)).splitlines()[2]
-    cells = "| m | fwd | float32 | 8 | default | 10 | 5 | 2.00x (1.80 to 2.20) | openvino | 0.80x (0.70 to 0.90) | 50% |"
+    cells = (
+        "| m | fwd | float32 | 8 | default | 10 | 5 | 2.00x (1.80 to 2.20) | openvino | 0.80x (0.70 to 0.90) | 50% |"
+    )
     assert line == cells
 
 
