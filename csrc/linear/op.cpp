@@ -314,7 +314,8 @@ FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
 // Whether there are blocks of rows enough to divide among the threads.
 bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKernel& kernel) {
   const int64_t threads = std::max(threads_for(up), threads_for(down));
-  return threads == 1 || divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= kItems / 2 * threads;
+  return threads == 1 ||
+         divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= kItems / 2 * threads;
 }
 
 // Two layers, block by block of rows: the hidden values of a block stay in the cache.
