@@ -21,7 +21,7 @@ from fastvit import backends
 from fastvit.ops._operator import recording
 from fastvit.patching import blocks, is_patched, patch, unpatch
 from fastvit.patching import reference as table
-from fastvit.patching.fusion import Fused
+from fastvit.patching.fusion import Fused, give
 from fastvit.reference.deepvit import ReAttentionBlock
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.tiny import build
@@ -382,7 +382,7 @@ def test_another_backend_never_takes_our_product(name, backend, whole):
 def test_parts_of_another_backend_are_called(part, whole):
     case = make("vit")
     block = fused(case)
-    vars(block.get_submodule(part))["fastvit_backend"] = "triton"
+    give(block.get_submodule(part), type(block.get_submodule(part)), "triton")
     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):  # it does not run here, or is none of MLPs
         case.run(block)
     assert not whole
