@@ -148,9 +148,9 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 
 def _is_swappable(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a module is still what it would be with this class, fused or not: nobody has put a class on it since."""
+    """Whether a module has another class, which fastvit gave it: nobody has put one of his own on it since."""
     now = type(module)
-    return plain_of(now) is plain_of(cls) and (is_ours(now) or not issubclass(now, Fused))
+    return now is not cls and plain_of(now) is plain_of(cls) and (is_ours(now) or not issubclass(now, Fused))
 
 
 def is_patched(model: nn.Module) -> bool:

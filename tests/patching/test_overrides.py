@@ -309,6 +309,33 @@ def test_weights_that_are_computed(name, kind):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+OFFLOADED = (*tiny.FAMILIES, "timm_vit", "timm_cait", "timm_twins", "vit_pytorch:deepvit", "transformers:vit_sdpa")
+
+
+@pytest.mark.parametrize("first", ["offload", "patch"])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloading_by_accelerate(name, first):
+    """It puts a forward on each instance, which fetches the weights that else lie on the meta device."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build(name)
+    with torch.no_grad():
+        expected = model(x)
+        if first == "patch":
+            patch(model)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        if first == "offload":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # there may be nothing to fuse
+                patch(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        unpatch(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        fused = [module for module in patch(model).modules() if isinstance(module, Fused)]
+        assert fused
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["as a function", "as a method"])
 def test_collectors_of_maps_get_them(kind):
     """As those of timm and transformers are written: over a dropout's forward, or over that of the attention."""
