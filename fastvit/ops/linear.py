@@ -373,7 +373,7 @@ _FASTER: dict[tuple[Any, ...], str] = {}
 """The fastest implementation, by what the times depend on."""
 _WINNERS: set[str] = set()
 """The implementations that were the fastest for any call."""
-MOST_ROWS = 2048
+MOST_ROWS = 512
 """That are measured."""
 
 
