@@ -386,7 +386,7 @@ class MlpSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         backend = fused_backend(self)
         activation = None if backend is None else activation_name(self.act)
-        if activation is None or dropout_p(self.drop) > 0.0:
+        if backend is None or activation is None or dropout_p(self.drop) > 0.0:
             return plain_class(self).forward(self, x)
         layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return ops.mlp(x, *layers, activation, backend=backend)

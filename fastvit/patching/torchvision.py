@@ -70,7 +70,7 @@ class MlpSeam(Fused):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
         backend, layers = fused_backend(self), tuple(self._modules.values())
         activation = None if backend is None or len(layers) != 5 else activation_name(layers[1])
-        if activation is None or dropout_p(layers[2]) > 0.0 or dropout_p(layers[4]) > 0.0:
+        if backend is None or activation is None or dropout_p(layers[2]) > 0.0 or dropout_p(layers[4]) > 0.0:
             return plain_class(self).forward(self, input)
         fc1, _, _, fc2, _ = layers
         return ops.mlp(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, backend=backend)

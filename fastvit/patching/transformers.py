@@ -160,7 +160,7 @@ class LayerSeam(Fused):
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> Tensor:
         backend = fused_backend(self)
         layers = None if backend is None else layers_of(self)
-        if layers is None or not layers.fusible():
+        if backend is None or layers is None or not layers.fusible():
             return plain_class(self).forward(self, hidden_states, head_mask)
         hidden_states = self.attention(self.layernorm_before(hidden_states), head_mask) + hidden_states
         return layers.run(self.layernorm_after(hidden_states), backend) + hidden_states

@@ -55,7 +55,7 @@ class CvtLayerSeam(Fused):
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         backend = fused_backend(self)
         layers = None if backend is None else layers_of(self)
-        if layers is None or not layers.fusible():
+        if backend is None or layers is None or not layers.fusible():
             return plain_class(self).forward(self, hidden_state, height, width)
         attended = self.attention(self.layernorm_before(hidden_state), height, width)
         hidden_state = self.drop_path(attended) + hidden_state
@@ -112,8 +112,9 @@ def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int,
     if all(_is_projection(*part, backend) for part in parts.values()):
         key, query, value = (_as_projection(*part) for part in parts.values())
         prefix_tokens = int(module.with_cls_token)
-        settings = {"grid": (height, width), "prefix_tokens": prefix_tokens, "backend": backend}
-        return ops.conv_projection(hidden_state, query, key, value, **settings)
+        return ops.conv_projection(
+            hidden_state, query, key, value, grid=(height, width), prefix_tokens=prefix_tokens, backend=backend
+        )
     prefix, tokens = None, hidden_state
     if module.with_cls_token:
         prefix, tokens = hidden_state.split([1, height * width], 1)

@@ -112,7 +112,7 @@ class FeedForwardSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         backend = fused_backend(self)
         layers = None if backend is None else in_sequence(self.net, 1)
-        if layers is None or not layers.fusible():
+        if backend is None or layers is None or not layers.fusible():
             return plain_class(self).forward(self, x)
         return layers.run(self.net[0](x), backend)
 
@@ -206,8 +206,8 @@ def _conv_projections(module: Any, x: Tensor, backend: str) -> tuple[Tensor, ...
         maps = (module.to_q(x), *module.to_kv(x).chunk(2, dim=1))
         return tuple(_with_adjacent_channels(part.flatten(2).transpose(1, 2)) for part in maps)
     (query,), (key, value) = _as_projections(module.to_q, 1), _as_projections(module.to_kv, 2)
-    settings = {"grid": tuple(x.shape[2:]), "backend": backend}
-    return ops.conv_projection(x.flatten(2).transpose(1, 2), query, key, value, **settings)
+    tokens, grid = x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+    return ops.conv_projection(tokens, query, key, value, grid=grid, backend=backend)
 
 
 _PROJECTION = parts_of({**ConvProjectionSeam.fastvit_reads, "net.2": nn.Conv2d})

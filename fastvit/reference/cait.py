@@ -48,8 +48,10 @@ class TalkingHeadAttention(Attention):
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
         before, after, drop = self.proj_l, self.proj_w, self.attn_drop
         if must_call(before, nn.Linear) or must_call(after, nn.Linear) or must_call(drop, nn.Dropout):
-            mixes = {"pre_mix": partial(_over_heads, before), "post_mix": partial(_over_heads, after)}
-            return functional.attention_by_parts(q, k, v, mask, scale=self.scale, **mixes, drop=drop, drop_last=True)
+            pre_mix, post_mix = partial(_over_heads, before), partial(_over_heads, after)
+            return functional.attention_by_parts(
+                q, k, v, mask, scale=self.scale, pre_mix=pre_mix, post_mix=post_mix, drop=drop, drop_last=True
+            )
         return functional.talking_heads_attention(
             q,
             k,

@@ -402,7 +402,7 @@ def attention_by_parts(
     scale: float | None = None,
     pre_mix: Callable[[Tensor], Tensor] | None = None,
     post_mix: Callable[[Tensor], Tensor] | None = None,
-    norm: Callable[[Tensor], Tensor] | None = None,
+    norm: BatchNorm | LayerNorm | None = None,
     output_scale: float = 1.0,
     drop_last: bool = False,
 ) -> Tensor:
@@ -629,9 +629,9 @@ def convolve_tokens(
     *,
     grid: tuple[int, int],
     prefix_tokens: int = 0,
-    pre_norm: Callable[[Tensor], Tensor] | None = None,
+    pre_norm: BatchNorm | None = None,
     pre_activation: str | None = None,
-    norm: Callable[[Tensor], Tensor] | None = None,
+    norm: BatchNorm | None = None,
     activation: str | None = None,
     residual: bool = False,
 ) -> Tensor:
