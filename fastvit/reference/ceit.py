@@ -132,16 +132,10 @@ class LeFF(nn.Module):
 
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
         """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; replaced where linears are called."""
-        around: dict[str, Any] = {"pre_activation": "gelu", "activation": "gelu"}
+        around: dict[str, Any] = {"grid": grid, "prefix_tokens": prefix_tokens, "pre_activation": "gelu"}
         if self.with_bn:
             around |= {"pre_norm": BatchNorm.of(self.bn1), "norm": BatchNorm.of(self.bn2)}
-        around: dict[str, Any] = {
-            "grid": grid,
-            "prefix_tokens": prefix_tokens,
-            "pre_activation": "gelu",
-            "activation": "gelu",
-            **norms,
-        }
+        around["activation"] = "gelu"
         if must_call(self.conv2, nn.Conv2d):
             return functional.convolve_tokens(x, self.conv2, **around)
         return functional.token_depthwise_conv(x, self.conv2.weight, self.conv2.bias, **around)
