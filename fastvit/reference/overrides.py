@@ -7,6 +7,7 @@ that one put over it later (``nn.Linear.forward = mine``) is noticed.
 from __future__ import annotations
 
 import sys
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +63,12 @@ def own_forward(cls: type) -> Any:
     return _forwards[cls]
 
 
+def holds_own_forward(part: Any) -> bool:
+    """Whether the forward on an instance is its class's: accelerate leaves it where it takes its hooks off."""
+    forward = vars(part)["forward"]
+    return isinstance(forward, MethodType) and forward.__self__ is part and forward.__func__ is type(part).forward
+
+
 def is_plain(part: Any, *expected: type) -> bool:
     """Whether calling a part, of exactly one of these classes, runs what that class defines and nothing beside it.
 
@@ -105,7 +112,7 @@ def obstacles(part: Any, *expected: type) -> list[str]:
     found = []
     if own_forward(cls) is not cls.forward:
         found.append(f"is a {cls.__name__}, whose forward was replaced on the class by {cls.forward!r}")
-    if "forward" in vars(part):
+    if "forward" in vars(part) and not holds_own_forward(part):
         found.append("has a forward of its own, which the fused path would not call")
     if any(
         not getattr(hook, WATCHES, False) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())

@@ -19,11 +19,7 @@ from fastvit import ops, reference
 from fastvit.patching import is_patched, patch, patched, report, reporting, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.reference.layers import Attention, Block, Mlp
-from tests.patching.test_overrides import MODELS, build
-
-
-def classes(model: nn.Module) -> list[type]:
-    return [type(module) for module in model.modules()]
+from tests.patching.test_overrides import MODELS, build, classes
 
 
 def attributes(model: nn.Module) -> list[dict[str, Any]]:
