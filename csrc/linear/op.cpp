@@ -140,6 +140,42 @@ Tensor pack_weight(Tensor weight) {
 
 FASTVIT_REGISTER(pack_weight, "CPU", pack_weight);
 
+// The weight (N, K), bit by bit, that was packed.
+Tensor unpack_weight(Tensor packed) {
+  constexpr char kOp[] = "unpack_weight";
+  PackedHeader header{};
+  bool fits = packed.is_cpu() && packed.dtype() == Dtype::float32 && packed.numel() >= kHeaderFloats;
+  if (fits) std::memcpy(&header, packed.data<float>(), sizeof header);
+  LinearParams p{};
+  p.columns = header.columns, p.depth = header.depth, p.bfloat16 = header.bfloat16 != 0;
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  fits = fits && header == header_of(p) && p.columns >= 0 && p.depth >= 0 &&
+         packed.numel() == kHeaderFloats + checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  check(fits, kOp, ": packed is not what pack_weight makes here");
+  Tensor weight = empty({p.columns, p.depth}, packed, p.bfloat16 ? Dtype::bfloat16 : Dtype::float32);
+  if (weight.numel() == 0) return weight;
+  const float* panels = packed.data<float>() + kHeaderFloats;
+  void* to = weight.mutable_data<void>();
+  parallel_for(0, p.columns, grain_of(4 * p.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* panel = panels + n / kernel.panel_columns * kernel.panel_floats + n % kernel.panel_columns;
+      for (int64_t k = 0; k < p.depth; ++k) {
+        uint32_t word;
+        std::memcpy(&word, panel + (kernel.pairs ? k / 2 : k) * kernel.panel_columns, sizeof word);
+        if (!p.bfloat16) {
+          std::memcpy(static_cast<float*>(to) + n * p.depth + k, &word, sizeof word);
+        } else {
+          const bool low = kernel.pairs && k % 2 == 0;
+          static_cast<uint16_t*>(to)[n * p.depth + k] = static_cast<uint16_t>(low ? word : word >> 16);
+        }
+      }
+    }
+  });
+  return weight;
+}
+
+FASTVIT_REGISTER(unpack_weight, "CPU", unpack_weight);
+
 // The panels that were packed before; null where they were not.
 const float* take_packed(const char* op, const OptionalTensor& packed, const LinearParams& p,
                          const LinearKernel& kernel) {

@@ -100,6 +100,7 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "masked_attention_backward": lambda a: 2 * _attention(a),
     "mlp": lambda a: 2 * a.x.numel() // max(a.x.shape[-1], 1) * (a.fc1_weight.numel() + a.fc2_weight.numel()),
     "pack_weight": _nothing,
+    "unpack_weight": _nothing,
     "token_depthwise_conv": _depthwise,
     "token_depthwise_conv_backward": _depthwise_backward,
     "token_depthwise_conv_training": _depthwise,

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from fastvit.reference.overrides import calls_everything, is_plain, own_forward
+from fastvit.ops._packing import PackedWeight
+from fastvit.reference.overrides import calls_everything, is_plain, own_forward, take_for_ordinary
+
+take_for_ordinary(PackedWeight)
 
 Parts = tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]
 """Parts of a module by their path, and the classes that each may have."""

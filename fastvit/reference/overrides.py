@@ -26,9 +26,15 @@ HOOKS_FOR_ALL = (
     _torch._global_backward_hooks,
 )
 _CALL = nn.Module.__call__
-_ORDINARY = (nn.Parameter, type(None), Tensor, FakeTensor)
+_ordinary = (nn.Parameter, type(None), Tensor, FakeTensor)
 _forwards: dict[type, Any] = {}
 """By class, the forward it was defined with; None where another had been put over it before."""
+
+
+def take_for_ordinary(cls: type[Tensor]) -> None:
+    """Parts with such parameters may be read: all who read them know the class."""
+    global _ordinary
+    _ordinary = (*_ordinary, cls)
 
 
 def symbolically_traced() -> bool:
@@ -86,7 +92,7 @@ def is_plain(part: Any, *expected: type) -> bool:
     if forward is not cls.forward or hooks or "forward" in part.__dict__:
         return not obstacles(part, cls)
     for parameter in part._parameters.values():  # noqa: SIM110 (a generator would be further calls)
-        if type(parameter) not in _ORDINARY:
+        if type(parameter) not in _ordinary:
             return False
     return True
 
@@ -121,7 +127,7 @@ def obstacles(part: Any, *expected: type) -> list[str]:
     if part._backward_hooks or part._backward_pre_hooks:
         found.append("has backward hooks, which the fused path would not call")
     for name, parameter in part._parameters.items():
-        if type(parameter) not in _ORDINARY:  # quantised, sharded and not gathered, or of a user's own class
+        if type(parameter) not in _ordinary:  # quantised, sharded and not gathered, or of a user's own class
             found.append(f"has a {type(parameter).__name__} for {name}, which kernels cannot read")
     return found
 
