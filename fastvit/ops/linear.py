@@ -386,7 +386,9 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             break
         else:
             return _run_linear_cpp(call, traced)
-    return _run_linear_reference(call)
+    if weight.is_meta is not x.is_meta or (bias is not None and bias.shape != weight.shape[:1]):
+        _check_linear(call)
+    return F.linear(x, weight, bias)
 
 
 def linear(
