@@ -13,7 +13,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kItems = 16;                            // of work for each thread, where they are
+constexpr int64_t kItems = 16;      // of work for each thread, where they are
+constexpr int64_t kBlockRows = 96;  // at most; with more, threads would share a block of short rows
 constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
@@ -155,7 +156,8 @@ const float* take_packed(const char* op, const OptionalTensor& packed, const Lin
 
 // Rows that are processed together: blocks of equal size, whole tiles, that fit the L2 cache.
 int64_t rows_of_block(const LinearParams& p, const LinearKernel& kernel) {
-  const int64_t most = larger(kernel.row_tile, kBlockFloats / larger(1, p.depth)), blocks = divide_up(p.rows, most);
+  const int64_t most = larger(kernel.row_tile, smaller(kBlockRows, kBlockFloats / larger(1, p.depth)));
+  const int64_t blocks = divide_up(p.rows, most);
   return smaller(p.rows, round_up(divide_up(p.rows, blocks), kernel.row_tile));
 }
 
