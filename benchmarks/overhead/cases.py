@@ -106,6 +106,14 @@ CALLS: dict[str, Callable[[bool], Call]] = {
 }
 """By public operator, a function that makes the arguments of an inference call or, given True, of a training call."""
 
+PARTS = {
+    "mlp": 2,  # two products
+    "depthwise_separable_conv": 2,  # convolution, product
+    "conv_projection": 6,  # three convolutions, three products
+    "leff": 4,  # product, convolution, product, norm
+}
+"""How many operators a composition is made of; those not listed are one."""
+
 
 def backend_of(op: str, training: bool = False) -> str:
     """The fast implementation of an operator on a CPU, as ``backend=`` and FASTVIT_BACKEND name it."""

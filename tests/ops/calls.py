@@ -126,6 +126,22 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 """By public operator, ``f(batch)``: arguments that it takes, with norms by statistics of the batch or running ones."""
 
+WRONG: dict[str, tuple[str, Any]] = {
+    "masked_attention": ("mask", boolean(1, 6)),
+    "class_attention": ("mask", boolean(1, 6)),
+    "head_mixed_attention": ("mask", boolean(1, 6)),
+    "re_attention": ("bias", torch.zeros(3)),
+    "talking_heads_attention": ("post_weight", torch.zeros(3, 3)),
+    "depthwise_separable_conv": ("pw_weight", torch.zeros(8, 7)),
+    "conv_projection": ("grid", (5, 5)),
+    "leff": ("form", "both"),
+    "token_depthwise_conv": ("bias", torch.zeros(5)),
+    "linear": ("weight", torch.zeros(4, 9)),
+    "mlp": ("fc2_bias", torch.zeros(5)),
+    "conv_batch_norm": ("stride", 0),
+}
+"""By operator, an argument that is wrong, which no implementation looks at when it is asked for its reasons."""
+
 
 def fields(arguments: dict[str, Any]) -> Iterator[Any]:
     """The arguments, and those of Projections."""
