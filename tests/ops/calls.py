@@ -117,6 +117,19 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         }
         | _around(8, 4)
     ),
+    "glu_mlp": lambda batch: (
+        {
+            "x": torch.randn(3, 8),
+            "gate_weight": torch.randn(6, 8),
+            "gate_bias": torch.randn(6),
+            "value_weight": torch.randn(6, 8),
+            "value_bias": torch.randn(6),
+            "fc2_weight": torch.randn(4, 6),
+            "fc2_bias": torch.randn(4),
+            "hidden_norm": LayerNorm(torch.ones(6), torch.zeros(6)),
+        }
+        | _around(8, 4)
+    ),
     "conv_batch_norm": lambda batch: {
         "x": torch.randn(2, 3, 8, 8),
         "weight": torch.randn(CHANNELS, 3, 3, 3),
@@ -138,6 +151,7 @@ WRONG: dict[str, tuple[str, Any]] = {
     "token_depthwise_conv": ("bias", torch.zeros(5)),
     "linear": ("weight", torch.zeros(4, 9)),
     "mlp": ("fc2_bias", torch.zeros(5)),
+    "glu_mlp": ("value_weight", torch.zeros(6, 9)),
     "conv_batch_norm": ("stride", 0),
 }
 """By operator, an argument that is wrong, which no implementation looks at when it is asked for its reasons."""
