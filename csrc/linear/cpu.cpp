@@ -443,6 +443,7 @@ LinearKernel make_kernel(const LinearParams& p) {
           words * kPanel,
           divide_up(words, kDepthBlock) * kRowStride,
           kRowStride,
+          kPairs,
           pack<T, kPairs>,
           load_rows<T, kPairs>,
           multiply<T, kPairs>,

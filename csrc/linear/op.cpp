@@ -14,8 +14,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kItems = 16;      // of work for each thread, where they are
-constexpr int64_t kBlockRows = 96;  // at most; with more, threads would share a block of short rows
+constexpr int64_t kItems = 16;       // of work for each thread, where they are
+constexpr int64_t kBlockRows = 104;  // at most; with more, threads would share a block of short rows
 constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
@@ -142,6 +142,42 @@ Tensor pack_weight(Tensor weight) {
 
 FASTVIT_REGISTER(pack_weight, "CPU", pack_weight);
 
+// The weight (N, K), bit by bit, that was packed.
+Tensor unpack_weight(Tensor packed) {
+  constexpr char kOp[] = "unpack_weight";
+  PackedHeader header{};
+  bool fits = packed.is_cpu() && packed.dtype() == Dtype::float32 && packed.numel() >= kHeaderFloats;
+  if (fits) std::memcpy(&header, packed.data<float>(), sizeof header);
+  LinearParams p{};
+  p.columns = header.columns, p.depth = header.depth, p.bfloat16 = header.bfloat16 != 0;
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  fits = fits && header == header_of(p) && p.columns >= 0 && p.depth >= 0 &&
+         packed.numel() == kHeaderFloats + checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  check(fits, kOp, ": packed is not what pack_weight makes here");
+  Tensor weight = empty({p.columns, p.depth}, packed, p.bfloat16 ? Dtype::bfloat16 : Dtype::float32);
+  if (weight.numel() == 0) return weight;
+  const float* panels = packed.data<float>() + kHeaderFloats;
+  void* to = weight.mutable_data<void>();
+  parallel_for(0, p.columns, grain_of(4 * p.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* panel = panels + n / kernel.panel_columns * kernel.panel_floats + n % kernel.panel_columns;
+      for (int64_t k = 0; k < p.depth; ++k) {
+        uint32_t word;
+        std::memcpy(&word, panel + (kernel.pairs ? k / 2 : k) * kernel.panel_columns, sizeof word);
+        if (!p.bfloat16) {
+          std::memcpy(static_cast<float*>(to) + n * p.depth + k, &word, sizeof word);
+        } else {
+          const bool low = kernel.pairs && k % 2 == 0;
+          static_cast<uint16_t*>(to)[n * p.depth + k] = static_cast<uint16_t>(low ? word : word >> 16);
+        }
+      }
+    }
+  });
+  return weight;
+}
+
+FASTVIT_REGISTER(unpack_weight, "CPU", unpack_weight);
+
 // The panels that were packed before; null where they were not.
 const float* take_packed(const char* op, const OptionalTensor& packed, const LinearParams& p,
                          const LinearKernel& kernel) {
@@ -180,17 +216,16 @@ class BlockOfThread {
   float* data_;
 };
 
-// f(row, rows, first panel, last panel) for items of work: blocks of rows, in which groups of panels are neighbours.
-// `start` gives f to each thread.
+// f(row, rows, first panel, last panel) for groups of panels of blocks of rows. `start` gives f to each thread.
 template <class F>
 void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& start) {
   const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
   const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
   const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
   const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
-  parallel_dynamic(blocks * groups, threads, [&] {
-    return [&, f = start()](int64_t item) mutable {
-      const int64_t row = item / groups * step, group = item % groups;
+  parallel_dynamic(blocks, groups, threads, [&] {
+    return [&, f = start()](int64_t block, int64_t group) mutable {
+      const int64_t row = block * step;
       f(row, smaller(step, p.rows - row), group * panels / groups, (group + 1) * panels / groups);
     };
   });
@@ -365,9 +400,9 @@ void run_by_rows(const HiddenLayer& hidden_layer, const PackedLayer& down) {
   const PackedLayer& up = hidden_layer.values;
   const int64_t step = rows_of_block(up.p.depth > down.p.depth ? up.p : down.p, up.kernel);
   const int64_t floats = up.kernel.row_floats + hidden_layer.gate_floats();
-  parallel_dynamic(divide_up(up.p.rows, step), std::max(threads_for(up.p), threads_for(down.p)), [&] {
-    return [&, memory = BlockOfThread(step * (floats + down.kernel.row_floats))](int64_t item) {
-      const int64_t row = item * step, rows = smaller(step, up.p.rows - row);
+  parallel_dynamic(divide_up(up.p.rows, step), 1, std::max(threads_for(up.p), threads_for(down.p)), [&] {
+    return [&, memory = BlockOfThread(step * (floats + down.kernel.row_floats))](int64_t block_of_rows, int64_t) {
+      const int64_t row = block_of_rows * step, rows = smaller(step, up.p.rows - row);
       const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * floats, rows, rows};
       up.kernel.load(up.p, row, block);
       hidden_layer.multiply(block, 0, panels_of(up.p, up.kernel), hidden);

@@ -106,6 +106,7 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "masked_attention_backward": lambda a: 2 * _attention(a),
     "mlp": lambda a: _products(a, a.fc1_weight, a.fc2_weight),
     "pack_weight": _nothing,
+    "unpack_weight": _nothing,
     "token_depthwise_conv": _depthwise,
     "token_depthwise_conv_backward": _depthwise_backward,
     "token_depthwise_conv_training": _depthwise,

@@ -33,7 +33,7 @@ from fastvit.ops._operator import (
     is_dynamo_compiling,
     is_grad_enabled,
 )
-from fastvit.ops._packing import packed
+from fastvit.ops._packing import PackedWeight, packed
 from fastvit.ops._schema import ACTIVATION_CODES, GATE_CODES, Registered, define
 from fastvit.reference import functional
 from fastvit.reference.functional import GATES, LayerNorm
@@ -224,7 +224,10 @@ def _run_compiled_glu_mlp(x: Tensor, *layers_and_around: Any) -> Tensor:
 
 def _with_packed(layers: Sequence[Any]) -> list[Any]:
     """Weight, bias and packed weight of layers, from weights and biases in turn."""
-    return [part for w, b in zip(layers[::2], layers[1::2], strict=True) for part in (w, b, packed(w))]
+    found: list[Any] = []
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        found += (weight.stand_in if type(weight) is PackedWeight else weight, bias, packed(weight))
+    return found
 
 
 # --- By the C++ kernels ---------------------------------------------------------------------------------------------
@@ -276,7 +279,10 @@ def _run_linear_cpp(call: Linear, traced: bool = False) -> Tensor:
     behind = (ACTIVATION_CODES[activation], scale, residual)
     if traced:
         return _linear(x, weight, bias, *norm_arguments, *behind)
-    return _packed_linear(x, weight, bias, packed(weight), *norm_arguments, *behind)
+    packing = packed(weight)
+    if type(weight) is PackedWeight:
+        weight = weight.stand_in
+    return _packed_linear(x, weight, bias, packing, *norm_arguments, *behind)
 
 
 def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
@@ -289,7 +295,12 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
     behind = (ACTIVATION_CODES[activation], scale, residual)
     if traced:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
-    first, second = (fc1_weight, fc1_bias, packed(fc1_weight)), (fc2_weight, fc2_bias, packed(fc2_weight))
+    fc1_packing, fc2_packing = packed(fc1_weight), packed(fc2_weight)
+    if type(fc1_weight) is PackedWeight:
+        fc1_weight = fc1_weight.stand_in
+    if type(fc2_weight) is PackedWeight:
+        fc2_weight = fc2_weight.stand_in
+    first, second = (fc1_weight, fc1_bias, fc1_packing), (fc2_weight, fc2_bias, fc2_packing)
     return _packed_mlp(x, *first, *second, *norm_arguments, *behind)
 
 
@@ -405,7 +416,7 @@ def _reasons(
             yield f"a parameter is a {type(tensor).__name__}"
     if not ours:
         yield from _untaken(x, weights, biases)
-    if named:
+    if named or (ours and type(weights[0]) is PackedWeight):
         return
     for weight in weights:
         if weight.shape[0] < CPP_MIN_COLUMNS:
@@ -463,7 +474,7 @@ _FASTER: dict[tuple[Any, ...], str] = {}
 """The fastest implementation, by what the times depend on."""
 _WINNERS: set[str] = set()
 """The implementations that were the fastest for any call."""
-MOST_ROWS = 2048
+MOST_ROWS = 512
 """That are measured."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvit import backends, ops
 from fastvit.ops._operator import recording
+from fastvit.ops._packing import PackedWeight
 from fastvit.reference import functional
 from fastvit.reference.functional import LayerNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
@@ -207,6 +208,17 @@ def test_gated_mlp_of_a_packed_layer() -> None:
         whole[70] += 1
     exact = functional.glu_mlp(*map(_double, (x, whole[:64], None, whole[64:], None, *down)))
     assert_as_accurate(run(), functional.glu_mlp(x, whole[:64], None, whole[64:], None, *down).detach(), exact.detach())
+
+
+@needs_cpp
+@torch.no_grad()
+def test_gated_mlp_of_weights_of_which_the_packed_copy_alone_is_kept() -> None:
+    tensors, _ = _gated(40, 24, 64, torch.float32, {})
+    frozen = [
+        PackedWeight(torch.ops.fastvit.pack_weight(tensor), tensor, False) if i in (1, 3, 5) else tensor
+        for i, tensor in enumerate(tensors)
+    ]
+    assert torch.equal(ops.glu_mlp(*frozen, backend="cpp"), ops.glu_mlp(*tensors, backend="cpp"))
 
 
 @needs_cpp
