@@ -315,7 +315,7 @@ def test_no_cuda_kernel_spills_or_has_local_memory(complete: Path) -> None:
 
 @needs_compiler
 def test_without_nvcc_there_is_the_cpp_part_alone(source: Path, wheel: Path) -> None:
-    env = clean_environment(**QUICKLY, FASTVIT_BUILD_EXT="1", CUDACXX="/nonexistent/nvcc")
+    env = clean_environment(**QUICKLY, **LESS, FASTVIT_BUILD_EXT="1", CUDACXX="/nonexistent/nvcc")
     record = build_record(make_wheel(source, "--no-build-isolation", env=env))
     assert record["extension"] is True
     assert record["cuda_archs"] == []
