@@ -24,6 +24,7 @@ from fastvit.reference.overrides import must_call
 
 __all__ = [
     "ACTIVATIONS",
+    "GATES",
     "LEFF_FORMS",
     "BatchNorm",
     "LayerNorm",
@@ -34,6 +35,7 @@ __all__ = [
     "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",
+    "glu_mlp",
     "head_mixed_attention",
     "leff",
     "linear",
@@ -202,12 +204,17 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 """Activation by name; ``"gelu"`` is the exact (erf) form."""
 
+GATES = ACTIVATIONS | {"sigmoid": torch.sigmoid}
+"""Activation of a gate by name."""
 
-def activate(x: Tensor, activation: str | None) -> Tensor:
+
+def activate(
+    x: Tensor, activation: str | None, functions: dict[str | None, Callable[[Tensor], Tensor]] = ACTIVATIONS
+) -> Tensor:
     """Apply the activation of that name; ValueError lists the valid names."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {sorted(map(str, ACTIVATIONS))}, got {activation!r}")
-    return ACTIVATIONS[activation](x)
+    if activation not in functions:
+        raise ValueError(f"activation: expected one of {sorted(map(str, functions))}, got {activation!r}")
+    return functions[activation](x)
 
 
 def conv_batch_norm(
@@ -292,6 +299,44 @@ def mlp(
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1.
     """
     hidden = linear(x, fc1_weight, fc1_bias, activation, norm=norm)
+    return add_scaled(F.linear(hidden, fc2_weight, fc2_bias), scale, residual)
+
+
+def glu_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None = "silu",
+    *,
+    norm: LayerNorm | None = None,
+    hidden_norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """An MLP whose hidden values are gated: SwiGLU ("silu"), GEGLU ("gelu"), GLU ("sigmoid").
+
+    With x' = norm(x): h = activation(x' gate_weight^T + gate_bias) * (x' value_weight^T + value_bias);
+    residual + scale * (hidden_norm(h) fc2_weight^T + fc2_bias).
+
+    Args:
+        x: (..., K). gate_weight, value_weight: (M, K), which a packed layer has as ``weight.chunk(2)``.
+        gate_bias, value_bias: (M,). fc2_weight: (N, M). fc2_bias: (N,).
+        activation: a name of :data:`GATES`.
+        norm: over K. hidden_norm: over M. scale: (N,), a LayerScale. residual: (..., N).
+
+    Returns:
+        (..., N).
+
+    Source: Shazeer 2020 (GLU Variants Improve Transformer), equation 6; Fang et al. 2023 (EVA-02), section 2.1
+    (hidden_norm).
+    """
+    x = x if norm is None else norm.over_last(x)
+    hidden = activate(F.linear(x, gate_weight, gate_bias), activation, GATES) * F.linear(x, value_weight, value_bias)
+    hidden = hidden if hidden_norm is None else hidden_norm.over_last(hidden)
     return add_scaled(F.linear(hidden, fc2_weight, fc2_bias), scale, residual)
 
 

@@ -99,6 +99,7 @@ class _Calls(TorchDispatchMode):
 def test_a_block_is_few_calls(name, monkeypatch):
     linear = sys.modules["fastvit.ops.linear"]
     monkeypatch.setattr(linear, "_FASTER", {})
+    monkeypatch.setattr(linear, "_WINNERS", set())
     monkeypatch.setattr(linear.autotune, "choose", lambda *_, **__: ("cpp",))
     case = make(name)
     block = fused(case, backend="cpp")
