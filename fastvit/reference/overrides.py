@@ -71,8 +71,9 @@ def own_forward(cls: type) -> Any:
 
 def holds_own_forward(part: Any) -> bool:
     """Whether the forward on an instance is its class's: accelerate leaves it where it takes its hooks off."""
+    cls: Any = type(part)
     forward = vars(part)["forward"]
-    return isinstance(forward, MethodType) and forward.__self__ is part and forward.__func__ is type(part).forward
+    return isinstance(forward, MethodType) and forward.__self__ is part and forward.__func__ is cls.forward
 
 
 def is_plain(part: Any, *expected: type[Any]) -> bool:
