@@ -275,13 +275,14 @@ def check_bias_of_batch_statistics(run: Callable[..., Tensor]) -> None:
     Half of the channels are where rounding to the nearest does, half where Triton's interpreter does, which truncates.
     And a bias that is not finite makes its channel so.
     """
-    x, weight, bias = 1e-4 * torch.randn(4, 64, 24), torch.randn(24, 1, 3, 3), torch.full((24,), 1.0 + 2.0**-8)
+    x, weight = 1e-4 * torch.randn(4, 64, 24), torch.randn(24, 1, 3, 3).bfloat16().float()
+    bias = torch.full((24,), 1.0 + 2.0**-8)
     bias[12:] = 1.0 + 2.0**-7
 
     def call(run: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor) -> list[Tensor]:
         statistics = torch.zeros(24, dtype=bias.dtype), torch.ones(24, dtype=bias.dtype)
         norm = BatchNorm(*statistics, None, None, use_batch_stats=True, momentum=1.0)
-        given = Convolution(x.to(dtype), weight.to(dtype), bias, (8, 8), norm=norm)._asdict()
+        given = Convolution(x.to(dtype), weight.to(bias.dtype), bias, (8, 8), norm=norm)._asdict()
         out = run(**given)
         return [out, *(each.to(torch.promote_types(dtype, torch.float32)) for each in statistics)]
 
