@@ -132,38 +132,47 @@ using Word = std::conditional_t<kPairs, bf16, float>;  // an element of a block
 template <bool kPairs>
 constexpr int64_t kElementsOfWord = kPairs ? 2 : 1;
 
-// Mean and 1 / sqrt(variance + eps) of a row.
+// Mean and 1 / sqrt(variance + eps) of a row. rest: of the mean, lost in rounding, which a sum of deviations would have
+// once for every element.
 struct Moments {
-  float mean, inverse;
+  float mean, rest, inverse;
 };
 
-template <class T>
-Moments moments(const T* row, int64_t depth, float eps) {
+// row(k): a pointer to element k, with the next kLanes beside it where k is a multiple of that.
+template <class Row>
+Moments moments(const Row& row, int64_t depth, float eps) {
   if (depth == 0) return {};
   // The mean as what is to be added to the first element: exact for a row of equal values, whose deviation is 0.
-  const float first = widen(row[0]);
+  const float first = widen(*row(0));
   Vec sums[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
   const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row + k) - Vec::fill(first);
+  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row(k)) - Vec::fill(first);
   float total = sum(sums[0] + sums[1]);
-  for (int64_t k = whole; k < depth; ++k) total += widen(row[k]) - first;
+  for (int64_t k = whole; k < depth; ++k) total += widen(*row(k)) - first;
   const float mean = first + total / static_cast<float>(depth);
+  Vec squares[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
   sums[0] = sums[1] = Vec::fill(0.0f);
   for (int64_t k = 0; k < whole; k += kLanes) {
-    const Vec apart = Vec::load(row + k) - Vec::fill(mean);
-    sums[k / kLanes % 2] = fma(apart, apart, sums[k / kLanes % 2]);
+    const int64_t i = k / kLanes % 2;
+    const Vec apart = Vec::load(row(k)) - Vec::fill(mean);
+    sums[i] += apart;
+    squares[i] = fma(apart, apart, squares[i]);
   }
-  float squares = sum(sums[0] + sums[1]);
-  for (int64_t k = whole; k < depth; ++k) squares += (widen(row[k]) - mean) * (widen(row[k]) - mean);
-  return {mean, 1.0f / __builtin_sqrtf(squares / static_cast<float>(depth) + eps)};
+  float rest = sum(sums[0] + sums[1]), variance = sum(squares[0] + squares[1]);
+  for (int64_t k = whole; k < depth; ++k) {
+    const float apart = widen(*row(k)) - mean;
+    rest += apart, variance += apart * apart;
+  }
+  rest /= static_cast<float>(depth), variance /= static_cast<float>(depth);
+  return {mean, rest, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// to = (row - mean) * inverse * weight + bias, for `count` elements from `first` on.
+// to = (from - mean - rest) * inverse * weight + bias, for `count` elements of a row, `first` and the following.
 template <class T, class To>
-void normalize(const LinearParams& p, const T* row, Moments of, int64_t first, int64_t count, To* to) {
+void normalize(const LinearParams& p, const T* from, Moments of, int64_t first, int64_t count, To* to) {
   for (int64_t k = 0; k < count; k += kLanes) {
     const int64_t n = smaller(kLanes, count - k), at = first + k;
-    Vec value = (load(row + at, n) - Vec::fill(of.mean)) * Vec::fill(of.inverse);
+    Vec value = (load(from + k, n) - Vec::fill(of.mean) - Vec::fill(of.rest)) * Vec::fill(of.inverse);
     if (p.norm_weight != nullptr) value *= load(p.norm_weight + at, n);
     if (p.norm_bias != nullptr) value += load(p.norm_bias + at, n);
     store(value, to + k, n);
@@ -176,7 +185,7 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
   const int64_t words = words_of<kPairs>(p.depth);
   for (int64_t r = 0; r < block.rows; ++r) {
     const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
-    const Moments of = p.has_norm ? moments(from, p.depth, p.norm_eps) : Moments{};
+    const Moments of = p.has_norm ? moments([from](int64_t k) { return from + k; }, p.depth, p.norm_eps) : Moments{};
     for (int64_t first = 0; first < words; first += kDepthBlock) {
       float* to = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
       const int64_t count = smaller(kDepthBlock, words - first);
@@ -186,18 +195,41 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
       }
       const int64_t elements = smaller(count * kElements, p.depth - first * kElements);
       if (elements < count * kElements) to[count - 1] = 0.0f;  // the missing half of a pair
-      normalize(p, from, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
+      normalize(p, from + first * kElements, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
+    }
+  }
+}
+
+template <bool kPairs>
+constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // elements of a part of a row
+
+// Element k of row r.
+template <bool kPairs>
+FASTVIT_INLINE Word<kPairs>* element_of(const RowBlock& block, int64_t r, int64_t k) {
+  static_assert(kPart<kPairs> % kPanel == 0);
+  float* part = block.data + (k / kPart<kPairs> * block.block_rows + r) * kRowStride;
+  return reinterpret_cast<Word<kPairs>*>(part) + k % kPart<kPairs>;
+}
+
+template <bool kPairs>
+void normalize_rows(const LinearParams& p, const RowBlock& block) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const auto row = [&](int64_t k) { return element_of<kPairs>(block, r, k); };
+    const Moments of = moments(row, p.depth, p.norm_eps);
+    for (int64_t k = 0; k < p.depth; k += kPart<kPairs>) {
+      normalize(p, row(k), of, k, smaller(kPart<kPairs>, p.depth - k), row(k));
     }
   }
 }
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. With every cache line of a row, `lines` of them are
-// prefetched to the L2 cache from `next` on. Not inlined: there are many callers, and many sizes of tiles.
+// totals[r][c] = before[r][c] + sum_k x[r][k] weight[k][c] over `words` words, where rows of `before` are
+// `before_stride` apart. With every cache line of a row, `lines` of them are prefetched to the L2 cache from `next` on.
+// Not inlined: there are many callers, and many sizes of tiles.
 template <bool kPairs, int kR>
-__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, float* totals,
-                                            const float* next, int64_t lines) {
+__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, const float* before,
+                                            int64_t before_stride, float* totals, const float* next, int64_t lines) {
   Vec sums[kR][kPanelVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -227,8 +259,7 @@ __attribute__((noinline)) void add_products(int64_t words, const float* x, const
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
     for (int c = 0; c < kPanelVectors; ++c) {
-      float* total = totals + r * kPanel + c * kLanes;
-      (Vec::load(total) + sums[r][c]).store(total);
+      (Vec::load(before + r * before_stride + c * kLanes) + sums[r][c]).store(totals + r * kPanel + c * kLanes);
     }
   }
 }
@@ -245,7 +276,10 @@ struct Panel {
   // finish(r, n, totals) for every tile of n rows from r on.
   template <class Finish>
   FASTVIT_INLINE void run(const Finish& finish) const {
-    alignas(64) float totals_of_rows[kMostRows * kPanel];
+    alignas(64) float totals_of_rows[kMostRows * kPanel], bias[kPanel];
+    for (int64_t c = 0; c < kPanel; c += kLanes) {
+      (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
+    }
     const int64_t rows = block.rows, words = words_of<kPairs>(p.depth), lines = divide_up(kPanel * kRows, rows);
     for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
@@ -257,10 +291,16 @@ struct Panel {
         const int64_t left = rows - r;
         const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
         float* totals = totals_of_rows + (first == 0 && last ? 0 : r * kPanel);
-        if (first == 0) start(r, n, totals);
+        const float* before = totals;
+        if (first == 0 && !p.accumulate) {
+          before = bias;
+        } else if (first == 0) {
+          load_result(r, n, totals);
+        }
         const float* x = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
         const auto add = [&](auto constant) __attribute__((always_inline)) {
-          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, totals, next, lines);
+          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, before, before == bias ? 0 : kPanel,
+                                               totals, next, lines);
         };
         if (n == kRows) {
           add(Int<kRows>{});
@@ -274,16 +314,11 @@ struct Panel {
     }
   }
 
-  // The totals begin with the bias, or with the previous result.
-  FASTVIT_INLINE void start(int64_t r, int64_t n, float* totals) const {
-    const float* from = p.accumulate ? static_cast<const float*>(p.out) + (row + r) * p.columns : p.bias;
-    const int64_t step = p.accumulate ? p.columns : 0;
-    for (int64_t c = 0; c < kPanel; c += kLanes) {
-      const int64_t left = columns - c;
-      for (int64_t i = 0; i < n; ++i) {
-        const float* at = from + i * step + column + c;
-        (left > 0 ? load(at, smaller(kLanes, left)) : Vec::fill(0.0f)).store(totals + i * kPanel + c);
-      }
+  // The totals of a tile from the result so far.
+  FASTVIT_INLINE void load_result(int64_t r, int64_t n, float* totals) const {
+    for (int64_t i = 0; i < n; ++i, totals += kPanel) {
+      const float* from = static_cast<const float*>(p.out) + (row + r + i) * p.columns + column;
+      for (int64_t c = 0; c < columns; c += kLanes) load(from + c, smaller(kLanes, columns - c)).store(totals + c);
     }
   }
 };
@@ -304,30 +339,65 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
   with_activation(p.activation, [&]<Activation activation>() {
     for_each_panel<T, kPairs>(p, row, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
-        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
-          T* out = static_cast<T*>(p.out) + (row + r + i) * p.columns + panel.column;
-          const T* residual = p.residual == nullptr ? nullptr
-                                                    : static_cast<const T*>(p.residual) +
-                                                          (row + r + i) * p.residual_stride + panel.column;
-          Vec values[kPanelVectors];
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+        // Copies, since a vector that is stored might change what a reference refers to.
+        const int64_t stride = p.columns, residual_stride = p.residual_stride, columns = panel.columns;
+        const float* scale = p.scale == nullptr ? nullptr : p.scale + panel.column;
+        T* out = static_cast<T*>(p.out) + (row + r) * stride + panel.column;
+        const T* residual = p.residual == nullptr
+                                ? nullptr
+                                : static_cast<const T*>(p.residual) + (row + r) * residual_stride + panel.column;
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
           activate<activation, T>(values);
-          if (panel.columns == kPanel) {
+          if (columns == kPanel) {
 #pragma GCC unroll 2
             for (int c = 0; c < kPanelVectors; ++c) {
-              if (p.scale != nullptr) values[c] *= Vec::load(p.scale + panel.column + c * kLanes);
+              if (scale != nullptr) values[c] *= Vec::load(scale + c * kLanes);
               if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
             }
             store_two(values[0], values[1], out);
-            continue;
+          } else {
+#pragma GCC unroll 2
+            for (int c = 0; c < kPanelVectors; ++c) {
+              const int64_t m = smaller(kLanes, columns - c * kLanes);
+              if (m <= 0) break;
+              if (scale != nullptr) values[c] *= load(scale + c * kLanes, m);
+              if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
+              store(values[c], out + c * kLanes, m);
+            }
           }
-          for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
-            const int64_t m = smaller(kLanes, panel.columns - c * kLanes);
-            if (p.scale != nullptr) values[c] *= load(p.scale + panel.column + c * kLanes, m);
-            if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
-            store(values[c], out + c * kLanes, m);
-          }
+          if (residual != nullptr) residual += residual_stride;
+        }
+      });
+    });
+  });
+}
+
+// Stores the first `columns` values of a panel in a row of a block.
+template <class To>
+FASTVIT_INLINE void store_panel(const Vec (&values)[kPanelVectors], int64_t columns, To* to) {
+  if (columns == kPanel) return store_two(values[0], values[1], to);
+  memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
+#pragma GCC unroll 2
+  for (int c = 0; c < kPanelVectors; ++c) {
+    const int64_t m = smaller(kLanes, columns - c * kLanes);
+    if (m <= 0) break;
+    store(values[c], to + c * kLanes, m);
+  }
+}
+
+template <class T, bool kPairs>
+void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t begin, int64_t end, const float* packed,
+                       const RowBlock& next) {
+  with_activation(p.activation, [&]<Activation activation>() {
+    for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
+      panel.run([&](int64_t r, int64_t n, const float* totals) {
+        const int64_t columns = panel.columns;
+        Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+          activate<activation, T>(values);
+          store_panel(values, columns, to);
         }
       });
     });
@@ -335,31 +405,32 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
 }
 
 template <class T, bool kPairs>
-void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t begin, int64_t end, const float* packed,
-                       const RowBlock& next) {
-  using To = Word<kPairs>;
-  constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // columns of a part of a row, whole panels
-  static_assert(kPart % kPanel == 0);
-  with_activation(p.activation, [&]<Activation activation>() {
-    for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
-      panel.run([&](int64_t r, int64_t n, const float* totals) {
-        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
-          float* part = next.data + (panel.column / kPart * next.block_rows + r + i) * kRowStride;
-          To* to = reinterpret_cast<To*>(part) + panel.column % kPart;
-          Vec values[kPanelVectors];
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+void multiply_gated_to_block(const LinearParams& gate, const LinearParams& p, const RowBlock& block, int64_t begin,
+                             int64_t end, const float* gate_packed, const float* packed, float* gates,
+                             const RowBlock& next) {
+  for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](Panel<T, kPairs> panel) {
+    const float* packed_gate = gate_packed + (panel.packed - packed);
+    panel.next_packed = packed_gate + gate.panel_stride;
+    with_activation<true>(gate.activation, [&]<Activation activation>() {
+      const Panel<T, kPairs> of_gate{gate, 0, block, panel.column, panel.columns, packed_gate, panel.packed};
+      of_gate.run([&](int64_t r, int64_t n, const float* totals) {
+        float* to = gates + r * kPanel;
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kPanel) {
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
           activate<activation, T>(values);
-          if (panel.columns < kPanel) memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
-          if (panel.columns < kPanel) {
-            for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
-              store(values[c], to + c * kLanes, smaller(kLanes, panel.columns - c * kLanes));
-            }
-          } else {
-            store_two(values[0], values[1], to);
-          }
+          store_two(values[0], values[1], to);
         }
       });
+    });
+    panel.run([&](int64_t r, int64_t n, const float* totals) {
+      const int64_t columns = panel.columns;
+      const float* of_row = gates + r * kPanel;
+      Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
+      for (int64_t i = 0; i < n; ++i, totals += kPanel, of_row += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
+        const Vec values[kPanelVectors] = {Vec::load(of_row) * Vec::load(totals),
+                                           Vec::load(of_row + kLanes) * Vec::load(totals + kLanes)};
+        store_panel(values, columns, to);
+      }
     });
   });
 }
@@ -372,10 +443,13 @@ LinearKernel make_kernel(const LinearParams& p) {
           words * kPanel,
           divide_up(words, kDepthBlock) * kRowStride,
           kRowStride,
+          kPairs,
           pack<T, kPairs>,
           load_rows<T, kPairs>,
           multiply<T, kPairs>,
-          multiply_to_block<T, kPairs>};
+          multiply_to_block<T, kPairs>,
+          multiply_gated_to_block<T, kPairs>,
+          normalize_rows<kPairs>};
 }
 
 }  // namespace

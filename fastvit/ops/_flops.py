@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit import backends
 from fastvit.ops._checks import out_size
 from fastvit.ops._schema import REGISTERED
 
@@ -80,6 +81,11 @@ def _leff(a: Any) -> int:
     return 2 * tokens * (a.up_weight.numel() + a.dw_weight.numel() + a.down_weight.numel())
 
 
+def _products(a: Any, *weights: Tensor) -> int:
+    rows = a.x.numel() // max(a.x.shape[-1], 1)
+    return 2 * rows * sum(weight.numel() for weight in weights)
+
+
 def _nothing(a: Any) -> int:
     return 0
 
@@ -89,16 +95,18 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "class_attention_backward": lambda a: 2 * _attention(a),
     "conv_projection": _projections,
     "depthwise_separable_conv": _separable,
+    "glu_mlp": lambda a: _products(a, a.gate_weight, a.value_weight, a.fc2_weight),
     "head_map_moments": _nothing,
     "head_map_moments_backward": _nothing,
     "head_mixed_attention": lambda a: _attention(a) + _mixes(a),
     "head_mixed_attention_backward": lambda a: 2 * (_attention(a) + _mixes(a)),
     "leff": _leff,
-    "linear": lambda a: 2 * a.x.numel() * a.weight.shape[0],
+    "linear": lambda a: _products(a, a.weight),
     "masked_attention": _attention,
     "masked_attention_backward": lambda a: 2 * _attention(a),
-    "mlp": lambda a: 2 * a.x.numel() // max(a.x.shape[-1], 1) * (a.fc1_weight.numel() + a.fc2_weight.numel()),
+    "mlp": lambda a: _products(a, a.fc1_weight, a.fc2_weight),
     "pack_weight": _nothing,
+    "unpack_weight": _nothing,
     "token_depthwise_conv": _depthwise,
     "token_depthwise_conv_backward": _depthwise_backward,
     "token_depthwise_conv_training": _depthwise,
@@ -113,11 +121,28 @@ def _formula(name: str) -> Callable[..., int]:
     return lambda *args, out_val=None, **kwargs: formula(record(*args, **kwargs))
 
 
+def _library_products() -> list[Any]:
+    """The products of libraries with packed weights, where this torch has them."""
+    products = []
+    if not backends.mkl_reasons():
+        products.append(torch.ops.mkl._mkl_linear)
+    if not backends.onednn_reasons():
+        products.append(torch.ops.mkldnn._linear_pointwise)
+    return products
+
+
+def _library_product(x: Tensor, *rest: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
 def _register() -> None:
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name in REGISTERED:
         register_flop_formula(getattr(torch.ops.fastvit, name), get_raw=True)(_formula(name))
+    for library in _library_products():  # which torch does not count
+        if library not in flop_registry:
+            register_flop_formula(library, get_raw=True)(_library_product)
 
 
 class _Hook(importlib.abc.MetaPathFinder):
