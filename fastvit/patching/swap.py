@@ -12,6 +12,7 @@ from torch import nn
 
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
+from fastvit.patching.deferral import Options, is_fused, judge, leave_undecided
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
     NOT_INSISTED_ON,
@@ -24,9 +25,13 @@ from fastvit.patching.plan import (
     check_model,
     check_ops,
     explain_failure,
+    is_open,
     survey,
+    with_open_question,
+    with_verdicts,
 )
 from fastvit.patching.recognise import supported
+from fastvit.recognise.observing import Observing, Seen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,11 +43,15 @@ def patch(
     backend: str = "auto",
     filter_fn: FilterFn | None = None,
     strict: bool = False,
+    example: Any = None,
     verify: Any = None,
     benchmark: Any = None,
     dry_run: bool = False,
 ) -> Model:
     """Fuse the slow blocks of a vision transformer in place; outputs, ``state_dict`` and hooks stay as they are.
+
+    Attention of a class that fastvit does not know is recognised by what it computes: in the call of ``example``, or
+    else in the model's first call, which runs as it is written.
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
@@ -53,13 +62,17 @@ def patch(
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.
-        strict: raise unless every attention and convolution block found can be fused.
+        strict: raise unless every attention and convolution block found can be fused. Attention of no known class
+            needs an example.
+        example: an input, as for ``verify``, on which the model is run once, in eval mode and without gradients, to see
+            what it computes; that of ``verify`` or ``benchmark`` where it is not given.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). The model is run
             plain and fused, in eval mode and without gradients, and held to the accuracy of the plain one: the error
             against float64 may be twice the plain model's own, plus a few ulp. Errors go into the report.
         benchmark: an example input, as for ``verify``. Each block is timed plain and fused on the input it gets, in
             eval mode and without gradients, and left plain where the fused one is slower. Times go into the report.
-        dry_run: change nothing, only fill the report with what would be done.
+        dry_run: change nothing, only fill the report with what would be done; without an example it does not tell of
+            attention of no known class.
 
     Returns:
         The same object.
@@ -72,18 +85,28 @@ def patch(
 
     Warns:
         UserWarning: nothing could be fused, or none of the attention and convolution blocks that are there, its MLPs at
-            most; names the classes looked at, or why each was left alone.
+            most; names the classes looked at, or why each was left alone. Where the first call is to decide, it is that
+            call which warns.
     """
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
     findings = survey(model, chosen, backend, filter_fn)
-    if strict:
+    options = Options(chosen, filter_fn, reporting.decided)
+    given = next((each for each in (example, verify, benchmark) if each is not None), None)
+    undecided = given is None and is_open(model, findings)
+    if undecided:
+        findings = with_open_question(findings)
+    if strict and given is None:
         _insist(model, findings)
     errors: dict[str | None, verification.Error] = {}
     times: dict[str | None, timing.Times] = {}
     with _restored(model, only_on_error=not dry_run):
         undo(model)
+        if given is not None:
+            findings = _recognised(model, given, findings, options, backend)
+            if strict:
+                _insist(model, findings)
         if benchmark is not None:
             findings, times = benchmarking.choose(model, benchmark, findings, backend)
             undo(model)
@@ -91,10 +114,25 @@ def patch(
             errors = verification.measure(model, verify, findings, backend)
             verification.insist(errors)
         apply(findings, backend)
+        if undecided and not dry_run and not isinstance(model, Fused):
+            leave_undecided(model, options, backend)
     reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
-    if _is_in_vain(findings):
+    if _is_in_vain(findings) and not (undecided and not dry_run):
         warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
     return model
+
+
+def _recognised(
+    model: nn.Module, example: Any, findings: list[Finding], options: Options, backend: str
+) -> list[Finding]:
+    """The findings, and what the example shows of attention that no row stands for."""
+    args, kwargs = verification.as_call(example)
+    fused = [finding.module for finding in findings if finding.fused is not None]
+    known = {part for module in fused for part in module.modules()}
+    seen: list[Seen] = []
+    with verification.undisturbed(model), Observing(seen.append, backend):
+        model(*args, **kwargs)
+    return with_verdicts(model, findings, judge(model, seen, options, backend, known))
 
 
 def unpatch(model: Model) -> Model:
@@ -125,8 +163,8 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of the model is fused."""
-    return any(isinstance(module, Fused) for module in model.modules())
+    """Whether any module of the model is fused; one that its first call is to decide about is not."""
+    return any(is_fused(module) for module in model.modules())
 
 
 @contextlib.contextmanager
