@@ -14,11 +14,13 @@ call takes the same way from its first to its last, since the recomputation must
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,15 +28,26 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from fastvit import backends, ops
-from fastvit.patching.fusion import Fused, fused_class, give, has_hooks_for_all, plain_class
+from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, fused_class, give, has_hooks_for_all, plain_class
 from fastvit.recognise.deferred import Deferring, Event, transformed
 from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
 from fastvit.reference.layers import WATCHES, symbolically_traced
 
 FilterFn = Callable[[nn.Module, str], bool]
 
-listeners: list[Callable[[Event], None]] = []
-"""Called with what becomes of each chain that is deferred; for ``explain``."""
+
+_listener: contextvars.ContextVar[Callable[[Event], None] | None] = contextvars.ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(to: Callable[[Event], None]) -> Iterator[None]:
+    """Within it, ``to`` is called with what becomes of each chain that this thread defers."""
+    token = _listener.set(to)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
 
 _lock = threading.RLock()
 _tracing_state = torch._C._get_tracing_state
@@ -84,8 +97,8 @@ class _Wrapping(Fused):
 class Recognised(_Wrapping):
     """Runs the plain forward deferred."""
 
-    fastvit_kinds: ClassVar[dict[Any, bool]]
-    """By kind of call, whether to defer it."""
+    fastvit_kinds: ClassVar[dict[Any, bool | int]]
+    """By kind of call, whether to defer it; a number: after so many plain calls it is tried again."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -113,6 +126,9 @@ class RecognisedClass(Recognised):
 class RecognisedMixed(Recognised):
     fastvit_op = "head_mixed_attention"
 
+
+TRIED_AGAIN_AFTER = 64
+"""Plain calls of a kind in which no chain came off: what broke it may have been switched off since."""
 
 SEAMS = {seam.fastvit_op: seam for seam in (RecognisedMasked, RecognisedClass, RecognisedMixed)}
 
@@ -153,7 +169,7 @@ def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _kind_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype
+        return type(value), value.dtype
     return value if value is None or isinstance(value, (bool, str)) else type(value)
 
 
@@ -162,19 +178,20 @@ def _defer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kind = _kind(module, args, kwargs)
     gradients, hooked = kind[:2]
     decided = kinds.get(kind)
-    if decided is False:
+    if decided is not None and decided is not True:
+        if decided is not False:
+            kinds[kind] = decided - 1 if decided > 1 else True
         return plain(module, *args, **kwargs)
     if decided is None and gradients and not hooked:
         return _watched(module, args, kwargs, kind)
     if hooked:
         kinds[kind] = True
-    tell = None if not listeners else lambda event: [each(event) for each in listeners]
-    mode = Deferring(module.fastvit_backend, _taking(module.fastvit_backend), tell)
+    mode = Deferring(module.fastvit_backend, _taking(module.fastvit_backend), _listener.get())
     with mode:
         out = plain(module, *args, **kwargs)
     out = mode.finish(out)
     if not hooked:
-        kinds[kind] = mode.fused > 0 and not mode.kept
+        kinds[kind] = not mode.kept and (mode.fused > 0 or TRIED_AGAIN_AFTER)
     return out
 
 
@@ -184,7 +201,8 @@ def _watched(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: A
     with Observing(seen.append, module.fastvit_backend) as mode:
         out = module.fastvit_plain.forward(module, *args, **kwargs)
     held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
-    module.fastvit_kinds[kind] = not held and any(each.operator is not None for each in seen)
+    gains = any(each.operator is not None for each in seen)
+    module.fastvit_kinds[kind] = not held and (gains or TRIED_AGAIN_AFTER)
     return out
 
 
@@ -193,11 +211,18 @@ def _watched(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: A
 AT_THE_FIRST_CALL = "decided at the first call; give patch an example to have it decided at once"
 
 
+EVERY_OPERATOR = frozenset(ops.OPERATORS)
+
+
 class Options(NamedTuple):
-    """What ``patch`` was asked for; ``decided`` is called with the model and the verdicts."""
+    """What ``patch`` was asked for; ``decided`` is called with the model and the verdicts.
+
+    ``warns`` is whether the first call warns where it shows nothing to fuse.
+    """
 
     ops: frozenset[str]
     filter_fn: FilterFn | None = None
+    warns: bool = False
     decided: Callable[[nn.Module, dict[str, Verdict]], None] | None = None
 
 
@@ -238,9 +263,23 @@ def is_fused(module: nn.Module) -> bool:
 
 def leave_undecided(model: nn.Module, options: Options, backend: str) -> None:
     """Have the first call of a plain model decide."""
-    asked = options.filter_fn is not None or options.ops != frozenset(ops.OPERATORS)
+    asked = options.filter_fn is not None or options.ops != EVERY_OPERATOR
     _asked[model] = options
     give(model, fused_class(UndecidedAsAsked if asked else Undecided, plain_class(model)), backend)
+
+
+@contextlib.contextmanager
+def still_undecided(model: nn.Module) -> Iterator[None]:
+    """Within it, a call of an undecided model decides nothing."""
+    undecided, cls = isinstance(model, Undecided), type(model)
+    backend = getattr(model, BACKEND_ATTRIBUTE, "auto")
+    if undecided:
+        give(model, plain_class(model))
+    try:
+        yield
+    finally:
+        if undecided:
+            give(model, cls, backend)
 
 
 def _may_decide(model: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -264,7 +303,7 @@ def _first_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         if options is None and isinstance(model, UndecidedAsAsked):
             give(model, plain_class(model))
             return out
-        options = options or Options(frozenset(ops.OPERATORS))
+        options = options or Options(EVERY_OPERATOR)
         give(model, plain_class(model))
         verdicts = judge(model, seen, options, backend)
         for verdict in verdicts.values():
@@ -272,7 +311,7 @@ def _first_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
                 give(verdict.module, recognised_class(verdict), backend)
     if options.decided is not None:
         options.decided(model, verdicts)
-    if not any(verdict.op for verdict in verdicts.values()):
+    if options.warns and not any(verdict.op for verdict in verdicts.values()):
         told = [f"{name or '(the model itself)'}: {verdict.reason}" for name, verdict in verdicts.items()]
         what = "\n  ".join(told[:8]) or "no attention was computed in this call"
         warnings.warn(f"fastvit: no attention to fuse in {type(model).__name__}:\n  {what}", UserWarning, stacklevel=3)

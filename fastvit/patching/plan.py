@@ -125,7 +125,7 @@ def survey(
 
 
 def is_open(model: nn.Module, findings: Collection[Finding]) -> bool:
-    """Whether attention may be in the model that only a call would show: some is of no known class, or none is known."""
+    """Whether only a call would show what attention is in the model: some is of no known class, or none is known."""
     attention = [finding for finding in findings if finding.kind == ATTENTION]
     if attention:
         return any(finding.status == UNRECOGNISED for finding in attention)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
-from fastvit.patching.deferral import Options, is_fused, judge, leave_undecided
+from fastvit.patching.deferral import AT_THE_FIRST_CALL, EVERY_OPERATOR, Options, is_fused, judge, leave_undecided
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
     NOT_INSISTED_ON,
@@ -92,11 +92,12 @@ def patch(
     chosen = check_ops(ops)
     check_backend(backend, model)
     findings = survey(model, chosen, backend, filter_fn)
-    options = Options(chosen, filter_fn, reporting.decided)
+    options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, reporting.decided)
     given = next((each for each in (example, verify, benchmark) if each is not None), None)
     undecided = given is None and is_open(model, findings)
     if undecided:
         findings = with_open_question(findings)
+    waits = undecided and _is_in_vain(findings) and _says_nothing_yet(findings)
     if strict and given is None:
         _insist(model, findings)
     errors: dict[str | None, verification.Error] = {}
@@ -115,9 +116,9 @@ def patch(
             verification.insist(errors)
         apply(findings, backend)
         if undecided and not dry_run and not isinstance(model, Fused):
-            leave_undecided(model, options, backend)
+            leave_undecided(model, options._replace(warns=waits), backend)
     reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
-    if _is_in_vain(findings) and not (undecided and not dry_run):
+    if _is_in_vain(findings) and not waits:
         warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
     return model
 
@@ -200,6 +201,11 @@ def _is_in_vain(findings: list[Finding]) -> bool:
     if any(finding.fused for finding in slow) or any(finding.wanted for finding in slow):
         return not any(finding.fused for finding in findings)
     return bool(slow) or not any(finding.fused for finding in findings)
+
+
+def _says_nothing_yet(findings: list[Finding]) -> bool:
+    """Whether it is for the first call to say that nothing is fused: nothing is known, or attention is undecided."""
+    return not findings or any(AT_THE_FIRST_CALL in finding.reasons for finding in findings)
 
 
 def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:

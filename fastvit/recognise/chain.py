@@ -51,6 +51,8 @@ FEW_QUERIES = 4
 
 Axes = tuple[int, ...]
 
+_IN_ORDER = [tuple(range(count)) for count in range(65)]  # torch has no tensors of more axes
+
 
 class BreaksOff(Exception):  # noqa: N818 (no error: the plain operations follow)
     """No operator computes the map after this step; the message says why."""
@@ -194,19 +196,12 @@ class Chain(NamedTuple):
     def shape(self) -> Axes:
         """Of the map as it lies."""
         sizes = (*self.lead, self.q.shape[-2], self.k.shape[-2])
-        return sizes if self.in_order else tuple(sizes[axis] for axis in self.order)
+        return sizes if self.in_order else tuple([sizes[axis] for axis in self.order])
 
     @property
     def in_order(self) -> bool:
         """Whether the axes lie as they are counted."""
-        return self.order == tuple(range(len(self.order)))
-
-    def operands(self) -> list[Tensor]:
-        """Every tensor that the result depends on."""
-        operands = [operand.tensor for operand, _ in self.biases] + [operand.tensor for operand in self.masked]
-        operands += [factor.operand.tensor for factor in (*self.factors, *self.factors_after)]
-        small = (*(self.pre or ()), *(self.post or ()), *(self.norm or ())[:4])
-        return [self.q, self.k, *operands, *(tensor for tensor in small if isinstance(tensor, Tensor))]
+        return self.order == _IN_ORDER[len(self.order)]
 
     def operator(self) -> str:
         """The name of the operator in ``fastvit.ops`` that takes the chain."""

@@ -40,6 +40,7 @@ from fastvit.recognise.whole import WHOLE
 __all__ = ["Deferring", "Event", "advance", "finished", "ordinary"]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_einsum = torch.einsum
 _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _dispatch_mode = torch._C._get_dispatch_stack_at
@@ -93,7 +94,8 @@ def transformed() -> bool:
     """Whether vmap, jvp, forward AD, FakeTensor or the like see every operation, and more than count them."""
     if _transformed() or forward_ad._current_level >= 0:
         return True
-    return any(not hasattr(_dispatch_mode(place), COUNTS_OPERATORS) for place in range(_dispatch_modes()))
+    count = _dispatch_modes()
+    return count > 0 and any(not hasattr(_dispatch_mode(place), COUNTS_OPERATORS) for place in range(count))
 
 
 COUNTS_OPERATORS = "counts_operators"
@@ -131,11 +133,13 @@ class Deferring(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.einsum:
+        takes_map = DeferredMap in types
+        if func is _einsum:  # torch does not tell of the types in a list
             args = flat_einsum(args)
+            takes_map = any(type(each) is DeferredMap for each in args)
         if self.effects:
             self._settle_effects(storages((args, kwargs)))
-        if DeferredMap in types or (func is torch.einsum and any(type(each) is DeferredMap for each in args)):
+        if takes_map:
             return self._go_on(func, args, kwargs)
         if self.maps and may_change(func, args, kwargs):
             self._settle(storages((args, kwargs)))
@@ -199,9 +203,9 @@ class Deferring(TorchFunctionMode):
             args = (kwargs.pop("input"),)
         places = [place for place, value in enumerate(args) if type(value) is DeferredMap]
         map_ = args[places[0]] if places else None
-        if map_ is None or map_.node.value is not None:
+        if map_ is None or map_.cell[0].value is not None:
             return plainly(func, args, kwargs)
-        node = map_.node
+        node = map_.cell[0]
         try:
             if len(places) > 1:
                 break_off(f"{name_of(func)} takes two maps")
@@ -214,27 +218,32 @@ class Deferring(TorchFunctionMode):
             return plainly(func, args, kwargs)
 
     def _next(self, map_: DeferredMap, func: Any, place: int, args: Any, kwargs: Any) -> Any:
-        node: Node = map_.node
+        node = map_.cell[0]
         chain = node.chain
-        others = [value for value in (*args, *kwargs.values()) if value is not map_]
+        others = [value for value in args if value is not map_]
+        others += kwargs.values()
         if not ordinary(others, chain.q.device):
             break_off("its other tensors are not ordinary ones of one device")
         if transformed() or Ambient.now(chain.q.device.type) != node.ambient:
             break_off("gradients, autocast or a transform were switched since the map began")
-        if any(each.value is not None for each in node.ancestors()):
-            break_off("a map it was made of has been computed")
+        before = node.parent
+        while before is not None:
+            if before.value is not None:
+                break_off("a map it was made of has been computed")
+            before = before.parent
         read = advance(chain, func, place, args, kwargs)
         if read is SAME:
             return map_
         if isinstance(read, Product):
             return self._finish_chain(node, read)
-        tensors = tuple(value for value in others if isinstance(value, Tensor))
+        tensors = tuple([value for value in others if isinstance(value, Tensor)])
+        if func in IN_PLACE:
+            if node.is_view or any(node.living()):
+                break_off("a map that other tensors were made of is changed in place")
+            if node.ambient.gradients and any(tensor.requires_grad for tensor in tensors):
+                break_off("a map is changed in place by a tensor that needs a gradient")
         following = Node(node, func, args, kwargs, read, node.ambient, node.tensors + tensors, map_)
         if func in IN_PLACE:
-            if node.is_view or any(each is not following for each in node.living()):
-                break_off("a map that other tensors were made of is changed in place")
-            if following.needs_gradient and any(tensor.requires_grad for tensor in tensors):
-                break_off("a map is changed in place by a tensor that needs a gradient")
             map_.cell[0] = following
             return map_
         if following.effect is not node.effect:

@@ -30,8 +30,9 @@ class Ambient(NamedTuple):
     @classmethod
     def now(cls, device: str) -> Ambient:
         """As it is for tensors on this type of device."""
-        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else None
+        dtype = None
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype, device)
 
     @contextlib.contextmanager
@@ -72,6 +73,11 @@ class Node:
         effect: of this call or one before it.
     """
 
+    __slots__ = (
+        *("parent", "func", "args", "kwargs", "chain", "ambient", "tensors"),
+        *("value", "needs_gradient", "children", "effect", "__weakref__"),
+    )
+
     def __init__(
         self,
         parent: Node | None,
@@ -84,10 +90,10 @@ class Node:
         map_: Tensor | None = None,
     ) -> None:
         self.parent, self.func, self.chain, self.ambient, self.tensors = parent, func, chain, ambient, tensors
-        self.args = args if map_ is None else tuple(_HERE if value is map_ else value for value in args)
+        self.args = args if map_ is None else tuple([_HERE if value is map_ else value for value in args])
         self.kwargs = kwargs
         self.value: Tensor | None = None
-        self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in tensors)
+        self.needs_gradient = ambient.gradients and any([tensor.requires_grad for tensor in tensors])
         self.children: list[weakref.ref[Node]] = []
         self.effect = None if parent is None else parent.effect
         if parent is not None:
