@@ -93,7 +93,7 @@ class Node:
         self.args = args if map_ is None else tuple([_HERE if value is map_ else value for value in args])
         self.kwargs = kwargs
         self.value: Tensor | None = None
-        self.needs_gradient = ambient.gradients and any([tensor.requires_grad for tensor in tensors])
+        self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in tensors)
         self.children: list[weakref.ref[Node]] = []
         self.effect = None if parent is None else parent.effect
         if parent is not None:

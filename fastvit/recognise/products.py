@@ -56,7 +56,8 @@ def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _multiplied(tensor: Tensor) -> Tensor:
-    return tensor.to(multiplied_dtype(tensor.dtype, tensor.device))
+    dtype = multiplied_dtype(tensor.dtype, tensor.device)
+    return tensor if dtype == tensor.dtype else tensor.to(dtype)
 
 
 def arguments(names: str, args: Args, kwargs: Kwargs, accepted: str = "") -> Kwargs:
