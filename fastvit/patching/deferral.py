@@ -128,7 +128,7 @@ class RecognisedMixed(Recognised):
 
 
 TRIED_AGAIN_AFTER = 64
-"""Plain calls of a kind in which no chain came off: what broke it may have been switched off since."""
+"""Plain calls of a kind in which nothing was gained: what broke its chains may have been switched off since."""
 
 SEAMS = {seam.fastvit_op: seam for seam in (RecognisedMasked, RecognisedClass, RecognisedMixed)}
 
@@ -191,7 +191,7 @@ def _defer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = plain(module, *args, **kwargs)
     out = mode.finish(out)
     if not hooked:
-        kinds[kind] = not mode.kept and (mode.fused > 0 or TRIED_AGAIN_AFTER)
+        kinds[kind] = not mode.kept and (mode.fused > mode.left or TRIED_AGAIN_AFTER)
     return out
 
 

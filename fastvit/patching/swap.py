@@ -94,18 +94,20 @@ def patch(
     findings = survey(model, chosen, backend, filter_fn)
     options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, reporting.decided)
     given = next((each for each in (example, verify, benchmark) if each is not None), None)
-    undecided = given is None and is_open(model, findings)
+    unknown = is_open(model, findings)
+    undecided = unknown and given is None
+    shown = given if unknown or example is not None else None
     if undecided:
         findings = with_open_question(findings)
     waits = undecided and _is_in_vain(findings) and _says_nothing_yet(findings)
-    if strict and given is None:
+    if strict and shown is None:
         _insist(model, findings)
     errors: dict[str | None, verification.Error] = {}
     times: dict[str | None, timing.Times] = {}
     with _restored(model, only_on_error=not dry_run):
         undo(model)
-        if given is not None:
-            findings = _recognised(model, given, findings, options, backend)
+        if shown is not None:
+            findings = _recognised(model, shown, findings, options, backend)
             if strict:
                 _insist(model, findings)
         if benchmark is not None:

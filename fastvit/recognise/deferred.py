@@ -118,7 +118,8 @@ class Deferring(TorchFunctionMode):
         tell: called with each Event.
 
     Attributes:
-        fused: how many chains operators took. kept: whether a map that needs a gradient was returned or stored.
+        fused: how many chains operators took.
+        left: how many maps were returned or stored. kept: whether one of them needs a gradient.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Deferring(TorchFunctionMode):
         self.backend, self.wanted, self.tell = backend, wanted, tell
         self.maps: list[weakref.ref[DeferredMap]] = []
         self.effects: list[Node] = []
-        self.fused = 0
+        self.fused = self.left = 0
         self.kept = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -287,6 +288,7 @@ class Deferring(TorchFunctionMode):
     def finish(self, output: Any) -> Any:
         """What the code returned, with maps computed; so are those that it stored, and effects not yet had."""
         for map_ in self._living():
+            self.left += 1
             self.kept = self.kept or map_.node.needs_gradient
             map_.node.compute()
         for node in self.effects:
