@@ -34,19 +34,29 @@ def scaled_dot_product(
         break_off("causal masks and grouped heads are left to torch")
     if dropout_p:
         break_off("attention dropout is active, which is drawn as the plain code draws it")
-    if query.dim() != 4 or key.dim() != 4 or query.shape[-1] != value.shape[-1] or key.shape != value.shape:
+    if query.shape[-1] != value.shape[-1] or key.shape != value.shape or query.dim() != key.dim() or query.dim() < 3:
         break_off(f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype or 0 in query.shape or 0 in key.shape:
         break_off("queries, keys and values differ in dtype, or are empty")
-    if query.shape[:2] != key.shape[:2] or not query.is_floating_point():
+    if query.shape[:-2] != key.shape[:-2] or not query.is_floating_point():
         break_off(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} differ in batch or heads")
+    lead = query.shape[:-2]
+    if len(lead) != 2 and attn_mask is not None and attn_mask.dim() > 2:
+        break_off(f"a mask of shape {tuple(attn_mask.shape)} for queries {tuple(query.shape)}")
     if not _all_kernels_allowed():
         break_off("sdpa_kernel chooses among torch's own kernels")
     mask, bias = _mask_and_bias(attn_mask, query)
-    few = query.shape[2] <= FEW_QUERIES < key.shape[2]
-    run = ops.class_attention if few else ops.masked_attention
-    name = "class_attention" if few else "masked_attention"
-    return name, lambda backend: run(query, key, value, mask=mask, bias=bias, scale=scale, backend=backend)
+    few = query.shape[-2] <= FEW_QUERIES < key.shape[-2]
+    attention = ops.class_attention if few else ops.masked_attention
+
+    def run(backend: str) -> Tensor:
+        q, k, v = query, key, value
+        if len(lead) != 2:
+            q, k, v = (tensor.reshape(-1, *tensor.shape[-3:]) for tensor in (q, k, v))
+        out = attention(q, k, v, mask=mask, bias=bias, scale=scale, backend=backend)
+        return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+    return "class_attention" if few else "masked_attention", run
 
 
 def _all_kernels_allowed() -> bool:

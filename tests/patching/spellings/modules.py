@@ -821,6 +821,26 @@ class ScaledDotProductBiased(Heads):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.table[None])
 
 
+@spelling(shape=(2, 3, TOKENS, WIDTH))
+class ScaledDotProductOfFiveAxes(nn.Module):
+    """NesT, Hiera: blocks of tokens are an axis of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x):
+        q, k, v = (rearrange(t, "b t n (h d) -> b h t n d", h=HEADS) for t in self.qkv(x).chunk(3, dim=-1))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h t n d -> b t n (h d)")
+
+
+@spelling()
+class ScaledDotProductOfFlatHeads(Heads):
+    def weigh(self, q, k, v):
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).unflatten(0, (-1, HEADS))
+
+
 @spelling()
 class MultiheadModule(nn.Module):
     def __init__(self):
