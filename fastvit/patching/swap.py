@@ -92,7 +92,7 @@ def patch(
     chosen = check_ops(ops)
     check_backend(backend, model)
     findings = survey(model, chosen, backend, filter_fn)
-    options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, reporting.decided)
+    options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, decided=reporting.decided)
     given = next((each for each in (example, verify, benchmark) if each is not None), None)
     unknown = is_open(model, findings)
     undecided = unknown and given is None

@@ -36,6 +36,7 @@ from fastvit.recognise.products import STARTS, Product, flat_einsum
 from fastvit.recognise.transitions import follow
 from fastvit.recognise.vocabulary import IN_PLACE, READERS, SAME
 from fastvit.recognise.whole import WHOLE
+from fastvit.reference.functional import BatchNorm
 
 __all__ = ["Deferring", "Event", "advance", "finished", "ordinary"]
 
@@ -61,7 +62,7 @@ def advance(chain: Chain, func: Callable[..., Any], place: int, args: Any, kwarg
         break_off(f"{name_of(func)} is none of the operations of attention")
     try:
         read = reader(chain, place, args, kwargs)
-        if read is SAME or isinstance(read, Product):
+        if not isinstance(read, tuple) or isinstance(read, Product):
             return read
         for step in read:
             chain = follow(chain, step)
@@ -258,7 +259,7 @@ class Deferring(TorchFunctionMode):
         operator = chain.operator()
         chain.check_values(product.values)
         self._check_wanted(operator)
-        if node.effect is not None and node.effect.done and chain.norm is not None:
+        if node.effect is not None and node.effect.done and isinstance(chain.norm, BatchNorm):
             chain = chain._replace(norm=chain.norm._replace(momentum=0.0))
         out = finished(chain, product, self.backend)
         if node.effect is not None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fastvit.recognise.chain import Chain
 from fastvit.recognise.mutation import may_change, storages
 from fastvit.recognise.vocabulary import VIEWS
+from fastvit.reference.functional import BatchNorm
 
 __all__ = ["METADATA", "Ambient", "DeferredMap", "Node", "computed", "make", "plainly"]
 
@@ -95,10 +96,10 @@ class Node:
         self.value: Tensor | None = None
         self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in tensors)
         self.children: list[weakref.ref[Node]] = []
-        self.effect = None if parent is None else parent.effect
+        self.effect: Effect | None = None if parent is None else parent.effect
         if parent is not None:
             parent.children.append(weakref.ref(self))
-            if func is F.batch_norm and chain.norm is not None and chain.norm.use_batch_stats:
+            if func is F.batch_norm and isinstance(chain.norm, BatchNorm) and chain.norm.use_batch_stats:
                 self.effect = Effect(storages(chain.norm[:2]))
 
     @property
@@ -189,7 +190,7 @@ class DeferredMap(Tensor):
         return self.cell[0]
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         """As of any tensor; by Python, so that no mode is asked."""
         node = self.cell[0]
         return torch.Size(node.chain.shape) if node.value is None else node.value.shape

@@ -29,8 +29,8 @@ def _by_name(func: Callable[..., Any]) -> bool:
 
 
 def _places_of_inplace() -> dict[Callable[..., Any], int]:
-    found = {}
-    for name in F.__all__ if hasattr(F, "__all__") else dir(F):
+    found: dict[Callable[..., Any], int] = {}
+    for name in dir(F):
         func = getattr(F, name, None)
         if inspect.isfunction(func):
             parameters = list(inspect.signature(func).parameters)

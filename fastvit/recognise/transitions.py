@@ -77,7 +77,7 @@ def _scale(chain: Chain, step: Scale) -> Chain:
     word = ("/" if step.divides else "*") + ("c" if number else "tensor")
     if number and step.divides and step.by == 0.0:
         break_off("it divides by zero")
-    by = (1.0 / step.by if step.divides else float(step.by)) if number else 1.0  # type: ignore[operator,arg-type]
+    by = (1.0 / step.by if step.divides else float(step.by)) if number else 1.0
     if chain.softmaxed:
         if number:
             return _next(chain, word, factor=chain.factor * by)

@@ -287,7 +287,7 @@ VIEWS: dict[Callable[..., Any], Reader] = _table(
     (_transposed, (_T.transpose, torch.transpose)),
     (_by(_transposed, names="input axis0 axis1"), (_T.swapaxes, torch.swapaxes)),
     (_transposed, (_T.swapdims, torch.swapdims)),
-    (_matrix_transposed, (_T.mT.__get__,)),  # type: ignore[attr-defined]
+    (_matrix_transposed, (_T.mT.__get__,)),
     (_moved_dims, (_T.movedim, torch.movedim, _T.moveaxis, torch.moveaxis)),
     *(
         (_reshaped(name), [getattr(owner, name) for owner in (_T, torch) if hasattr(owner, name)])

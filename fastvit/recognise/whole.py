@@ -144,17 +144,17 @@ def multi_head(
             weights = in_proj_weight.chunk(3)  # type: ignore[union-attr]
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
         if query is key and key is value and not use_separate_proj_weight:
-            projected = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)  # type: ignore[arg-type]
+            projected = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
         else:
             projected = tuple(map(F.linear, (query, key, value), weights, biases))
-        heads = (tensor.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for tensor in projected)
-        out = ops.masked_attention(*heads, mask=mask, bias=bias, backend=backend)
+        q, k, v = (tensor.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for tensor in projected)
+        out = ops.masked_attention(q, k, v, mask=mask, bias=bias, backend=backend)
         return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None
 
     return "masked_attention", run
 
 
-_SIGNATURES = {
+_SIGNATURES: dict[Callable[..., Any], Callable[..., tuple[str, Whole]]] = {
     F.scaled_dot_product_attention: scaled_dot_product,
     F.multi_head_attention_forward: multi_head,
 }

@@ -651,6 +651,21 @@ def test_strict_and_dry_run_ask_for_an_example():
     assert is_patched(model)
 
 
+def test_the_first_call_tells_why_attention_stays_plain():
+    class FlooredAttention(Heads):
+        def weigh(self, q, k, v):
+            return (q @ k.mT * self.scale).clamp(-1.0, 1.0).softmax(-1) @ v
+
+    model, x = nn.Sequential(FlooredAttention(), Operators()).eval(), draw()
+    patch(model)
+    model(x)
+    reasons = {row.name: row.reasons for row in report(model).rows}
+    assert "clamp" in reasons["0"][0]
+    assert reasons["1"] == ()
+    patch(unpatch(model), example=x)
+    assert {row.name: row.reasons for row in report(model).rows} == reasons
+
+
 def test_nothing_to_gain_is_put_back_with_a_warning():
     class NoMap(nn.Module):
         def forward(self, x):
