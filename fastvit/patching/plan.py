@@ -130,7 +130,7 @@ def is_open(model: nn.Module, findings: Collection[Finding]) -> bool:
     if attention:
         return any(finding.status == UNRECOGNISED for finding in attention)
     forwards = (plain_class(module).forward for module in model.modules())
-    return any(not forward.__module__.startswith("torch.nn.") for forward in forwards)
+    return any(not str(getattr(forward, "__module__", "")).startswith("torch.nn.") for forward in forwards)
 
 
 def with_open_question(findings: Iterable[Finding]) -> list[Finding]:
