@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from fastvit import backends, ops
-from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, fused_class, give, has_hooks_for_all, plain_class
+from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
 from fastvit.recognise.deferred import Deferring, Event, transformed
 from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
-from fastvit.reference.layers import WATCHES, symbolically_traced
+from fastvit.reference.overrides import WATCHES, calls_everything, symbolically_traced
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -108,9 +108,10 @@ class Recognised(_Wrapping):
     def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not _may_defer(self):
-                return self.fastvit_plain.forward(self, *args, **kwargs)
-            return _defer(self, args, kwargs)
+            fused = type(self)  # asked once: another thread may unpatch
+            if torch.compiler.is_compiling() or not issubclass(fused, Recognised) or not _may_defer(self):
+                return plain_of(fused).forward(self, *args, **kwargs)
+            return _defer(fused, self, args, kwargs)
 
         return forward
 
@@ -140,7 +141,7 @@ def _plain_alone() -> bool:
 
 
 def _may_defer(module: nn.Module) -> bool:
-    if has_hooks_for_all() or _plain_alone():
+    if calls_everything() or _plain_alone():
         return False
     return not _seen_by_others() and _untouched(module)
 
@@ -173,8 +174,8 @@ def _kind_of(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, str)) else type(value)
 
 
-def _defer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plain, kinds = module.fastvit_plain.forward, module.fastvit_kinds
+def _defer(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    plain, kinds, backend = fused.fastvit_plain.forward, fused.fastvit_kinds, fused.fastvit_backend
     kind = _kind(module, args, kwargs)
     gradients, hooked = kind[:2]
     decided = kinds.get(kind)
@@ -183,10 +184,10 @@ def _defer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kinds[kind] = decided - 1 if decided > 1 else True
         return plain(module, *args, **kwargs)
     if decided is None and gradients and not hooked:
-        return _watched(module, args, kwargs, kind)
+        return _watched(fused, module, args, kwargs, kind)
     if hooked:
         kinds[kind] = True
-    mode = Deferring(module.fastvit_backend, _taking(module.fastvit_backend), _listener.get())
+    mode = Deferring(backend, _taking(backend), _listener.get())
     with mode:
         out = plain(module, *args, **kwargs)
     out = mode.finish(out)
@@ -195,14 +196,14 @@ def _defer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out
 
 
-def _watched(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
+def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
     """The plain forward; decides about its kind of call."""
     seen: list[Seen] = []
-    with Observing(seen.append, module.fastvit_backend) as mode:
-        out = module.fastvit_plain.forward(module, *args, **kwargs)
+    with Observing(seen.append, fused.fastvit_backend) as mode:
+        out = fused.fastvit_plain.forward(module, *args, **kwargs)
     held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
     gains = any(each.operator is not None for each in seen)
-    module.fastvit_kinds[kind] = not held and (gains or TRIED_AGAIN_AFTER)
+    fused.fastvit_kinds[kind] = not held and (gains or TRIED_AGAIN_AFTER)
     return out
 
 
@@ -244,10 +245,11 @@ class Undecided(_Wrapping):
     def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            watched = not torch.compiler.is_compiling() and _may_decide(self, args, kwargs)
-            if not watched:
-                return self.fastvit_plain.forward(self, *args, **kwargs)
-            return _first_call(self, args, kwargs)
+            fused = type(self)
+            compiling = torch.compiler.is_compiling()
+            if compiling or not issubclass(fused, Undecided) or not _may_decide(self, args, kwargs):
+                return plain_of(fused).forward(self, *args, **kwargs)
+            return _first_call(fused, self, args, kwargs)
 
         return forward
 
@@ -256,30 +258,29 @@ class UndecidedAsAsked(Undecided):
     """With options that are lost where it is copied: a copy stays plain."""
 
 
-def is_fused(module: nn.Module) -> bool:
+def has_fused_class(module: nn.Module) -> bool:
     """Whether a module has a fused class, which :class:`Undecided` is not."""
     return isinstance(module, Fused) and not isinstance(module, Undecided)
 
 
-def leave_undecided(model: nn.Module, options: Options, backend: str) -> None:
-    """Have the first call of a plain model decide."""
+def undecided_class(model: nn.Module, options: Options, backend: str) -> type[nn.Module]:
+    """The class to give a model whose first call is to decide."""
     asked = options.filter_fn is not None or options.ops != EVERY_OPERATOR
     _asked[model] = options
-    give(model, fused_class(UndecidedAsAsked if asked else Undecided, plain_class(model)), backend)
+    return fused_class(UndecidedAsAsked if asked else Undecided, plain_class(model), backend)
 
 
 @contextlib.contextmanager
 def still_undecided(model: nn.Module) -> Iterator[None]:
     """Within it, a call of an undecided model decides nothing."""
     undecided, cls = isinstance(model, Undecided), type(model)
-    backend = getattr(model, BACKEND_ATTRIBUTE, "auto")
     if undecided:
         give(model, plain_class(model))
     try:
         yield
     finally:
         if undecided:
-            give(model, cls, backend)
+            give(model, cls)
 
 
 def _may_decide(model: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -289,18 +290,18 @@ def _may_decide(model: nn.Module, args: Any, kwargs: Any) -> bool:
     return not (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
-def _first_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    backend = model.fastvit_backend
+def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    backend = fused.fastvit_backend
     seen: list[Seen] = []
     with Observing(seen.append, backend):
-        out = model.fastvit_plain.forward(model, *args, **kwargs)
+        out = fused.fastvit_plain.forward(model, *args, **kwargs)
     if any(each.hooked for each in seen):
         return out  # a checkpoint will recompute it the same way
     with _lock:
-        if not isinstance(model, Undecided):
+        if type(model) is not fused:
             return out
         options = _asked.pop(model, None)
-        if options is None and isinstance(model, UndecidedAsAsked):
+        if options is None and issubclass(fused, UndecidedAsAsked):
             give(model, plain_class(model))
             return out
         options = options or Options(EVERY_OPERATOR)

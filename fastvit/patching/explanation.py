@@ -15,7 +15,7 @@ from torch import nn
 
 from fastvit.ops import _operator
 from fastvit.patching import tables
-from fastvit.patching.deferral import is_fused, listening, still_undecided
+from fastvit.patching.deferral import has_fused_class, listening, still_undecided
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.plan import check_model
 from fastvit.patching.verification import as_call, whole_blocks
@@ -110,7 +110,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     chains: list[Computed] = []
 
     def observed(seen: Seen) -> None:
-        if seen.module is None or is_fused(seen.module):  # a fused block's plain path is no news
+        if seen.module is None or has_fused_class(seen.module):  # a fused block's plain path is no news
             return
         reason = seen.reason or f"{seen.operator} would take it; patch with an example, or call the model once"
         chains.append(Computed(every.get(seen.module, ""), ", ".join(seen.told), None, reason, seen.line))
