@@ -5,6 +5,7 @@
 
 namespace fastvit {
 
-enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu };  // gelu: the erf form
+enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu, gelu_tanh };  // gelu: the erf form
+constexpr Activation kLastActivation = Activation::gelu_tanh;
 
 }  // namespace fastvit

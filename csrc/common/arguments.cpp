@@ -38,8 +38,8 @@ std::vector<float> small_values(const char* op, const Tensor& tensor, const char
 }
 
 Activation activation_of(const char* op, int64_t code, const char* name) {
-  check(code >= 0 && code <= static_cast<int64_t>(Activation::relu), op, ": ", name, " must be a code from 0 to ",
-        static_cast<int64_t>(Activation::relu), ", got ", code);
+  constexpr int64_t kLast = static_cast<int64_t>(kLastActivation);
+  check(code >= 0 && code <= kLast, op, ": ", name, " must be a code from 0 to ", kLast, ", got ", code);
   return static_cast<Activation>(code);
 }
 

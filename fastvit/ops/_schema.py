@@ -29,7 +29,7 @@ __all__ = [
     "unpack",
 ]
 
-ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}
+ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4, "gelu_tanh": 5}
 """csrc's enum Activation."""
 
 

@@ -406,7 +406,7 @@ def linear(
         x: (..., K), floating.
         weight: (N, K), dtype and device of x (under autocast dtypes may differ).
         bias: (N,), likewise.
-        activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         norm: LayerNorm over K, in front, in x's dtype or float32. scale: (N,), a LayerScale. residual: (..., N).
         backend: "auto", "cpp" or "reference".
 

@@ -13,15 +13,19 @@ from fastvit.patching.fusion import has_hooks_for_all, is_plain, plain_class
 from fastvit.reference.cvt import QuickGELU
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.GELU: "gelu",
+    nn.GELU: "gelu",  # or "gelu_tanh"
     QuickGELU: "quick_gelu",
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
 _ACTIVATIONS_BY_PATH = {
     "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
     "transformers.activations.QuickGELUActivation": "quick_gelu",
     "transformers.activations.SiLUActivation": "silu",
 }
@@ -52,10 +56,10 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 def activation_name(module: nn.Module) -> str | None:
     """The operators' name of an activation layer; None where they have none, or where it has hooks."""
     cls = type(module)
-    if cls is nn.GELU and module.approximate != "none":
-        return None
     if not is_plain(module, cls):
         return None
+    if cls is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
     return _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
 
 

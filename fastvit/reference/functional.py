@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,8 +194,9 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "silu": F.silu,
     "relu": F.relu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-"""Activation by name; ``"gelu"`` is the exact (erf) form."""
+"""Activation by name; ``"gelu"`` is the exact (erf) form, ``"gelu_tanh"`` its authors' approximation by a tanh."""
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:

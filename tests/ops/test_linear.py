@@ -19,7 +19,7 @@ from tests.helpers import assert_as_accurate, poisoned_empty
 MODULE = importlib.import_module("fastvit.ops.linear")
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)
-ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 # rows, depth, columns: one of each, odd ones, more than a tile, a panel, a block of the depth, a group
 SHAPES = ((1, 1, 1), (3, 5, 7), (15, 33, 31), (29, 64, 48), (197, 130, 100), (40, 1100, 65), (300, 48, 800))
 

@@ -21,7 +21,7 @@ from tests.helpers import assert_as_accurate, poisoned_empty
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16)
-ACTIVATIONS = ("gelu", "quick_gelu", "silu", "relu")
+ACTIVATIONS = ("gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 
 # --- Activations ----------------------------------------------------------------------------------------------------
 
