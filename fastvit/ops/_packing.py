@@ -15,15 +15,17 @@ import importlib
 import os
 import sys
 import weakref
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["packed", "release_memory"]
+__all__ = ["derived", "packed", "release_memory"]
 
 
 def _enabled(value: str) -> bool:
@@ -50,6 +52,24 @@ _kept: dict[tuple[Any, ...], _Kept] = {}
 
 def packed(weight: Tensor) -> Tensor | None:
     """A float32 or bfloat16 weight (N, K) on the CPU, packed; None where the call is to pack it."""
+    return _remembered(weight, None, _pack)
+
+
+def derived(weight: Tensor, name: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """make(weight), the same tensor at each call as long as a packed weight would be; ``name`` says what is made.
+
+    ``weight`` has two axes or more.
+    """
+
+    def make_to_keep(matrix: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # it may be kept for a call that differentiates
+            return make(matrix.view_as(weight))
+
+    kept = _remembered(weight.flatten(1), name, make_to_keep)
+    return make(weight) if kept is None else kept
+
+
+def _remembered(weight: Tensor, name: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor | None:
     # The memory of any other tensor (fake, sparse, on another device) is not to be read by its address.
     ordinary = type(weight) in (Tensor, Parameter) and weight.is_cpu and weight.dim() == 2
     if not ENABLED or _fingerprint is None or not ordinary or weight.is_inference():
@@ -58,11 +78,11 @@ def packed(weight: Tensor) -> Tensor | None:
     sample = _fingerprint(address, *sizes, *strides, weight.itemsize)
     state = (weight._version, address, weight.dtype, sample)
     owner = weight if weight._base is None else weight._base
-    key = id(owner), weight.storage_offset(), sizes, strides  # a last block has a part of a weight packed as well
+    key = id(owner), weight.storage_offset(), sizes, strides, name  # a last block has a part of a weight packed as well
     kept = _kept.get(key)
     if kept is not None and kept.state == state and kept.owner() is owner:
         return kept.packed
-    fresh = _pack(weight.detach())
+    fresh = make(weight.detach())
     if type(fresh) is not Tensor:  # made while fake tensors are
         return None
     _kept[key] = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, fresh)

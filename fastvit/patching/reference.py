@@ -22,6 +22,7 @@ from fastvit.patching.blocks import (
     split_heads,
 )
 from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_ours, is_plain, plain_class, readable
+from fastvit.patching.normalization import NormalizingConv2d
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import LeFF, leff_arguments
@@ -312,12 +313,16 @@ class PatchEmbedSeam(Fused):
 
     def project(self, x: Tensor) -> Tensor:
         conv = self._modules.get("proj")
-        if not (at_inference(self, x) and readable(conv, nn.Conv2d) and _cuts_patches(conv, x, self.patch_size)):
+        folded = type(conv) is NormalizingConv2d
+        known = readable(conv, NormalizingConv2d if folded else nn.Conv2d)
+        if not (at_inference(self, x) and known and _cuts_patches(conv, x, self.patch_size)):
             return self.fastvit_plain.project(self, x)
+        weight = conv.normalization.scaled(conv.weight) if folded else conv.weight
+        x = conv.centred(x) if folded else x
         (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.flatten(3).flatten(1, 2)
-        return ops.linear(tokens, conv.weight.flatten(1), conv.bias, backend=self.fastvit_backend)
+        return ops.linear(tokens, weight.flatten(1), conv.bias, backend=self.fastvit_backend)
 
 
 def _cuts_patches(conv: nn.Conv2d, x: Tensor, patch_size: tuple[int, int]) -> bool:
