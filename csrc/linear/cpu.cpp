@@ -166,7 +166,7 @@ void normalize(const LinearParams& p, const T* row, Moments of, int64_t first, i
     Vec value = (load(row + at, n) - Vec::fill(of.mean)) * Vec::fill(of.inverse);
     if (p.norm_weight != nullptr) value *= load(p.norm_weight + at, n);
     if (p.norm_bias != nullptr) value += load(p.norm_bias + at, n);
-    store(value, to + k, n);
+    store(round_to<T>(value), to + k, n);
   }
 }
 
@@ -298,6 +298,19 @@ FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, const Row
   }
 }
 
+// The activation of a product, each rounded to float16 where that is T: a result beyond its range is infinite before
+// anything makes it smaller.
+template <Activation activation, class T>
+FASTVIT_INLINE void activate_rounded(Vec (&values)[kPanelVectors]) {
+#pragma GCC unroll 2
+  for (Vec& value : values) value = round_to<T>(value);
+  activate<activation, T>(values);
+  if constexpr (activation != Activation::none) {
+#pragma GCC unroll 2
+    for (Vec& value : values) value = round_to<T>(value);
+  }
+}
+
 template <class T, bool kPairs>
 void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin, int64_t end,
               const float* packed) {
@@ -312,11 +325,12 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
           Vec values[kPanelVectors];
 #pragma GCC unroll 2
           for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
-          activate<activation, T>(values);
+          activate_rounded<activation, T>(values);
           if (panel.columns == kPanel) {
 #pragma GCC unroll 2
             for (int c = 0; c < kPanelVectors; ++c) {
-              if (p.scale != nullptr) values[c] *= Vec::load(p.scale + panel.column + c * kLanes);
+              if (p.scale != nullptr)
+                values[c] = round_to<T>(values[c] * Vec::load(p.scale + panel.column + c * kLanes));
               if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
             }
             store_two(values[0], values[1], out);
@@ -324,7 +338,7 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
           }
           for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
             const int64_t m = smaller(kLanes, panel.columns - c * kLanes);
-            if (p.scale != nullptr) values[c] *= load(p.scale + panel.column + c * kLanes, m);
+            if (p.scale != nullptr) values[c] = round_to<T>(values[c] * load(p.scale + panel.column + c * kLanes, m));
             if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
             store(values[c], out + c * kLanes, m);
           }
@@ -349,7 +363,7 @@ void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t beg
           Vec values[kPanelVectors];
 #pragma GCC unroll 2
           for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
-          activate<activation, T>(values);
+          activate_rounded<activation, T>(values);
           if (panel.columns < kPanel) memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
           if (panel.columns < kPanel) {
             for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
@@ -381,7 +395,11 @@ LinearKernel make_kernel(const LinearParams& p) {
 }  // namespace
 
 LinearKernel linear_kernel(const LinearParams& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  switch (p.element) {
+    case Element::bfloat16: return make_kernel<bf16, kHasPairs>(p);
+    case Element::float16: return make_kernel<f16, false>(p);
+    default: return make_kernel<float, false>(p);
+  }
 }
 
 }  // namespace fastvit::FASTVIT_ISA

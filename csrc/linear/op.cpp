@@ -88,14 +88,14 @@ int64_t take_rows(const char* op, Tensor& x, int64_t& stride) {
 
 // What a packed weight begins with: a layout is that of an instruction set.
 struct PackedHeader {
-  int64_t isa, columns, depth, bfloat16;
+  int64_t isa, columns, depth, element;
   bool operator==(const PackedHeader&) const = default;
 };
 constexpr int64_t kHeaderFloats = 16;
 static_assert(sizeof(PackedHeader) <= kHeaderFloats * sizeof(float));
 
 PackedHeader header_of(const LinearParams& p) {
-  return {static_cast<int64_t>(cpu_isa()), p.columns, p.depth, p.bfloat16};
+  return {static_cast<int64_t>(cpu_isa()), p.columns, p.depth, static_cast<int64_t>(p.element)};
 }
 
 int64_t panels_of(const LinearParams& p, const LinearKernel& kernel) {
@@ -118,13 +118,13 @@ void take_weight(const char* op, const char* name, Tensor& weight, int64_t depth
   p.depth = depth;
   p.weight_column_stride = weight.stride(0);
   p.weight_depth_stride = weight.stride(1);
-  p.bfloat16 = dtype == Dtype::bfloat16;
+  p.element = element_of(dtype);
 }
 
 Tensor pack_weight(Tensor weight) {
   constexpr char kOp[] = "pack_weight";
   check(weight.dim() == 2, kOp, ": weight must be (N, K), got ", shape_of(weight));
-  check_cpu_dtype(kOp, weight, "weight");
+  check_cpu_dtype(kOp, weight, "weight", true);
   LinearParams p{};
   take_weight(kOp, "weight", weight, weight.size(1), weight.dtype(), p);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
@@ -218,7 +218,7 @@ void multiply(const LinearParams& p, const LinearKernel& kernel, const float* pa
 
 // Long float32 sums accumulate in the result, slice by slice.
 void run(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
-  const int64_t slices = p.bfloat16 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
+  const int64_t slices = p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t begin = slice * p.depth / slices;
     LinearParams part = p;
@@ -258,7 +258,7 @@ struct Input {
 
   static int64_t last_size(const char* op, const Tensor& x) {
     check(x.is_cpu() && x.dim() >= 1, op, ": x must be (..., K) on the CPU, got ", shape_of(x));
-    check_cpu_dtype(op, x, "x");
+    check_cpu_dtype(op, x, "x", true);
     return x.size(x.dim() - 1);
   }
 };

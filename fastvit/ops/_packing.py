@@ -51,7 +51,7 @@ _kept: dict[tuple[Any, ...], _Kept] = {}
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """A float32 or bfloat16 weight (N, K) on the CPU, packed; None where the call is to pack it."""
+    """A float32, bfloat16 or float16 weight (N, K) on the CPU, packed; None where the call is to pack it."""
     return _remembered(weight, None, _pack)
 
 

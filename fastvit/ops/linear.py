@@ -1,7 +1,7 @@
 """Linear layers and MLPs with what stands before and behind them: norm, activation, LayerScale, residual.
 
-- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too. At inference all of it is one call, an MLP's hidden
-  values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
+- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too, and float16 without. At inference all of it is one
+  call, an MLP's hidden values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
 - ``reference``: ``torch.nn.functional.linear``, the library's product, and the rest around it.
 """
 
@@ -38,7 +38,7 @@ from fastvit.reference.functional import LayerNorm
 
 __all__ = ["linear", "mlp"]
 
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPP_MIN_ROWS = 16
 CPP_MIN_COLUMNS = 16
 _CPP_REASONS = tuple(backends.cpp_reasons())
@@ -274,7 +274,11 @@ def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) ->
     if not x.is_cpu:
         yield f"it takes tensors on the CPU, x is on {x.device}"
     if x.dtype not in CPP_DTYPES:
-        yield f"dtype {x.dtype} is not one of float32, bfloat16"
+        yield f"dtype {x.dtype} is not one of float32, bfloat16, float16"
+    if x.dtype == torch.float16 and gradients_needed(
+        x, *weights, *biases, call.scale, call.residual, *(call.norm or ())[:2]
+    ):
+        yield "it has no backward in float16"
     if any_autocast() and torch.is_autocast_enabled("cpu"):
         yield "autocast is on, whose cast weights the library keeps"
     for tensor in (*weights, *biases):

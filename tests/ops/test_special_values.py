@@ -70,7 +70,7 @@ def test_activations_around_a_convolution(isa, where, activation, dtype, channel
 
 
 @pytest.mark.parametrize("columns", [1, 70])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_behind_a_product(isa, activation, dtype, columns):
     x, weight = special(1, dtype), torch.ones(columns, 1, dtype=dtype)
