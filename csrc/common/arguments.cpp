@@ -24,6 +24,10 @@ Element element_of(Dtype dtype) {
   return dtype == Dtype::bfloat16 ? Element::bfloat16 : dtype == Dtype::float16 ? Element::float16 : Element::float32;
 }
 
+Dtype dtype_of(Element element) {
+  return element == Element::bfloat16 ? Dtype::bfloat16 : element == Element::float16 ? Dtype::float16 : Dtype::float32;
+}
+
 std::vector<float> small_values(const char* op, const Tensor& tensor, const char* name) {
   check_cpu_dtype(op, tensor, name, true);
   const bool matrix = tensor.dim() == 2;

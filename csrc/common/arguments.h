@@ -17,6 +17,7 @@ void check_cpu_dtype(const char* op, const Tensor& tensor, const char* name, boo
 
 // Of a tensor that passed check_cpu_dtype.
 Element element_of(Dtype dtype);
+Dtype dtype_of(Element element);
 
 // The values of a small tensor of one or two axes, row by row.
 std::vector<float> small_values(const char* op, const Tensor& tensor, const char* name);

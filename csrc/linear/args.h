@@ -46,6 +46,7 @@ struct LinearKernel {
   int64_t panel_floats;  // of a packed panel
   int64_t row_floats;    // of a row in a block
   int64_t row_stride;    // floats between rows of a block
+  bool pairs;            // a word of the depth is a pair of bfloat16, and a float otherwise
   // Packs panels [begin, end).
   void (*pack)(const LinearParams&, int64_t begin, int64_t end, float* packed);
   // Copies rows of x, from `row` on, to a block, normalised.

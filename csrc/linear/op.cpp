@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/arguments.h"
+#include "common/float16.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
 #include "linear/args.h"
@@ -13,7 +14,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kItems = 16;                            // of work for each thread, where they are
+constexpr int64_t kItems = 16;       // of work for each thread, where they are
+constexpr int64_t kBlockRows = 104;  // at most; with more, threads would share a block of short rows
 constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
@@ -139,6 +141,47 @@ Tensor pack_weight(Tensor weight) {
 
 FASTVIT_REGISTER(pack_weight, "CPU", pack_weight);
 
+// The weight (N, K), bit by bit, that was packed.
+Tensor unpack_weight(Tensor packed) {
+  constexpr char kOp[] = "unpack_weight";
+  PackedHeader header{};
+  bool fits = packed.is_cpu() && packed.dtype() == Dtype::float32 && packed.numel() >= kHeaderFloats;
+  if (fits) std::memcpy(&header, packed.data<float>(), sizeof header);
+  LinearParams p{};
+  p.columns = header.columns, p.depth = header.depth, p.element = static_cast<Element>(header.element);
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  fits = fits && p.element >= Element::float32 && p.element <= Element::float16;
+  fits = fits && header == header_of(p) && p.columns >= 0 && p.depth >= 0 &&
+         packed.numel() == kHeaderFloats + checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
+  check(fits, kOp, ": packed is not what pack_weight makes here");
+  Tensor weight = empty({p.columns, p.depth}, packed, dtype_of(p.element));
+  if (weight.numel() == 0) return weight;
+  const float* panels = packed.data<float>() + kHeaderFloats;
+  void* to = weight.mutable_data<void>();
+  parallel_for(0, p.columns, grain_of(4 * p.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* panel = panels + n / kernel.panel_columns * kernel.panel_floats + n % kernel.panel_columns;
+      for (int64_t k = 0; k < p.depth; ++k) {
+        uint32_t word;
+        std::memcpy(&word, panel + (kernel.pairs ? k / 2 : k) * kernel.panel_columns, sizeof word);
+        if (p.element == Element::float32) {
+          std::memcpy(static_cast<float*>(to) + n * p.depth + k, &word, sizeof word);
+        } else if (p.element == Element::float16) {
+          float value;
+          std::memcpy(&value, &word, sizeof value);
+          static_cast<uint16_t*>(to)[n * p.depth + k] = float16_of_float(value);
+        } else {
+          const bool low = kernel.pairs && k % 2 == 0;
+          static_cast<uint16_t*>(to)[n * p.depth + k] = static_cast<uint16_t>(low ? word : word >> 16);
+        }
+      }
+    }
+  });
+  return weight;
+}
+
+FASTVIT_REGISTER(unpack_weight, "CPU", unpack_weight);
+
 // The panels that were packed before; null where they were not.
 const float* take_packed(const char* op, const OptionalTensor& packed, const LinearParams& p,
                          const LinearKernel& kernel) {
@@ -155,7 +198,8 @@ const float* take_packed(const char* op, const OptionalTensor& packed, const Lin
 
 // Rows that are processed together: blocks of equal size, whole tiles, that fit the L2 cache.
 int64_t rows_of_block(const LinearParams& p, const LinearKernel& kernel) {
-  const int64_t most = larger(kernel.row_tile, kBlockFloats / larger(1, p.depth)), blocks = divide_up(p.rows, most);
+  const int64_t most = larger(kernel.row_tile, smaller(kBlockRows, kBlockFloats / larger(1, p.depth)));
+  const int64_t blocks = divide_up(p.rows, most);
   return smaller(p.rows, round_up(divide_up(p.rows, blocks), kernel.row_tile));
 }
 
@@ -176,17 +220,16 @@ class BlockOfThread {
   float* data_;
 };
 
-// f(row, rows, first panel, last panel) for items of work: blocks of rows, in which groups of panels are neighbours.
-// `start` gives f to each thread.
+// f(row, rows, first panel, last panel) for groups of panels of blocks of rows. `start` gives f to each thread.
 template <class F>
 void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& start) {
   const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
   const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
   const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
   const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
-  parallel_dynamic(blocks * groups, threads, [&] {
-    return [&, f = start()](int64_t item) mutable {
-      const int64_t row = item / groups * step, group = item % groups;
+  parallel_dynamic(blocks, groups, threads, [&] {
+    return [&, f = start()](int64_t block, int64_t group) mutable {
+      const int64_t row = block * step;
       f(row, smaller(step, p.rows - row), group * panels / groups, (group + 1) * panels / groups);
     };
   });
@@ -322,9 +365,10 @@ bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKerne
 void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
              const LinearKernel& down_kernel, const float* down_packed) {
   const int64_t step = rows_of_block(up.depth > down.depth ? up : down, up_kernel);
-  parallel_dynamic(divide_up(up.rows, step), std::max(threads_for(up), threads_for(down)), [&] {
-    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t item) {
-      const int64_t row = item * step, rows = smaller(step, up.rows - row);
+  parallel_dynamic(divide_up(up.rows, step), 1, std::max(threads_for(up), threads_for(down)), [&] {
+    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t block_of_rows,
+                                                                                               int64_t) {
+      const int64_t row = block_of_rows * step, rows = smaller(step, up.rows - row);
       const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * up_kernel.row_floats, rows, rows};
       up_kernel.load(up, row, block);
       up_kernel.multiply_to_block(up, block, 0, panels_of(up, up_kernel), up_packed, hidden);

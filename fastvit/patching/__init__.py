@@ -2,6 +2,7 @@
 
 from fastvit.patching.explanation import Explanation, explain
 from fastvit.patching.folding import FoldedNormalization, fold_normalization
+from fastvit.patching.freezing import freeze, unfreeze
 from fastvit.patching.fusion import Fused
 from fastvit.patching.models import create_model, fuse_reference_models
 from fastvit.patching.register import register, unregister
@@ -17,12 +18,14 @@ __all__ = [
     "create_model",
     "explain",
     "fold_normalization",
+    "freeze",
     "fuse_reference_models",
     "is_patched",
     "patch",
     "patched",
     "register",
     "report",
+    "unfreeze",
     "unpatch",
     "unregister",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as has_hooks_for_all
 
+from fastvit.ops._packing import PackedWeight
 from fastvit.reference.layers import obstacles, symbolically_traced
 
 BACKEND_ATTRIBUTE = "fastvit_backend"
@@ -151,7 +152,7 @@ def readable(part: Any, expected: type[nn.Module]) -> bool:
     return is_plain(part, expected)
 
 
-_ORDINARY = (nn.Parameter, type(None))
+_ORDINARY = (nn.Parameter, PackedWeight, type(None))
 
 
 def is_plain(part: Any, expected: type[nn.Module]) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
 from fastvit.patching.folding import unfold
+from fastvit.patching.freezing import unfreeze
 from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
 from fastvit.patching.plan import (
     NOT_INSISTED_ON,
@@ -101,9 +102,8 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model.
 
-    What :func:`fold_normalization` did is undone as well.
-
-    Packed copies of weights are given up, those of other models too, which pack theirs anew.
+    What :func:`fold_normalization` did is undone as well, and a frozen model is unfrozen. Packed copies of weights are
+    given up, those of other models too, which pack theirs anew.
 
     Raises:
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
@@ -112,6 +112,7 @@ def unpatch(model: Model) -> Model:
     check_model(model)
     undo(model)
     unfold(model)
+    unfreeze(model)
     reporting.forget(model)
     release_memory()
     return model
