@@ -15,11 +15,13 @@ from fastvit._version import __version__
 from fastvit.ops._packing import release_memory
 from fastvit.patching import (
     Explanation,
+    FoldedNormalization,
     Fused,
     Report,
     ReportRow,
     create_model,
     explain,
+    fold_normalization,
     freeze,
     is_patched,
     patch,
@@ -35,6 +37,7 @@ from fastvit.reference.weights import LoadReport, load_weights
 
 __all__ = [
     "Explanation",
+    "FoldedNormalization",
     "Fused",
     "LoadReport",
     "Report",
@@ -43,6 +46,7 @@ __all__ = [
     "backends",
     "create_model",
     "explain",
+    "fold_normalization",
     "freeze",
     "is_patched",
     "list_models",

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/element.h"
+
 namespace fastvit {
 
 inline constexpr int64_t kAttentionMaxDim = 128;
@@ -16,8 +18,8 @@ struct AttentionOperand {
 struct AttentionParams {
   int64_t batch, heads, queries, keys, dim;
   AttentionOperand q, k, v;
-  void* out;      // contiguous (B, Nq, H, D)
-  bool bfloat16;  // q, k, v and out; float32 otherwise
+  void* out;        // contiguous (B, Nq, H, D)
+  Element element;  // of q, k, v and out
   float scale;
   // True = attend; strides are 0 where it broadcasts; null without a mask. A mask over keys alone becomes a list of
   // keys instead.

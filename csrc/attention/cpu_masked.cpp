@@ -247,7 +247,11 @@ MaskedAttentionKernel make_kernel(const MaskedAttentionParams& p) {
 }  // namespace
 
 MaskedAttentionKernel masked_attention_kernel(const MaskedAttentionParams& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  switch (p.element) {
+    case Element::bfloat16: return make_kernel<bf16, kHasPairs>(p);
+    case Element::float16: return make_kernel<f16, false>(p);
+    default: return make_kernel<float, false>(p);
+  }
 }
 
 }  // namespace fastvit::FASTVIT_ISA

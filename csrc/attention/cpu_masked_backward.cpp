@@ -441,7 +441,7 @@ MaskedAttentionBackwardKernel make_kernel(const MaskedAttentionGradients& p) {
 }  // namespace
 
 MaskedAttentionBackwardKernel masked_attention_backward_kernel(const MaskedAttentionGradients& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
 }
 
 }  // namespace fastvit::FASTVIT_ISA

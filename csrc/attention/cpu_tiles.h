@@ -119,6 +119,12 @@ inline float pair(bf16 low, bf16 high) {
   return word;
 }
 
+// To memory for whole vectors.
+template <class T>
+inline void widen_row(const T* row, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) load(row + d, smaller(kLanes, dim - d)).store(out + d);
+}
+
 // The words of one row of `dim` elements: the row itself where its elements are words, else written to `buffer`.
 template <class T, bool kPairs>
 inline const float* row_words(const T* row, int64_t dim, float* buffer) {
@@ -129,7 +135,7 @@ inline const float* row_words(const T* row, int64_t dim, float* buffer) {
     if (dim % 2) buffer[dim / 2] = pair(row[dim - 1], bf16{0});
     return buffer;
   } else {
-    for (int64_t d = 0; d < dim; ++d) buffer[d] = widen(row[d]);
+    widen_row(row, dim, buffer);
     return buffer;
   }
 }
@@ -214,7 +220,7 @@ void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* k
     const T* second = j + 1 < layout.count ? v[keys[j + 1]] : nullptr;
     for (int64_t d = 0; d < layout.dim; ++d) row[d] = pair(first[d], second == nullptr ? bf16{0} : second[d]);
   } else {
-    for (int64_t d = 0; d < layout.dim; ++d) row[d] = widen(first[d]);
+    widen_row(first, layout.dim, row);
   }
   for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
     __builtin_memcpy(packed + layout.value_panel(panel) + word * kRows, row + layout.value_panels.begin(panel),

@@ -10,9 +10,10 @@ AttentionOperand attention_operand(const char* op, const Tensor& tensor, const c
   return {tensor.data<void>(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                 bool or_float16) {
   const Dtype dtype = q.dtype();
-  check_cpu_dtype(op, q, "q");
+  check_cpu_dtype(op, q, "q", or_float16);
   if (q.dim() != 4 || k.dim() != 4)
     check(false, op, ": q and k must be (B, H, N, D), got shapes ", shape_of(q), " and ", shape_of(k));
   AttentionParams p{};
@@ -28,7 +29,7 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   p.q = attention_operand(op, q, "q", dtype);
   p.k = attention_operand(op, k, "k", dtype);
   p.v = attention_operand(op, v, "v", dtype);
-  p.bfloat16 = dtype == Dtype::bfloat16;
+  p.element = element_of(dtype);
   p.scale = static_cast<float>(scale);
   return p;
 }

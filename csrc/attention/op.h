@@ -17,7 +17,8 @@ namespace fastvit {
 AttentionOperand attention_operand(const char* op, const Tensor& tensor, const char* name, Dtype dtype);
 
 // The parameters of attention over these tensors, without output and mask; throws naming what is wrong.
-AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale);
+AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                 bool or_float16 = false);
 
 // An uninitialised (B, H, tokens, D) in the memory layout of a contiguous (B, tokens, H, D).
 Tensor empty_heads_last(const AttentionParams& p, int64_t tokens, const Tensor& like);

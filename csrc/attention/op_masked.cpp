@@ -24,8 +24,8 @@ struct Arguments {
 };
 
 // Fills in the parameters; throws naming what is wrong with an argument.
-KeyLists take_arguments(const char* op, const Arguments& a, MaskedAttentionParams& p) {
-  static_cast<AttentionParams&>(p) = attention_params(op, a.q, a.k, a.v, a.scale);
+KeyLists take_arguments(const char* op, const Arguments& a, bool or_float16, MaskedAttentionParams& p) {
+  static_cast<AttentionParams&>(p) = attention_params(op, a.q, a.k, a.v, a.scale, or_float16);
   KeyLists keys = take_mask(op, a.mask, p);
   if (!a.bias) return keys;
   check(a.bias->dtype() == a.q.dtype(), op, ": bias is ", a.bias->dtype(), ", q is ", a.q.dtype());
@@ -38,7 +38,7 @@ KeyLists take_arguments(const char* op, const Arguments& a, MaskedAttentionParam
 Tensor masked_attention_cpu(Arguments a) {
   for (Tensor* tensor : {&a.q, &a.k, &a.v}) make_last_axis_contiguous(*tensor);
   MaskedAttentionParams p{};
-  const KeyLists keys = take_arguments(kOp, a, p);
+  const KeyLists keys = take_arguments(kOp, a, true, p);
   Tensor out = empty_heads_last(p, p.queries, a.q);
   if (out.numel() == 0) return out;
   p.out = out.mutable_data<void>();
@@ -197,7 +197,7 @@ void zero(Tensor& tensor, int64_t element_size) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(Tensor grad, Arguments a, bool bias_grad) {
   for (Tensor* tensor : {&grad, &a.q, &a.k, &a.v}) make_last_axis_contiguous(*tensor);
   MaskedAttentionGradients p{};
-  const KeyLists keys = take_arguments(kBackwardOp, a, p);
+  const KeyLists keys = take_arguments(kBackwardOp, a, false, p);
   check(a.bias || !bias_grad, kBackwardOp, ": the gradient of a bias was requested, but there is no bias");
   check_cpu_shape(kBackwardOp, grad, "grad", {p.batch, p.heads, p.queries, p.dim});
   p.grad = attention_operand(kBackwardOp, grad, "grad", a.q.dtype());
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(Tensor 
   Tensor dk = empty_heads_last(p, p.keys, a.k), dv = empty_heads_last(p, p.keys, a.v);
   Tensor dbias =
       empty(bias_grad ? std::vector<int64_t>(a.bias->sizes(), a.bias->sizes() + 4) : std::vector<int64_t>{0}, a.q);
-  const int64_t element_size = p.bfloat16 ? 2 : 4;
+  const int64_t element_size = p.element == Element::bfloat16 ? 2 : 4;
   if (dq.numel() == 0 || dk.numel() == 0) {
     for (Tensor* tensor : {&dq, &dk, &dv, &dbias}) zero(*tensor, element_size);
     return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias)};
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_attention_backward_cpu(Tensor 
   BiasGradient of_bias(wanted ? &*a.bias : nullptr);
   OptionalTensor wide;
   if (wanted) {
-    if (p.bfloat16) wide = empty({dbias.numel()}, a.q, Dtype::float32);
+    if (p.element == Element::bfloat16) wide = empty({dbias.numel()}, a.q, Dtype::float32);
     of_bias.out = (wide ? *wide : dbias).mutable_data<float>();
   }
   if (p.queries <= kClassQueries && !wanted) {

@@ -166,11 +166,15 @@ FASTVIT_DEVICE void clear(float (&values)[V]) {
 // quick_gelu and silu are x times the sigmoid of slope x.
 FASTVIT_DEVICE float slope_of(Activation activation) { return activation == Activation::quick_gelu ? 1.702f : 1.0f; }
 
+// gelu_tanh is x times the sigmoid of this.
+FASTVIT_DEVICE float twice_tanh_argument(float x) { return x * fmaf(x * x, 0.07135481627f, 1.59576912161f); }
+
 FASTVIT_DEVICE float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::none: return x;
     case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::relu: return x < 0.0f ? 0.0f : x;  // keeps NaN
+    case Activation::gelu_tanh: return x / (1.0f + expf(-twice_tanh_argument(x)));
     default: return x / (1.0f + expf(-slope_of(activation) * x));
   }
 }
@@ -185,6 +189,10 @@ FASTVIT_DEVICE float derivative(Activation activation, float x) {
       return fmaf(near * 0.39894228f, expf(-0.5f * near * near), 0.5f * (1.0f + erff(x * 0.70710678f)));
     }
     case Activation::relu: return x <= 0.0f ? 0.0f : 1.0f;
+    case Activation::gelu_tanh: {
+      const float s = 1.0f / (1.0f + expf(-twice_tanh_argument(x)));
+      return fmaf(x * (s * (1.0f - s)), fmaf(x * x, 0.21406444882f, 1.59576912161f), s);
+    }
     default: {
       const float scaled = slope_of(activation) * x, s = 1.0f / (1.0f + expf(-scaled));
       return s * fmaf(scaled, 1.0f - s, 1.0f);

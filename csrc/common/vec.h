@@ -1,14 +1,17 @@
 // Vectors of float32 for the kernels that are compiled once per instruction set (csrc/<operator>/cpu*.cpp).
 //
 // Vec is the widest register of the instruction set this file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4
-// elsewhere (a GNU vector type, which compilers map to SSE, NEON and the like). bfloat16 is a storage type: it is
-// widened on load and rounded to nearest even on store.
+// elsewhere (a GNU vector type, which compilers map to SSE, NEON and the like). bfloat16 and float16 are storage types:
+// they are widened on load and rounded to nearest even on store.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "common/bfloat16.h"
+#include "common/float16.h"
 #include "common/inline.h"
 #include "common/integers.h"
 
@@ -34,6 +37,9 @@ namespace fastvit::FASTVIT_ISA {
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {
+  uint16_t bits;
+};
 
 // The most lanes of any instruction set: buffers rounded up to it can be loaded and stored in whole vectors.
 constexpr int64_t kMaxLanes = 16;
@@ -55,6 +61,12 @@ struct Vec {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static FASTVIT_INLINE Vec load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static FASTVIT_INLINE Vec load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static FASTVIT_INLINE Vec load(const f16* p, int64_t n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+  }
 
   FASTVIT_INLINE __m256i narrow() const {
 #if defined(__AVX512BF16__)
@@ -71,6 +83,9 @@ struct Vec {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 #endif
   }
+  FASTVIT_INLINE __m256i halves() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  FASTVIT_INLINE void store(f16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves()); }
+  FASTVIT_INLINE void store(f16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), halves()); }
   FASTVIT_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   FASTVIT_INLINE void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   FASTVIT_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
@@ -131,6 +146,14 @@ struct Vec {
     memcpy(whole, p, static_cast<size_t>(n) * sizeof(bf16));
     return load(whole);
   }
+  static FASTVIT_INLINE Vec load(const f16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static FASTVIT_INLINE Vec load(const f16* p, int64_t n) {
+    f16 whole[lanes] = {};
+    memcpy(whole, p, static_cast<size_t>(n) * sizeof(f16));
+    return load(whole);
+  }
 
   FASTVIT_INLINE __m128i narrow() const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -144,10 +167,16 @@ struct Vec {
   }
   FASTVIT_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   FASTVIT_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  FASTVIT_INLINE __m128i halves() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   FASTVIT_INLINE void store(bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow()); }
   FASTVIT_INLINE void store(bf16* p, int64_t n) const {
     const __m128i h = narrow();
     memcpy(p, &h, static_cast<size_t>(n) * sizeof(bf16));
+  }
+  FASTVIT_INLINE void store(f16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves()); }
+  FASTVIT_INLINE void store(f16* p, int64_t n) const {
+    const __m128i h = halves();
+    memcpy(p, &h, static_cast<size_t>(n) * sizeof(f16));
   }
 };
 
@@ -225,6 +254,12 @@ struct Vec {
     return {floats_of(r)};
   }
   static FASTVIT_INLINE Vec load(const bf16* p) { return load(p, lanes); }
+  static FASTVIT_INLINE Vec load(const f16* p, int64_t n) {
+    Vec r = fill(0.0f);
+    for (int64_t i = 0; i < n; ++i) r.v[i] = float_of_float16(p[i].bits);
+    return r;
+  }
+  static FASTVIT_INLINE Vec load(const f16* p) { return load(p, lanes); }
   FASTVIT_INLINE void store(float* p, int64_t n) const { memcpy(p, &v, static_cast<size_t>(n) * sizeof(float)); }
   FASTVIT_INLINE void store(float* p) const { store(p, lanes); }
   FASTVIT_INLINE void store(bf16* p, int64_t n) const {
@@ -236,6 +271,10 @@ struct Vec {
     for (int64_t i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>(result[i]);
   }
   FASTVIT_INLINE void store(bf16* p) const { store(p, lanes); }
+  FASTVIT_INLINE void store(f16* p, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) p[i].bits = float16_of_float(v[i]);
+  }
+  FASTVIT_INLINE void store(f16* p) const { store(p, lanes); }
 };
 
 FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
@@ -335,6 +374,27 @@ FASTVIT_INLINE Vec sigmoid(Vec x) {
 
 FASTVIT_INLINE float widen(float x) { return x; }
 FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
+FASTVIT_INLINE float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  return float_of_float16(x.bits);
+#endif
+}
+
+// Rounded to float16 where that is T, and otherwise as it is.
+template <class T>
+FASTVIT_INLINE Vec round_to(Vec x) {
+  if constexpr (!std::is_same_v<T, f16>) return x;
+#if defined(__AVX512F__)
+  return {_mm512_cvtph_ps(x.halves())};
+#elif defined(__AVX2__)
+  return {_mm256_cvtph_ps(x.halves())};
+#else
+  for (int64_t i = 0; i < Vec::lanes; ++i) x.v[i] = float_of_float16(float16_of_float(x.v[i]));
+  return x;
+#endif
+}
 
 // The first n lanes.
 template <class T>
@@ -354,6 +414,10 @@ FASTVIT_INLINE void prefetch(const T* p, int64_t count) {
 
 // Two vectors to consecutive memory.
 FASTVIT_INLINE void store_two(Vec first, Vec second, float* p) {
+  first.store(p);
+  second.store(p + Vec::lanes);
+}
+FASTVIT_INLINE void store_two(Vec first, Vec second, f16* p) {
   first.store(p);
   second.store(p + Vec::lanes);
 }

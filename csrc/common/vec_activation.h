@@ -13,6 +13,12 @@ constexpr bool is_coarse = false;
 template <>
 constexpr bool is_coarse<bf16> = true;
 
+// GELU's tanh form, 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u). 2 u from x and
+// x^2:
+FASTVIT_INLINE Vec twice_tanh_argument(Vec x, Vec square) {
+  return x * fma(square, Vec::fill(0.0713548162726f), Vec::fill(1.5957691216057f));
+}
+
 // Of each of a few vectors. T: the type that the result will be rounded to.
 template <Activation activation, class T = float, int count>
 FASTVIT_INLINE void activate(Vec (&x)[count]) {
@@ -25,6 +31,8 @@ FASTVIT_INLINE void activate(Vec (&x)[count]) {
       value *= sigmoid(value * Vec::fill(1.702f));
     } else if constexpr (activation == Activation::silu) {
       value *= sigmoid(value);
+    } else if constexpr (activation == Activation::gelu_tanh) {
+      value *= sigmoid(twice_tanh_argument(value, value * value));
     } else if constexpr (activation == Activation::relu) {
       value = max(Vec::fill(0.0f), value);
     } else if constexpr (activation == Activation::sigmoid) {
@@ -50,6 +58,10 @@ FASTVIT_INLINE Vec derivative(Vec x) {
     // s + 1.702 x s (1 - s), of which x comes last: 1.702 x may be infinite where x is not.
     const Vec s = sigmoid(x * Vec::fill(1.702f));
     return fma(x, s * (one - s) * Vec::fill(1.702f), s);
+  } else if constexpr (activation == Activation::gelu_tanh) {
+    // s + x s (1 - s) d(2 u)/dx. As in torch, NaN where x^2 is infinite.
+    const Vec square = x * x, s = sigmoid(twice_tanh_argument(x, square));
+    return fma(x * (s * (one - s)), fma(square, Vec::fill(0.2140644488178f), Vec::fill(1.5957691216057f)), s);
   } else {
     static_assert(activation == Activation::silu);
     const Vec s = sigmoid(x);
@@ -77,6 +89,7 @@ FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
     case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
     case Activation::silu: return f.template operator()<Activation::silu>();
     case Activation::relu: return f.template operator()<Activation::relu>();
+    case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
     case Activation::sigmoid:
       if constexpr (kGate) return f.template operator()<Activation::sigmoid>();
       break;

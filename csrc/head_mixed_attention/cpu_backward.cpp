@@ -211,7 +211,7 @@ HeadMapKernel<HeadMapGradientParams> make_kernel(const HeadMapGradientParams& p)
 }  // namespace
 
 HeadMapKernel<HeadMapGradientParams> head_mix_backward_kernel(const HeadMapGradientParams& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -180,7 +180,7 @@ HeadMixKernel make_kernel(const HeadMixParams& p) {
 }  // namespace
 
 HeadMixKernel head_mix_kernel(const HeadMixParams& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
 }
 
 }  // namespace fastvit::FASTVIT_ISA

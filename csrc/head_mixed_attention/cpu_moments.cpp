@@ -198,11 +198,13 @@ HeadMapKernel<HeadMapGradientParams> make_gradient_kernel(const HeadMapGradientP
 }  // namespace
 
 HeadMapKernel<HeadMapParams> head_moments_kernel(const HeadMapParams& p) {
-  return p.bfloat16 ? make_moments_kernel<bf16, kHasPairs>(p) : make_moments_kernel<float, false>(p);
+  return p.element == Element::bfloat16 ? make_moments_kernel<bf16, kHasPairs>(p)
+                                        : make_moments_kernel<float, false>(p);
 }
 
 HeadMapKernel<HeadMapGradientParams> head_moments_backward_kernel(const HeadMapGradientParams& p) {
-  return p.bfloat16 ? make_gradient_kernel<bf16, kHasPairs>(p) : make_gradient_kernel<float, false>(p);
+  return p.element == Element::bfloat16 ? make_gradient_kernel<bf16, kHasPairs>(p)
+                                        : make_gradient_kernel<float, false>(p);
 }
 
 }  // namespace fastvit::FASTVIT_ISA

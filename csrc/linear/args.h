@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/element.h"
 #include "common/isa.h"
 
 namespace fastvit {
@@ -28,7 +29,7 @@ struct LinearParams {
   const void* residual;  // rows contiguous, or null
   int64_t residual_stride;
   void* out;        // contiguous
-  bool bfloat16;    // x, weight, residual and out; float32 otherwise
+  Element element;  // of x, weight, residual and out
   bool accumulate;  // float32: starts from out instead of the bias
 };
 

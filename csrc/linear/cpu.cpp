@@ -175,7 +175,7 @@ void normalize(const LinearParams& p, const T* from, Moments of, int64_t first, 
     Vec value = (load(from + k, n) - Vec::fill(of.mean) - Vec::fill(of.rest)) * Vec::fill(of.inverse);
     if (p.norm_weight != nullptr) value *= load(p.norm_weight + at, n);
     if (p.norm_bias != nullptr) value += load(p.norm_bias + at, n);
-    store(value, to + k, n);
+    store(round_to<T>(value), to + k, n);
   }
 }
 
@@ -333,6 +333,19 @@ FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, const Row
   }
 }
 
+// The activation of a product, each rounded to float16 where that is T: a result beyond its range is infinite before
+// anything makes it smaller.
+template <Activation activation, class T>
+FASTVIT_INLINE void activate_rounded(Vec (&values)[kPanelVectors]) {
+#pragma GCC unroll 2
+  for (Vec& value : values) value = round_to<T>(value);
+  activate<activation, T>(values);
+  if constexpr (activation != Activation::none) {
+#pragma GCC unroll 2
+    for (Vec& value : values) value = round_to<T>(value);
+  }
+}
+
 template <class T, bool kPairs>
 void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin, int64_t end,
               const float* packed) {
@@ -348,11 +361,11 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
                                 : static_cast<const T*>(p.residual) + (row + r) * residual_stride + panel.column;
         for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
           Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          activate<activation, T>(values);
+          activate_rounded<activation, T>(values);
           if (columns == kPanel) {
 #pragma GCC unroll 2
             for (int c = 0; c < kPanelVectors; ++c) {
-              if (scale != nullptr) values[c] *= Vec::load(scale + c * kLanes);
+              if (scale != nullptr) values[c] = round_to<T>(values[c] * Vec::load(scale + c * kLanes));
               if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
             }
             store_two(values[0], values[1], out);
@@ -361,7 +374,7 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
             for (int c = 0; c < kPanelVectors; ++c) {
               const int64_t m = smaller(kLanes, columns - c * kLanes);
               if (m <= 0) break;
-              if (scale != nullptr) values[c] *= load(scale + c * kLanes, m);
+              if (scale != nullptr) values[c] = round_to<T>(values[c] * load(scale + c * kLanes, m));
               if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
               store(values[c], out + c * kLanes, m);
             }
@@ -396,7 +409,7 @@ void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t beg
         Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
         for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
           Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          activate<activation, T>(values);
+          activate_rounded<activation, T>(values);
           store_panel(values, columns, to);
         }
       });
@@ -455,7 +468,11 @@ LinearKernel make_kernel(const LinearParams& p) {
 }  // namespace
 
 LinearKernel linear_kernel(const LinearParams& p) {
-  return p.bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  switch (p.element) {
+    case Element::bfloat16: return make_kernel<bf16, kHasPairs>(p);
+    case Element::float16: return make_kernel<f16, false>(p);
+    default: return make_kernel<float, false>(p);
+  }
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/arguments.h"
+#include "common/float16.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
 #include "linear/args.h"
@@ -90,14 +91,14 @@ int64_t take_rows(const char* op, Tensor& x, int64_t& stride) {
 
 // What a packed weight begins with: a layout is that of an instruction set.
 struct PackedHeader {
-  int64_t isa, columns, depth, bfloat16;
+  int64_t isa, columns, depth, element;
   bool operator==(const PackedHeader&) const = default;
 };
 constexpr int64_t kHeaderFloats = 16;
 static_assert(sizeof(PackedHeader) <= kHeaderFloats * sizeof(float));
 
 PackedHeader header_of(const LinearParams& p) {
-  return {static_cast<int64_t>(cpu_isa()), p.columns, p.depth, p.bfloat16};
+  return {static_cast<int64_t>(cpu_isa()), p.columns, p.depth, static_cast<int64_t>(p.element)};
 }
 
 int64_t panels_of(const LinearParams& p, const LinearKernel& kernel) {
@@ -120,14 +121,14 @@ int64_t take_weight(const char* op, const char* name, Tensor& weight, int64_t de
   p.depth = depth;
   p.weight_column_stride = weight.stride(0);
   p.weight_depth_stride = weight.stride(1);
-  p.bfloat16 = dtype == Dtype::bfloat16;
+  p.element = element_of(dtype);
   return p.columns;
 }
 
 Tensor pack_weight(Tensor weight) {
   constexpr char kOp[] = "pack_weight";
   check(weight.dim() == 2, kOp, ": weight must be (N, K), got ", shape_of(weight));
-  check_cpu_dtype(kOp, weight, "weight");
+  check_cpu_dtype(kOp, weight, "weight", true);
   LinearParams p{};
   take_weight(kOp, "weight", weight, weight.size(1), weight.dtype(), p);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
@@ -149,12 +150,13 @@ Tensor unpack_weight(Tensor packed) {
   bool fits = packed.is_cpu() && packed.dtype() == Dtype::float32 && packed.numel() >= kHeaderFloats;
   if (fits) std::memcpy(&header, packed.data<float>(), sizeof header);
   LinearParams p{};
-  p.columns = header.columns, p.depth = header.depth, p.bfloat16 = header.bfloat16 != 0;
+  p.columns = header.columns, p.depth = header.depth, p.element = static_cast<Element>(header.element);
   const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  fits = fits && p.element >= Element::float32 && p.element <= Element::float16;
   fits = fits && header == header_of(p) && p.columns >= 0 && p.depth >= 0 &&
          packed.numel() == kHeaderFloats + checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
   check(fits, kOp, ": packed is not what pack_weight makes here");
-  Tensor weight = empty({p.columns, p.depth}, packed, p.bfloat16 ? Dtype::bfloat16 : Dtype::float32);
+  Tensor weight = empty({p.columns, p.depth}, packed, dtype_of(p.element));
   if (weight.numel() == 0) return weight;
   const float* panels = packed.data<float>() + kHeaderFloats;
   void* to = weight.mutable_data<void>();
@@ -164,8 +166,12 @@ Tensor unpack_weight(Tensor packed) {
       for (int64_t k = 0; k < p.depth; ++k) {
         uint32_t word;
         std::memcpy(&word, panel + (kernel.pairs ? k / 2 : k) * kernel.panel_columns, sizeof word);
-        if (!p.bfloat16) {
+        if (p.element == Element::float32) {
           std::memcpy(static_cast<float*>(to) + n * p.depth + k, &word, sizeof word);
+        } else if (p.element == Element::float16) {
+          float value;
+          std::memcpy(&value, &word, sizeof value);
+          static_cast<uint16_t*>(to)[n * p.depth + k] = float16_of_float(value);
         } else {
           const bool low = kernel.pairs && k % 2 == 0;
           static_cast<uint16_t*>(to)[n * p.depth + k] = static_cast<uint16_t>(low ? word : word >> 16);
@@ -255,7 +261,7 @@ void multiply(const LinearParams& p, const LinearKernel& kernel, const float* pa
 
 // Long float32 sums accumulate in the result, slice by slice.
 void run(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
-  const int64_t slices = p.bfloat16 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
+  const int64_t slices = p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t begin = slice * p.depth / slices;
     LinearParams part = p;
@@ -293,7 +299,7 @@ struct Input {
 
   static int64_t last_size(const char* op, const Tensor& x) {
     check(x.is_cpu() && x.dim() >= 1, op, ": x must be (..., K) on the CPU, got ", shape_of(x));
-    check_cpu_dtype(op, x, "x");
+    check_cpu_dtype(op, x, "x", true);
     return x.size(x.dim() - 1);
   }
 };

@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/element.h"
 
 namespace fastvit {
-
-enum class Element : int32_t { float32, bfloat16, float16 };
 
 // A per-channel parameter; data is null if there is none.
 struct ChannelParameter {

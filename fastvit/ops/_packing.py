@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["PackedWeight", "packed", "release_memory", "sole_packings"]
+__all__ = ["PackedWeight", "derived", "packed", "release_memory", "sole_packings"]
 
 
 def _enabled(value: str) -> bool:
@@ -54,7 +54,7 @@ def _pack_onednn(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-_PACK: dict[str, Callable[[Tensor, int], Tensor]] = {"cpp": _pack_cpp, "mkl": _pack_mkl, "onednn": _pack_onednn}
+_PACK: dict[Hashable, Callable[[Tensor, int], Tensor]] = {"cpp": _pack_cpp, "mkl": _pack_mkl, "onednn": _pack_onednn}
 
 
 class _Kept(NamedTuple):
@@ -67,12 +67,29 @@ _kept: dict[tuple[Any, ...], _Kept] = {}
 """By whose layout it is, the identity of the weight, or of what it is a view of, and its place in that."""
 
 
-def packed(weight: Tensor, layout: str = "cpp", rows: int = 0) -> Tensor | None:
-    """A float32 or bfloat16 weight (N, K) on the CPU, packed; None where the call is to do without.
+def derived(weight: Tensor, name: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """make(weight), the same tensor at each call as long as a packed weight would be; ``name`` says what is made.
+
+    ``weight`` has two axes or more.
+    """
+
+    def make_to_keep(matrix: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # it may be kept for a call that differentiates
+            return make(matrix.view_as(weight))
+
+    kept = packed(weight.flatten(1), name, make=make_to_keep)
+    return make(weight) if kept is None else kept
+
+
+def packed(
+    weight: Tensor, layout: Hashable = "cpp", rows: int = 0, make: Callable[[Tensor], Tensor] | None = None
+) -> Tensor | None:
+    """A float32, bfloat16 or float16 weight (N, K) on the CPU, packed; None where the call is to do without.
 
     Args:
-        layout: "cpp", "mkl" or "onednn".
+        layout: "cpp", "mkl" or "onednn", or a name for what ``make`` gives.
         rows: of x, which the layouts of the latter two depend on.
+        make: makes it, where it is none of these.
     """
     # The memory of any other tensor (fake, sparse, on another device) is not to be read by its address.
     ordinary = type(weight) in (Tensor, Parameter) and weight.is_cpu and weight.dim() == 2
@@ -87,7 +104,7 @@ def packed(weight: Tensor, layout: str = "cpp", rows: int = 0) -> Tensor | None:
     kept = _kept.get(key)
     if kept is not None and kept.state == state and kept.owner() is owner:
         return kept.packed
-    fresh = _PACK[layout](weight.detach(), rows)
+    fresh = _PACK[layout](weight.detach(), rows) if make is None else make(weight.detach())
     if type(fresh) is not Tensor:  # made while fake tensors are
         return None
     _kept[key] = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, fresh)

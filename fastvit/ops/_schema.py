@@ -30,10 +30,10 @@ __all__ = [
     "unpack",
 ]
 
-ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4}
+ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4, "gelu_tanh": 5}
 """csrc's enum Activation."""
 
-GATE_CODES = ACTIVATION_CODES | {"sigmoid": 5}
+GATE_CODES = ACTIVATION_CODES | {"sigmoid": 6}
 """The same, of gates."""
 
 

@@ -1,6 +1,7 @@
 """Attention under a mask and an additive bias, of many queries or of few.
 
-- ``cpp``: ``csrc/attention``, forward and backward; class attention of up to eight queries has kernels of its own.
+- ``cpp``: ``csrc/attention``, forward and backward, in float16 the forward alone; class attention of up to eight
+  queries has kernels of its own.
 - ``triton``: ``kernels/attention_*.py``. Reads masks through their strides, where PyTorch's CUDA backends first
   materialise and pad them, so it is preferred on CUDA where there is a mask or a bias, and for class attention, whose
   keys it splits between programs so that one image fills the device.
@@ -40,7 +41,8 @@ from fastvit.reference import functional
 
 __all__ = ["class_attention", "masked_attention"]
 
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPP_BACKWARD_DTYPES = CPP_DTYPES[:2]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 _CPP_REASONS = tuple(backends.cpp_reasons())
@@ -205,7 +207,9 @@ def _cpp_reasons(call: Call, named: bool) -> Iterator[str]:
         yield f"it takes tensors on the CPU, q is on {q.device}"
     dtype = compute_dtype(q) if any_autocast() else q.dtype
     if dtype not in CPP_DTYPES:
-        yield f"dtype {dtype} is not one of float32, bfloat16"
+        yield f"dtype {dtype} is not one of float32, bfloat16, float16"
+    elif dtype not in CPP_BACKWARD_DTYPES and is_grad_enabled() and gradients_needed(*call[:3], call.bias):
+        yield f"it has no backward in {str(dtype).removeprefix('torch.')}"
     if q.shape[3] > MAX_HEAD_DIM:
         yield f"head dimension {q.shape[3]} is larger than {MAX_HEAD_DIM}"
     if call.dropout_p != 0.0:

@@ -146,7 +146,7 @@ def conv_batch_norm(
         weight: (O, C, k, l), cross-correlation as in ``nn.Conv2d``; bias: (O,). On x's device.
         norm: BatchNorm over channels.
         stride, padding: of the convolution, an int or (vertical, horizontal).
-        activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         backend: "auto", "channels_last" or "reference".
 
     Returns:

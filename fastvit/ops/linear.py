@@ -1,7 +1,7 @@
 """Linear layers and MLPs, gated ones too, with what stands around them: norm, activation, LayerScale, residual.
 
-- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too. At inference all of it is one call, an MLP's hidden
-  values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
+- ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too, and float16 without. At inference all of it is one
+  call, an MLP's hidden values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
 - ``mkl``, ``onednn``: the products of those libraries with weights packed by them, through torch's own operators, at
   inference; the rest around them.
 - ``reference``: ``torch.nn.functional.linear``, the library's product, and the rest around it.
@@ -40,7 +40,7 @@ from fastvit.reference.functional import GATES, LayerNorm
 
 __all__ = ["glu_mlp", "linear", "mlp"]
 
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPP_MIN_ROWS = 16
 CPP_MIN_COLUMNS = 16
 _CPP_REASONS = tuple(backends.cpp_reasons())
@@ -409,6 +409,10 @@ def _reasons(
         yield f"it takes tensors on the CPU, x is on {x.device}"
     if x.dtype not in dtypes:
         yield f"dtype {x.dtype} is not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+    if x.dtype == torch.float16 and gradients_needed(
+        x, *weights, *biases, call.scale, call.residual, *(call.norm or ())[:2]
+    ):
+        yield "it has no backward in float16"
     if any_autocast() and torch.is_autocast_enabled("cpu"):
         yield "autocast is on, whose cast weights the library keeps"
     for tensor in (*weights, *biases):
@@ -513,7 +517,7 @@ _NOT_SEEN = ["without its native part fastvit does not see that a packed weight 
 _MKL_REASONS = backends.mkl_reasons() + _NOT_SEEN
 _ONEDNN_REASONS = backends.onednn_reasons() + _NOT_SEEN
 _HAS_BFLOAT16 = not backends.onednn_reasons() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_ONEDNN_DTYPES = CPP_DTYPES if _HAS_BFLOAT16 else CPP_DTYPES[:1]
+_ONEDNN_DTYPES = CPP_DTYPES[:2] if _HAS_BFLOAT16 else CPP_DTYPES[:1]
 
 
 def _implementations(run_cpp: Callable[..., Tensor], run_by: Callable[..., Tensor]) -> tuple[Implementation, ...]:
@@ -589,7 +593,7 @@ def linear(
         x: (..., K), floating.
         weight: (N, K), dtype and device of x (under autocast dtypes may differ).
         bias: (N,), likewise.
-        activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
+        activation: None, "gelu" (erf), "gelu_tanh", "quick_gelu", "silu" or "relu".
         norm: LayerNorm over K, in front, in x's dtype or float32. scale: (N,), a LayerScale. residual: (..., N).
         backend: "auto", "cpp", "mkl", "onednn" or "reference".
 

@@ -498,8 +498,8 @@ def token_depthwise_conv(
         x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
         weight: (C, 1, k, k), cross-correlation as in ``nn.Conv2d``; bias: (C,). On x's device.
         grid: (h, w). stride: of the convolution. padding: k // 2 zeros on each side by default (zeros of t, not of x).
-        norm, pre_norm: BatchNorm over channels. activation, pre_activation: None, "gelu" (erf), "quick_gelu", "silu"
-            or "relu".
+        norm, pre_norm: BatchNorm over channels. activation, pre_activation: None, "gelu" (erf), "gelu_tanh",
+            "quick_gelu", "silu" or "relu".
         residual: adds the grid tokens of x; needs a convolution that keeps the grid size.
         backend: "auto", "cuda", "cpp", "triton" or "reference".
 

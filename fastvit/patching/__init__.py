@@ -1,6 +1,7 @@
 """Make an existing model's slow blocks fast in place, say what was done, and undo it exactly."""
 
 from fastvit.patching.explanation import Explanation, explain
+from fastvit.patching.folding import FoldedNormalization, fold_normalization
 from fastvit.patching.freezing import freeze, unfreeze
 from fastvit.patching.fusion import Fused
 from fastvit.patching.models import create_model, fuse_reference_models
@@ -10,11 +11,13 @@ from fastvit.patching.swap import is_patched, patch, patched, unpatch
 
 __all__ = [
     "Explanation",
+    "FoldedNormalization",
     "Fused",
     "Report",
     "ReportRow",
     "create_model",
     "explain",
+    "fold_normalization",
     "freeze",
     "fuse_reference_models",
     "is_patched",

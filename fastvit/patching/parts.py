@@ -13,15 +13,19 @@ from fastvit.reference.cvt import QuickGELU
 from fastvit.reference.overrides import is_plain, must_call, obstacles
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.GELU: "gelu",
+    nn.GELU: "gelu",  # or "gelu_tanh"
     QuickGELU: "quick_gelu",
     nn.SiLU: "silu",
     nn.ReLU: "relu",
 }
 _ACTIVATIONS_BY_PATH = {
     "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.QuickGELU": "quick_gelu",
     "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
     "transformers.activations.QuickGELUActivation": "quick_gelu",
     "transformers.activations.SiLUActivation": "silu",
 }
@@ -51,10 +55,11 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 def activation_name(module: nn.Module) -> str | None:
     """The operators' name of an activation layer; None where they have none, or where it has to be called."""
     cls = type(module)
-    name = _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
-    if name is None or not is_plain(module, cls) or (cls is nn.GELU and module.approximate != "none"):
+    if not is_plain(module, cls):
         return None
-    return name
+    if cls is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
 
 
 def is_plain_of(part: Any, library: str) -> bool:

@@ -22,6 +22,7 @@ from fastvit.patching.blocks import (
     whole_backend,
 )
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
+from fastvit.patching.normalization import NormalizingConv2d
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import LeFF, leff_arguments
@@ -359,16 +360,19 @@ class PatchEmbedSeam(Fused):
     """The patches of an image as rows of one product, at inference on the CPU."""
 
     fastvit_op = "linear"
-    fastvit_reads: ClassVar = {"proj": nn.Conv2d}
 
     def project(self, x: Tensor) -> Tensor:
         conv, backend = self._modules.get("proj"), whole_backend(self, x)
-        if backend is None or not _cuts_patches(conv, x, self.patch_size):
+        known = is_plain(conv, nn.Conv2d, NormalizingConv2d)
+        if backend is None or not known or not _cuts_patches(conv, x, self.patch_size):
             return plain_class(self).project(self, x)
+        folded = type(conv) is NormalizingConv2d
+        weight = conv.normalization.scaled(conv.weight) if folded else conv.weight
+        x = conv.centred(x) if folded else x
         (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.flatten(3).flatten(1, 2)
-        return ops.linear(tokens, conv.weight.flatten(1), conv.bias, backend=backend)
+        return ops.linear(tokens, weight.flatten(1), conv.bias, backend=backend)
 
 
 def _cuts_patches(conv: nn.Conv2d, x: Tensor, patch_size: tuple[int, int]) -> bool:

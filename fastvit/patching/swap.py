@@ -22,6 +22,7 @@ from fastvit.patching.deferral import (
     judge,
     undecided_class,
 )
+from fastvit.patching.folding import unfold
 from fastvit.patching.freezing import unfreeze
 from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
 from fastvit.patching.plan import (
@@ -156,8 +157,8 @@ def _recognised(
 def unpatch(model: Model) -> Model:
     """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model.
 
-    A frozen model is unfrozen. Packed copies of weights are given up, those of other models too, which pack theirs
-    anew.
+    What :func:`fold_normalization` did is undone as well, and a frozen model is unfrozen. Packed copies of weights are
+    given up, those of other models too, which pack theirs anew.
 
     Raises:
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
@@ -166,6 +167,7 @@ def unpatch(model: Model) -> Model:
     check_model(model)
     with _lock:
         check_uncovered(model)
+        unfold(model)
         unfreeze(model)
         _commit(model, targets(model, [], "auto"), None)
     release_memory()

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' blocks: attention and MLP of ViT and DeiT (4.x and 5.x); what CvT's share with them.
+"""Hugging Face transformers' blocks: attention and MLP of ViT and DeiT (4.x and 5.x), SigLIP's MLP; CvT's shared part.
 
 transformers itself is never imported here. The attention map that a ViT's attention returns beside its output is None
 in the fused forwards, as it is with transformers' own ``sdpa`` interface; whoever wants the map
@@ -141,7 +141,7 @@ class SelfOutputSeam(Fused):
 
 
 class MlpSeam(Fused):
-    """``ViTMLP`` and ``DeiTMLP`` of transformers 5."""
+    """``ViTMLP`` and ``DeiTMLP`` of transformers 5, and SigLIP's."""
 
     fastvit_op = "mlp"
 
@@ -337,4 +337,6 @@ ROWS = (
             ),
         )
     ),
+    Row(f"{_MODELS}.siglip.modeling_siglip.SiglipMLP", MlpSeam, _check_mlp, _MLP_NAMES),
+    Row(f"{_MODELS}.siglip2.modeling_siglip2.Siglip2MLP", MlpSeam, _check_mlp, _MLP_NAMES),
 )

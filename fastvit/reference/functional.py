@@ -13,6 +13,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -201,8 +202,9 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
     "silu": F.silu,
     "relu": F.relu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-"""Activation by name; ``"gelu"`` is the exact (erf) form."""
+"""Activation by name; ``"gelu"`` is the exact (erf) form, ``"gelu_tanh"`` its authors' approximation by a tanh."""
 
 GATES = ACTIVATIONS | {"sigmoid": torch.sigmoid}
 """Activation of a gate by name."""

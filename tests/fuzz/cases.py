@@ -26,7 +26,7 @@ MOODS = {
     "inf:1": 3,
     "-inf:2": 3,
 }
-ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 
 
 class Draw(random.Random):

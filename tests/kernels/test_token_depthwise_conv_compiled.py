@@ -31,7 +31,7 @@ KERNELS = {
     "sums": sums_kernel,
     "weight_gradient": weight_gradient_kernel,
 }
-GELU, SILU = 1, 3
+GELU, SILU, GELU_TANH = 1, 3, 5
 
 
 class Case(NamedTuple):
@@ -71,6 +71,7 @@ NO_NORM = {"norm": None, "bias": None}
 KINDS = [
     ("norm_activation", constants(ACTIVATION=GELU)),
     ("norm_activation_backward", constants(ACTIVATION=GELU)),
+    ("norm_activation_backward", constants(ACTIVATION=GELU_TANH)),
     ("norm_activation_backward", constants(ACTIVATION=SILU, constant=None, slope=None)),
     ("convolve", constants(ACTIVATION=GELU, TRANSPOSED=False, **shape(3, 1))),
     ("convolve", constants(ACTIVATION=0, TRANSPOSED=False, conv=None, **NO_NORM, **shape(3, 2))),

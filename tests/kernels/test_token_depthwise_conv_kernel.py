@@ -37,6 +37,7 @@ FORWARD = [
     ),
     Case((5, 4), 40, prefix=1, residual=True, **LEFF),
     Case((5, 4), pre_activation="relu", activation="quick_gelu"),
+    Case((5, 4), pre_activation="gelu_tanh", activation="gelu_tanh"),
     Case((5, 4), pre_activation="silu", activation="relu", norm=True, affine=False, bias=False),
     Case((1, 1), 17, prefix=1, residual=True),
     Case((2, 1), 5, kernel=7),
@@ -51,6 +52,7 @@ TRAINING = [
     Case((7, 5), 20, kernel=5, stride=2, prefix=2, pre_norm=True, activation="silu"),
     Case((7, 5), 20, prefix=1, residual=True),
     Case((3, 5), 20, kernel=7, pre_activation="quick_gelu", activation="relu"),
+    Case((3, 5), 20, pre_activation="gelu_tanh", activation="gelu_tanh"),
     Case((5, 6), 20, kernel=4, padding=5, activation="gelu"),
     Case((1, 1), 17, 4, prefix=1, residual=True, **NORMS),
 ]

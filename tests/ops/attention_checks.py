@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -38,23 +39,29 @@ def check(
     mask: Tensor | None = None,
     scale: float | None = None,
     grad: Tensor | None = None,
+    only_forward: Collection[torch.dtype] = (),
 ) -> list[Tensor]:
     """Forward and every gradient of ``function(q, k, v, mask, bias, scale)``; returns them in the order of NAMES.
 
     Args:
         tensors: q, k, v and perhaps a bias.
         grad: of the output; random by default.
+        only_forward: dtypes in which there are no gradients.
     """
 
     def run(call, poisoned, *tensors):
         def bound(q, k, v, bias=None):
             return call(q, k, v, mask, bias, scale)
 
+        if forward:
+            with poisoned_empty() if poisoned else contextlib.nullcontext():
+                return [bound(*tensors)]
         if not poisoned:
             return outputs_and_gradients(bound, list(tensors), grad)
         with poisoned_empty():
             return outputs_and_gradients(bound, list(tensors), grad)
 
+    forward = tensors[0].dtype in only_forward
     grad = torch.randn(tensors[0].shape) if grad is None else grad
     grad = grad.to(tensors[0].dtype)
     got = run(function, True, *tensors)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastvit import backends
-from fastvit.ops import masked_attention
-from fastvit.ops.attention import CPP_DTYPES
+from fastvit.ops import class_attention, masked_attention
+from fastvit.ops.attention import CPP_BACKWARD_DTYPES, CPP_DTYPES
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, poisoned_empty
 from tests.ops import attention_checks
@@ -21,7 +21,7 @@ from tests.ops.attention_checks import packed
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 
 cpp = functools.partial(masked_attention, backend="cpp")
-check = functools.partial(attention_checks.check, cpp)
+check = functools.partial(attention_checks.check, cpp, only_forward=[torch.float16])
 
 
 @pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
@@ -77,7 +77,7 @@ def test_bias_that_masks(isa):
     assert out[:, :, 5].eq(0).all() and dq[:, :, 5].eq(0).all() and dbias[bias == -torch.inf].eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", CPP_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", CPP_BACKWARD_DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [30, 1100])
 def test_rows_without_keys_are_exactly_zero(isa, keys, dtype):
     q, k, v = packed(3, 4, keys, 16, dtype)
@@ -133,7 +133,7 @@ def test_nan_and_infinity_stay_where_the_reference_has_them(isa, queries):
 
 
 def test_scratch_of_an_earlier_call_does_not_leak(isa):
-    for dtype in CPP_DTYPES:
+    for dtype in CPP_BACKWARD_DTYPES:
         for queries in (4, 29):
             q, k, v = packed(2, 4, 29, 18, dtype)
             q = q[:, :, :queries]
@@ -143,6 +143,19 @@ def test_scratch_of_an_earlier_call_does_not_leak(isa):
             assert all(grad.isnan().all() for grad in torch.autograd.grad(out.sum(), poison))
             check([q, k, v])
             check([q, k, v], torch.rand(2, 1, queries, 29) > 0.5)
+
+
+def test_float16_has_no_backward():
+    q, k, v = packed(1, 2, 9, 16, torch.float16)
+    leaf = q.clone().requires_grad_()
+    for op in (masked_attention, class_attention):
+        with pytest.raises(RuntimeError, match="cannot run this call: it has no backward in float16"):
+            op(leaf, k, v, backend="cpp")
+        assert op(leaf, k, v).requires_grad
+    with torch.no_grad():
+        assert torch.equal(cpp(leaf, k, v), cpp(q, k, v))
+    with pytest.raises(RuntimeError, match="q must be float32 or bfloat16 on the CPU, got float16"):
+        torch.ops.fastvit.masked_attention_cpp_backward(v, q, k, v, None, None, 1.0, False)
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(1, 200), (3, 200), (1, 3)])
@@ -309,7 +322,7 @@ def test_tells_its_reasons():
 
 
 LOW_LEVEL_BAD = {
-    "q must be float32 or bfloat16": {"q": lambda tensor: tensor.double()},
+    "q must be float32.* or b?float16 on the CPU, got float64": {"q": lambda tensor: tensor.double()},
     r"q and k must be \(B, H, N, D\)": {"q": lambda tensor: tensor[0]},
     "k has shape": {"k": lambda tensor: tensor[:, :3]},
     "v is bfloat16, q is float32": {"v": lambda tensor: tensor.bfloat16()},

@@ -114,7 +114,7 @@ def _matrix_cases(name: str) -> list[tuple[str, Any, str]]:
 
 
 _BACKEND = [("backend", "fast", "backend: expected one of ['auto', ")]
-_ACTIVATIONS = "expected one of [None, 'gelu', 'quick_gelu', 'silu', 'relu'], got"
+_ACTIVATIONS = "expected one of [None, 'gelu', 'quick_gelu', 'silu', 'relu', 'gelu_tanh'], got"
 
 _GATES = _ACTIVATIONS.replace("'relu'", "'relu', 'sigmoid'")
 

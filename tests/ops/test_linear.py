@@ -20,7 +20,8 @@ from tests.helpers import assert_as_accurate, poisoned_empty
 MODULE = importlib.import_module("fastvit.ops.linear")
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)
-ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+FORWARD_DTYPES = (*DTYPES, torch.float16)
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 # rows, depth, columns: one of each, odd ones, more than a tile, a panel, a block of the depth, a group
 SHAPES = ((1, 1, 1), (3, 5, 7), (15, 33, 31), (29, 64, 48), (197, 130, 100), (40, 1100, 65), (300, 48, 800))
 
@@ -33,7 +34,7 @@ def _layer(rows: int, depth: int, columns: int, dtype: torch.dtype, seed: int = 
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_accurate_as_the_library(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, weight, bias = _layer(*shape, dtype)
@@ -45,7 +46,7 @@ def test_as_accurate_as_the_library(isa: str, shape: tuple[int, int, int], dtype
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(isa: str, activation: str | None, dtype: torch.dtype) -> None:
     x, weight, bias = _layer(31, 48, 40, dtype)
@@ -55,7 +56,7 @@ def test_activations(isa: str, activation: str | None, dtype: torch.dtype) -> No
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("turned", [False, True])
 def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool, dtype: torch.dtype) -> None:
     x, weight, bias = _layer(17, 6501, 37, dtype)
@@ -67,7 +68,7 @@ def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool,
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("rows", [7, 50, 197, 1000])
 def test_the_same_bits_however_the_work_is_divided(isa: str, rows: int, dtype: torch.dtype) -> None:
     x, *up = _layer(rows, 192, 500, dtype)
@@ -127,7 +128,7 @@ AROUND = (
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("parts", AROUND, ids=lambda parts: "-".join(parts))
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_what_stands_around_a_product(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dtype) -> None:
@@ -145,7 +146,7 @@ def test_what_stands_around_a_product(isa: str, shape: tuple[int, int, int], par
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("parts", [{}, *AROUND], ids=lambda parts: "-".join(parts) or "alone")
 @pytest.mark.parametrize("shape", [(3, 5, 7), (29, 64, 48), (197, 96, 401), (300, 24, 1100)])
 def test_mlp(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dtype) -> None:
@@ -311,6 +312,42 @@ def test_infinities_of_a_hidden_value_stay_in_their_rows() -> None:
 
 
 @needs_cpp
+def test_float16_overflows_where_the_plain_form_does(isa: str) -> None:
+    """Each step is rounded to float16: what is beyond its range is infinite before anything makes it smaller."""
+    x, *up = _layer(40, 16, 37, torch.float16)
+    _, *down = _layer(1, 37, 16, torch.float16, seed=1)
+    x[3] = 6e4 * up[0][0].sign()
+    for scale in (None, torch.full((37,), 0.1).half()):
+        for activation in ACTIVATIONS:
+            got = ops.linear(x, *up, activation, scale=scale, residual=x[:, :1].expand(-1, 37), backend="cpp")
+            plain = functional.linear(x, *up, activation, scale=scale, residual=x[:, :1].expand(-1, 37))
+            assert plain[3].isfinite().logical_not().any() and plain[4:].isfinite().all()
+            assert torch.equal(got.isfinite(), plain.isfinite()), activation
+    got, plain = ops.mlp(x, *up, *down, "relu", backend="cpp"), functional.mlp(x, *up, *down, "relu")
+    assert not plain[3].isfinite().any()
+    assert torch.equal(got.isfinite(), plain.isfinite())
+
+
+@needs_cpp
+def test_float16_has_no_backward() -> None:
+    x, weight, bias = _layer(40, 24, 32, torch.float16)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="linear: backend 'cpp' cannot run this call: it has no backward in float16"):
+        ops.linear(x, weight, bias, backend="cpp")
+    with pytest.raises(RuntimeError, match="mlp: backend 'cpp' cannot run this call: it has no backward in float16"):
+        ops.mlp(x, weight, bias, weight.t(), None, backend="cpp")
+    out = ops.linear(x, weight, bias)  # the library's
+    out.sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        assert_as_accurate(
+            ops.linear(x, weight, bias, backend="cpp"),
+            out.detach(),
+            functional.linear(x.double(), weight.double(), bias.double()),
+        )
+
+
+@needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_what_stands_around(dtype: torch.dtype) -> None:
     values = (*_layer(34, 40, 36, dtype), *_layer(1, 36, 40, dtype, seed=1)[1:])
@@ -332,7 +369,7 @@ def test_gradients_of_what_stands_around(dtype: torch.dtype) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 def test_long_sums(isa: str, dtype: torch.dtype) -> None:
     """Terms of one sign, where rounding errors of long sums grow fastest."""
     x, weight, bias = _layer(20, 3072, 32, dtype)

@@ -21,7 +21,7 @@ from tests.helpers import assert_as_accurate, poisoned_empty
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float32, torch.bfloat16)
-ACTIVATIONS = ("gelu", "quick_gelu", "silu", "relu")
+ACTIVATIONS = ("gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 
 # --- Activations ----------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def test_gelu_everywhere(isa):
 
 
 @pytest.mark.parametrize("columns", [1, 70])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_behind_a_product(isa, activation, dtype, columns):
     x, weight = special(1, dtype), torch.ones(columns, 1, dtype=dtype)

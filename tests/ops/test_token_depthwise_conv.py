@@ -26,7 +26,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = shutil.which("c++") or shutil.which("g++")
 NVCC = shutil.which("nvcc")
 DTYPES = (torch.float32, torch.bfloat16)
-ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu")
+ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 
 
 class Case(NamedTuple):
@@ -224,16 +224,17 @@ def test_other_numbers(seed: int, isa: str) -> None:
 
 
 @needs_cpp
-def test_every_value_of_gelu(isa: str) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_every_value_of_gelu(activation: str, isa: str) -> None:
     """A 1x1 kernel of ones: the activation alone, over the whole range where it is neither 0 nor x."""
     x = torch.linspace(-12, 12, 40000).reshape(1, 1000, 40)
     check(run_cpp, make_arguments(Case((25, 40), kernel=1, bias=False), torch.float32) | {
-        "x": x, "weight": torch.ones(40, 1, 1, 1), "activation": "gelu",
+        "x": x, "weight": torch.ones(40, 1, 1, 1), "activation": activation,
     })  # fmt: skip
 
 
 @needs_cpp
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "silu", "relu", "gelu_tanh"])
 def test_activations_keep_nan_and_saturate(activation: str, isa: str) -> None:
     x = torch.tensor([float("nan"), 1e30, -1e30, 3e38, -100.0, 0.0, float("inf")]).expand(1, 1, 7)
     got = run_cpp(x=x.contiguous(), weight=torch.ones(7, 1, 1, 1), grid=(1, 1), activation=activation).flatten()

@@ -36,7 +36,7 @@ def frozen_weights(model: nn.Module) -> list[PackedWeight]:
     return [weight for weight in model.parameters() if type(weight) is PackedWeight]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_results_and_state_are_the_same_and_the_weights_are_gone(family, dtype):
     model, x = small(family, dtype)

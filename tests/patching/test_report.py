@@ -155,7 +155,7 @@ def test_json_and_html():
         "status": "patched",
         "backend": ATTENTION,
         "reasons": [],
-        "backends": {"float32": ATTENTION, "bfloat16": ATTENTION, "float16": "sdpa"},
+        "backends": {"float32": ATTENTION, "bfloat16": ATTENTION, "float16": ATTENTION},
         "error": shown.rows[2].error,
         "plain_error": shown.rows[2].plain_error,
         "seconds": None,
