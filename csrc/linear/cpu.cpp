@@ -274,6 +274,14 @@ struct Panel {
     }
   }
 
+  // The norm of the columns.
+  void normalize(Vec* values) const {
+    for (int64_t c = 0; c * kLanes < columns; ++c) {
+      const int64_t at = column + c * kLanes, n = smaller(kLanes, columns - c * kLanes);
+      values[c] = fma(values[c], load(p.column_factor + at, n), load(p.column_shift + at, n));
+    }
+  }
+
   // The totals begin with the bias, or with the previous result.
   FASTVIT_INLINE void start(int64_t r, int64_t n, float* totals) const {
     const float* from = p.accumulate ? static_cast<const float*>(p.out) + (row + r) * p.columns : p.bias;
@@ -312,6 +320,7 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
           Vec values[kPanelVectors];
 #pragma GCC unroll 2
           for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+          if (p.column_factor != nullptr) panel.normalize(values);
           activate<activation, T>(values);
           if (panel.columns == kPanel) {
 #pragma GCC unroll 2

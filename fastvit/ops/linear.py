@@ -87,10 +87,15 @@ def _check_dtype(name: str, tensor: Tensor | None, x: Tensor) -> None:
 
 
 def _check_x(call: Linear | Mlp) -> None:
-    x, norm = call.x, call.norm
+    x = call.x
     if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
         fail("x", "a floating tensor (..., K)", x)
     check_activation("activation", call.activation)
+    check_norm(call.norm, x)
+
+
+def check_norm(norm: LayerNorm | None, x: Tensor) -> None:
+    """The norm in front of a product."""
     if norm is not None:
         if not isinstance(norm, LayerNorm):
             fail("norm", "LayerNorm.of(module) or None", norm)
@@ -102,9 +107,13 @@ def _check_x(call: Linear | Mlp) -> None:
 
 
 def _check_added(call: Linear | Mlp, outputs: int) -> None:
-    x, residual = call.x, call.residual
-    check_parameter("scale", call.scale, (outputs,), x)
-    _check_dtype("scale", call.scale, x)
+    check_parameter("scale", call.scale, (outputs,), call.x)
+    _check_dtype("scale", call.scale, call.x)
+    check_residual(call.residual, call.x, outputs)
+
+
+def check_residual(residual: Tensor | None, x: Tensor, outputs: int) -> None:
+    """What is added behind a product of so many outputs."""
     if residual is not None:
         expected = (*x.shape[:-1], outputs)
         if not isinstance(residual, Tensor) or residual.shape != expected or not residual.is_floating_point():
@@ -387,6 +396,15 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         else:
             return _run_linear_cpp(call, traced)
     return _run_linear_reference(call)
+
+
+def takes_mlp(call: Mlp) -> bool:
+    """Whether ``cpp`` would run this MLP, whose layers another operator has with something in between."""
+    if backends.REQUESTED is not None and "cpp" not in backends.REQUESTED:
+        return False
+    for _ in _cpp_reasons(call, False):
+        return False
+    return True
 
 
 def linear(

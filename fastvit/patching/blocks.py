@@ -86,7 +86,7 @@ def adds_attention(block: Any, **reads: type[nn.Module]) -> bool:
     attention = block.attn
     of_attention = {**(reads or {"qkv": nn.Linear}), "proj": nn.Linear, "proj_drop": nn.Dropout}
     return (
-        _is_over_channels(block._modules.get("norm1"))
+        is_over_channels(block._modules.get("norm1"))
         and _passes(block._modules.get("drop_path"))
         and getattr(block, "scale_adjustment", 1.0) == 1.0
         and is_known(attention, block.attentions, block.fastvit_backend, of_attention)
@@ -98,7 +98,7 @@ def adds_mlp(block: Any) -> bool:
     """Whether the MLP, and all around it, is known and does nothing more than its tensors tell."""
     mlp = block.mlp
     return (
-        _is_over_channels(block._modules.get("norm2"))
+        is_over_channels(block._modules.get("norm2"))
         and _passes(block._modules.get("drop_path"))
         and is_known(mlp, block.mlps, block.fastvit_backend, _OF_MLP)
         and dropout_p(mlp.drop) == 0.0
@@ -106,7 +106,8 @@ def adds_mlp(block: Any) -> bool:
     )
 
 
-def _is_over_channels(norm: Any) -> bool:
+def is_over_channels(norm: Any) -> bool:
+    """Whether a part is a LayerNorm over channels that may be read."""
     return readable(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
 
 

@@ -18,6 +18,7 @@ from fastvit.patching.blocks import (
     at_inference,
     computes_first,
     is_known,
+    is_over_channels,
     mask_of_first,
     split_heads,
 )
@@ -246,7 +247,12 @@ class LeFFBlockSeam(Fused):
         if not (at_inference(self, x) and adds_attention(self)):
             return self.fastvit_plain.forward(self, x, grid, mask)
         x = add_attention(self, x, mask)
-        return x + self.leff(self.norm2(x), grid)
+        leff = self.leff
+        if not _reads_leff(self):
+            return x + leff(self.norm2(x), grid)
+        settings = {"grid": grid, "prefix_tokens": leff.prefix_tokens, "form": leff.form}
+        around = {"norm": LayerNorm.of(self.norm2), "residual": x}
+        return ops.leff(x, **leff_arguments(leff), **settings, **around, backend=self.fastvit_backend)
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
         if not (computes_first(self, x) and adds_attention(self) and _skips_leff(self, count)):
@@ -255,13 +261,21 @@ class LeFFBlockSeam(Fused):
         return x + self.norm2(x) if self.leff.form == "official" else x
 
 
+def _reads_leff(block: Any) -> bool:
+    """Whether the LeFF, and the norm in front of it, may be read: it calls none of its own parts but two products."""
+    leff = block.leff
+    return (
+        is_over_channels(block._modules.get("norm2"))
+        and is_known(leff, (LeFF,), block.fastvit_backend, {"conv1": nn.Conv2d, "conv3": nn.Conv2d})
+        and not {"transform", "transform_by_parts"} & vars(leff).keys()
+    )
+
+
 def _skips_leff(block: Any, count: int) -> bool:
     """Whether the first tokens pass the LeFF by, and nobody waits for its parts."""
     leff = block.leff
     return (
-        readable(block._modules.get("norm2"), nn.LayerNorm)
-        and is_known(leff, (LeFF,), block.fastvit_backend, {"conv1": nn.Conv2d, "conv3": nn.Conv2d})
-        and not {"transform", "transform_by_parts"} & vars(leff).keys()
+        _reads_leff(block)
         and not any(part.training for part in leff.children())
         and count <= leff.prefix_tokens
         and leff.form in LEFF_FORMS

@@ -33,7 +33,7 @@ PARTS = {
     "mlp": 2,  # two products
     "depthwise_separable_conv": 2,  # convolution, product
     "conv_projection": 6,  # three convolutions, three products
-    "leff": 4,  # product, convolution, product, norm
+    "leff": 3,  # product, convolution, product
 }
 """How many operators a composition is made of; those not listed are one."""
 
