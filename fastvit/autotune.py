@@ -25,6 +25,7 @@ import contextvars
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -64,6 +65,8 @@ WARMUP_RUNS = 3
 ROUNDS = 9
 PREFERENCE = 0.9
 """Of the first candidate on the CPU: another has to take less than this part of its time."""
+HOPELESS = 1.25
+"""Times the fastest: a candidate on the CPU that takes so long is timed no further."""
 INTERPRETER_MULTIPROCESSORS = 4
 """Few programs for Triton's interpreter, since each is slow."""
 
@@ -302,15 +305,31 @@ def _time(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def _time_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """The shortest time of each call, interleaved; the first one's a little shortened, as it is preferred."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(-1, ROUNDS):
-        for call, times in zip(calls, seconds, strict=True):
-            begin = time.perf_counter()
-            call()
-            if turn >= 0:
-                times.append(time.perf_counter() - begin)
-    return [min(times) * (PREFERENCE if place == 0 else 1.0) for place, times in enumerate(seconds)]
+    """The shortest time of each call, interleaved; the first one's a little shortened, as it is preferred.
+
+    Calls that are clearly slower are timed no further, and one that is ahead of the first is timed once more beside it:
+    a neighbour on the machine may slow either for some rounds.
+    """
+    seconds = [math.inf] * len(calls)
+
+    def shortest(places: Sequence[int]) -> int:
+        for turn in range(-1, ROUNDS):
+            for place in places:
+                begin = time.perf_counter()
+                calls[place]()
+                if turn >= 0:
+                    passed = (time.perf_counter() - begin) * (PREFERENCE if place == 0 else 1.0)
+                    seconds[place] = min(seconds[place], passed)
+            if turn > 0:
+                places = [place for place in places if seconds[place] < HOPELESS * min(seconds)]
+                if len(places) == 1:
+                    break
+        return min(places, key=seconds.__getitem__)
+
+    fastest = shortest(range(len(calls)))
+    if fastest != 0:
+        shortest((0, fastest))
+    return seconds
 
 
 def _record(kernel_name: str, key: tuple[Hashable, ...], device: str) -> tuple[Path, dict[str, Any]]:

@@ -31,7 +31,7 @@ import torch
 
 from fastvit._version import __version__
 
-BACKENDS = ("reference", "sdpa", "channels_last", "cpp", "cuda", "triton")
+BACKENDS = ("reference", "sdpa", "channels_last", "mkl", "onednn", "cpp", "cuda", "triton")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 MIN_TORCH = (2, 10)
 MIN_TRITON = (3, 6)
@@ -259,6 +259,16 @@ def triton_reasons(device: torch.device) -> list[str]:
     return [f"Triton kernels run on CUDA and ROCm devices, not on {device.type} (TRITON_INTERPRET=1 interprets them)"]
 
 
+def mkl_reasons() -> list[str]:
+    """Why products cannot be MKL's with packed weights; an empty list if they can."""
+    return [] if torch.backends.mkl.is_available() else ["this torch was built without MKL"]
+
+
+def onednn_reasons() -> list[str]:
+    """Why products cannot be oneDNN's with packed weights; an empty list if they can."""
+    return [] if torch.backends.mkldnn.is_available() else ["this torch was built without oneDNN"]
+
+
 def describe() -> dict[str, Any]:
     """Versions, devices, every backend with the reasons why it cannot run, and the build: JSON-ready."""
     gpu = torch.device("cuda") if torch.cuda.is_available() else None
@@ -266,6 +276,8 @@ def describe() -> dict[str, Any]:
         "reference": [],
         "sdpa": [],
         "channels_last": [],
+        "mkl": mkl_reasons(),
+        "onednn": onednn_reasons(),
         "cpp": cpp_reasons(),
         "cuda": cuda_reasons(gpu) or ([] if gpu else ["torch sees no CUDA device"]),
         "triton": triton_reasons(gpu or torch.device("cpu")),

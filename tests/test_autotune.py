@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -392,3 +393,37 @@ def test_it_is_imported_without_triton():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     without = "import fastvit.backends as b; b.TRITON_VERSION = None; "
     subprocess.run([sys.executable, "-c", without + program], env=environment, check=True)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], Callable[[], None]]:
+    """Makes a call whose n-th run takes as many seconds as a function says."""
+    now = 0.0
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: now)
+
+    def taking(seconds: Callable[[int], float]) -> Callable[[], None]:
+        runs = iter(range(1000))
+
+        def run() -> None:
+            nonlocal now
+            now += seconds(next(runs))
+            run.count = getattr(run, "count", 0) + 1
+
+        return run
+
+    return taking
+
+
+def test_on_the_cpu_what_is_clearly_slower_is_timed_no_further(clock):
+    calls = [clock(lambda _: 1.0), clock(lambda _: 0.95), clock(lambda _: 2.0), clock(lambda turn: 100.0 - turn)]
+    seconds = autotune._time_on_cpu(calls)
+    assert min(seconds) == seconds[0] == 0.9, "another has to take a tenth less"
+    assert [call.count for call in calls] == [autotune.ROUNDS + 1, autotune.ROUNDS + 1, 3, 3]
+
+
+def test_on_the_cpu_the_first_gets_a_second_chance(clock):
+    disturbed = clock(lambda turn: 1.2 if turn <= autotune.ROUNDS else 1.0)
+    seconds = autotune._time_on_cpu([disturbed, clock(lambda _: 1.0)])
+    assert seconds[0] < seconds[1]
+    seconds = autotune._time_on_cpu([clock(lambda _: 1.2), clock(lambda _: 1.0)])
+    assert seconds[1] < seconds[0]

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "common/integers.h"
 
@@ -25,14 +26,21 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
       &f);
 }
 
-// Dynamic scheduling: the threads take items [0, items) one by one, since a core may be slower than another, or share
-// its units with another program. `start` is called on each thread and gives the function of an item.
+// Dynamic scheduling of `groups` items of work in each of `blocks` blocks: a thread begins with blocks of its own,
+// whose data it keeps in its cache, and then helps with those of others, since a core may be slower than another, or
+// share its units with another program. `start` is called on each thread and gives f(block, group).
 template <class F>
-void parallel_dynamic(int64_t items, int64_t threads, const F& start) {
-  std::atomic<int64_t> next{0};
-  parallel_for(0, smaller(items, threads), 1, [&](int64_t, int64_t) {
+void parallel_dynamic(int64_t blocks, int64_t groups, int64_t threads, const F& start) {
+  std::vector<std::atomic<int64_t>> next(static_cast<size_t>(blocks));
+  threads = smaller(blocks * groups, threads);
+  parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     auto work = start();
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
+    const int64_t first = thread * blocks / threads;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t block = (first + i) % blocks;
+      std::atomic<int64_t>& next_group = next[static_cast<size_t>(block)];
+      for (int64_t group; (group = next_group.fetch_add(1, std::memory_order_relaxed)) < groups;) work(block, group);
+    }
   });
 }
 

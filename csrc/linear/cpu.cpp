@@ -193,11 +193,12 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
 
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
-// totals[r][c] += sum_k x[r][k] weight[k][c] over `words` words. With every cache line of a row, `lines` of them are
-// prefetched to the L2 cache from `next` on. Not inlined: there are many callers, and many sizes of tiles.
+// totals[r][c] = before[r][c] + sum_k x[r][k] weight[k][c] over `words` words, where rows of `before` are
+// `before_stride` apart. With every cache line of a row, `lines` of them are prefetched to the L2 cache from `next` on.
+// Not inlined: there are many callers, and many sizes of tiles.
 template <bool kPairs, int kR>
-__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, float* totals,
-                                            const float* next, int64_t lines) {
+__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, const float* before,
+                                            int64_t before_stride, float* totals, const float* next, int64_t lines) {
   Vec sums[kR][kPanelVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -227,8 +228,7 @@ __attribute__((noinline)) void add_products(int64_t words, const float* x, const
   for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 2
     for (int c = 0; c < kPanelVectors; ++c) {
-      float* total = totals + r * kPanel + c * kLanes;
-      (Vec::load(total) + sums[r][c]).store(total);
+      (Vec::load(before + r * before_stride + c * kLanes) + sums[r][c]).store(totals + r * kPanel + c * kLanes);
     }
   }
 }
@@ -245,7 +245,10 @@ struct Panel {
   // finish(r, n, totals) for every tile of n rows from r on.
   template <class Finish>
   FASTVIT_INLINE void run(const Finish& finish) const {
-    alignas(64) float totals_of_rows[kMostRows * kPanel];
+    alignas(64) float totals_of_rows[kMostRows * kPanel], bias[kPanel];
+    for (int64_t c = 0; c < kPanel; c += kLanes) {
+      (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
+    }
     const int64_t rows = block.rows, words = words_of<kPairs>(p.depth), lines = divide_up(kPanel * kRows, rows);
     for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
       const int64_t count = smaller(kDepthBlock, words - first);
@@ -257,10 +260,16 @@ struct Panel {
         const int64_t left = rows - r;
         const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
         float* totals = totals_of_rows + (first == 0 && last ? 0 : r * kPanel);
-        if (first == 0) start(r, n, totals);
+        const float* before = totals;
+        if (first == 0 && !p.accumulate) {
+          before = bias;
+        } else if (first == 0) {
+          load_result(r, n, totals);
+        }
         const float* x = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
         const auto add = [&](auto constant) __attribute__((always_inline)) {
-          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, totals, next, lines);
+          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, before, before == bias ? 0 : kPanel,
+                                               totals, next, lines);
         };
         if (n == kRows) {
           add(Int<kRows>{});
@@ -274,24 +283,11 @@ struct Panel {
     }
   }
 
-  // The norm of the columns.
-  void normalize(Vec* values) const {
-    for (int64_t c = 0; c * kLanes < columns; ++c) {
-      const int64_t at = column + c * kLanes, n = smaller(kLanes, columns - c * kLanes);
-      values[c] = fma(values[c], load(p.column_factor + at, n), load(p.column_shift + at, n));
-    }
-  }
-
-  // The totals begin with the bias, or with the previous result.
-  FASTVIT_INLINE void start(int64_t r, int64_t n, float* totals) const {
-    const float* from = p.accumulate ? static_cast<const float*>(p.out) + (row + r) * p.columns : p.bias;
-    const int64_t step = p.accumulate ? p.columns : 0;
-    for (int64_t c = 0; c < kPanel; c += kLanes) {
-      const int64_t left = columns - c;
-      for (int64_t i = 0; i < n; ++i) {
-        const float* at = from + i * step + column + c;
-        (left > 0 ? load(at, smaller(kLanes, left)) : Vec::fill(0.0f)).store(totals + i * kPanel + c);
-      }
+  // The totals of a tile from the result so far.
+  FASTVIT_INLINE void load_result(int64_t r, int64_t n, float* totals) const {
+    for (int64_t i = 0; i < n; ++i, totals += kPanel) {
+      const float* from = static_cast<const float*>(p.out) + (row + r + i) * p.columns + column;
+      for (int64_t c = 0; c < columns; c += kLanes) load(from + c, smaller(kLanes, columns - c)).store(totals + c);
     }
   }
 };
@@ -312,31 +308,44 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
   with_activation(p.activation, [&]<Activation activation>() {
     for_each_panel<T, kPairs>(p, row, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
-        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
-          T* out = static_cast<T*>(p.out) + (row + r + i) * p.columns + panel.column;
-          const T* residual = p.residual == nullptr ? nullptr
-                                                    : static_cast<const T*>(p.residual) +
-                                                          (row + r + i) * p.residual_stride + panel.column;
-          Vec values[kPanelVectors];
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
-          if (p.column_factor != nullptr) panel.normalize(values);
-          activate<activation, T>(values);
-          if (panel.columns == kPanel) {
+        // Copies, since a vector that is stored might change what a reference refers to.
+        const int64_t stride = p.columns, residual_stride = p.residual_stride, columns = panel.columns;
+        const float* scale = p.scale == nullptr ? nullptr : p.scale + panel.column;
+        T* out = static_cast<T*>(p.out) + (row + r) * stride + panel.column;
+        const T* residual = p.residual == nullptr
+                                ? nullptr
+                                : static_cast<const T*>(p.residual) + (row + r) * residual_stride + panel.column;
+        const float* factor = p.column_factor == nullptr ? nullptr : p.column_factor + panel.column;
+        const float* shift = p.column_shift + (factor == nullptr ? 0 : panel.column);
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+          if (factor != nullptr) {
 #pragma GCC unroll 2
             for (int c = 0; c < kPanelVectors; ++c) {
-              if (p.scale != nullptr) values[c] *= Vec::load(p.scale + panel.column + c * kLanes);
+              const int64_t m = smaller(kLanes, columns - c * kLanes);
+              if (m <= 0) break;
+              values[c] = fma(values[c], load(factor + c * kLanes, m), load(shift + c * kLanes, m));
+            }
+          }
+          activate<activation, T>(values);
+          if (columns == kPanel) {
+#pragma GCC unroll 2
+            for (int c = 0; c < kPanelVectors; ++c) {
+              if (scale != nullptr) values[c] *= Vec::load(scale + c * kLanes);
               if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
             }
             store_two(values[0], values[1], out);
-            continue;
+          } else {
+#pragma GCC unroll 2
+            for (int c = 0; c < kPanelVectors; ++c) {
+              const int64_t m = smaller(kLanes, columns - c * kLanes);
+              if (m <= 0) break;
+              if (scale != nullptr) values[c] *= load(scale + c * kLanes, m);
+              if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
+              store(values[c], out + c * kLanes, m);
+            }
           }
-          for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
-            const int64_t m = smaller(kLanes, panel.columns - c * kLanes);
-            if (p.scale != nullptr) values[c] *= load(p.scale + panel.column + c * kLanes, m);
-            if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
-            store(values[c], out + c * kLanes, m);
-          }
+          if (residual != nullptr) residual += residual_stride;
         }
       });
     });
@@ -352,20 +361,22 @@ void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t beg
   with_activation(p.activation, [&]<Activation activation>() {
     for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
-        for (int64_t i = 0; i < n; ++i, totals += kPanel) {
-          float* part = next.data + (panel.column / kPart * next.block_rows + r + i) * kRowStride;
-          To* to = reinterpret_cast<To*>(part) + panel.column % kPart;
-          Vec values[kPanelVectors];
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) values[c] = Vec::load(totals + c * kLanes);
+        const int64_t columns = panel.columns, part = panel.column / kPart;
+        float* row_of_next = next.data + (part * next.block_rows + r) * kRowStride;
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, row_of_next += kRowStride) {
+          To* to = reinterpret_cast<To*>(row_of_next) + panel.column % kPart;
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
           activate<activation, T>(values);
-          if (panel.columns < kPanel) memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
-          if (panel.columns < kPanel) {
-            for (int64_t c = 0; c * kLanes < panel.columns; ++c) {
-              store(values[c], to + c * kLanes, smaller(kLanes, panel.columns - c * kLanes));
-            }
-          } else {
+          if (columns == kPanel) {
             store_two(values[0], values[1], to);
+            continue;
+          }
+          memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
+#pragma GCC unroll 2
+          for (int c = 0; c < kPanelVectors; ++c) {
+            const int64_t m = smaller(kLanes, columns - c * kLanes);
+            if (m <= 0) break;
+            store(values[c], to + c * kLanes, m);
           }
         }
       });

@@ -11,7 +11,8 @@
 namespace fastvit {
 namespace {
 
-constexpr int64_t kItems = 16;                            // of work for each thread, where they are
+constexpr int64_t kItems = 16;       // of work for each thread, where they are
+constexpr int64_t kBlockRows = 104;  // at most; with more, threads would share a block of short rows
 constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
@@ -109,7 +110,8 @@ const float* take_packed(const char* op, const OptionalTensor& packed, const Lin
 
 // Rows that are processed together: blocks of equal size, whole tiles, that fit the L2 cache.
 int64_t rows_of_block(const LinearParams& p, const LinearKernel& kernel) {
-  const int64_t most = larger(kernel.row_tile, kBlockFloats / larger(1, p.depth)), blocks = divide_up(p.rows, most);
+  const int64_t most = larger(kernel.row_tile, smaller(kBlockRows, kBlockFloats / larger(1, p.depth)));
+  const int64_t blocks = divide_up(p.rows, most);
   return smaller(p.rows, round_up(divide_up(p.rows, blocks), kernel.row_tile));
 }
 
@@ -130,17 +132,16 @@ class BlockOfThread {
   float* data_;
 };
 
-// f(row, rows, first panel, last panel) for items of work: blocks of rows, in which groups of panels are neighbours.
-// `start` gives f to each thread.
+// f(row, rows, first panel, last panel) for groups of panels of blocks of rows. `start` gives f to each thread.
 template <class F>
 void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& start) {
   const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
   const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
   const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
   const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
-  parallel_dynamic(blocks * groups, threads, [&] {
-    return [&, f = start()](int64_t item) mutable {
-      const int64_t row = item / groups * step, group = item % groups;
+  parallel_dynamic(blocks, groups, threads, [&] {
+    return [&, f = start()](int64_t block, int64_t group) mutable {
+      const int64_t row = block * step;
       f(row, smaller(step, p.rows - row), group * panels / groups, (group + 1) * panels / groups);
     };
   });
@@ -265,9 +266,10 @@ bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKerne
 void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
              const LinearKernel& down_kernel, const float* down_packed) {
   const int64_t step = rows_of_block(up.depth > down.depth ? up : down, up_kernel);
-  parallel_dynamic(divide_up(up.rows, step), std::max(threads_for(up), threads_for(down)), [&] {
-    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t item) {
-      const int64_t row = item * step, rows = smaller(step, up.rows - row);
+  parallel_dynamic(divide_up(up.rows, step), 1, std::max(threads_for(up), threads_for(down)), [&] {
+    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t block_of_rows,
+                                                                                               int64_t) {
+      const int64_t row = block_of_rows * step, rows = smaller(step, up.rows - row);
       const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * up_kernel.row_floats, rows, rows};
       up_kernel.load(up, row, block);
       up_kernel.multiply_to_block(up, block, 0, panels_of(up, up_kernel), up_packed, hidden);

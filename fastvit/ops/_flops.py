@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvit import backends
 from fastvit.ops._checks import out_size
 from fastvit.ops._schema import REGISTERED
 
@@ -113,11 +114,28 @@ def _formula(name: str) -> Callable[..., int]:
     return lambda *args, out_val=None, **kwargs: formula(record(*args, **kwargs))
 
 
+def _library_products() -> list[Any]:
+    """The products of libraries with packed weights, where this torch has them."""
+    products = []
+    if not backends.mkl_reasons():
+        products.append(torch.ops.mkl._mkl_linear)
+    if not backends.onednn_reasons():
+        products.append(torch.ops.mkldnn._linear_pointwise)
+    return products
+
+
+def _library_product(x: Tensor, *rest: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
 def _register() -> None:
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for name in REGISTERED:
         register_flop_formula(getattr(torch.ops.fastvit, name), get_raw=True)(_formula(name))
+    for library in _library_products():  # which torch does not count
+        if library not in flop_registry:
+            register_flop_formula(library, get_raw=True)(_library_product)
 
 
 class _Hook(importlib.abc.MetaPathFinder):

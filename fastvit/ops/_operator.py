@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ class Implementation(NamedTuple):
 
     name: str
     run: Callable[[Any], Any]
-    reasons: Callable[[Any, bool], Iterator[str]] | None = None
+    reasons: Callable[..., Iterable[str]] | None = None
     validates: bool = False
     traced: Callable[[Any], Any] | None = None
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -184,7 +184,7 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
     assert kernels.reasons is not None
     convolution_reasons = kernels.reasons
 
-    def reasons(call: Separable, named: bool) -> Iterator[str]:
+    def reasons(call: Separable, named: bool) -> Iterable[str]:
         return convolution_reasons(call.convolution, named)
 
     def run(call: Separable) -> Tensor:

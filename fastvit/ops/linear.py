@@ -2,6 +2,8 @@
 
 - ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too. At inference all of it is one call, an MLP's hidden
   values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
+- ``mkl``, ``onednn``: the products of those libraries with weights packed by them, through torch's own operators, at
+  inference; the rest around them.
 - ``reference``: ``torch.nn.functional.linear``, the library's product, and the rest around it.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -248,7 +250,11 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
 # --- Implementations ------------------------------------------------------------------------------------------------
 
 
-def _run_linear_reference(call: Linear) -> Tensor:
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _run_linear_by(call: Linear, product: Product) -> Tensor:
+    """By the library's product, and the rest around it."""
     x, weight, bias, activation, norm, scale, residual = call
     # torch would broadcast a bias, add one of another dtype, and answer meta parameters with an empty result; a proxy
     # of torch.fx has no shape.
@@ -261,19 +267,50 @@ def _run_linear_reference(call: Linear) -> Tensor:
     ):
         _check_linear(call)
     x = x if norm is None else norm.over_last(x)
-    return functional.add_scaled(functional.activate(F.linear(x, weight, bias), activation), scale, residual)
+    out = product(x, weight, bias)
+    if activation is None and scale is None and residual is None:
+        return out
+    return functional.add_scaled(functional.activate(out, activation), scale, residual)
 
 
-def _run_mlp_reference(call: Mlp) -> Tensor:
+def _run_mlp_by(call: Mlp, product: Product) -> Tensor:
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual = call
-    hidden = _run_linear_reference(Linear(x, fc1_weight, fc1_bias, activation, norm))
-    return _run_linear_reference(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual))
+    hidden = _run_linear_by(Linear(x, fc1_weight, fc1_bias, activation, norm), product)
+    return _run_linear_by(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), product)
 
 
-def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) -> Iterator[str]:
-    """``traced``: whether Dynamo traces, where the caller knows."""
-    yield from _CPP_REASONS
-    x = call.x
+def _by_mkl(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    packing = packed(weight, "mkl", rows)
+    if packing is None:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkl._mkl_linear(x, packing, weight, bias, rows)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    packing = packed(weight, "onednn", x.numel() // x.shape[-1])
+    if packing is None:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packing, bias, "none", [], "")
+
+
+def _reasons(
+    name: str,
+    missing: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    call: Linear | Mlp,
+    named: bool,
+    traced: bool | None = None,
+) -> Iterator[str]:
+    """Against products with packed weights: our own ("cpp"), MKL's or oneDNN's.
+
+    Args:
+        missing: why they cannot run here at all.
+        dtypes: those they take.
+        traced: whether Dynamo traces, where the caller knows.
+    """
+    yield from missing
+    x, ours = call.x, name == "cpp"
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     if isinstance(call, Linear):
@@ -282,13 +319,15 @@ def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) ->
         weights, biases = (call.fc1_weight, call.fc2_weight), (call.fc1_bias, call.fc2_bias)
     if not x.is_cpu:
         yield f"it takes tensors on the CPU, x is on {x.device}"
-    if x.dtype not in CPP_DTYPES:
-        yield f"dtype {x.dtype} is not one of float32, bfloat16"
+    if x.dtype not in dtypes:
+        yield f"dtype {x.dtype} is not one of {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     if any_autocast() and torch.is_autocast_enabled("cpu"):
         yield "autocast is on, whose cast weights the library keeps"
     for tensor in (*weights, *biases):
-        if tensor is not None and type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+        if tensor is not None and type(tensor) not in _PLAIN and (not ours or is_traceable_wrapper_subclass(tensor)):
             yield f"a parameter is a {type(tensor).__name__}"
+    if not ours:
+        yield from _untaken(x, weights, biases)
     if named:
         return
     for weight in weights:
@@ -303,26 +342,52 @@ def _cpp_reasons(call: Linear | Mlp, named: bool, traced: bool | None = None) ->
         yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
         return
     # What the times depend on; within a bucket of rows they are taken to be in proportion.
-    bucket, trains = (
-        min((rows - 1).bit_length(), MOST_ROWS.bit_length()),
-        is_grad_enabled() and gradients_needed(x, *weights),
-    )
+    bucket = min((rows - 1).bit_length(), MOST_ROWS.bit_length())
+    trains = is_grad_enabled() and gradients_needed(x, *weights, *biases)
     sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, trains)
     around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
     key = (type(call).__name__, *sizes, *around)
     faster = _FASTER.get(key) or _measure(call, 1 << bucket, weights[-1].shape[0], key)
-    if faster == REFERENCE:
-        yield "the library's products are faster on this machine"
+    if faster != name:
+        yield f"the products of {'the library' if faster == REFERENCE else faster} are faster on this machine"
+
+
+def _untaken(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Iterator[str]:
+    """What MKL and oneDNN do not take, and our own products do."""
+    if type(x) not in _PLAIN:
+        yield f"x is a {type(x).__name__}"
+    if is_dynamo_compiling():
+        yield "the compiler chooses the library's products itself"
+    if is_grad_enabled() and gradients_needed(x, *weights, *biases):
+        yield "it has no gradients"
+    if not x.numel() or not all(weight.numel() for weight in weights):
+        yield "it takes no empty tensors"
+
+
+def _library_reasons(
+    name: str,
+    missing: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    call: Linear | Mlp,
+    named: bool,
+    traced: bool | None = None,
+) -> Iterable[str]:
+    """Against MKL's or oneDNN's products: of :func:`_reasons` one alone where they have never been the fastest."""
+    if not named and name not in _WINNERS:
+        return ("it has not been the fastest on this machine",)
+    return _reasons(name, missing, dtypes, call, named, traced)
 
 
 _FASTER: dict[tuple[Any, ...], str] = {}
-"""The faster implementation, by what the times depend on."""
-MOST_ROWS = 2048
+"""The fastest implementation, by what the times depend on."""
+_WINNERS: set[str] = set()
+"""The implementations that were the fastest for any call."""
+MOST_ROWS = 512
 """That are measured."""
 
 
 def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) -> str:
-    """The faster implementation for calls like this one, by :mod:`fastvit.autotune`; with ones for all values."""
+    """The fastest implementation for calls like this one, by :mod:`fastvit.autotune`; with ones for all values."""
 
     def ones(value: Any) -> Any:
         return torch.ones_like(value).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
@@ -333,33 +398,45 @@ def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) 
         norm=None if call.norm is None else LayerNorm(*map(ones, call.norm)),
         residual=None if call.residual is None else ones(call.x.new_empty(rows, columns)),
     )
-    implementations = (LINEAR if isinstance(call, Linear) else MLP).implementations
+    runs: dict[tuple[str], Callable[[Any], Any]] = {}
+    for each in (LINEAR if isinstance(call, Linear) else MLP).implementations:
+        # Named, so that nobody asks for what is measured here.
+        if each.reasons is None or not any(each.reasons(twin, True)):
+            runs[(each.name,)] = each.run
     # What is first is taken where nothing is measured.
-    runs = {(each.name,): each.run for each in (implementations if _HAS_VECTORS else implementations[::-1])}
+    names = list(runs) if _HAS_VECTORS else list(runs)[::-1]
     hollow = type(call.x) not in _PLAIN  # a tensor without contents, which takes no time
     with _disable_current_modes(), autotune.unmeasured() if hollow else contextlib.nullcontext():
-        (found,) = autotune.choose("products", key, list(runs), lambda name: runs[name](twin), on_cpu=True)
+        (found,) = autotune.choose("products", key, names, lambda name: runs[name](twin), on_cpu=True)
     if not hollow:
         _FASTER[key] = found
+        _WINNERS.add(found)
     return found
 
 
-LINEAR = Operator(
-    "linear",
-    (
-        Implementation("cpp", _run_linear_cpp, _cpp_reasons, True, partial(_run_linear_cpp, traced=True)),
-        Implementation(REFERENCE, _run_linear_reference, validates=True),
-    ),
-    _check_linear,
-)
-MLP = Operator(
-    "mlp",
-    (
-        Implementation("cpp", _run_mlp_cpp, _cpp_reasons, True, partial(_run_mlp_cpp, traced=True)),
-        Implementation(REFERENCE, _run_mlp_reference, validates=True),
-    ),
-    _check_mlp,
-)
+_NOT_SEEN = ["without its native part fastvit does not see that a packed weight has changed"] if _CPP_REASONS else []
+_MKL_REASONS = backends.mkl_reasons() + _NOT_SEEN
+_ONEDNN_REASONS = backends.onednn_reasons() + _NOT_SEEN
+_HAS_BFLOAT16 = not backends.onednn_reasons() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_DTYPES = CPP_DTYPES if _HAS_BFLOAT16 else CPP_DTYPES[:1]
+
+
+def _implementations(run_cpp: Callable[..., Tensor], run_by: Callable[..., Tensor]) -> tuple[Implementation, ...]:
+    cpp, mkl, onednn = (
+        partial(_reasons, "cpp", _CPP_REASONS, CPP_DTYPES),
+        partial(_library_reasons, "mkl", _MKL_REASONS, CPP_DTYPES[:1]),
+        partial(_library_reasons, "onednn", _ONEDNN_REASONS, _ONEDNN_DTYPES),
+    )
+    return (
+        Implementation("cpp", run_cpp, cpp, True, partial(run_cpp, traced=True)),
+        Implementation("mkl", partial(run_by, product=_by_mkl), mkl),
+        Implementation("onednn", partial(run_by, product=_by_onednn), onednn),
+        Implementation(REFERENCE, partial(run_by, product=F.linear), validates=True),
+    )
+
+
+LINEAR = Operator("linear", _implementations(_run_linear_cpp, _run_linear_by), _check_linear)
+MLP = Operator("mlp", _implementations(_run_mlp_cpp, _run_mlp_by), _check_mlp)
 
 
 # --- For operators with linear layers in them -----------------------------------------------------------------------
@@ -388,21 +465,23 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer within another operator, with parameters of any floating dtype, by whichever product is faster."""
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         weight, bias = cast_like(x, weight, bias)
-    call = Linear(x, weight, bias)
-    if not _CPP_REASONS and (backends.REQUESTED is None or "cpp" in backends.REQUESTED):
-        traced = is_dynamo_compiling()
-        for _ in _cpp_reasons(call, False, traced):
+    call, requested, traced = Linear(x, weight, bias), backends.REQUESTED, is_dynamo_compiling()
+    for each in LINEAR.implementations:
+        if requested is not None and each.name not in requested and each.name != REFERENCE:
+            continue
+        for _ in each.reasons(call, False, traced) if each.reasons is not None else ():
             break
         else:
-            return _run_linear_cpp(call, traced)
-    return _run_linear_reference(call)
+            break
+    return each.traced(call) if traced and each.traced is not None else each.run(call)
 
 
 def takes_mlp(call: Mlp) -> bool:
     """Whether ``cpp`` would run this MLP, whose layers another operator has with something in between."""
     if backends.REQUESTED is not None and "cpp" not in backends.REQUESTED:
         return False
-    for _ in _cpp_reasons(call, False):
+    reasons = MLP.implementations[0].reasons
+    for _ in () if reasons is None else reasons(call, False):
         return False
     return True
 
@@ -426,7 +505,7 @@ def linear(
         bias: (N,), likewise.
         activation: None, "gelu" (erf), "quick_gelu", "silu" or "relu".
         norm: LayerNorm over K, in front, in x's dtype or float32. scale: (N,), a LayerScale. residual: (..., N).
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "mkl", "onednn" or "reference".
 
     Returns:
         (..., N) in x's dtype, or autocast's.
@@ -461,7 +540,7 @@ def mlp(
         fc1_weight, fc2_weight: (M, K) and (N, M), dtype and device of x (under autocast dtypes may differ).
         fc1_bias, fc2_bias: (M,) and (N,), likewise.
         activation, norm, scale, residual: as for :func:`linear`.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "mkl", "onednn" or "reference".
 
     Returns:
         (..., N) in x's dtype, or autocast's.

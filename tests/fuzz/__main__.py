@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections import defaultdict
@@ -16,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+
+os.environ.setdefault("FASTVIT_AUTOTUNE", "0")  # a case is the same one when it is replayed
 
 from tests.fuzz.cases import OPERATORS, draw
 from tests.fuzz.judge import Finding

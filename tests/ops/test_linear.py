@@ -303,6 +303,82 @@ def test_opcheck(activation: int) -> None:
     )
 
 
+# --- Libraries that pack the weight -------------------------------------------------------------------------------
+
+
+LIBRARIES = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(reasons), reason="; ".join(reasons)))
+    for name, reasons in (
+        ("mkl", backends.cpp_reasons() + backends.mkl_reasons()),
+        ("onednn", backends.cpp_reasons() + backends.onednn_reasons()),
+    )
+]
+
+
+def _in_sequence(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product that sums its terms one by one, as oneDNN's does and torch's may."""
+    total = torch.zeros(*x.shape[:-1], weight.shape[0]) if bias is None else bias.expand(*x.shape[:-1], -1)
+    for k in range(x.shape[-1]):
+        total = torch.addcmul(total, x[..., k : k + 1], weight[:, k])
+    return total
+
+
+@pytest.mark.parametrize("parts", [{}, *AROUND], ids=lambda parts: "-".join(parts) or "alone")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_products_of_a_library(library: str, parts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(form: str, *args: Any, **around: Any) -> None:
+        with poisoned_empty():
+            got = getattr(ops, form)(*args, **around, backend=library)
+        plain = getattr(functional, form)
+        exact = plain(*map(_double, args), **{name: _double(value) for name, value in around.items()})
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", _in_sequence)
+            plains = [plain(*args, **around)]
+        assert_as_accurate(got, [*plains, plain(*args, **around)], exact)
+
+    for rows, depth, columns in SHAPES:
+        x, weight, bias = _layer(rows, depth, columns, torch.float32)
+        around = _around(columns, depth, rows, torch.float32, **parts)
+        for given in (bias, None):
+            judge("linear", x, weight, given, "gelu", **around)
+        _, *back = _layer(1, columns, columns, torch.float32, seed=1)
+        judge("mlp", x, weight, bias, *back, "silu", **around)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_that_is_faster_is_taken(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(name: str, key: tuple, candidates: list, run: Callable, on_cpu: bool) -> tuple[str]:
+        assert all(run(candidate).shape == run(candidates[0]).shape for candidate in candidates)
+        return (library,)
+
+    monkeypatch.setattr(MODULE.autotune, "choose", choose)
+    monkeypatch.setattr(MODULE, "_FASTER", {})
+    x, weight, bias = _layer(64, 24, 32, torch.float32)
+    assert _chosen(x, weight, bias) == library
+    expected = ops.linear(x, weight, bias, backend=library)
+    assert torch.equal(MODULE.multiply(x, weight, bias), expected)
+    for within in (x[:0], x.t()[:24, :20].t(), x.reshape(2, 4, 8, 24)):
+        torch.testing.assert_close(ops.linear(within, weight, bias), functional.linear(within, weight, bias))
+    # Neither trains, and a compiler chooses for itself.
+    weight.requires_grad_()
+    assert _chosen(x, weight, bias) == "reference"
+    compiled = torch.compile(lambda x: ops.linear(x, weight, bias), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_refuses_by_name(library: str) -> None:
+    x, weight, bias = _layer(20, 8, 16, torch.float32)
+    for args, reason in (
+        ((x.double(), weight.double(), bias.double()), "dtype torch.float64 is not one of float32"),
+        ((x, weight.clone().requires_grad_(), bias), "it has no gradients"),
+        ((x[:0], weight, bias), "it takes no empty tensors"),
+    ):
+        with pytest.raises(RuntimeError, match=f"backend '{library}' cannot run this call: {reason}"):
+            ops.linear(*args, backend=library)
+
+
 def _chosen(*args: Tensor) -> str:
     seen: list[str] = []
     with recording(lambda selection: seen.append(selection.backend)):

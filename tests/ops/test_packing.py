@@ -42,17 +42,17 @@ def layer() -> nn.Linear:
     return nn.Linear(24, 32)
 
 
-def run(layer: nn.Linear) -> Tensor:
+def run(layer: nn.Linear, backend: str = "cpp") -> Tensor:
     with torch.no_grad():
-        return ops.linear(X.to(layer.weight.dtype), layer.weight, layer.bias, backend="cpp")
+        return ops.linear(X.to(layer.weight.dtype), layer.weight, layer.bias, backend=backend)
 
 
-def assert_fresh(layer: nn.Linear) -> None:
+def assert_fresh(layer: nn.Linear, backend: str = "cpp") -> None:
     """The result is that of the weight as it is now: bit for bit that of a weight never seen before."""
     with torch.no_grad():
         x = X.to(layer.weight.dtype)
-        expected = ops.linear(x, layer.weight.clone(), layer.bias.clone(), backend="cpp")
-    torch.testing.assert_close(run(layer), expected, rtol=0, atol=0)
+        expected = ops.linear(x, layer.weight.clone(), layer.bias.clone(), backend=backend)
+    torch.testing.assert_close(run(layer, backend), expected, rtol=0, atol=0)
 
 
 def test_a_weight_is_packed_once(layer: nn.Linear, packings: list[Tensor]) -> None:
@@ -147,6 +147,22 @@ def test_no_stale_weight_is_used(change: Callable[[nn.Linear], None], layer: nn.
     assert_fresh(layer)
     after = run(layer)
     assert after.shape != before.shape or after.dtype != before.dtype or not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_no_stale_weight_is_used_by_a_library(change: Callable[[nn.Linear], None], layer: nn.Linear, library: str):
+    if reasons := backends.describe()["backends"][library]["reasons"]:
+        pytest.skip("; ".join(reasons))
+    before = run(layer, library)
+    with torch.no_grad():  # for another number of rows, then for those again
+        ops.linear(X[:30], layer.weight, layer.bias, backend=library)
+    assert torch.equal(run(layer, library), before)
+    change(layer)
+    if layer.weight.dtype == torch.float32:
+        assert_fresh(layer, library)
+        assert not torch.equal(run(layer, library), before)
+    assert len({key[0] for key in _packing._kept}) <= 2  # one packing of a layout
 
 
 def test_requires_grad_alone_changes_nothing(layer: nn.Linear, packings: list[Tensor]) -> None:
