@@ -6,6 +6,7 @@ sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their pl
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from fastvit.patching.parts import (
     is_plain,
     project,
 )
-from fastvit.reference.functional import LayerNorm
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 
 
 def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -261,25 +262,19 @@ class BlockSeam(Fused):
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
         if masked or not (at_inference(self, x) and _adds(self, 1) and _adds(self, 2)):
             return self.fastvit_plain.forward(self, x, *args, **kwargs)
-        attention, mlp = self.attn, self.mlp
-        batch, tokens, _ = x.shape
-        backend = self.fastvit_backend
-        norm_1, norm_2 = LayerNorm.of(self.norm1), LayerNorm.of(self.norm2)
-        qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm_1, backend=backend)
-        heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        out = ops.masked_attention(q, k, v, scale=attention.scale, backend=backend).transpose(1, 2).flatten(2)
-        scale = getattr(self.ls1, "gamma", None)
-        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale, residual=x, backend=backend)
-        layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
-        scale = getattr(self.ls2, "gamma", None)
-        return ops.mlp(x, *layers, norm=norm_2, scale=scale, residual=x, backend=backend)
+        attention, mlp, backend = self.attn, self.mlp, self.fastvit_backend
+        attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
+        layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
+        scales = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
+        x = add_attention(x, self.norm1, layers, heads, attend, layer_of(attention.proj), backend, next(scales))
+        return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, next(scales))
 
 
 _ATTENTION_READS = {"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout}
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 _SCALES = ("torch.nn.modules.linear.Identity", "timm.layers.layer_scale.LayerScale")
 _DROP_PATHS = ("torch.nn.modules.linear.Identity", "timm.layers.drop.DropPath")
+_NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
 _ATTENTIONS = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
 
@@ -289,7 +284,7 @@ def _path(cls: type) -> str:
 
 def _attends_as_usual(attention: Any) -> bool:
     """Without norms of its own and without a gate."""
-    norms = (attention._modules.get(name) for name in ("q_norm", "k_norm", "norm"))
+    norms = (attention._modules.get(name) for name in _NORMS_OF_ATTENTION)
     return all(type(norm) in (nn.Identity, type(None)) for norm in norms) and getattr(attention, "gate", None) is None
 
 
@@ -333,6 +328,7 @@ def _adds(block: Any, half: int) -> bool:
         and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, _ATTENTION_READS)
         and _path(branch.fastvit_plain) in _ATTENTIONS
         and _attends_as_usual(branch)
+        and all(norm is None or readable(norm, nn.Identity) for norm in map(branch._modules.get, _NORMS_OF_ATTENTION))
         and dropout_p(branch.proj_drop) == dropout_p(branch.attn_drop) == 0.0
     )
 

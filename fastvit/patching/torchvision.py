@@ -2,18 +2,20 @@
 
 The block is what is fused, since only there is it known that nobody asks for the attention map. torch packs q, k and v
 into a copy of their own before ``scaled_dot_product_attention``, and its inference path writes the N x N maps; here q,
-k and v are views. torchvision itself is never imported.
+k and v are views. At inference on the CPU the block is four calls. torchvision itself is never imported.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row
+from fastvit.patching.blocks import at_inference, is_known, is_over_channels
+from fastvit.patching.fusion import Fused, Row, readable
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -23,6 +25,7 @@ from fastvit.patching.parts import (
     dropout_p,
     is_plain,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.layers import obstacles
 
 
@@ -46,6 +49,8 @@ class EncoderBlockSeam(Fused):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
         attention = self.self_attention
+        if input.dim() == 3 and at_inference(self, input) and _runs_whole(self):
+            return _run_whole(self, input)
         if not _attends_plainly(attention) or input.dim() != 3:
             return self.fastvit_plain.forward(self, input)
         batch, tokens, _ = input.shape
@@ -62,6 +67,34 @@ class EncoderBlockSeam(Fused):
         )
         x = self.dropout(out) + input
         return x + self.mlp(self.ln_2(x))
+
+
+def _runs_whole(block: Any) -> bool:
+    """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
+    parts = block._modules
+    attention, mlp = parts.get("self_attention"), parts.get("mlp")
+    return (
+        is_over_channels(parts.get("ln_1"))
+        and is_over_channels(parts.get("ln_2"))
+        and readable(parts.get("dropout"), nn.Dropout)
+        and isinstance(mlp, MlpSeam)
+        and is_known(mlp, (mlp.fastvit_plain,), block.fastvit_backend, _OF_MLP)
+        and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, mlp[2], mlp[4]))
+        and not _mlp_obstacles(mlp)
+        and _attends_plainly(attention)
+        and not attention.training
+    )
+
+
+_OF_MLP = {"0": nn.Linear, "2": nn.Dropout, "3": nn.Linear, "4": nn.Dropout}
+
+
+def _run_whole(block: Any, x: Tensor) -> Tensor:
+    attention, backend = block.self_attention, block.fastvit_backend
+    attend = functools.partial(ops.masked_attention, backend=backend)
+    layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
+    x = add_attention(x, block.ln_1, layers, heads, attend, layer_of(attention.out_proj), backend)
+    return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
 class MlpSeam(Fused):

@@ -15,17 +15,21 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, names_used
+from fastvit.patching.blocks import at_inference, is_known, is_over_channels
+from fastvit.patching.fusion import Fused, Row, names_used, plain_class, readable
 from fastvit.patching.mlps import Layers
 from fastvit.patching.parts import (
+    activation_name,
     as_mask_and_bias,
     check_attributes,
     check_linear,
     check_parameters,
+    dropout_p,
     forward_is_wrapped,
     is_plain,
     project,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 
 INTERFACES = ("eager", "sdpa")
 """The attention interfaces whose numbers the fused path gives."""
@@ -145,6 +149,47 @@ class MlpSeam(Fused):
         if not layers.fusible():
             return self.fastvit_plain.forward(self, hidden_states)
         return layers.run(hidden_states, self.fastvit_backend)
+
+
+class BlockSeam(Fused):
+    """``ViTLayer`` and ``DeiTLayer`` of transformers 5, at inference on the CPU in a few calls."""
+
+    fastvit_op = "linear"
+    fastvit_needs = ("attention", "mlp")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if _asks_for_more(kwargs) or not (at_inference(self, hidden_states) and _runs_whole(self, attention_mask)):
+            return self.fastvit_plain.forward(self, hidden_states, attention_mask, **kwargs)
+        attention, mlp, backend = self.attention, self.mlp, self.fastvit_backend
+        mask, bias = as_mask_and_bias(attention_mask)
+        settings = {"mask": mask, "bias": bias, "scale": attention.scaling, "backend": backend}
+        attend = functools.partial(ops.masked_attention, **settings)
+        layers = [layer_of(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        heads, out = Heads(attention.num_attention_heads, attention.head_dim), layer_of(attention.o_proj)
+        x = add_attention(hidden_states, self.layernorm_before, layers, heads, attend, out, backend)
+        return add_mlp(x, self.layernorm_after, (mlp.fc1, activation_name(mlp.activation_fn), mlp.fc2), backend)
+
+
+def _runs_whole(block: Any, mask: Tensor | None) -> bool:
+    """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
+    parts = block._modules
+    attention, mlp, dropout = (parts.get(name) for name in ("attention", "mlp", "dropout"))
+    return (
+        is_over_channels(parts.get("layernorm_before"))
+        and is_over_channels(parts.get("layernorm_after"))
+        and readable(dropout, nn.Dropout)
+        and dropout_p(dropout) == 0.0
+        and isinstance(mlp, MlpSeam)
+        and is_known(mlp, (mlp.fastvit_plain,), block.fastvit_backend, {"fc1": nn.Linear, "fc2": nn.Linear})
+        and activation_name(mlp.activation_fn) is not None
+        and isinstance(attention, AttentionSeam)
+        and is_known(attention, (attention.fastvit_plain,), block.fastvit_backend, _OF_ATTENTION)
+        and not _runs_plain(attention)
+        and _is_usual_mask(attention, mask)
+    )
+
+
+_OF_ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), nn.Linear)
 
 
 class LayerSeam(Fused):
@@ -288,6 +333,21 @@ def check_layer(module: nn.Module, parameters: tuple[str, ...]) -> list[str]:
     return layers.reasons("intermediate.dense", "the activation", "output.dense")
 
 
+def _check_block(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
+    found += check_parameters(module, "hidden_states", "attention_mask", "kwargs")
+    cls: Any = plain_class(module)
+    forward = cls.forward
+    while forward.__globals__["__name__"] == "transformers.modeling_layers":  # which looks whether to checkpoint
+        forward = forward.__wrapped__
+    if forward.__globals__["__name__"] != cls.__module__:
+        return [*found, f"{cls.__name__}.forward was replaced by {forward!r}"]
+    unknown = sorted(names_used(forward.__code__) - _BLOCK_NAMES)
+    return found + [f"{cls.__name__}.forward of this version uses {', '.join(unknown)}, which is not known"] * bool(
+        unknown
+    )
+
+
 def check_self_output(module: nn.Module) -> list[str]:
     """Reasons why a linear layer behind an attention is not as known."""
     return check_attributes(module, "dropout")
@@ -298,6 +358,11 @@ def _is_of_version_5(module: nn.Module) -> bool:
     return not hasattr(module, "attention")
 
 
+def _has_one_module_for_its_mlp(module: nn.Module) -> bool:
+    """As in transformers 5."""
+    return hasattr(module, "mlp")
+
+
 def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
     """As in transformers 4; in 5 the MLP is one."""
     return hasattr(module, "intermediate")
@@ -305,6 +370,7 @@ def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
 
 SELF_OUTPUT_NAMES = frozenset({"dense", "dropout"})
 _MLP_NAMES = frozenset({"fc1", "activation_fn", "fc2"})
+_BLOCK_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "mlp", "dropout"})
 LAYER_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "drop_path", "intermediate", "output"})
 
 _MODELS = "transformers.models"
@@ -321,6 +387,7 @@ ROWS = (
                 f"{_MODELS}.{path}.{name}SelfAttention", SelfAttentionSeam, _check_self_attention, _SELF_ATTENTION_NAMES
             ),
             Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
+            Row(f"{_MODELS}.{path}.{name}Layer", BlockSeam, _check_block, applies=_has_one_module_for_its_mlp),
             Row(f"{_MODELS}.{path}.{name}MLP", MlpSeam, _check_mlp, _MLP_NAMES),
             Row(
                 f"{_MODELS}.{path}.{name}Layer",

@@ -7,13 +7,15 @@ vit-pytorch itself is never imported.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact, names_used
+from fastvit.patching.blocks import at_inference, is_known, is_over_channels
+from fastvit.patching.fusion import Fused, Row, intact, names_used, readable
 from fastvit.patching.mlps import in_sequence, project_in_sequence
 from fastvit.patching.parts import (
     check_attributes,
@@ -24,6 +26,7 @@ from fastvit.patching.parts import (
     is_plain,
     project,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 
@@ -43,12 +46,12 @@ def _packed(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 def _packed_attention(module: nn.Module, x: Tensor, drop: float) -> Tensor:
     """The forward of ViT's and SimpleViT's attention up to the output projection."""
-    q, k, v = (
-        _in_heads(part, module.heads)
-        for part in project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
-    )
-    out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
-    return out.transpose(1, 2).flatten(2)
+    heads = (_in_heads(part, module.heads) for part in _packed(module, x))
+    return _attend(module, *heads, drop).transpose(1, 2).flatten(2)
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, drop: float = 0.0) -> Tensor:
+    return ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
 
 
 class AttentionSeam(Fused):
@@ -110,6 +113,78 @@ class FeedForwardSeam(Fused):
         if layers is None or not layers.fusible():
             return self.fastvit_plain.forward(self, x)
         return layers.run(self.net[0](x), self.fastvit_backend)
+
+
+class TransformerSeam(Fused):
+    """The blocks of ViT, SimpleViT, DistillableViT and DeepViT, each at inference on the CPU in four calls."""
+
+    fastvit_op = "linear"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.dim() == 3 and at_inference(self, x)):
+            return self.fastvit_plain.forward(self, x)
+        for attention, feed_forward in self.layers:
+            x = _add_attention(attention, x) if _is_read(attention, self) else attention(x) + x
+            x = _add_mlp(feed_forward, x) if _is_read_mlp(feed_forward, self) else feed_forward(x) + x
+        return self.norm(x) if "norm" in self._modules else x
+
+
+def _is_read(attention: Any, around: Any) -> bool:
+    """Whether an attention, its norm and its projections do nothing more at inference than their tensors tell."""
+    return (
+        isinstance(attention, (AttentionSeam, SimpleAttentionSeam, ReAttentionSeam))
+        and is_known(attention, (attention.fastvit_plain,), around.fastvit_backend, {"to_qkv": nn.Linear})
+        and is_over_channels(attention._modules.get("norm"))
+        and _layers_behind(attention.to_out) is not None
+        and intact(attention)
+        and not ("dropout" in attention._modules and dropout_p(attention.dropout) > 0.0)
+        and not (isinstance(attention, ReAttentionSeam) and _check_head_norm(attention))
+    )
+
+
+def _layers_behind(out: Any) -> list[nn.Linear] | None:
+    """The linear layer behind an attention, if there is one; None where more than that is to be called."""
+    if readable(out, nn.Sequential) and len(out) == 2 and readable(out[1], nn.Dropout) and dropout_p(out[1]) == 0.0:
+        out = out[0]
+    if readable(out, nn.Linear):
+        return [out]
+    return [] if readable(out, nn.Identity) else None
+
+
+def _add_attention(attention: Any, x: Tensor) -> Tensor:
+    backend, behind = attention.fastvit_backend, _layers_behind(attention.to_out)
+    heads = Heads(attention.heads, attention.to_qkv.out_features // (3 * attention.heads))
+    attend = functools.partial(_re_attend if isinstance(attention, ReAttentionSeam) else _attend, attention)
+    out = layer_of(behind[0]) if behind else None
+    return add_attention(x, attention.norm, [layer_of(attention.to_qkv)], heads, attend, out, backend)
+
+
+def _is_read_mlp(feed_forward: Any, around: Any) -> bool:
+    if not isinstance(feed_forward, FeedForwardSeam):
+        return False
+    if not is_known(feed_forward, (feed_forward.fastvit_plain,), around.fastvit_backend, {"net": nn.Sequential}):
+        return False
+    layers = in_sequence(feed_forward.net, 1)
+    return layers is not None and layers.fusible() and is_over_channels(feed_forward.net[0])
+
+
+def _add_mlp(feed_forward: Any, x: Tensor) -> Tensor:
+    layers = in_sequence(feed_forward.net, 1)
+    assert layers is not None
+    named = (layers.fc1, layers.named_activation(), layers.fc2)
+    return add_mlp(x, feed_forward.net[0], named, feed_forward.fastvit_backend)
+
+
+def _check_transformer(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "layers") + check_parameters(module, "x")
+    if found:
+        return found
+    # With the norms inside its attention and MLP, which older versions wrap, the residual is the transformer's.
+    known = all(
+        len(pair) == 2 and hasattr(pair[0], "norm") and hasattr(pair[0], "to_qkv") and hasattr(pair[1], "net")
+        for pair in module.layers
+    )
+    return [] if known else ["its layers are not pairs of an attention and a feed-forward with norms of their own"]
 
 
 def check_feed_forward(module: nn.Module) -> list[str]:
@@ -239,22 +314,22 @@ class ReAttentionSeam(Fused):
     def forward(self, x: Tensor) -> Tensor:
         if not intact(self) or _check_head_norm(self):
             return self.fastvit_plain.forward(self, x)
-        q, k, v = (
-            _in_heads(part, self.heads)
-            for part in project(self.to_qkv, self.norm(x), self.fastvit_backend).chunk(3, dim=-1)
-        )
-        out = ops.re_attention(
-            q,
-            k,
-            v,
-            self.reattn_weights.t(),  # column g makes head g
-            None,
-            LayerNorm.of(self.reattn_norm[1]),
-            scale=self.scale,
-            dropout_p=dropout_p(self.dropout),
-            backend=self.fastvit_backend,
-        )
+        out = _re_attend(self, *(_in_heads(part, self.heads) for part in _packed(self, x)))
         return _projected(self, out.transpose(1, 2).flatten(2))
+
+
+def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.re_attention(
+        q,
+        k,
+        v,
+        module.reattn_weights.t(),  # column g makes head g
+        None,
+        LayerNorm.of(module.reattn_norm[1]),
+        scale=module.scale,
+        dropout_p=dropout_p(module.dropout),
+        backend=module.fastvit_backend,
+    )
 
 
 def _check_head_norm(module: nn.Module) -> list[str]:
@@ -365,6 +440,10 @@ ROWS = (
     *(
         Row(f"vit_pytorch.{name}.FeedForward", FeedForwardSeam, check_feed_forward, frozenset({"net"}))
         for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
+    ),
+    *(
+        Row(f"vit_pytorch.{name}.Transformer", TransformerSeam, _check_transformer, frozenset({"layers", "norm"}))
+        for name in ("vit", "simple_vit", "deepvit")
     ),
     Row("vit_pytorch.deepvit.Attention", ReAttentionSeam, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
 )
