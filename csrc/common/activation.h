@@ -5,6 +5,7 @@
 
 namespace fastvit {
 
-enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu };  // gelu: the erf form
+// gelu: the erf form. sigmoid: of the gate of an MLP alone.
+enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu, sigmoid };
 
 }  // namespace fastvit

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils import _pytree as pytree
 
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["packed", "release_memory"]
+__all__ = ["PackedWeight", "packed", "release_memory", "sole_packings"]
 
 
 def _enabled(value: str) -> bool:
@@ -37,6 +38,7 @@ def _enabled(value: str) -> bool:
 ENABLED = _enabled(os.environ.get("FASTVIT_PACK", ""))
 
 _pack = define("pack_weight", "Tensor weight", "Tensor", lambda a: a.weight.new_empty(0)).eager
+_unpack = define("unpack_weight", "Tensor packed", "Tensor", lambda a: a.packed.new_empty(0)).eager
 _fingerprint = None if backends.cpp_reasons() else importlib.import_module("fastvit._C").fingerprint
 
 
@@ -75,7 +77,7 @@ def packed(weight: Tensor, layout: str = "cpp", rows: int = 0) -> Tensor | None:
     # The memory of any other tensor (fake, sparse, on another device) is not to be read by its address.
     ordinary = type(weight) in (Tensor, Parameter) and weight.is_cpu and weight.dim() == 2
     if not ENABLED or _fingerprint is None or not ordinary or weight.is_inference():
-        return None
+        return weight.packing if type(weight) is PackedWeight and layout == "cpp" else None
     address, sizes, strides = weight.data_ptr(), weight.shape, weight.stride()
     sample = _fingerprint(address, *sizes, *strides, weight.itemsize)
     state = (weight._version, address, weight.dtype, sample, rows)
@@ -90,6 +92,72 @@ def packed(weight: Tensor, layout: str = "cpp", rows: int = 0) -> Tensor | None:
         return None
     _kept[key] = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, fresh)
     return fresh
+
+
+def sole_packings() -> dict[int, Tensor]:
+    """By the identity of a weight, its packed copy for our kernels, where that is whole and the only one."""
+    found: dict[int, list[Tensor | None]] = {}
+    for (layout, owner, offset, sizes, strides), kept in list(_kept.items()):
+        weight = kept.owner()
+        place = None if weight is None else ("cpp", weight.storage_offset(), weight.shape, weight.stride())
+        found.setdefault(owner, []).append(kept.packed if place == (layout, offset, sizes, strides) else None)
+    return {owner: packings[0] for owner, packings in found.items() if len(packings) == 1 and packings[0] is not None}
+
+
+class PackedWeight(Tensor):
+    """A parameter (N, K) of which the packed copy alone is kept: what ``fastvit.freeze`` puts in a weight's place.
+
+    Our products read the packed copy. Any other operation gets the weight unpacked, bit for bit, each time anew; none
+    may change it. ``detach()``, and so a ``state_dict``, gives an ordinary tensor; so does a copy by pickle.
+    """
+
+    packing: Tensor
+    stand_in: Tensor  # of its shape and dtype, without memory, for operators that read the packed copy
+    trainable: bool  # whether the weight asked for gradients before
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, packing: Tensor, like: Tensor, trainable: bool) -> PackedWeight:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+
+    def __init__(self, packing: Tensor, like: Tensor, trainable: bool) -> None:
+        self.packing, self.trainable = packing, trainable
+        self.stand_in = torch.empty(like.shape, dtype=like.dtype)
+        self.stand_in.untyped_storage().resize_(0)
+        self._is_param = True  # isinstance(self, nn.Parameter)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if type(value) is cls and argument.alias_info is not None and argument.alias_info.is_write:
+                raise RuntimeError(
+                    "a weight that fastvit.freeze gave up cannot be changed: fastvit.unfreeze(model) first"
+                )
+        unpack = pytree.tree_map_only(cls, cls.unpacked, (args, kwargs or {}))
+        return func(*unpack[0], **unpack[1])
+
+    def unpacked(self) -> Tensor:
+        """The weight as an ordinary tensor (N, K)."""
+        return _unpack(self.packing)
+
+    @property
+    def data(self) -> Tensor:
+        """Itself, so that nobody writes to a copy. Module.to() sets it: then this is an ordinary parameter again."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        torch.utils.swap_tensors(self, Parameter(value, self.trainable))
+
+    def __repr__(self, **options: Any) -> str:
+        return f"PackedWeight(size={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: Any) -> PackedWeight:
+        return PackedWeight(self.packing, self.stand_in, self.trainable)  # nobody can write to what they share
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Parameter, (self.unpacked(), self.trainable)
 
 
 def release_memory() -> None:

@@ -86,7 +86,7 @@ def _check(call: Call) -> None:
     for name, bias, norm, size in parts:
         check_parameter(f"{name}_bias", bias, (size,), x)
         check_batch_norm(f"{name}_norm", norm, size, x)
-    check_norm(call.norm, x)
+    check_norm("norm", call.norm, x.shape[2], x)
     check_residual(call.residual, x, channels)
     if call.form not in LEFF_FORMS:
         fail("form", f"one of {LEFF_FORMS}", call.form)

@@ -1,6 +1,7 @@
 """Make an existing model's slow blocks fast in place, say what was done, and undo it exactly."""
 
 from fastvit.patching.explanation import Explanation, explain
+from fastvit.patching.freezing import freeze, unfreeze
 from fastvit.patching.fusion import Fused
 from fastvit.patching.models import create_model, fuse_reference_models
 from fastvit.patching.register import register, unregister
@@ -14,12 +15,14 @@ __all__ = [
     "ReportRow",
     "create_model",
     "explain",
+    "freeze",
     "fuse_reference_models",
     "is_patched",
     "patch",
     "patched",
     "register",
     "report",
+    "unfreeze",
     "unpatch",
     "unregister",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -12,23 +13,30 @@ from torch import nn
 
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
-from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
+from fastvit.patching.freezing import unfreeze
+from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
 from fastvit.patching.plan import (
     NOT_INSISTED_ON,
     PATCHED,
     UNRECOGNISED,
     FilterFn,
     Finding,
-    apply,
     check_backend,
     check_model,
     check_ops,
     explain_failure,
     survey,
+    targets,
 )
 from fastvit.patching.recognise import supported
 
 Model = TypeVar("Model", bound=nn.Module)
+States = list[tuple[nn.Module, type[nn.Module]]]
+"""Modules, and the class that each is to have, or had."""
+
+_lock = threading.RLock()
+"""Held from the survey of a model until its classes are changed. Calls that other threads make meanwhile are not held
+up: each finds, in each block, the class of before or the one of after."""
 
 
 def patch(
@@ -77,38 +85,40 @@ def patch(
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
-    findings = survey(model, chosen, backend, filter_fn)
-    if strict:
-        _insist(model, findings)
-    errors: dict[str | None, verification.Error] = {}
-    times: dict[str | None, timing.Times] = {}
-    with _restored(model, only_on_error=not dry_run):
-        undo(model)
+    with _lock:
+        check_uncovered(model)
+        findings = survey(model, chosen, backend, filter_fn)
+        if strict:
+            _insist(model, findings)
+        errors: dict[str | None, verification.Error] = {}
+        times: dict[str | None, timing.Times] = {}
         if benchmark is not None:
             findings, times = benchmarking.choose(model, benchmark, findings, backend)
-            undo(model)
         if verify is not None:
             errors = verification.measure(model, verify, findings, backend)
             verification.insist(errors)
-        apply(findings, backend)
-    reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
-    if _is_in_vain(findings):
-        warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
+        measured = reporting.Measured(errors, times)
+        memory = reporting.memory_of(model, findings, measured, planned_for=backend if dry_run else None)
+        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) else None
+        _commit(model, [] if dry_run else targets(model, findings, backend), memory, warning)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Give every fused block of a model its own class back; nothing of fastvit is left on it. Returns the model.
 
-    Packed copies of weights are given up, those of other models too, which pack theirs anew.
+    A frozen model is unfrozen. Packed copies of weights are given up, those of other models too, which pack theirs
+    anew.
 
     Raises:
         TypeError: not an ``nn.Module``, or one whose code is frozen (TorchScript, fx).
         RuntimeError: a class was put over a fused one since ``patch`` (FSDP does so).
     """
     check_model(model)
-    undo(model)
-    reporting.forget(model)
+    with _lock:
+        check_uncovered(model)
+        unfreeze(model)
+        _commit(model, targets(model, [], "auto"), None)
     release_memory()
     return model
 
@@ -117,11 +127,33 @@ def unpatch(model: Model) -> Model:
 def patched(model: Model, **options: Any) -> Iterator[Model]:
     """Patch for the length of a ``with`` block, with the arguments of :func:`patch`.
 
-    Afterwards the model is what it was before, an earlier patch included.
+    Afterwards each module that this changed has the class it had before, that of an earlier patch included; where a
+    class of one's own was put on it within the block, that class stays.
+
+    Raises:
+        RuntimeError: within the block a class was put over a fused one (FSDP does so), which stays; all others are put
+            back.
     """
     check_model(model)
-    with _restored(model, only_on_error=False), reporting.kept(model):
-        yield patch(model, **options)
+    before = [(module, type(module)) for module in model.modules()]
+    remembered = reporting.recall(model)
+    after: list[type[nn.Module]] | None = None
+    try:
+        patch(model, **options)
+        after = [type(module) for module, _ in before]
+        yield model
+    finally:
+        with _lock:
+            changed = [state for i, state in enumerate(before) if after is None or after[i] is not state[1]]
+            _give_all([(module, cls) for module, cls in changed if _is_swappable(module, cls)])
+            reporting.remember(model, remembered)
+        check_uncovered(model)
+
+
+def _is_swappable(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module has another class, which fastvit gave it: nobody has put one of his own on it since."""
+    now = type(module)
+    return now is not cls and plain_of(now) is plain_of(cls) and (is_ours(now) or not issubclass(now, Fused))
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -129,23 +161,31 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Fused) for module in model.modules())
 
 
-@contextlib.contextmanager
-def _restored(model: nn.Module, only_on_error: bool) -> Iterator[None]:
-    """Gives every module its class and backend back at the end, or only if the block raises."""
-    before = [(module, type(module), getattr(module, BACKEND_ATTRIBUTE, "auto")) for module in model.modules()]
+def _commit(model: nn.Module, states: States, memory: reporting.Memory | None, warning: str | None = None) -> None:
+    """Give these modules these classes and remember what the report is to say; on any exception, all is as before."""
+    before = [(module, type(module)) for module, _ in states]
+    remembered = reporting.recall(model)
     try:
-        yield
+        for module, cls in states:
+            give(module, cls)
+        reporting.remember(model, memory)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=3)
     except BaseException:
-        _restore(before)
+        _give_all(before)
+        reporting.remember(model, remembered)
         raise
-    if not only_on_error:
-        _restore(before)
 
 
-def _restore(states: Iterable[tuple[nn.Module, type[nn.Module], str]]) -> None:
-    for module, cls, backend in states:
-        if type(module) is not cls or getattr(module, BACKEND_ATTRIBUTE, "auto") != backend:
-            give(module, cls, backend)
+def _give_all(states: States) -> None:
+    """To the end, though the user interrupts it."""
+    try:
+        for module, cls in states:
+            give(module, cls)
+    except BaseException:
+        for module, cls in states:
+            give(module, cls)
+        raise
 
 
 def _insist(model: nn.Module, findings: list[Finding]) -> None:

@@ -8,14 +8,14 @@ k and v are views. At inference on the CPU the block is four calls. torchvision 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
-from fastvit.patching.blocks import at_inference, is_known, is_over_channels
-from fastvit.patching.fusion import Fused, Row, readable
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -23,10 +23,9 @@ from fastvit.patching.parts import (
     check_attributes,
     check_parameters,
     dropout_p,
-    is_plain,
 )
 from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
-from fastvit.reference.layers import obstacles
+from fastvit.reference.overrides import is_plain
 
 
 def _attends_plainly(attention: nn.Module) -> bool:
@@ -48,20 +47,19 @@ class EncoderBlockSeam(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
-        attention = self.self_attention
-        if input.dim() == 3 and at_inference(self, input) and _runs_whole(self):
-            return _run_whole(self, input)
-        if not _attends_plainly(attention) or input.dim() != 3:
-            return self.fastvit_plain.forward(self, input)
+        backend = whole_backend(self, input)
+        if backend is not None and input.dim() == 3 and _runs_whole(self, backend):
+            return _run_whole(self, input, backend)
+        attention, backend = self.self_attention, fused_backend(self)
+        if backend is None or not _attends_plainly(attention) or input.dim() != 3:
+            return plain_class(self).forward(self, input)
         batch, tokens, _ = input.shape
-        linears = backend_of_linears(self.fastvit_backend)
+        linears = backend_of_linears(backend)
         packed = ops.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias, backend=linears)
         q, k, v = (
             packed.view(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        out = ops.masked_attention(
-            q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=self.fastvit_backend
-        )
+        out = ops.masked_attention(q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=backend)
         out = ops.linear(
             out.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias, backend=linears
         )
@@ -69,28 +67,28 @@ class EncoderBlockSeam(Fused):
         return x + self.mlp(self.ln_2(x))
 
 
-def _runs_whole(block: Any) -> bool:
+def _runs_whole(block: Any, backend: str) -> bool:
     """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
-    parts = block._modules
-    attention, mlp = parts.get("self_attention"), parts.get("mlp")
+    mlp, attention = block._modules.get("mlp"), block._modules.get("self_attention")
     return (
-        is_over_channels(parts.get("ln_1"))
-        and is_over_channels(parts.get("ln_2"))
-        and readable(parts.get("dropout"), nn.Dropout)
+        are_plain(block, _AROUND)
         and isinstance(mlp, MlpSeam)
-        and is_known(mlp, (mlp.fastvit_plain,), block.fastvit_backend, _OF_MLP)
+        and is_fused(mlp, backend)
+        and len(mlp) == 5
+        and are_plain(mlp, mlp.fastvit_parts)
+        and activation_name(mlp[1]) is not None
+        and len(block.ln_1.normalized_shape) == len(block.ln_2.normalized_shape) == 1
         and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, mlp[2], mlp[4]))
-        and not _mlp_obstacles(mlp)
         and _attends_plainly(attention)
         and not attention.training
     )
 
 
-_OF_MLP = {"0": nn.Linear, "2": nn.Dropout, "3": nn.Linear, "4": nn.Dropout}
+_AROUND = parts_of({"ln_1": nn.LayerNorm, "ln_2": nn.LayerNorm, "dropout": nn.Dropout})
 
 
-def _run_whole(block: Any, x: Tensor) -> Tensor:
-    attention, backend = block.self_attention, block.fastvit_backend
+def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
+    attention = block.self_attention
     attend = functools.partial(ops.masked_attention, backend=backend)
     layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
     x = add_attention(x, block.ln_1, layers, heads, attend, layer_of(attention.out_proj), backend)
@@ -101,21 +99,21 @@ class MlpSeam(Fused):
     """torchvision's ``MLPBlock`` (linear, activation, dropout, linear, dropout), activation inside the product."""
 
     fastvit_op = "mlp"
+    fastvit_reads: ClassVar = {"0": nn.Linear, "2": nn.Dropout, "3": nn.Linear, "4": nn.Dropout}
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
-        if _mlp_obstacles(self) or any(dropout_p(self.get_submodule(name)) > 0.0 for name in ("2", "4")):
-            return self.fastvit_plain.forward(self, input)
-        fc1, activation, _, fc2, _ = self.children()
-        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return ops.mlp(input, *layers, activation_name(activation), backend=self.fastvit_backend)
+        backend, layers = fused_backend(self), tuple(self._modules.values())
+        activation = None if backend is None or len(layers) != 5 else activation_name(layers[1])
+        if backend is None or activation is None or dropout_p(layers[2]) > 0.0 or dropout_p(layers[4]) > 0.0:
+            return plain_class(self).forward(self, input)
+        fc1, _, _, fc2, _ = layers
+        return ops.mlp(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, backend=backend)
 
 
-def _mlp_obstacles(module: Any) -> list[str]:
-    expected = {0: nn.Linear, 2: nn.Dropout, 3: nn.Linear, 4: nn.Dropout}
+def _check_mlp(module: Any) -> list[str]:
     if len(module) != 5:
         return [f"has {len(module)} layers, expected are linear, activation, dropout, linear, dropout"]
-    found = [f"{i} {obstacle}" for i, cls in expected.items() for obstacle in obstacles(module[i], cls)]
-    return found or check_activation("1", module[1])
+    return check_activation("1", module[1])
 
 
 def _check_block(module: nn.Module) -> list[str]:
@@ -131,5 +129,5 @@ _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_atte
 
 ROWS = (
     Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockSeam, _check_block, _BLOCK_NAMES),
-    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _mlp_obstacles),
+    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _check_mlp),
 )

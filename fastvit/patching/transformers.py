@@ -15,8 +15,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import at_inference, is_known, is_over_channels
-from fastvit.patching.fusion import Fused, Row, names_used, plain_class, readable
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import (
+    Fused,
+    Row,
+    are_plain,
+    fused_backend,
+    is_fused,
+    names_used,
+    parts_of,
+    plain_class,
+)
 from fastvit.patching.mlps import Layers
 from fastvit.patching.parts import (
     activation_name,
@@ -26,7 +35,7 @@ from fastvit.patching.parts import (
     check_parameters,
     dropout_p,
     forward_is_wrapped,
-    is_plain,
+    is_plain_of,
     project,
 )
 from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
@@ -69,13 +78,14 @@ class AttentionSeam(Fused):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if _asks_for_more(kwargs) or _runs_plain(self) or not _is_usual_mask(self, attention_mask):
-            return self.fastvit_plain.forward(self, hidden_states, attention_mask, **kwargs)
+        backend = fused_backend(self)
+        if backend is None or _asks_for_more(kwargs) or _runs_plain(self) or not _is_usual_mask(self, attention_mask):
+            return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs)
         sizes = hidden_states.shape[:-1]
         heads = (*sizes, -1, self.head_dim)
         mask, bias = as_mask_and_bias(attention_mask)
         q, k, v = (
-            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            project(layer, hidden_states, backend).view(heads).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = ops.masked_attention(
@@ -86,9 +96,9 @@ class AttentionSeam(Fused):
             bias,
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return project(self.o_proj, out.transpose(1, 2).reshape(*sizes, -1), self.fastvit_backend), None
+        return project(self.o_proj, out.transpose(1, 2).reshape(*sizes, -1), backend), None
 
 
 def _asks_for_more(arguments: dict[str, Any]) -> bool:
@@ -110,12 +120,13 @@ class SelfAttentionSeam(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if head_mask is not None or _runs_plain(self):
-            return self.fastvit_plain.forward(self, hidden_states, head_mask)
+        backend = fused_backend(self)
+        if backend is None or head_mask is not None or _runs_plain(self):
+            return plain_class(self).forward(self, hidden_states, head_mask)
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, self.num_attention_heads, self.attention_head_size)
         q, k, v = (
-            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            project(layer, hidden_states, backend).view(heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         out = ops.masked_attention(
@@ -124,7 +135,7 @@ class SelfAttentionSeam(Fused):
             v,
             scale=self.scaling,
             dropout_p=self.dropout_prob if self.training else 0.0,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         return out.transpose(1, 2).reshape(batch, tokens, self.all_head_size), None
 
@@ -136,7 +147,10 @@ class SelfOutputSeam(Fused):
     fastvit_reads: ClassVar = {"dense": nn.Linear}
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.dropout(project(self.dense, hidden_states, self.fastvit_backend))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, hidden_states, input_tensor)
+        return self.dropout(project(self.dense, hidden_states, backend))
 
 
 class MlpSeam(Fused):
@@ -145,10 +159,10 @@ class MlpSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        layers = Layers(self.fc1, self.activation_fn, self.fc2)
-        if not layers.fusible():
-            return self.fastvit_plain.forward(self, hidden_states)
-        return layers.run(hidden_states, self.fastvit_backend)
+        layers, backend = Layers(self.fc1, self.activation_fn, self.fc2), fused_backend(self)
+        if backend is None or not layers.fusible():
+            return plain_class(self).forward(self, hidden_states)
+        return layers.run(hidden_states, backend)
 
 
 class BlockSeam(Fused):
@@ -158,9 +172,10 @@ class BlockSeam(Fused):
     fastvit_needs = ("attention", "mlp")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if _asks_for_more(kwargs) or not (at_inference(self, hidden_states) and _runs_whole(self, attention_mask)):
-            return self.fastvit_plain.forward(self, hidden_states, attention_mask, **kwargs)
-        attention, mlp, backend = self.attention, self.mlp, self.fastvit_backend
+        backend = None if _asks_for_more(kwargs) else whole_backend(self, hidden_states)
+        if backend is None or not _runs_whole(self, attention_mask, backend):
+            return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs)
+        attention, mlp = self.attention, self.mlp
         mask, bias = as_mask_and_bias(attention_mask)
         settings = {"mask": mask, "bias": bias, "scale": attention.scaling, "backend": backend}
         attend = functools.partial(ops.masked_attention, **settings)
@@ -170,26 +185,33 @@ class BlockSeam(Fused):
         return add_mlp(x, self.layernorm_after, (mlp.fc1, activation_name(mlp.activation_fn), mlp.fc2), backend)
 
 
-def _runs_whole(block: Any, mask: Tensor | None) -> bool:
+def _runs_whole(block: Any, mask: Tensor | None, backend: str) -> bool:
     """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
-    parts = block._modules
-    attention, mlp, dropout = (parts.get(name) for name in ("attention", "mlp", "dropout"))
+    attention, mlp = block._modules.get("attention"), block._modules.get("mlp")
     return (
-        is_over_channels(parts.get("layernorm_before"))
-        and is_over_channels(parts.get("layernorm_after"))
-        and readable(dropout, nn.Dropout)
-        and dropout_p(dropout) == 0.0
-        and isinstance(mlp, MlpSeam)
-        and is_known(mlp, (mlp.fastvit_plain,), block.fastvit_backend, {"fc1": nn.Linear, "fc2": nn.Linear})
-        and activation_name(mlp.activation_fn) is not None
+        are_plain(block, _OF_BLOCK)
         and isinstance(attention, AttentionSeam)
-        and is_known(attention, (attention.fastvit_plain,), block.fastvit_backend, _OF_ATTENTION)
+        and isinstance(mlp, MlpSeam)
+        and is_fused(attention, backend)
+        and is_fused(mlp, backend)
+        and not attention.training
+        and len(block.layernorm_before.normalized_shape) == len(block.layernorm_after.normalized_shape) == 1
+        and dropout_p(block.dropout) == 0.0
+        and activation_name(mlp.activation_fn) is not None
         and not _runs_plain(attention)
         and _is_usual_mask(attention, mask)
     )
 
 
-_OF_ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), nn.Linear)
+_OF_BLOCK = parts_of(
+    {
+        **dict.fromkeys(("layernorm_before", "layernorm_after"), nn.LayerNorm),
+        **{f"attention.{name}": nn.Linear for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        "mlp.fc1": nn.Linear,
+        "mlp.fc2": nn.Linear,
+        "dropout": nn.Dropout,
+    }
+)
 
 
 class LayerSeam(Fused):
@@ -198,17 +220,18 @@ class LayerSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> Tensor:
-        layers = layers_of(self)
-        if layers is None or not layers.fusible():
-            return self.fastvit_plain.forward(self, hidden_states, head_mask)
+        backend = fused_backend(self)
+        layers = None if backend is None else layers_of(self)
+        if backend is None or layers is None or not layers.fusible():
+            return plain_class(self).forward(self, hidden_states, head_mask)
         hidden_states = self.attention(self.layernorm_before(hidden_states), head_mask) + hidden_states
-        return layers.run(self.layernorm_after(hidden_states), self.fastvit_backend) + hidden_states
+        return layers.run(self.layernorm_after(hidden_states), backend) + hidden_states
 
 
 def layers_of(module: Any) -> Layers | None:
     """A layer's MLP; None where somebody listens to the modules it is made of."""
     first, second = module.intermediate, module.output
-    if not (is_plain(first, type(first)) and is_plain(second, type(second))):
+    if not (is_plain_of(first, "transformers") and is_plain_of(second, "transformers")):
         return None
     activation = getattr(first, "intermediate_act_fn", None) or first.activation
     return Layers(first.dense, activation, second.dense, (second.dropout,))
@@ -371,6 +394,21 @@ def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
 SELF_OUTPUT_NAMES = frozenset({"dense", "dropout"})
 _MLP_NAMES = frozenset({"fc1", "activation_fn", "fc2"})
 _BLOCK_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "mlp", "dropout"})
+_WRAPPED_NAMES = _BLOCK_NAMES | {
+    "__class__",
+    "__name__",
+    "_can_checkpoint_with_cache",
+    "_gradient_checkpointing_func",
+    "forward",
+    "gradient_checkpointing",
+    "logger",
+    "partial",
+    "rstrip",
+    "training",
+    "type",
+    "warning_once",
+}
+"""With those of transformers' wrapper around a layer's forward (5.23), which checkpoints."""
 LAYER_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "drop_path", "intermediate", "output"})
 
 _MODELS = "transformers.models"
@@ -387,7 +425,7 @@ ROWS = (
                 f"{_MODELS}.{path}.{name}SelfAttention", SelfAttentionSeam, _check_self_attention, _SELF_ATTENTION_NAMES
             ),
             Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
-            Row(f"{_MODELS}.{path}.{name}Layer", BlockSeam, _check_block, applies=_has_one_module_for_its_mlp),
+            Row(f"{_MODELS}.{path}.{name}Layer", BlockSeam, _check_block, _WRAPPED_NAMES, _has_one_module_for_its_mlp),
             Row(f"{_MODELS}.{path}.{name}MLP", MlpSeam, _check_mlp, _MLP_NAMES),
             Row(
                 f"{_MODELS}.{path}.{name}Layer",

@@ -8,14 +8,15 @@ vit-pytorch itself is never imported.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import at_inference, is_known, is_over_channels
-from fastvit.patching.fusion import Fused, Row, intact, names_used, readable
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
 from fastvit.patching.mlps import in_sequence, project_in_sequence
 from fastvit.patching.parts import (
     check_attributes,
@@ -23,35 +24,37 @@ from fastvit.patching.parts import (
     check_linear,
     check_parameters,
     dropout_p,
-    is_plain,
+    is_plain_of,
+    is_rearrangement,
     project,
 )
 from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
+from fastvit.reference.overrides import is_plain, obstacles
 
 
 def _in_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _projected(module: nn.Module, out: Tensor) -> Tensor:
+def _projected(module: nn.Module, out: Tensor, backend: str) -> Tensor:
     """Through ``to_out``: nothing, a linear, or a linear and a dropout."""
-    return project_in_sequence(module.to_out, out, module.fastvit_backend)
+    return project_in_sequence(module.to_out, out.transpose(1, 2).flatten(2), backend)
 
 
-def _packed(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values (B, N, C) behind the norm."""
-    return project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
+def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> Iterator[Tensor]:
+    """Queries, keys and values (B, H, N, D) behind the norm."""
+    packed = project(module.to_qkv, module.norm(x), backend)
+    return (_in_heads(part, module.heads) for part in packed.chunk(3, dim=-1))
 
 
-def _packed_attention(module: nn.Module, x: Tensor, drop: float) -> Tensor:
-    """The forward of ViT's and SimpleViT's attention up to the output projection."""
-    heads = (_in_heads(part, module.heads) for part in _packed(module, x))
-    return _attend(module, *heads, drop).transpose(1, 2).flatten(2)
+def _packed_attention(module: nn.Module, x: Tensor, drop: float, backend: str) -> Tensor:
+    """The forward of ViT's and SimpleViT's attention."""
+    return _projected(module, _attend(module, *_packed_heads(module, x, backend), backend=backend, drop=drop), backend)
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, drop: float = 0.0) -> Tensor:
-    return ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, drop: float = 0.0) -> Tensor:
+    return ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend)
 
 
 class AttentionSeam(Fused):
@@ -61,9 +64,10 @@ class AttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
-        return _projected(self, _packed_attention(self, x, dropout_p(self.dropout)))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
+        return _packed_attention(self, x, dropout_p(self.dropout), backend)
 
 
 class SimpleAttentionSeam(Fused):
@@ -73,9 +77,10 @@ class SimpleAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
-        return _projected(self, _packed_attention(self, x, 0.0))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
+        return _packed_attention(self, x, 0.0, backend)
 
 
 class TalkingHeadSeam(Fused):
@@ -85,22 +90,23 @@ class TalkingHeadSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, context)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, context)
         x = self.norm(x)
         context = x if context is None else torch.cat((x, context), dim=1)
-        k, v = project(self.to_kv, context, self.fastvit_backend).chunk(2, dim=-1)
+        k, v = project(self.to_kv, context, backend).chunk(2, dim=-1)
         out = ops.head_mixed_attention(
-            _in_heads(project(self.to_q, x, self.fastvit_backend), self.heads),
+            _in_heads(project(self.to_q, x, backend), self.heads),
             _in_heads(k, self.heads),
             _in_heads(v, self.heads),
             pre_weight=self.mix_heads_pre_attn.t(),  # column g makes head g
             post_weight=self.mix_heads_post_attn.t(),
             scale=self.scale,
             dropout_p=dropout_p(self.dropout),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return _projected(self, out.transpose(1, 2).flatten(2))
+        return _projected(self, out, backend)
 
 
 class FeedForwardSeam(Fused):
@@ -109,10 +115,11 @@ class FeedForwardSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = in_sequence(self.net, 1)
-        if layers is None or not layers.fusible():
-            return self.fastvit_plain.forward(self, x)
-        return layers.run(self.net[0](x), self.fastvit_backend)
+        backend = fused_backend(self)
+        layers = None if backend is None else in_sequence(self.net, 1)
+        if backend is None or layers is None or not layers.fusible():
+            return plain_class(self).forward(self, x)
+        return layers.run(self.net[0](x), backend)
 
 
 class TransformerSeam(Fused):
@@ -121,58 +128,69 @@ class TransformerSeam(Fused):
     fastvit_op = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.dim() == 3 and at_inference(self, x)):
-            return self.fastvit_plain.forward(self, x)
+        backend = whole_backend(self, x)
+        if backend is None or x.dim() != 3:
+            return plain_class(self).forward(self, x)
         for attention, feed_forward in self.layers:
-            x = _add_attention(attention, x) if _is_read(attention, self) else attention(x) + x
-            x = _add_mlp(feed_forward, x) if _is_read_mlp(feed_forward, self) else feed_forward(x) + x
+            whole = _is_read(attention, backend)
+            x = _add_attention(attention, x, backend) if whole else attention(x) + x
+            whole = _is_read_mlp(feed_forward, backend)
+            x = _add_mlp(feed_forward, x, backend) if whole else feed_forward(x) + x
         return self.norm(x) if "norm" in self._modules else x
 
 
-def _is_read(attention: Any, around: Any) -> bool:
+def _is_read(attention: Any, backend: str) -> bool:
     """Whether an attention, its norm and its projections do nothing more at inference than their tensors tell."""
     return (
         isinstance(attention, (AttentionSeam, SimpleAttentionSeam, ReAttentionSeam))
-        and is_known(attention, (attention.fastvit_plain,), around.fastvit_backend, {"to_qkv": nn.Linear})
-        and is_over_channels(attention._modules.get("norm"))
-        and _layers_behind(attention.to_out) is not None
-        and intact(attention)
+        and is_fused(attention, backend)
+        and are_plain(attention, attention.fastvit_parts)
+        and are_plain(attention, _NORM_AND_QKV)
+        and len(attention.norm.normalized_shape) == 1
+        and _layers_behind(attention._modules.get("to_out")) is not None
+        and not attention.training
         and not ("dropout" in attention._modules and dropout_p(attention.dropout) > 0.0)
         and not (isinstance(attention, ReAttentionSeam) and _check_head_norm(attention))
     )
 
 
+_NORM_AND_QKV = parts_of({"norm": nn.LayerNorm, "to_qkv": nn.Linear})
+
+
 def _layers_behind(out: Any) -> list[nn.Linear] | None:
     """The linear layer behind an attention, if there is one; None where more than that is to be called."""
-    if readable(out, nn.Sequential) and len(out) == 2 and readable(out[1], nn.Dropout) and dropout_p(out[1]) == 0.0:
+    if is_plain(out, nn.Sequential) and len(out) == 2 and is_plain(out[1], nn.Dropout) and dropout_p(out[1]) == 0.0:
         out = out[0]
-    if readable(out, nn.Linear):
+    if is_plain(out, nn.Linear):
         return [out]
-    return [] if readable(out, nn.Identity) else None
+    return [] if is_plain(out, nn.Identity) else None
 
 
-def _add_attention(attention: Any, x: Tensor) -> Tensor:
-    backend, behind = attention.fastvit_backend, _layers_behind(attention.to_out)
+def _add_attention(attention: Any, x: Tensor, backend: str) -> Tensor:
+    behind, mixes = _layers_behind(attention.to_out), isinstance(attention, ReAttentionSeam)
     heads = Heads(attention.heads, attention.to_qkv.out_features // (3 * attention.heads))
-    attend = functools.partial(_re_attend if isinstance(attention, ReAttentionSeam) else _attend, attention)
+    attend = functools.partial(_re_attend if mixes else _attend, attention, backend=backend)
     out = layer_of(behind[0]) if behind else None
     return add_attention(x, attention.norm, [layer_of(attention.to_qkv)], heads, attend, out, backend)
 
 
-def _is_read_mlp(feed_forward: Any, around: Any) -> bool:
-    if not isinstance(feed_forward, FeedForwardSeam):
+def _is_read_mlp(feed_forward: Any, backend: str) -> bool:
+    """The same of the norm and the MLP behind it."""
+    if not (isinstance(feed_forward, FeedForwardSeam) and is_fused(feed_forward, backend)):
         return False
-    if not is_known(feed_forward, (feed_forward.fastvit_plain,), around.fastvit_backend, {"net": nn.Sequential}):
-        return False
-    layers = in_sequence(feed_forward.net, 1)
-    return layers is not None and layers.fusible() and is_over_channels(feed_forward.net[0])
+    layers = in_sequence(feed_forward._modules.get("net"), 1)
+    return (
+        layers is not None
+        and layers.fusible()
+        and is_plain(feed_forward.net[0], nn.LayerNorm)
+        and len(feed_forward.net[0].normalized_shape) == 1
+    )
 
 
-def _add_mlp(feed_forward: Any, x: Tensor) -> Tensor:
+def _add_mlp(feed_forward: Any, x: Tensor, backend: str) -> Tensor:
     layers = in_sequence(feed_forward.net, 1)
     assert layers is not None
-    named = (layers.fc1, layers.named_activation(), layers.fc2)
-    return add_mlp(x, feed_forward.net[0], named, feed_forward.fastvit_backend)
+    return add_mlp(x, feed_forward.net[0], (layers.fc1, layers.named_activation(), layers.fc2), backend)
 
 
 def _check_transformer(module: nn.Module) -> list[str]:
@@ -201,12 +219,13 @@ class ConvProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens; the 1x1 convolution behind them gets a view as its map."""
 
     fastvit_op = "token_depthwise_conv"
-    fastvit_reads: ClassVar = {"net": nn.Sequential}
+    fastvit_reads: ClassVar = {"net": nn.Sequential, "net.0": nn.Conv2d, "net.1": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         conv, norm = self.net[0], self.net[1]
-        if not (intact(self) and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
-            return self.fastvit_plain.forward(self, x)
         grid = tuple(x.shape[2:])
         tokens = ops.token_depthwise_conv(
             x.flatten(2).transpose(1, 2),
@@ -216,7 +235,7 @@ class ConvProjectionSeam(Fused):
             stride=conv.stride[0],
             padding=conv.padding[0],
             norm=BatchNorm.of(norm),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         height = (grid[0] + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
         return self.net[2](tokens.transpose(1, 2).unflatten(2, (height, -1)))
@@ -228,8 +247,9 @@ class PEGSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _adds_plainly(self.proj):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None or not _adds_plainly(self.proj):
+            return plain_class(self).forward(self, x)
         conv = self.proj.fn
         tokens = ops.token_depthwise_conv(
             x.flatten(2).transpose(1, 2),
@@ -238,14 +258,14 @@ class PEGSeam(Fused):
             grid=tuple(x.shape[2:]),
             padding=conv.padding[0],
             residual=True,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         out = tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return out.contiguous() if x.is_contiguous() else out
 
 
 def _adds_plainly(residual: nn.Module) -> bool:
-    return is_plain(residual.fn, nn.Conv2d) and not residual._forward_hooks and not residual._forward_pre_hooks
+    return is_plain_of(residual, "vit_pytorch") and is_plain(residual._modules.get("fn"), nn.Conv2d)
 
 
 class ConvAttentionSeam(Fused):
@@ -255,38 +275,38 @@ class ConvAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         height, width = x.shape[2:]
-        q, k, v = (_in_heads(tokens, self.heads) for tokens in _conv_projections(self, self.norm(x)))
-        out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
-        )
+        q, k, v = (_in_heads(tokens, self.heads) for tokens in _conv_projections(self, self.norm(x), backend))
+        out = ops.masked_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=backend)
         return self.to_out(out.transpose(2, 3).reshape(x.shape[0], -1, height, width))
 
 
-def _conv_projections(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+def _conv_projections(module: Any, x: Tensor, backend: str) -> tuple[Tensor, ...]:
     """Queries, keys and values (B, N, C) of a map, from one reading of it where no part in between is to be called.
 
     Keys and values share a convolution, whose norm would count a batch of training twice.
     """
     parts = (module.to_q, module.to_kv)
-    if any(_must_be_called(module, part) or part.net[1].training for part in parts):
+    if any(not _is_projection(part, backend) or part.net[1].training for part in parts):
         maps = (module.to_q(x), *module.to_kv(x).chunk(2, dim=1))
         return tuple(_with_adjacent_channels(part.flatten(2).transpose(1, 2)) for part in maps)
     (query,), (key, value) = _as_projections(module.to_q, 1), _as_projections(module.to_kv, 2)
-    settings = {"grid": tuple(x.shape[2:]), "backend": module.fastvit_backend}
-    return ops.conv_projection(x.flatten(2).transpose(1, 2), query, key, value, **settings)
+    tokens, grid = x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+    return ops.conv_projection(tokens, query, key, value, grid=grid, backend=backend)
 
 
-def _must_be_called(attention: Fused, part: nn.Module) -> bool:
-    """Whether a projection does more than its tensors tell, or is not to be fused as the attention is."""
-    known = isinstance(part, ConvProjectionSeam) and part.fastvit_backend == attention.fastvit_backend
-    if not known or not is_plain(part, type(part)) or not intact(part):
-        return True
-    conv, norm, pointwise = part.net
-    plain = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and is_plain(pointwise, nn.Conv2d)
-    return not plain or (pointwise.kernel_size, pointwise.padding, pointwise.groups) != ((1, 1), (0, 0), 1)
+_PROJECTION = parts_of({**ConvProjectionSeam.fastvit_reads, "net.2": nn.Conv2d})
+
+
+def _is_projection(part: Any, backend: str) -> bool:
+    """Whether a projection does no more than its tensors tell, and is fused as the attention is."""
+    if not (isinstance(part, ConvProjectionSeam) and is_fused(part, backend) and are_plain(part, _PROJECTION)):
+        return False
+    pointwise = part.net[2]
+    return (pointwise.kernel_size, pointwise.padding, pointwise.groups) == ((1, 1), (0, 0), 1)
 
 
 def _as_projections(part: Any, count: int) -> list[Projection]:
@@ -309,16 +329,16 @@ class ReAttentionSeam(Fused):
     """DeepViT's re-attention: a mix without bias, and a LayerNorm over heads between two rearrangements."""
 
     fastvit_op = "head_mixed_attention"
-    fastvit_reads: ClassVar = {"dropout": nn.Dropout, "reattn_norm": nn.Sequential}
+    fastvit_reads: ClassVar = {"dropout": nn.Dropout, "reattn_norm": nn.Sequential, "reattn_norm.1": nn.LayerNorm}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self) or _check_head_norm(self):
-            return self.fastvit_plain.forward(self, x)
-        out = _re_attend(self, *(_in_heads(part, self.heads) for part in _packed(self, x)))
-        return _projected(self, out.transpose(1, 2).flatten(2))
+        backend = fused_backend(self)
+        if backend is None or _check_head_norm(self):
+            return plain_class(self).forward(self, x)
+        return _projected(self, _re_attend(self, *_packed_heads(self, x, backend), backend=backend), backend)
 
 
-def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return ops.re_attention(
         q,
         k,
@@ -328,18 +348,18 @@ def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         LayerNorm.of(module.reattn_norm[1]),
         scale=module.scale,
         dropout_p=dropout_p(module.dropout),
-        backend=module.fastvit_backend,
+        backend=backend,
     )
 
 
 def _check_head_norm(module: nn.Module) -> list[str]:
     parts = list(module.reattn_norm)
-    if len(parts) != 3 or not is_plain(parts[1], nn.LayerNorm) or parts[1].normalized_shape != (module.heads,):
+    if len(parts) != 3 or obstacles(parts[1], nn.LayerNorm) or parts[1].normalized_shape != (module.heads,):
         return ["reattn_norm is not a plain nn.LayerNorm over heads between two rearrangements"]
     return [
         f"reattn_norm.{at} is not the rearrangement to and from heads last, without hooks"
         for at, pattern in ((0, "b h i j -> b i j h"), (2, "b i j h -> b h i j"))
-        if not is_plain(parts[at], type(parts[at])) or getattr(parts[at], "pattern", None) != pattern
+        if not is_rearrangement(parts[at]) or getattr(parts[at], "pattern", None) != pattern
     ]
 
 

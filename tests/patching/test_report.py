@@ -26,6 +26,7 @@ def _linears_are_the_librarys(monkeypatch):
     """Whether they are depends on the machine."""
     linear = sys.modules["fastvit.ops.linear"]
     monkeypatch.setattr(linear, "_FASTER", {})
+    monkeypatch.setattr(linear, "_WINNERS", set())
     monkeypatch.setattr(linear.autotune, "choose", lambda *_, **__: ("reference",))
 
 
