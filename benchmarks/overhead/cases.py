@@ -115,7 +115,7 @@ PARTS = {
     "glu_mlp": 3,  # three products
     "depthwise_separable_conv": 2,  # convolution, product
     "conv_projection": 6,  # three convolutions, three products
-    "leff": 4,  # product, convolution, product, norm
+    "leff": 3,  # product, convolution, product
 }
 """How many operators a composition is made of; those not listed are one."""
 

@@ -11,8 +11,8 @@ namespace fastvit {
 
 constexpr int64_t kBlockFloats = 64 << 10;  // of a block of rows at most, half of a small L2 cache
 
-// out = residual + scale * activation(norm(x) weight^T + bias), of which all but the product may be absent. Strides in
-// elements.
+// out = residual + scale * activation(column_factor * (norm(x) weight^T + bias) + column_shift), of which all but the
+// product may be absent. Strides in elements.
 struct LinearParams {
   int64_t rows, columns, depth;
   const void* x;  // rows contiguous
@@ -22,8 +22,9 @@ struct LinearParams {
   float norm_eps;
   const void* weight;  // one of its strides is 1
   int64_t weight_column_stride, weight_depth_stride;
-  int64_t panel_stride;  // floats between packed panels
-  const float* bias;     // (columns,)
+  int64_t panel_stride;                       // floats between packed panels
+  const float* bias;                          // (columns,)
+  const float *column_factor, *column_shift;  // (columns,), or both null
   Activation activation;
   const float* scale;    // (columns,), or null
   const void* residual;  // rows contiguous, or null

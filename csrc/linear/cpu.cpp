@@ -359,8 +359,18 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
         const T* residual = p.residual == nullptr
                                 ? nullptr
                                 : static_cast<const T*>(p.residual) + (row + r) * residual_stride + panel.column;
+        const float* factor = p.column_factor == nullptr ? nullptr : p.column_factor + panel.column;
+        const float* shift = p.column_shift + (factor == nullptr ? 0 : panel.column);
         for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
           Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+          if (factor != nullptr) {
+#pragma GCC unroll 2
+            for (int c = 0; c < kPanelVectors; ++c) {
+              const int64_t m = smaller(kLanes, columns - c * kLanes);
+              if (m <= 0) break;
+              values[c] = fma(values[c], load(factor + c * kLanes, m), load(shift + c * kLanes, m));
+            }
+          }
           activate_rounded<activation, T>(values);
           if (columns == kPanel) {
 #pragma GCC unroll 2

@@ -10,7 +10,7 @@
 #include "common/float16.h"
 #include "common/torch_abi.h"
 #include "common/workspace.h"
-#include "linear/args.h"
+#include "linear/op.h"
 
 namespace fastvit {
 namespace {
@@ -21,51 +21,7 @@ constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
 // Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
 constexpr int64_t kDepthSlice = 3072;
 
-// --- Arguments, in the order of the schemas --------------------------------------------------------------------------
-
-// A layer norm of x, if `exists`.
-struct NormOfRows {
-  using Schema = std::tuple<bool, OptionalTensor, OptionalTensor, double>;
-  bool exists;
-  OptionalTensor weight, bias;
-  double eps;
-};
-
-struct Layer {
-  using Schema = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
-  Tensor weight;
-  OptionalTensor bias, packed;
-};
-
-// What is added behind a product: out = residual + scale * product.
-struct Addition {
-  using Schema = std::tuple<OptionalTensor, OptionalTensor>;
-  OptionalTensor scale, residual;
-};
-
-// A vector in float32: the tensor's own memory, or a copy.
-class Floats {
- public:
-  Floats(const char* op, const OptionalTensor& tensor, const char* name, int64_t size) {
-    if (!tensor) return;
-    check_cpu_shape(op, *tensor, name, {size});
-    if (tensor->dtype() == Dtype::float32 && (tensor->stride(0) == 1 || size <= 1)) {
-      data_ = tensor->data<float>();
-    } else {
-      copy_ = small_values(op, *tensor, name);
-      data_ = copy_.data();
-    }
-  }
-  const float* data() const { return data_; }
-  const float* data_or_zeros(int64_t size) {
-    if (data_ == nullptr) copy_.assign(static_cast<size_t>(size), 0.0f), data_ = copy_.data();
-    return data_;
-  }
-
- private:
-  std::vector<float> copy_;
-  const float* data_ = nullptr;
-};
+// --- Rows ------------------------------------------------------------------------------------------------------------
 
 // The rows of (..., K) as one axis, and their stride; copies the tensor where they have no common stride.
 int64_t take_rows(const char* op, Tensor& x, int64_t& stride) {
@@ -268,7 +224,11 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
     part.depth = (slice + 1) * p.depth / slices - begin;
     if (slices > 1) part.x = static_cast<const float*>(p.x) + begin;
     part.accumulate = slice > 0;
-    if (slice + 1 < slices) part.activation = Activation::none, part.scale = nullptr, part.residual = nullptr;
+    if (slice + 1 < slices) {
+      part.column_factor = part.column_shift = part.scale = nullptr;
+      part.activation = Activation::none;
+      part.residual = nullptr;
+    }
     multiply(part, FASTVIT_PER_ISA(linear_kernel)(part), packed + begin * kernel.panel_columns);
   }
 }
@@ -359,16 +319,7 @@ struct PackedLayer {
 
 Tensor linear_cpu(Tensor x, Layer layer, const NormOfRows& norm, int64_t activation, Addition addition) {
   constexpr char kOp[] = "linear";
-  LinearParams rows{};
-  const Input input(kOp, x, norm, rows);
-  PackedLayer product(kOp, {"weight", "bias"}, layer, x.size(x.dim() - 1), x.dtype(), rows);
-  product.p.activation = activation_of(kOp, activation, "activation");
-  Output output(kOp, x, addition, product.p);
-  if (output.out.numel() == 0) return std::move(output.out);
-  product.pack_if_absent(Workspace::of_call().take(product.floats));
-  run(product.p, product.kernel, product.packed);
-  Workspace::of_call().give_back();
-  return std::move(output.out);
+  return linear(kOp, x, layer, norm, {}, activation_of(kOp, activation, "activation"), addition);
 }
 
 FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
@@ -495,4 +446,20 @@ Tensor glu_mlp_cpu(Tensor x, Layer gate, Layer value, Layer fc2, const NormOfRow
 FASTVIT_REGISTER(packed_glu_mlp, "CPU", glu_mlp_cpu);
 
 }  // namespace
+
+Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, const NormOfColumns& behind,
+              Activation activation, Addition& addition) {
+  LinearParams rows{};
+  const Input input(op, x, norm, rows);
+  PackedLayer product(op, {"weight", "bias"}, layer, x.size(x.dim() - 1), x.dtype(), rows);
+  product.p.column_factor = behind.factor, product.p.column_shift = behind.shift;
+  product.p.activation = activation;
+  Output output(op, x, addition, product.p);
+  if (output.out.numel() == 0) return std::move(output.out);
+  product.pack_if_absent(Workspace::of_call().take(product.floats));
+  run(product.p, product.kernel, product.packed);
+  Workspace::of_call().give_back();
+  return std::move(output.out);
+}
+
 }  // namespace fastvit

@@ -1,7 +1,9 @@
 """CeiT's locally-enhanced feed-forward on tokens as they lie.
 
-- ``cpp``, ``cuda``: products around ``token_depthwise_conv`` by that backend, with the first two norms and both GELUs
-  in it.
+- ``cpp``: at inference, where the products are ours, ``csrc/leff``: the norm in front and the first product; the
+  convolution with two norms and both GELUs in it; the second product with the last norm and the residual in it.
+- ``cpp`` otherwise, ``cuda``: products around ``token_depthwise_conv`` by that backend, with the first two norms and
+  both GELUs in it.
 - ``triton``: at inference ``kernels/leff.py``, which never brings the convolution's result into memory; in training,
   and for kernels of more than 3 x 3, as above.
 - ``reference``: ``fastvit.reference.functional.leff``.
@@ -13,7 +15,7 @@ costs less than cutting them off first and concatenating them last, which copies
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,22 @@ from fastvit.ops._checks import (
     check_tokens,
     fail,
 )
-from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed
-from fastvit.ops._schema import define, launch, norm_arguments, unpack
-from fastvit.ops.linear import cast_like, linear_dtype, multiply
+from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed, is_dynamo_compiling
+from fastvit.ops._packing import packed
+from fastvit.ops._schema import Registered, define, launch, norm_arguments, unpack
+from fastvit.ops.linear import (
+    NO_NORM,
+    Mlp,
+    cast_like,
+    check_norm,
+    check_residual,
+    linear_dtype,
+    multiply,
+    takes_mlp,
+)
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
-from fastvit.reference.functional import LEFF_FORMS, BatchNorm
+from fastvit.reference.functional import LEFF_FORMS, BatchNorm, LayerNorm
 
 __all__ = ["leff"]
 
@@ -52,6 +64,8 @@ class Call(NamedTuple):
     down_bias: Tensor | None
     down_norm: BatchNorm | None
     form: str
+    norm: LayerNorm | None
+    residual: Tensor | None
 
 
 def _check(call: Call) -> None:
@@ -72,13 +86,15 @@ def _check(call: Call) -> None:
     for name, bias, norm, size in parts:
         check_parameter(f"{name}_bias", bias, (size,), x)
         check_batch_norm(f"{name}_norm", norm, size, x)
+    check_norm("norm", call.norm, x.shape[2], x)
+    check_residual(call.residual, x, channels)
     if call.form not in LEFF_FORMS:
         fail("form", f"one of {LEFF_FORMS}", call.form)
     for name, _, norm, _ in parts:
         check_batch(f"{name}_norm", norm, x.shape[0] * c.grid[0] * c.grid[1])
 
 
-# --- Registered operator --------------------------------------------------------------------------------------------
+# --- Registered operators -------------------------------------------------------------------------------------------
 
 _EPILOGUES = ", ".join(f"Tensor? {part}_bias, {norm_arguments(f'{part}_norm')}" for part in ("up", "dw", "down"))
 _fused = define(
@@ -89,6 +105,31 @@ _fused = define(
     lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0])),
 ).call
 launch("leff_triton", "leff", "leff_operator", dense_parameters=True)
+
+
+def _define_whole(name: str, layer: str) -> Registered:
+    arguments = (
+        "Tensor x, bool has_norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps",
+        f"{layer.format('up')}, Tensor dw_weight, Tensor? dw_bias",
+        f"{norm_arguments('up_norm')}, {norm_arguments('dw_norm')}",
+        f"{layer.format('down')}, {norm_arguments('down_norm')}, Tensor? residual",
+        "SymInt height, SymInt width, int prefix_tokens, bool paper",
+    )
+    fake = lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0]))  # noqa: E731
+    return define(name, ", ".join(arguments), "Tensor", fake)
+
+
+_LAYER = "Tensor {0}_weight, Tensor? {0}_bias"
+_packed_leff = _define_whole("packed_leff", f"{_LAYER}, Tensor? {{0}}_packed")
+# For the graphs of torch.compile, which cannot hold a packed weight.
+_leff = _define_whole("leff", _LAYER)
+
+
+@torch.library.impl("fastvit::leff", "cpu")
+def _run_compiled(*arguments: Any) -> Tensor:
+    values = _leff.Arguments(*arguments)._asdict()
+    values |= {f"{name}_packed": packed(values[f"{name}_weight"]) for name in ("up", "down")}
+    return _packed_leff.eager(*(values[name] for name in _packed_leff.Arguments._fields))
 
 
 def _fits(call: Call) -> bool:
@@ -136,9 +177,40 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
 
 
 def _trains(call: Call) -> bool:
-    """Whether it needs gradients; under statistics of the batch it counts as training anyhow."""
-    tensors = (call.up_weight, call.up_bias, call.down_weight, call.down_bias, *(call.down_norm or ())[:4])
-    return gradients_needed(*call.convolution.tensors(), *tensors)
+    """Whether it needs gradients or statistics of the batch."""
+    c = call.convolution
+    for norm in (c.pre_norm, c.norm, call.down_norm):
+        if norm is not None and norm.use_batch_stats:
+            return True
+    if not torch.is_grad_enabled():
+        return False
+    layers = (call.up_weight, call.up_bias, call.down_weight, call.down_bias)
+    around = (*(call.down_norm or ())[:4], *(call.norm or ())[:2], call.residual)
+    return gradients_needed(*c.tensors(), *layers, *around)
+
+
+def _takes_whole(call: Call) -> bool:
+    """Whether csrc/leff takes it: at inference, where the products are ours and their parameters in x's dtype."""
+    layers = call.up_weight, call.up_bias, call.down_weight, call.down_bias
+    for tensor in (*layers, call.residual):
+        if tensor is not None and tensor.dtype != call.x.dtype:
+            return False
+    return not _trains(call) and takes_mlp(Mlp(call.x, *layers, "gelu", call.norm, None, call.residual))
+
+
+def _run_whole(call: Call) -> Tensor:
+    """By ``csrc/leff``."""
+    c, (up, down) = call.convolution, (call.up_weight, call.down_weight)
+    height, width = c.grid
+    if call.form not in LEFF_FORMS or not (type(height) is type(width) is type(c.prefix_tokens) is int):
+        _check(call)  # a schema takes True for 1, and a tensor of one number
+    norm = NO_NORM if call.norm is None else (True, *call.norm)
+    convolution = (c.weight, c.bias, *unpack(c.pre_norm), *unpack(c.norm))
+    behind = (*unpack(call.down_norm), call.residual, height, width, c.prefix_tokens, call.form == "paper")
+    if is_dynamo_compiling():
+        return _leff.call(call.x, *norm, up, call.up_bias, *convolution, down, call.down_bias, *behind)
+    layers = (up, call.up_bias, packed(up)), (down, call.down_bias, packed(down))
+    return _packed_leff.eager(call.x, *norm, *layers[0], *convolution, *layers[1], *behind)
 
 
 def _by(kernels: Implementation) -> Implementation:
@@ -158,13 +230,20 @@ def _by(kernels: Implementation) -> Implementation:
                 yield "a norm has no statistics"
 
     def run(call: Call) -> Tensor:
-        x, convolution, up_weight, up_bias, down_weight, down_bias, down_norm, form = call
-        for norm in (convolution.pre_norm, convolution.norm, down_norm):
-            if norm is not None and norm.use_batch_stats:
-                _check(call)  # before running statistics move
-                return _train(call, kernels)
-        if torch.is_grad_enabled() and _trains(call):
-            _check(call)
+        if kernels.name == "cpp" and _takes_whole(call):
+            return _run_whole(call)
+        norm, residual = call.norm, call.residual
+        if norm is None and residual is None:
+            return compose(call)
+        _check(call)
+        x = call.x if norm is None else norm.over_last(call.x)
+        out = compose(call._replace(x=x, convolution=call.convolution._replace(x=x), norm=None, residual=None))
+        return functional.add_scaled(out, None, residual)
+
+    def compose(call: Call) -> Tensor:
+        x, convolution, up_weight, up_bias, down_weight, down_bias, down_norm, form, _, _ = call
+        if _trains(call):
+            _check(call)  # before running statistics move
             return _train(call, kernels)
         if form not in LEFF_FORMS or convolution.weight.shape[3] % 2 == 0:
             raise ValueError("form or dw_weight")
@@ -195,6 +274,8 @@ def _run_reference(call: Call) -> Tensor:
         x,
         *cast_like(x, *layers),
         grid=c.grid,
+        norm=call.norm,
+        residual=call.residual,
         up_norm=c.pre_norm,
         dw_norm=c.norm,
         down_norm=call.down_norm,
@@ -221,9 +302,11 @@ def leff(
     down_norm: BatchNorm | None = None,
     prefix_tokens: int = 1,
     form: str = "official",
+    norm: LayerNorm | None = None,
+    residual: Tensor | None = None,
     backend: str = AUTO,
 ) -> Tensor:
-    """CeiT's locally-enhanced feed-forward, as what a residual adds to its input.
+    """CeiT's locally-enhanced feed-forward, as what a residual adds to its input; with that, and a norm in front.
 
     On grid tokens: linear, norm, GELU, depthwise k x k convolution, norm, GELU, linear, norm. Prefix tokens pass by.
 
@@ -235,6 +318,8 @@ def leff(
         grid: (h, w).
         form: "official" gives prefix tokens as they came, so that a residual doubles them, and has no GELU at the end;
             "paper" gives zeros for them, so that a residual leaves them be, and has a GELU after the last norm.
+        norm: LayerNorm over C of all tokens, in front, in x's dtype or float32. residual: (B, P + h*w, O) in x's dtype,
+            added at the end.
         backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
@@ -249,4 +334,4 @@ def leff(
     geometry = (grid, 1, None, prefix_tokens)  # None: the padding that keeps the grid
     convolution = Convolution(x, dw_weight, dw_bias, *geometry, up_norm, "gelu", dw_norm, "gelu")
     products = (up_weight, up_bias, down_weight, down_bias)
-    return OPERATOR(Call(x, convolution, *products, down_norm, form), backend)
+    return OPERATOR(Call(x, convolution, *products, down_norm, form, norm, residual), backend)

@@ -113,10 +113,11 @@ def _check_x(call: Call) -> None:
     if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
         fail("x", "a floating tensor (..., K)", x)
     check_activation("activation", call.activation, GATES if isinstance(call, GluMlp) else functional.ACTIVATIONS)
-    _check_norm("norm", call.norm, x.shape[-1], x)
+    check_norm("norm", call.norm, x.shape[-1], x)
 
 
-def _check_norm(name: str, norm: LayerNorm | None, features: int, x: Tensor) -> None:
+def check_norm(name: str, norm: LayerNorm | None, features: int, x: Tensor) -> None:
+    """A LayerNorm beside a product."""
     if norm is None:
         return
     if not isinstance(norm, LayerNorm):
@@ -129,9 +130,13 @@ def _check_norm(name: str, norm: LayerNorm | None, features: int, x: Tensor) -> 
 
 
 def _check_added(call: Call, outputs: int) -> None:
-    x, residual = call.x, call.residual
-    check_parameter("scale", call.scale, (outputs,), x)
-    _check_dtype("scale", call.scale, x)
+    check_parameter("scale", call.scale, (outputs,), call.x)
+    _check_dtype("scale", call.scale, call.x)
+    check_residual(call.residual, call.x, outputs)
+
+
+def check_residual(residual: Tensor | None, x: Tensor, outputs: int) -> None:
+    """What is added behind a product of so many outputs."""
     if residual is not None:
         expected = (*x.shape[:-1], outputs)
         if not isinstance(residual, Tensor) or residual.shape != expected or not residual.is_floating_point():
@@ -159,7 +164,7 @@ def _check_glu_mlp(call: GluMlp) -> None:
     if check_linear("value_weight", call.value_weight, x.shape[-1], x) != hidden:
         fail("value_weight", f"gate_weight's shape {(hidden, x.shape[-1])}", call.value_weight)
     _check_layer(("value_weight", "value_bias"), x, call.value_weight, call.value_bias, x.shape[-1])
-    _check_norm("hidden_norm", call.hidden_norm, hidden, x)
+    check_norm("hidden_norm", call.hidden_norm, hidden, x)
     _check_added(call, _check_layer(("fc2_weight", "fc2_bias"), x, call.fc2_weight, call.fc2_bias, hidden))
 
 
@@ -574,6 +579,16 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         else:
             break
     return each.traced(call) if traced and each.traced is not None else each.run(call)
+
+
+def takes_mlp(call: Mlp) -> bool:
+    """Whether ``cpp`` would run this MLP, whose layers another operator has with something in between."""
+    if backends.REQUESTED is not None and "cpp" not in backends.REQUESTED:
+        return False
+    reasons = MLP.implementations[0].reasons
+    for _ in () if reasons is None else reasons(call, False):
+        return False
+    return True
 
 
 def linear(

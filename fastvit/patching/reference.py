@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.ops._operator import is_dynamo_compiling
 from fastvit.patching.blocks import (
     BlockSeam,
     add_attention,
@@ -287,7 +288,12 @@ class LeFFBlockSeam(Fused):
         if backend is None or not adds_attention(self, backend):
             return plain_class(self).forward(self, x, grid, mask)
         x = add_attention(self, x, mask, backend)
-        return x + self.leff(self.norm2(x), grid)
+        leff = self.leff
+        if not (_reads_leff(self, backend) and len(self.norm2.normalized_shape) == 1):
+            return x + leff(self.norm2(x), grid)
+        settings = {"grid": grid, "prefix_tokens": leff.prefix_tokens, "form": leff.form}
+        around = {"norm": LayerNorm.of(self.norm2), "residual": x}
+        return ops.leff(x, **leff_arguments(leff), **settings, **around, backend=backend)
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
         backend = first_backend(self, x)
@@ -297,14 +303,20 @@ class LeFFBlockSeam(Fused):
         return x + self.norm2(x) if self.leff.form == "official" else x
 
 
-def _skips_leff(block: Any, backend: str, count: int) -> bool:
-    """Whether the first tokens pass the LeFF by, and nobody waits for its parts."""
+def _reads_leff(block: Any, backend: str) -> bool:
+    """Whether the LeFF, and the norm in front of it, may be read."""
     leff = block.leff
     if not (are_plain(block, _NORM_2) and is_fused(leff, backend, LeFF) and are_plain(leff, _CONVOLUTIONS)):
         return False
     norms = (leff.bn1, leff.bn2, leff.bn3) if leff.with_bn else ()
+    return all(is_plain(norm, nn.BatchNorm2d) for norm in norms)
+
+
+def _skips_leff(block: Any, backend: str, count: int) -> bool:
+    """Whether the first tokens pass the LeFF by, and nobody waits for its parts."""
+    leff = block.leff
     return (
-        all(is_plain(norm, nn.BatchNorm2d) for norm in norms)
+        _reads_leff(block, backend)
         and not leff.training
         and not any(part.training for part in leff.children())
         and count <= leff.prefix_tokens
@@ -348,12 +360,54 @@ def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: T
     norm_of_kv = norm_of_q
     if attention.sr_ratio > 1:  # the convolution reads what the norm gives
         normed = block.norm1(x)
-        reduced = attention.sr(tokens_to_map(normed, grid)).flatten(2).transpose(1, 2)
+        reduced = _reduced(block, normed, grid, backend)
         norm_of_q, norm_of_kv = None, LayerNorm.of(attention.norm)
     q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norm_of_q, backend=backend)
     kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norm_of_kv, backend=backend)
     heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
     return add_projection(block, x, attention.attend(*heads, mask), backend)
+
+
+def _reduced(block: Any, x: Tensor, grid: tuple[int, int], backend: str) -> Tensor:
+    """The strided convolution of tokens, as a product with their patches where that is what it is.
+
+    The library's convolution rearranges its weight at each call, which takes longer than copying the patches.
+    """
+    conv = block.attn._modules.get("sr")
+    whole = is_plain(conv, nn.Conv2d) and x.shape[1] == grid[0] * grid[1] and not is_dynamo_compiling()
+    if not (whole and _cuts_into(conv, x.shape[2], grid)):
+        return _as_tokens(block.attn.sr(_as_map(x, grid)))
+    (batch, _, channels), (of_batch, of_token, of_channel) = x.shape, x.stride()
+    (height, width), of_row = conv.kernel_size, grid[1] * of_token
+    rows, columns = grid[0] // height, grid[1] // width
+    strides = (of_batch, height * of_row, width * of_token, of_channel, of_row, of_token)
+    patches = x.as_strided((batch, rows, columns, channels, height, width), strides)
+    patches = patches.reshape(batch, rows * columns, channels * height * width)
+    return ops.linear(patches, conv.weight.flatten(1), conv.bias, backend=backend)
+
+
+def _cuts_into(conv: nn.Conv2d, channels: int, grid: tuple[int, int]) -> bool:
+    """Whether a convolution multiplies the patches of a map, which it divides, by one matrix."""
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.in_channels
+    divides = grid[0] % conv.kernel_size[0] == grid[1] % conv.kernel_size[1] == 0
+    return settings == (conv.kernel_size, (0, 0), (1, 1), 1, channels) and divides
+
+
+def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, h*w, C) as a map (B, C, h, w), by one call."""
+    (batch, tokens, channels), (of_batch, of_token, of_channel) = x.shape, x.stride()
+    if is_dynamo_compiling() or tokens != grid[0] * grid[1]:  # which chooses strides itself; or raises
+        return tokens_to_map(x, grid)
+    strides = (of_batch, of_channel, grid[1] * of_token, of_token)
+    return x.as_strided((batch, channels, *grid), strides)
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """A map (B, C, h, w) as tokens (B, h*w, C), by one call where it lies so."""
+    (batch, channels, rows, columns), (of_batch, of_channel, of_row, of_column) = x.shape, x.stride()
+    if is_dynamo_compiling() or of_row != columns * of_column:
+        return x.flatten(2).transpose(1, 2)
+    return x.as_strided((batch, rows * columns, channels), (of_batch, of_column, of_channel))
 
 
 class PatchEmbedSeam(Fused):

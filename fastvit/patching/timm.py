@@ -6,6 +6,7 @@ sub-modules (``self.qkv(x)``), so that adapters and quantised layers in their pl
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from fastvit.patching.parts import (
     is_plain_of,
     project,
 )
-from fastvit.reference.functional import LayerNorm
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.overrides import is_plain
 
 
@@ -265,17 +266,11 @@ class BlockSeam(Fused):
         if backend is None or not (_adds_attention(self, backend) and _adds_mlp(self, backend)):
             return plain_class(self).forward(self, x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp
-        batch, tokens, _ = x.shape
-        norm_1, norm_2 = LayerNorm.of(self.norm1), LayerNorm.of(self.norm2)
-        qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm_1, backend=backend)
-        heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        out = ops.masked_attention(q, k, v, scale=attention.scale, backend=backend).transpose(1, 2).flatten(2)
-        scale = getattr(self.ls1, "gamma", None)
-        x = ops.linear(out, attention.proj.weight, attention.proj.bias, scale=scale, residual=x, backend=backend)
-        layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, activation_name(mlp.act))
-        scale = getattr(self.ls2, "gamma", None)
-        return ops.mlp(x, *layers, norm=norm_2, scale=scale, residual=x, backend=backend)
+        attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
+        layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
+        scales = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
+        x = add_attention(x, self.norm1, layers, heads, attend, layer_of(attention.proj), backend, next(scales))
+        return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, next(scales))
 
 
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")

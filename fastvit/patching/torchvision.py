@@ -2,18 +2,20 @@
 
 The block is what is fused, since only there is it known that nobody asks for the attention map. torch packs q, k and v
 into a copy of their own before ``scaled_dot_product_attention``, and its inference path writes the N x N maps; here q,
-k and v are views. torchvision itself is never imported.
+k and v are views. At inference on the CPU the block is four calls. torchvision itself is never imported.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -22,6 +24,7 @@ from fastvit.patching.parts import (
     check_parameters,
     dropout_p,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.overrides import is_plain
 
 
@@ -44,6 +47,9 @@ class EncoderBlockSeam(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
+        backend = whole_backend(self, input)
+        if backend is not None and input.dim() == 3 and _runs_whole(self, backend):
+            return _run_whole(self, input, backend)
         attention, backend = self.self_attention, fused_backend(self)
         if backend is None or not _attends_plainly(attention) or input.dim() != 3:
             return plain_class(self).forward(self, input)
@@ -59,6 +65,34 @@ class EncoderBlockSeam(Fused):
         )
         x = self.dropout(out) + input
         return x + self.mlp(self.ln_2(x))
+
+
+def _runs_whole(block: Any, backend: str) -> bool:
+    """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
+    mlp, attention = block._modules.get("mlp"), block._modules.get("self_attention")
+    return (
+        are_plain(block, _AROUND)
+        and isinstance(mlp, MlpSeam)
+        and is_fused(mlp, backend)
+        and len(mlp) == 5
+        and are_plain(mlp, mlp.fastvit_parts)
+        and activation_name(mlp[1]) is not None
+        and len(block.ln_1.normalized_shape) == len(block.ln_2.normalized_shape) == 1
+        and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, mlp[2], mlp[4]))
+        and _attends_plainly(attention)
+        and not attention.training
+    )
+
+
+_AROUND = parts_of({"ln_1": nn.LayerNorm, "ln_2": nn.LayerNorm, "dropout": nn.Dropout})
+
+
+def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
+    attention = block.self_attention
+    attend = functools.partial(ops.masked_attention, backend=backend)
+    layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
+    x = add_attention(x, block.ln_1, layers, heads, attend, layer_of(attention.out_proj), backend)
+    return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
 class MlpSeam(Fused):

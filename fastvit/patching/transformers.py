@@ -15,17 +15,30 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, fused_backend, names_used, plain_class
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import (
+    Fused,
+    Row,
+    are_plain,
+    fused_backend,
+    is_fused,
+    names_used,
+    parts_of,
+    plain_class,
+)
 from fastvit.patching.mlps import Layers
 from fastvit.patching.parts import (
+    activation_name,
     as_mask_and_bias,
     check_attributes,
     check_linear,
     check_parameters,
+    dropout_p,
     forward_is_wrapped,
     is_plain_of,
     project,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 
 INTERFACES = ("eager", "sdpa")
 """The attention interfaces whose numbers the fused path gives."""
@@ -150,6 +163,55 @@ class MlpSeam(Fused):
         if backend is None or not layers.fusible():
             return plain_class(self).forward(self, hidden_states)
         return layers.run(hidden_states, backend)
+
+
+class BlockSeam(Fused):
+    """``ViTLayer`` and ``DeiTLayer`` of transformers 5, at inference on the CPU in a few calls."""
+
+    fastvit_op = "linear"
+    fastvit_needs = ("attention", "mlp")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        backend = None if _asks_for_more(kwargs) else whole_backend(self, hidden_states)
+        if backend is None or not _runs_whole(self, attention_mask, backend):
+            return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs)
+        attention, mlp = self.attention, self.mlp
+        mask, bias = as_mask_and_bias(attention_mask)
+        settings = {"mask": mask, "bias": bias, "scale": attention.scaling, "backend": backend}
+        attend = functools.partial(ops.masked_attention, **settings)
+        layers = [layer_of(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        heads, out = Heads(attention.num_attention_heads, attention.head_dim), layer_of(attention.o_proj)
+        x = add_attention(hidden_states, self.layernorm_before, layers, heads, attend, out, backend)
+        return add_mlp(x, self.layernorm_after, (mlp.fc1, activation_name(mlp.activation_fn), mlp.fc2), backend)
+
+
+def _runs_whole(block: Any, mask: Tensor | None, backend: str) -> bool:
+    """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
+    attention, mlp = block._modules.get("attention"), block._modules.get("mlp")
+    return (
+        are_plain(block, _OF_BLOCK)
+        and isinstance(attention, AttentionSeam)
+        and isinstance(mlp, MlpSeam)
+        and is_fused(attention, backend)
+        and is_fused(mlp, backend)
+        and not attention.training
+        and len(block.layernorm_before.normalized_shape) == len(block.layernorm_after.normalized_shape) == 1
+        and dropout_p(block.dropout) == 0.0
+        and activation_name(mlp.activation_fn) is not None
+        and not _runs_plain(attention)
+        and _is_usual_mask(attention, mask)
+    )
+
+
+_OF_BLOCK = parts_of(
+    {
+        **dict.fromkeys(("layernorm_before", "layernorm_after"), nn.LayerNorm),
+        **{f"attention.{name}": nn.Linear for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        "mlp.fc1": nn.Linear,
+        "mlp.fc2": nn.Linear,
+        "dropout": nn.Dropout,
+    }
+)
 
 
 class LayerSeam(Fused):
@@ -294,6 +356,21 @@ def check_layer(module: nn.Module, parameters: tuple[str, ...]) -> list[str]:
     return layers.reasons("intermediate.dense", "the activation", "output.dense")
 
 
+def _check_block(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
+    found += check_parameters(module, "hidden_states", "attention_mask", "kwargs")
+    cls: Any = plain_class(module)
+    forward = cls.forward
+    while forward.__globals__["__name__"] == "transformers.modeling_layers":  # which looks whether to checkpoint
+        forward = forward.__wrapped__
+    if forward.__globals__["__name__"] != cls.__module__:
+        return [*found, f"{cls.__name__}.forward was replaced by {forward!r}"]
+    unknown = sorted(names_used(forward.__code__) - _BLOCK_NAMES)
+    return found + [f"{cls.__name__}.forward of this version uses {', '.join(unknown)}, which is not known"] * bool(
+        unknown
+    )
+
+
 def check_self_output(module: nn.Module) -> list[str]:
     """Reasons why a linear layer behind an attention is not as known."""
     return check_attributes(module, "dropout")
@@ -304,6 +381,11 @@ def _is_of_version_5(module: nn.Module) -> bool:
     return not hasattr(module, "attention")
 
 
+def _has_one_module_for_its_mlp(module: nn.Module) -> bool:
+    """As in transformers 5."""
+    return hasattr(module, "mlp")
+
+
 def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
     """As in transformers 4; in 5 the MLP is one."""
     return hasattr(module, "intermediate")
@@ -311,6 +393,22 @@ def _has_two_modules_for_its_mlp(module: nn.Module) -> bool:
 
 SELF_OUTPUT_NAMES = frozenset({"dense", "dropout"})
 _MLP_NAMES = frozenset({"fc1", "activation_fn", "fc2"})
+_BLOCK_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "mlp", "dropout"})
+_WRAPPED_NAMES = _BLOCK_NAMES | {
+    "__class__",
+    "__name__",
+    "_can_checkpoint_with_cache",
+    "_gradient_checkpointing_func",
+    "forward",
+    "gradient_checkpointing",
+    "logger",
+    "partial",
+    "rstrip",
+    "training",
+    "type",
+    "warning_once",
+}
+"""With those of transformers' wrapper around a layer's forward (5.23), which checkpoints."""
 LAYER_NAMES = frozenset({"attention", "layernorm_before", "layernorm_after", "drop_path", "intermediate", "output"})
 
 _MODELS = "transformers.models"
@@ -327,6 +425,7 @@ ROWS = (
                 f"{_MODELS}.{path}.{name}SelfAttention", SelfAttentionSeam, _check_self_attention, _SELF_ATTENTION_NAMES
             ),
             Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
+            Row(f"{_MODELS}.{path}.{name}Layer", BlockSeam, _check_block, _WRAPPED_NAMES, _has_one_module_for_its_mlp),
             Row(f"{_MODELS}.{path}.{name}MLP", MlpSeam, _check_mlp, _MLP_NAMES),
             Row(
                 f"{_MODELS}.{path}.{name}Layer",

@@ -7,6 +7,7 @@ vit-pytorch itself is never imported.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
+from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
 from fastvit.patching.mlps import in_sequence, project_in_sequence
 from fastvit.patching.parts import (
@@ -26,6 +28,7 @@ from fastvit.patching.parts import (
     is_rearrangement,
     project,
 )
+from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 from fastvit.reference.overrides import is_plain, obstacles
 
@@ -47,9 +50,11 @@ def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> Iterator[Tensor
 
 def _packed_attention(module: nn.Module, x: Tensor, drop: float, backend: str) -> Tensor:
     """The forward of ViT's and SimpleViT's attention."""
-    q, k, v = _packed_heads(module, x, backend)
-    out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend)
-    return _projected(module, out, backend)
+    return _projected(module, _attend(module, *_packed_heads(module, x, backend), backend=backend, drop=drop), backend)
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, drop: float = 0.0) -> Tensor:
+    return ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend)
 
 
 class AttentionSeam(Fused):
@@ -115,6 +120,89 @@ class FeedForwardSeam(Fused):
         if backend is None or layers is None or not layers.fusible():
             return plain_class(self).forward(self, x)
         return layers.run(self.net[0](x), backend)
+
+
+class TransformerSeam(Fused):
+    """The blocks of ViT, SimpleViT, DistillableViT and DeepViT, each at inference on the CPU in four calls."""
+
+    fastvit_op = "linear"
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend = whole_backend(self, x)
+        if backend is None or x.dim() != 3:
+            return plain_class(self).forward(self, x)
+        for attention, feed_forward in self.layers:
+            whole = _is_read(attention, backend)
+            x = _add_attention(attention, x, backend) if whole else attention(x) + x
+            whole = _is_read_mlp(feed_forward, backend)
+            x = _add_mlp(feed_forward, x, backend) if whole else feed_forward(x) + x
+        return self.norm(x) if "norm" in self._modules else x
+
+
+def _is_read(attention: Any, backend: str) -> bool:
+    """Whether an attention, its norm and its projections do nothing more at inference than their tensors tell."""
+    return (
+        isinstance(attention, (AttentionSeam, SimpleAttentionSeam, ReAttentionSeam))
+        and is_fused(attention, backend)
+        and are_plain(attention, attention.fastvit_parts)
+        and are_plain(attention, _NORM_AND_QKV)
+        and len(attention.norm.normalized_shape) == 1
+        and _layers_behind(attention._modules.get("to_out")) is not None
+        and not attention.training
+        and not ("dropout" in attention._modules and dropout_p(attention.dropout) > 0.0)
+        and not (isinstance(attention, ReAttentionSeam) and _check_head_norm(attention))
+    )
+
+
+_NORM_AND_QKV = parts_of({"norm": nn.LayerNorm, "to_qkv": nn.Linear})
+
+
+def _layers_behind(out: Any) -> list[nn.Linear] | None:
+    """The linear layer behind an attention, if there is one; None where more than that is to be called."""
+    if is_plain(out, nn.Sequential) and len(out) == 2 and is_plain(out[1], nn.Dropout) and dropout_p(out[1]) == 0.0:
+        out = out[0]
+    if is_plain(out, nn.Linear):
+        return [out]
+    return [] if is_plain(out, nn.Identity) else None
+
+
+def _add_attention(attention: Any, x: Tensor, backend: str) -> Tensor:
+    behind, mixes = _layers_behind(attention.to_out), isinstance(attention, ReAttentionSeam)
+    heads = Heads(attention.heads, attention.to_qkv.out_features // (3 * attention.heads))
+    attend = functools.partial(_re_attend if mixes else _attend, attention, backend=backend)
+    out = layer_of(behind[0]) if behind else None
+    return add_attention(x, attention.norm, [layer_of(attention.to_qkv)], heads, attend, out, backend)
+
+
+def _is_read_mlp(feed_forward: Any, backend: str) -> bool:
+    """The same of the norm and the MLP behind it."""
+    if not (isinstance(feed_forward, FeedForwardSeam) and is_fused(feed_forward, backend)):
+        return False
+    layers = in_sequence(feed_forward._modules.get("net"), 1)
+    return (
+        layers is not None
+        and layers.fusible()
+        and is_plain(feed_forward.net[0], nn.LayerNorm)
+        and len(feed_forward.net[0].normalized_shape) == 1
+    )
+
+
+def _add_mlp(feed_forward: Any, x: Tensor, backend: str) -> Tensor:
+    layers = in_sequence(feed_forward.net, 1)
+    assert layers is not None
+    return add_mlp(x, feed_forward.net[0], (layers.fc1, layers.named_activation(), layers.fc2), backend)
+
+
+def _check_transformer(module: nn.Module) -> list[str]:
+    found = check_attributes(module, "layers") + check_parameters(module, "x")
+    if found:
+        return found
+    # With the norms inside its attention and MLP, which older versions wrap, the residual is the transformer's.
+    known = all(
+        len(pair) == 2 and hasattr(pair[0], "norm") and hasattr(pair[0], "to_qkv") and hasattr(pair[1], "net")
+        for pair in module.layers
+    )
+    return [] if known else ["its layers are not pairs of an attention and a feed-forward with norms of their own"]
 
 
 def check_feed_forward(module: nn.Module) -> list[str]:
@@ -247,19 +335,21 @@ class ReAttentionSeam(Fused):
         backend = fused_backend(self)
         if backend is None or _check_head_norm(self):
             return plain_class(self).forward(self, x)
-        q, k, v = _packed_heads(self, x, backend)
-        out = ops.re_attention(
-            q,
-            k,
-            v,
-            self.reattn_weights.t(),  # column g makes head g
-            None,
-            LayerNorm.of(self.reattn_norm[1]),
-            scale=self.scale,
-            dropout_p=dropout_p(self.dropout),
-            backend=backend,
-        )
-        return _projected(self, out, backend)
+        return _projected(self, _re_attend(self, *_packed_heads(self, x, backend), backend=backend), backend)
+
+
+def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    return ops.re_attention(
+        q,
+        k,
+        v,
+        module.reattn_weights.t(),  # column g makes head g
+        None,
+        LayerNorm.of(module.reattn_norm[1]),
+        scale=module.scale,
+        dropout_p=dropout_p(module.dropout),
+        backend=backend,
+    )
 
 
 def _check_head_norm(module: nn.Module) -> list[str]:
@@ -370,6 +460,10 @@ ROWS = (
     *(
         Row(f"vit_pytorch.{name}.FeedForward", FeedForwardSeam, check_feed_forward, frozenset({"net"}))
         for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
+    ),
+    *(
+        Row(f"vit_pytorch.{name}.Transformer", TransformerSeam, _check_transformer, frozenset({"layers", "norm"}))
+        for name in ("vit", "simple_vit", "deepvit")
     ),
     Row("vit_pytorch.deepvit.Attention", ReAttentionSeam, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
 )

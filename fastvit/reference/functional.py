@@ -778,8 +778,10 @@ def leff(
     down_norm: BatchNorm | None = None,
     prefix_tokens: int = 1,
     form: str = "official",
+    norm: LayerNorm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """CeiT's locally-enhanced feed-forward, as what a residual adds to its input.
+    """CeiT's locally-enhanced feed-forward, as what a residual adds to its input; with that, and a norm in front.
 
     On grid tokens: linear, norm, GELU, depthwise k x k convolution, norm, GELU, linear, norm. Prefix tokens bypass it.
 
@@ -789,12 +791,14 @@ def leff(
         up_norm, dw_norm, down_norm: BatchNorm over channels after each.
         form: "official" returns prefix tokens unchanged, so that the residual doubles them, and ends without a GELU;
             "paper" returns zeros for them, so that the residual keeps them, and ends with a GELU after the last norm.
+        norm: over C, of all tokens, in front. residual: (B, P + h*w, O), added at the end.
 
     Returns:
         (B, P + h*w, O).
 
     Source: Yuan et al. 2021 (CeiT), section 3.2; coeusguo/ceit ``LocallyEnhancedFeedForward``.
     """
+    x = x if norm is None else norm.over_last(x)
     prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
     hidden = token_depthwise_conv(
         F.linear(tokens, up_weight, up_bias),
@@ -811,4 +815,4 @@ def leff(
         out = down_norm(out.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
     if form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
-    return torch.cat((prefix, out), dim=1) if prefix_tokens else out
+    return add_scaled(torch.cat((prefix, out), dim=1) if prefix_tokens else out, None, residual)

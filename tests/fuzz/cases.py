@@ -249,7 +249,7 @@ def _leff(d: Draw) -> dict[str, Any]:
         "dw_norm": d.norm(hidden),
         "down_norm": d.norm(outputs),
         "form": d.choice(("official", "official", "paper")),
-    }
+    } | {name: value for name, value in _around(d, arguments["x"], channels, outputs).items() if name != "scale"}
 
 
 def _rows(d: Draw) -> tuple[Spec, int]:

@@ -94,6 +94,8 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         "up_norm": batch_norm(HIDDEN, batch),
         "dw_norm": batch_norm(HIDDEN, batch),
         "down_norm": batch_norm(CHANNELS, batch),
+        "norm": LayerNorm(torch.randn(CHANNELS), torch.randn(CHANNELS)),
+        "residual": torch.randn(2, 13, CHANNELS),
         "grid": (3, 4),
     },
     "token_depthwise_conv": lambda batch: {

@@ -237,6 +237,16 @@ _LINEAR_X_CASES = [
     *_BACKEND,
 ]
 
+_AROUND_LEFF = [
+    ("norm", nn.LayerNorm(CHANNELS), "norm: expected LayerNorm.of(module) or None, got LayerNorm("),
+    ("norm", LayerNorm(torch.ones(7), None), "norm.weight: expected a floating tensor (6,), got (7,) torch.float32"),
+    ("norm", LayerNorm(None, None, "1"), "norm.eps: expected a number, got '1' (str)"),
+    ("residual", torch.ones(CHANNELS), "residual: expected a floating tensor (2, 13, 6), got (6,) torch.float32"),
+    ("residual", torch.ones(2, 12, CHANNELS), "residual: expected a floating tensor (2, 13, 6), got (2, 12, 6) torch"),
+    ("residual", torch.ones(2, 13, CHANNELS, **META), "residual: expected a tensor on cpu, got (2, 13, 6) torch"),
+    ("residual", torch.ones(2, 13, CHANNELS).double(), "residual: expected x's dtype torch.float32, got (2, 13, 6)"),
+]
+
 MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
     "masked_attention": [*_QKV_CASES, *_BIAS_CASES],
     "class_attention": [*_QKV_CASES, *_BIAS_CASES],
@@ -296,6 +306,7 @@ MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
         *_norm_cases("dw_norm", HIDDEN),
         *_norm_cases("down_norm", CHANNELS),
         *_GRID_CASES,
+        *_AROUND_LEFF,
         ("form", "both", "form: expected one of ('official', 'paper'), got 'both' (str)"),
         *_BACKEND,
     ],

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops import leff
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm
 from tests.helpers import assert_as_accurate
 from tests.ops.composed import Arguments, check_inference, check_training, converted, random_norm
 
@@ -45,6 +47,10 @@ def make(
     } | changes
 
 
+def random_layer_norm(channels: int) -> LayerNorm:
+    return LayerNorm(torch.randn(channels), torch.randn(channels), 1e-6)
+
+
 CASES = {
     "official": make(),
     "paper": make(form="paper"),
@@ -59,14 +65,88 @@ CASES = {
     "no biases": make(up_bias=None, dw_bias=None, down_bias=None),
     "no image": make(batch=0),
     "other width": make(prefix=0, down_weight=torch.randn(7, 52), down_bias=None, down_norm=None),
+    "norm": make(norm=random_layer_norm(24)),
+    "paper with norm": make(form="paper", norm=random_layer_norm(24)),
+    "norm without weights": make(norm=LayerNorm(None, None, 1e-3)),
+    "residual": make(residual=torch.randn(2, 36, 24)),
+    "norm and residual": make(prefix=2, norm=random_layer_norm(24), residual=torch.randn(2, 37, 24)),
+    "paper with norm and residual": make(
+        form="paper", norm=random_layer_norm(24), residual=torch.randn(36, 2, 24).transpose(0, 1)
+    ),
+    "residual of another width": make(
+        prefix=0, down_weight=torch.randn(7, 52), down_bias=None, down_norm=None, residual=torch.randn(2, 35, 7)
+    ),
+    "a norm of zeros": make(down_norm=random_norm(24)._replace(weight=torch.zeros(24))),
+    "columns of several panels": make((4, 4), channels=72, norm=random_layer_norm(72)),
 }
+
+
+@pytest.fixture(params=["whole", "composed"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether ``cpp`` computes all of it in one call."""
+    monkeypatch.setattr(sys.modules["fastvit.ops.leff"], "takes_mlp", lambda call: request.param == "whole")
+    return request.param
 
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_inference(case: str, dtype: torch.dtype, isa: str) -> None:
+def test_inference(case: str, dtype: torch.dtype, way: str, isa: str) -> None:
     check_inference(leff, functional.leff, converted(CASES[case], dtype), backend="cpp")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_sums_and_a_mean_far_from_zero(dtype: torch.dtype) -> None:
+    case = make((14, 14), channels=96, batch=1, norm=random_layer_norm(96), residual=torch.randn(1, 197, 96))
+    far = case["down_norm"]._replace(running_mean=torch.full((96,), 100.0))
+    case = converted(case | {"down_norm": far, "down_bias": torch.full((96,), 100.0)}, dtype)
+    check_inference(leff, functional.leff, case, backend="cpp")
+
+
+@needs_cpp
+def test_one_call_at_inference(way: str) -> None:
+    case = make(norm=random_layer_norm(24), residual=torch.randn(2, 36, 24))
+    counter = CallCounter()
+    with torch.no_grad():
+        leff(**case, backend="cpp")
+        with counter:
+            leff(**case, backend="cpp")
+    assert (counter.names == ["fastvit.packed_leff.default"]) is (way == "whole"), counter.names
+    case["down_weight"].requires_grad_()
+    assert leff(**case).requires_grad
+    case["down_weight"] = case["down_weight"].detach().bfloat16()  # which products of float32 do not take
+    with torch.no_grad():
+        got, expected = leff(**case), functional.leff(**case | {"down_weight": case["down_weight"].float()})
+    torch.testing.assert_close(got, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("paper", [False, True])
+def test_opcheck(paper: bool) -> None:
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    around, grid = (True, torch.randn(6), None, 1e-5), (torch.randn(2, 13, 6), 3, 4, 1, paper)
+    up, down = (torch.randn(12, 6), torch.randn(12)), (torch.randn(6, 12), None)
+    norms = [(torch.randn(size), None, torch.randn(size), torch.rand(size), 1e-5) for size in (12, 12, 6)]
+    x, convolution = torch.randn(2, 13, 6), (torch.randn(12, 1, 3, 3), None, *norms[0], *norms[1])
+    run = torch.ops.fastvit
+    arguments = (x, *around, *up, *convolution, *down, *norms[2], *grid)
+    torch.library.opcheck(run.leff.default, arguments, test_utils=tests)
+    arguments = (x, *around, *up, None, *convolution, *down, None, *norms[2], *grid)
+    torch.library.opcheck(run.packed_leff.default, arguments, test_utils=tests)
+
+
+@needs_cpp
+def test_changed_parameters_are_seen(way: str) -> None:
+    case = make(norm=random_layer_norm(24))
+    with torch.no_grad():
+        for name in ("up_weight", "down_weight", "dw_weight", "down_bias"):
+            leff(**case, backend="cpp")
+            case[name].mul_(1.5)
+            torch.testing.assert_close(leff(**case, backend="cpp"), functional.leff(**case), rtol=1e-4, atol=1e-4)
+        for tensor in (*case["down_norm"][:4], *case["norm"][:2]):
+            tensor.mul_(1.5)
+            torch.testing.assert_close(leff(**case, backend="cpp"), functional.leff(**case), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,6 +155,11 @@ def test_inference(case: str, dtype: torch.dtype, isa: str) -> None:
 def test_training(batch_statistics: bool, form: str, dtype: torch.dtype) -> None:
     case = make((5, 4), 1, form, channels=12, batch_statistics=batch_statistics)
     check_training(leff, functional.leff, converted(case, dtype))
+
+
+def test_training_with_norm_and_residual() -> None:
+    around = {"norm": random_layer_norm(12), "residual": torch.randn(2, 21, 12)}
+    check_training(leff, functional.leff, make((5, 4), channels=12, **around))
 
 
 def test_training_without_norms_and_prefix() -> None:
@@ -111,6 +196,16 @@ def test_the_argument_is_left_as_it_was() -> None:
         with torch.no_grad():
             leff(**case)
         assert torch.equal(case["x"], before)
+
+
+class CallCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
 
 
 class Chain(nn.Module):

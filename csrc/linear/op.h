@@ -1,0 +1,65 @@
+// A linear layer as operators call it: its arguments, in the order of the schemas, and the call.
+#pragma once
+
+#include <vector>
+
+#include "common/arguments.h"
+#include "linear/args.h"
+
+namespace fastvit {
+
+// A layer norm of x, if `exists`.
+struct NormOfRows {
+  using Schema = std::tuple<bool, OptionalTensor, OptionalTensor, double>;
+  bool exists;
+  OptionalTensor weight, bias;
+  double eps;
+};
+
+struct Layer {
+  using Schema = std::tuple<Tensor, OptionalTensor, OptionalTensor>;
+  Tensor weight;
+  OptionalTensor bias, packed;
+};
+
+// What is added behind a product: out = residual + scale * product.
+struct Addition {
+  using Schema = std::tuple<OptionalTensor, OptionalTensor>;
+  OptionalTensor scale, residual;
+};
+
+// A vector in float32: the tensor's own memory, or a copy.
+class Floats {
+ public:
+  Floats(const char* op, const OptionalTensor& tensor, const char* name, int64_t size) {
+    if (!tensor) return;
+    check_cpu_shape(op, *tensor, name, {size});
+    if (tensor->dtype() == Dtype::float32 && (tensor->stride(0) == 1 || size <= 1)) {
+      data_ = tensor->data<float>();
+    } else {
+      copy_ = small_values(op, *tensor, name);
+      data_ = copy_.data();
+    }
+  }
+  const float* data() const { return data_; }
+  const float* data_or_zeros(int64_t size) {
+    if (data_ == nullptr) copy_.assign(static_cast<size_t>(size), 0.0f), data_ = copy_.data();
+    return data_;
+  }
+
+ private:
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// A norm of the columns of a product, folded: factor * product + shift; null without one.
+struct NormOfColumns {
+  const float *factor, *shift;  // (N,)
+};
+
+// residual + scale * activation(behind(norm(x) weight^T + bias)). Checks its arguments, with messages that begin with
+// `op`, and replaces those that it cannot read as they lie by copies.
+Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, const NormOfColumns& behind,
+              Activation activation, Addition& addition);
+
+}  // namespace fastvit

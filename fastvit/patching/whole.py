@@ -1,0 +1,66 @@
+"""The two halves of a pre-norm block by the tensors it is made of: for the blocks of libraries, whose parts have names
+of their own. When a block may run so is for its seam to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastvit import ops
+from fastvit.patching.blocks import merge_heads, split_heads
+from fastvit.reference.functional import LayerNorm
+
+Layer = tuple[Tensor, Tensor | None]
+"""Weight and bias of a linear layer."""
+
+
+class Heads(NamedTuple):
+    num_heads: int
+    head_dim: int
+
+
+def layer_of(linear: nn.Linear) -> Layer:
+    """Its tensors."""
+    return linear.weight, linear.bias
+
+
+def add_attention(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    projections: Sequence[Layer],
+    heads: Heads,
+    attend: Callable[..., Tensor],
+    out: Layer | None,
+    backend: str,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x + scale * out(attend(q, k, v)) of norm(x).
+
+    Args:
+        projections: that of queries, keys and values together, or the three.
+        attend: takes them as (B, H, N, D), and gives the same.
+        out: the layer behind; None where there is none.
+        scale: a LayerScale.
+    """
+    of_x = LayerNorm.of(norm)
+    tokens = [ops.linear(x, *layer, norm=of_x, backend=backend) for layer in projections]
+    attended = merge_heads(attend(*(part for each in tokens for part in split_heads(heads, each, 3 // len(tokens)))))
+    if out is None:
+        return x + (attended if scale is None else scale * attended)
+    return ops.linear(attended, *out, scale=scale, residual=x, backend=backend)
+
+
+def add_mlp(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    layers: tuple[nn.Linear, str | None, nn.Linear],
+    backend: str,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x + scale * mlp(norm(x)), of a linear layer, the name of an activation and a linear layer."""
+    fc1, activation, fc2 = layers
+    around = {"norm": LayerNorm.of(norm), "scale": scale, "residual": x}
+    return ops.mlp(x, *layer_of(fc1), *layer_of(fc2), activation, **around, backend=backend)
