@@ -26,7 +26,7 @@ HOOKS_FOR_ALL = (
     _torch._global_backward_hooks,
 )
 _CALL = nn.Module.__call__
-_ordinary = (nn.Parameter, type(None), Tensor, FakeTensor)
+_ordinary: tuple[type, ...] = (nn.Parameter, type(None), Tensor, FakeTensor)
 _forwards: dict[type, Any] = {}
 """By class, the forward it was defined with; None where another had been put over it before."""
 
@@ -71,16 +71,17 @@ def own_forward(cls: type) -> Any:
 
 def holds_own_forward(part: Any) -> bool:
     """Whether the forward on an instance is its class's: accelerate leaves it where it takes its hooks off."""
+    cls: Any = type(part)
     forward = vars(part)["forward"]
-    return isinstance(forward, MethodType) and forward.__self__ is part and forward.__func__ is type(part).forward
+    return isinstance(forward, MethodType) and forward.__self__ is part and forward.__func__ is cls.forward
 
 
-def is_plain(part: Any, *expected: type) -> bool:
+def is_plain(part: Any, *expected: type[Any]) -> bool:
     """Whether calling a part, of exactly one of these classes, runs what that class defines and nothing beside it.
 
     Hooks for all modules are left out: :func:`calls_everything` tells of them, once for all parts.
     """
-    cls = type(part)
+    cls: Any = type(part)
     if cls not in expected:
         return False
     if part is None:
