@@ -143,6 +143,9 @@ def main() -> None:
         for isa in _C.cpu_info()["supported"]:
             _C._set_cpu_capability(isa)
             for dtype in ("float32", "bfloat16"):
+                for shape in ((19, 40), (100, 1101)):
+                    weight = torch.randn(shape, dtype=getattr(torch, dtype))
+                    torch.ops.fastvit.unpack_weight(torch.ops.fastvit.pack_weight(weight))
                 for function, arguments in (*convolutions(), *attentions(), *products()):
                     changed = {name: lower(value) for name, value in arguments.items()}
                     run(function, arguments if dtype == "float32" else changed)

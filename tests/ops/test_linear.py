@@ -379,6 +379,18 @@ def test_long_sums(isa: str, dtype: torch.dtype) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("depth", [28, 384])
+def test_deviations_from_a_mean_far_away_sum_to_nothing(isa: str, depth: int) -> None:
+    """A mean's rounding error is in every deviation, and ones for a weight sum them; ours are without it."""
+    x, weight = _layer(200, depth, 16, torch.float32)[0] + 100, torch.ones(16, depth)
+    norm = LayerNorm(None, None, 1e-6)
+    exact = functional.linear(x.double(), weight.double(), norm=norm)
+    plain = functional.linear(x, weight, norm=norm)
+    got = ops.linear(x, weight, norm=norm, backend="cpp")
+    assert (got - exact).abs().max() < 0.1 * (plain - exact).abs().max()
+
+
+@needs_cpp
 def test_leading_axes_and_strides() -> None:
     generator = torch.Generator().manual_seed(1)
     whole = torch.randn(3, 9, 24, generator=generator)
