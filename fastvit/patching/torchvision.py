@@ -70,15 +70,17 @@ class EncoderBlockSeam(Fused):
 def _runs_whole(block: Any, backend: str) -> bool:
     """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
     mlp, attention = block._modules.get("mlp"), block._modules.get("self_attention")
+    if not isinstance(mlp, MlpSeam):
+        return False
+    layers: Any = mlp
     return (
         are_plain(block, _AROUND)
-        and isinstance(mlp, MlpSeam)
         and is_fused(mlp, backend)
-        and len(mlp) == 5
+        and len(layers) == 5
         and are_plain(mlp, mlp.fastvit_parts)
-        and activation_name(mlp[1]) is not None
+        and activation_name(layers[1]) is not None
         and len(block.ln_1.normalized_shape) == len(block.ln_2.normalized_shape) == 1
-        and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, mlp[2], mlp[4]))
+        and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, layers[2], layers[4]))
         and _attends_plainly(attention)
         and not attention.training
     )

@@ -50,7 +50,8 @@ def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> Iterator[Tensor
 
 def _packed_attention(module: nn.Module, x: Tensor, drop: float, backend: str) -> Tensor:
     """The forward of ViT's and SimpleViT's attention."""
-    return _projected(module, _attend(module, *_packed_heads(module, x, backend), backend=backend, drop=drop), backend)
+    q, k, v = _packed_heads(module, x, backend)
+    return _projected(module, _attend(module, q, k, v, backend, drop), backend)
 
 
 def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, drop: float = 0.0) -> Tensor:
@@ -335,7 +336,8 @@ class ReAttentionSeam(Fused):
         backend = fused_backend(self)
         if backend is None or _check_head_norm(self):
             return plain_class(self).forward(self, x)
-        return _projected(self, _re_attend(self, *_packed_heads(self, x, backend), backend=backend), backend)
+        q, k, v = _packed_heads(self, x, backend)
+        return _projected(self, _re_attend(self, q, k, v, backend), backend)
 
 
 def _re_attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

@@ -44,7 +44,12 @@ CASES: dict[str, tuple[str, Callable[[], Arguments]]] = {
         lambda: CALLS["token_depthwise_conv"](True) | {"stride": 2},
     ),
     "leff, paper": ("leff", lambda: CALLS["leff"](True) | {"form": "paper"}),
-    "leff, no prefix": ("leff", lambda: CALLS["leff"](True) | {"x": torch.randn(2, 12, 6), "residual": torch.randn(2, 12, 6), "prefix_tokens": 0}),
+    "leff, no prefix": (
+        "leff",
+        lambda: (
+            CALLS["leff"](True) | {"x": torch.randn(2, 12, 6), "residual": torch.randn(2, 12, 6), "prefix_tokens": 0}
+        ),
+    ),
     "linear, gelu": ("linear", lambda: CALLS["linear"](False) | {"activation": "gelu"}),
     "linear, one row": ("linear", lambda: CALLS["linear"](False) | {"x": torch.randn(8), "residual": torch.randn(4)}),
     "re_attention, layer norm": (
