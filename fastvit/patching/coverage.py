@@ -91,6 +91,8 @@ class FlopCounter(TorchDispatchMode):
     torch's ``FlopCounterMode`` follows modules by hooks on gradients too, which it cannot put on all that models pass.
     """
 
+    counts_operators = True
+
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # here, since it imports Triton
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastvit import backends, ops
+from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, recognised_class
 from fastvit.patching.fusion import for_backend, give, plain_class
-from fastvit.patching.recognise import LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
+from fastvit.patching.recognise import ATTENTION, LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -121,6 +122,39 @@ def survey(
             reason = f"{plain_class(module).__name__} is not known"
             findings.append(Finding(name, module, kind, None, UNRECOGNISED, reasons=(reason,)))
     return without_empty_blocks(_without_parts_and_wrappers(findings))
+
+
+def is_open(model: nn.Module, findings: Collection[Finding]) -> bool:
+    """Whether only a call would show what attention is in the model: some is of no known class, or none is known."""
+    attention = [finding for finding in findings if finding.kind == ATTENTION]
+    if attention:
+        return any(finding.status == UNRECOGNISED for finding in attention)
+    forwards = (plain_class(module).forward for module in model.modules())
+    return any(not str(getattr(forward, "__module__", "")).startswith("torch.nn.") for forward in forwards)
+
+
+def with_open_question(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings; attention of no known class says when it is decided."""
+    return [
+        finding._replace(reasons=(*finding.reasons, AT_THE_FIRST_CALL))
+        if finding.status == UNRECOGNISED and finding.kind == ATTENTION
+        else finding
+        for finding in findings
+    ]
+
+
+def with_verdicts(model: nn.Module, findings: Iterable[Finding], verdicts: Mapping[str, Verdict]) -> list[Finding]:
+    """The findings, in the model's order, with what an example showed."""
+    merged = {finding.name: finding for finding in findings}
+    for name, (module, op, reason) in verdicts.items():
+        before = merged.get(name)
+        if op is not None:
+            fused = recognised_class(verdicts[name])
+            merged[name] = Finding(name, module, ATTENTION, op, PATCHED, fused)
+        elif before is not None and before.status == UNRECOGNISED:
+            merged[name] = before._replace(reasons=(reason,))
+    ordered = [merged[name] for name, _ in model.named_modules() if name in merged]
+    return _without_parts_and_wrappers(ordered)
 
 
 def without_empty_blocks(findings: Iterable[Finding]) -> list[Finding]:

@@ -26,6 +26,7 @@ from fastvit.patching import (
     transformers_cvt,
     vit_pytorch,
 )
+from fastvit.patching.deferral import SEAMS, Recognised
 from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, parts_of, plain_class
 from fastvit.reference.overrides import is_own, obstacles
 
@@ -69,6 +70,10 @@ def operators() -> list[str]:
 def recognise(module: nn.Module) -> Match | None:
     """What can be fused about a module, or None where its class is not known. A fused module is seen as it was."""
     plain = plain_class(module)
+    if isinstance(module, Recognised):  # by what it computes, since an example or a call told
+        return Match(
+            Row(plain.__qualname__, SEAMS[module.fastvit_op]), fused_class(SEAMS[module.fastvit_op], plain), []
+        )
     for known in plain.__mro__:
         for row in _rows_of(known):
             if row.applies(module):

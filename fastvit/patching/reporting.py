@@ -18,6 +18,7 @@ from torch import nn
 
 from fastvit.patching import tables
 from fastvit.patching.coverage import estimate_share, share_of_flops
+from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, has_fused_class
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.images import Shape
 from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, holders, survey
@@ -269,6 +270,24 @@ def memory_of(
     return Memory(left_alone, measured, planned)
 
 
+def decided(model: nn.Module, verdicts: Mapping[str, Verdict]) -> None:
+    """What a model's first call showed takes the place of what was remembered about attention of no known class."""
+    memory = _memories.get(model, _NOTHING)
+
+    def told(name: str, status: str, reasons: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        if AT_THE_FIRST_CALL not in reasons:
+            return status, reasons
+        verdict = verdicts.get(name)
+        return status, (verdict.reason if verdict is not None else "no attention was computed in its own forward",)
+
+    left_alone = {
+        name: told(name, *why)
+        for name, why in memory.left_alone.items()
+        if name not in verdicts or verdicts[name].op is None
+    }
+    _memories[model] = memory._replace(left_alone=left_alone)
+
+
 def recall(model: nn.Module) -> Memory | None:
     """What is remembered of a model."""
     return _memories.get(model)
@@ -299,7 +318,7 @@ def _assemble(model: nn.Module, rows: Sequence[ReportRow], measured: Measured, d
 def _row_of_module(finding: Finding, memory: Memory) -> ReportRow:
     """A row by what the module is now; a block that is plain says why, if patch has told."""
     module = finding.module
-    if isinstance(module, Fused):
+    if has_fused_class(module):
         return _row(finding, PATCHED, type(module).fastvit_backend, (), memory.measured)
     could_be = (SKIPPED, ("plain; fastvit.patch(model) would fuse it",))
     found = could_be if finding.status == PATCHED else (finding.status, finding.reasons)

@@ -13,6 +13,15 @@ from torch import nn
 
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
+from fastvit.patching.copies import plain_copy
+from fastvit.patching.deferral import (
+    AT_THE_FIRST_CALL,
+    EVERY_OPERATOR,
+    Options,
+    has_fused_class,
+    judge,
+    undecided_class,
+)
 from fastvit.patching.freezing import unfreeze
 from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
 from fastvit.patching.plan import (
@@ -25,10 +34,14 @@ from fastvit.patching.plan import (
     check_model,
     check_ops,
     explain_failure,
+    is_open,
     survey,
     targets,
+    with_open_question,
+    with_verdicts,
 )
 from fastvit.patching.recognise import supported
+from fastvit.recognise.observing import Observing, Seen
 
 Model = TypeVar("Model", bound=nn.Module)
 States = list[tuple[nn.Module, type[nn.Module]]]
@@ -46,11 +59,15 @@ def patch(
     backend: str = "auto",
     filter_fn: FilterFn | None = None,
     strict: bool = False,
+    example: Any = None,
     verify: Any = None,
     benchmark: Any = None,
     dry_run: bool = False,
 ) -> Model:
     """Fuse the slow blocks of a vision transformer in place; outputs, ``state_dict`` and hooks stay as they are.
+
+    Attention of a class that fastvit does not know is recognised by what it computes: in the call of ``example``, or
+    else in the model's first call, which runs as it is written.
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
@@ -61,13 +78,17 @@ def patch(
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.
-        strict: raise unless every attention and convolution block found can be fused.
+        strict: raise unless every attention and convolution block found can be fused. Attention of no known class
+            needs an example.
+        example: an input, as for ``verify``, on which the model is run once, in eval mode and without gradients, to see
+            what it computes; that of ``verify`` or ``benchmark`` where it is not given.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). The model is run
             plain and fused, in eval mode and without gradients, and held to the accuracy of the plain one: the error
             against float64 may be twice the plain model's own, plus a few ulp. Errors go into the report.
         benchmark: an example input, as for ``verify``. Each block is timed plain and fused on the input it gets, in
             eval mode and without gradients, and left plain where the fused one is slower. Times go into the report.
-        dry_run: change nothing, only fill the report with what would be done.
+        dry_run: change nothing, only fill the report with what would be done; without an example it does not tell of
+            attention of no known class.
 
     Returns:
         The same object.
@@ -80,14 +101,23 @@ def patch(
 
     Warns:
         UserWarning: nothing could be fused, or none of the attention and convolution blocks that are there, its MLPs at
-            most; names the classes looked at, or why each was left alone.
+            most; names the classes looked at, or why each was left alone. Where the first call is to decide, it is that
+            call which warns.
     """
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
+    options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, decided=reporting.decided)
+    given = next((each for each in (example, verify, benchmark) if each is not None), None)
     with _lock:
         check_uncovered(model)
         findings = survey(model, chosen, backend, filter_fn)
+        unknown = is_open(model, findings)
+        undecided = unknown and given is None
+        if undecided:
+            findings = with_open_question(findings)
+        elif unknown or example is not None:
+            findings = _recognised(model, given, findings, options, backend)
         if strict:
             _insist(model, findings)
         errors: dict[str | None, verification.Error] = {}
@@ -99,9 +129,28 @@ def patch(
             verification.insist(errors)
         measured = reporting.Measured(errors, times)
         memory = reporting.memory_of(model, findings, measured, planned_for=backend if dry_run else None)
-        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) else None
-        _commit(model, [] if dry_run else targets(model, findings, backend), memory, warning)
+        waits = undecided and not dry_run and _is_in_vain(findings) and _says_nothing_yet(findings)
+        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) and not waits else None
+        states = [] if dry_run else targets(model, findings, backend)
+        if undecided and not dry_run and not any(finding.module is model and finding.fused for finding in findings):
+            states.append((model, undecided_class(model, options._replace(warns=waits), backend)))
+        _commit(model, states, memory, warning)
     return model
+
+
+def _recognised(
+    model: nn.Module, example: Any, findings: list[Finding], options: Options, backend: str
+) -> list[Finding]:
+    """The findings, and what the example shows of attention that no row stands for."""
+    args, kwargs = verification.as_call(example)
+    twin = plain_copy(model, hooks=False)
+    seen: list[Seen] = []
+    with verification.undisturbed(twin), Observing(seen.append, backend):
+        twin(*args, **kwargs)
+    names = {module: name for name, module in twin.named_modules()}
+    seen = [each._replace(module=model.get_submodule(names[each.module])) for each in seen if each.module in names]
+    known = {part for each in findings if each.fused is not None for part in each.module.modules()}
+    return with_verdicts(model, findings, judge(model, seen, options, backend, known))
 
 
 def unpatch(model: Model) -> Model:
@@ -157,8 +206,8 @@ def _is_swappable(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of the model is fused."""
-    return any(isinstance(module, Fused) for module in model.modules())
+    """Whether any module of the model is fused; one that its first call is to decide about is not."""
+    return any(has_fused_class(module) for module in model.modules())
 
 
 def _commit(model: nn.Module, states: States, memory: reporting.Memory | None, warning: str | None = None) -> None:
@@ -202,6 +251,11 @@ def _is_in_vain(findings: list[Finding]) -> bool:
     if any(finding.fused for finding in slow) or any(finding.wanted for finding in slow):
         return not any(finding.fused for finding in findings)
     return bool(slow) or not any(finding.fused for finding in findings)
+
+
+def _says_nothing_yet(findings: list[Finding]) -> bool:
+    """Whether it is for the first call to say that nothing is fused: nothing is known, or attention is undecided."""
+    return not findings or any(AT_THE_FIRST_CALL in finding.reasons for finding in findings)
 
 
 def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:

@@ -145,8 +145,10 @@ def test_nothing_to_fuse_warns_and_names_what_it_saw():
     ) as log:
         patch(nn.Sequential(nn.Linear(2, 2)))
     assert log[0].filename == __file__
-    with pytest.warns(UserWarning, match=r"0: MultiheadAttention is not known\s.*nearest supported are: .*\.Attention"):
-        patch(nn.Sequential(nn.MultiheadAttention(4, 1)))
+    with pytest.raises(
+        RuntimeError, match=r"0 \(MultiheadAttention\): MultiheadAttention is not known, decided at .*example"
+    ):
+        patch(nn.Sequential(nn.MultiheadAttention(4, 1)), strict=True)
     with pytest.raises(RuntimeError, match="strict: fastvit: nothing to fuse"):
         patch(nn.Sequential(nn.Linear(2, 2)), strict=True)
 
