@@ -7,6 +7,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,11 +15,26 @@ from torch import Tensor, multiprocessing
 
 from fastvit import accuracy, backends
 
+Result = TypeVar("Result")
+
 HANG_GUARD = 3600.0
 """Seconds after which a process or thread that a test waits for counts as hung. No result is judged by a clock."""
 
 _pool: dict[tuple[int, str], accuracy.Deviation] | None = None
 _judged = 0
+
+
+def on_thread_counts(run: Callable[[], Result]) -> list[Result]:
+    """What the plain form gives on one, two and the present number of threads: its sums differ."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in sorted({1, 2, before}):
+            torch.set_num_threads(threads)
+            results.append(run())
+        return results
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_as_accurate(

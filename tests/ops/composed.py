@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastvit.reference.functional import BatchNorm
-from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.helpers import assert_as_accurate, on_thread_counts, poisoned_empty
 
 Arguments = dict[str, Any]
 
@@ -61,12 +61,14 @@ def check_training(op: Callable[..., Any], twin: Callable[..., Any], arguments: 
     dtype = arguments["x"].dtype
     with poisoned_empty():
         got = training_step(op, converted(arguments, dtype), **options)
-    plain = training_step(twin, converted(arguments, dtype))
+    plains = on_thread_counts(lambda: training_step(twin, converted(arguments, dtype)))
     exact = training_step(twin, converted(arguments, torch.float64))
-    hold_to(got, plain, exact)
+    hold_to(got, {name: [plain[name] for plain in plains] for name in plains[0]}, exact)
 
 
-def hold_to(got: Mapping[Any, Tensor], plain: Mapping[Any, Tensor], exact: Mapping[Any, Tensor]) -> None:
+def hold_to(
+    got: Mapping[Any, Tensor], plain: Mapping[Any, Tensor | Sequence[Tensor]], exact: Mapping[Any, Tensor]
+) -> None:
     """Hold the outputs and gradients of one step, by name, to the accuracy rule."""
     assert got.keys() == plain.keys() == exact.keys()
     sizes = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in exact.items()}
