@@ -15,8 +15,9 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
-# Two processes: much of the suite is Python and compilers, which one process leaves a core idle for.
-PYTEST_JOBS ?= -n 2 --dist loadfile
+# Two processes: much of the suite is Python and compilers, which one process leaves a core idle for. Files are taken in
+# the order of tests/conftest.py, the longest first.
+PYTEST_JOBS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 SEEDS ?= 0:10000
 SUITE ?= models

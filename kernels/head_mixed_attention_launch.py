@@ -177,17 +177,17 @@ class Problem:
         """Uninitialised partial sums of ``count`` programs, a vector or matrix over slots each."""
         return torch.empty((count, *(plan.slots,) * axes), dtype=torch.float32, device=self.device)
 
-    def sum_of_parts(self, parts: Tensor | None, plan: Plan) -> Tensor:
-        """The sum over programs and groups of slots, in a fixed order: (H, H) or (H) float32, (0) for None."""
+    def sum_of_parts(self, parts: Tensor | None, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The sum over programs and groups of slots, in a fixed order: (H, H) or (H), (0) for None."""
         if parts is None:
-            return torch.empty(0, dtype=torch.float32, device=self.device)
+            return torch.empty(0, dtype=dtype, device=self.device)
         groups = (plan.slots // plan.padded_heads, plan.padded_heads)
         total = parts.sum(0, dtype=torch.float64)
         if total.dim() == 2:
             total = total.view(*groups, *groups).diagonal(dim1=0, dim2=2).sum(-1)[: self.heads, : self.heads]
         else:
             total = total.view(groups).sum(0)[: self.heads]
-        return total.float()
+        return total.to(dtype)
 
     def zeros(self, parameter: Tensor | None) -> Tensor:
         """A zero gradient of a parameter, (0) for None."""

@@ -61,16 +61,24 @@ def head_map_moments_kernel(q, k, mask, mixes, rows, parts, num_queries, num_key
 
 
 def head_map_moments(
-    q: Tensor, k: Tensor, pre_weight: Tensor | None, pre_bias: Tensor | None, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments as in :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
 
+    ``weight``, that of the mix whose variance is wanted, is not used: the products are of float32 whatever cancels.
+
     Returns:
-        sums (H), moments (H, H), float32; zeros where there are no maps.
+        sums (H), float32, moments (H, H), float64; zeros where there are no maps.
     """
     problem = Problem(q, k, mask, scale, pre_weight, pre_bias)
     if problem.empty:
-        return q.new_zeros(problem.heads, dtype=torch.float32), q.new_zeros((problem.heads,) * 2, dtype=torch.float32)
+        return q.new_zeros(problem.heads, dtype=torch.float32), q.new_zeros((problem.heads,) * 2, dtype=torch.float64)
     rows = problem.row_statistics()
 
     def launch(config: Config) -> Tensor:
@@ -81,7 +89,7 @@ def head_map_moments(
             problem.q, problem.k, problem.mask, problem.mixes, rows, parts, problem.num_queries, problem.num_keys,
             PLAN=plan, **options(config),
         )  # fmt: skip
-        return problem.sum_of_parts(parts, plan)
+        return problem.sum_of_parts(parts, plan, torch.float64)
 
     rows_without_keys = (rows.inverse == 0).sum((0, 2))
     return -rows_without_keys.float(), problem.run("head_map_moments", launch)

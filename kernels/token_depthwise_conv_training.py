@@ -85,8 +85,11 @@ def token_depthwise_conv_training(
             return out, conv, pre_mean, pre_var, mean, var
         t = normalized(image, pre_norm, config)
         if grid_conv is not None and batch:
-            convolve(t, weight, bias, norm, None, grid_conv, None, geometry, config)
+            # The norm takes the bias away again, but not a NaN or infinity; the results would lack its digits.
+            convolve(t, weight, None, norm, None, grid_conv, None, geometry, config)
             mean, var = channel_statistics(grid_conv, config)
+            if bias is not None:
+                var = var + 0.0 * bias
             norm_activation(grid_conv, norm._replace(mean=mean, var=var), residual, grid_out, config)
         else:
             convolve(t, weight, bias, norm, residual, grid_conv, grid_out, geometry, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -28,6 +29,16 @@ def threads() -> int:
 
 def pytest_configure() -> None:
     torch.set_num_threads(threads())
+
+
+LONGEST = ("test_build.py", "test_sanitizers.py", "test_head_mixed_attention_kernel.py")
+"""Files of few tests that compile or interpret for minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a process of several runs files whole, and one begun last leaves the others without work."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -tests[item.path]))
 
 
 declare_torchvision_nms()

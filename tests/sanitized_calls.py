@@ -99,6 +99,9 @@ def products() -> Iterable[Call]:
         around = {"norm": LayerNorm(torch.ones(inner), torch.zeros(inner)), "residual": torch.randn(1, rows, inner)}
         layers = {"fc1_weight": weight, "fc1_bias": None, "fc2_weight": torch.randn(inner, columns), "fc2_bias": None}
         yield ops.mlp, {"x": x, **layers, "scale": torch.randn(inner), **around}
+        gate = {"gate_weight": layers.pop("fc1_weight"), "gate_bias": layers.pop("fc1_bias")}
+        gate |= {"value_weight": gate["gate_weight"].clone(), "value_bias": torch.randn(columns)}
+        yield ops.glu_mlp, {"x": x, **gate, **layers, "hidden_norm": LayerNorm(None, None), **around}
 
 
 def lower(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""CvT's three projections, in CvT-13 and CvT-W24, beside the library's convolutions and linear layers."""
+"""CvT's projections, three and one alone, in CvT-13 and CvT-W24, beside the library's convolutions and products."""
 
 from __future__ import annotations
 
@@ -64,5 +64,14 @@ def library_composition(arguments: dict[str, Any], channels_last: bool) -> Any:
     return run
 
 
+def make_one(shape: Shape, batch: int) -> dict[str, Any]:
+    """The arguments of the queries' projection alone."""
+    arguments = make_arguments(shape, batch)
+    return arguments.pop("q")._asdict() | {name: arguments[name] for name in ("grid", "prefix_tokens")}
+
+
 PEERS = both_layouts(library_composition)
-ROWS = rows_of("conv_projection", SHAPES, make_inputs, make_arguments, PEERS)
+ROWS = (
+    *rows_of("conv_projection", SHAPES, make_inputs, make_arguments, PEERS),
+    *rows_of("depthwise_separable_conv", SHAPES, make_inputs, make_one, {}),
+)

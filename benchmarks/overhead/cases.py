@@ -99,12 +99,25 @@ CALLS: dict[str, Callable[[bool], Call]] = {
     "leff": _leff,
     "linear": lambda training: Call((_tokens(), *_linear(CHANNELS, CHANNELS), "gelu"), {}),
     "mlp": lambda training: Call((_tokens(), *_linear(CHANNELS, 2 * CHANNELS), *_linear(2 * CHANNELS, CHANNELS)), {}),
+    "glu_mlp": lambda training: Call(
+        (_tokens(), *(part for sizes in ((1, 2), (1, 2), (2, 1)) for part in _linear(*(CHANNELS * n for n in sizes)))),
+        {},
+    ),
     "conv_batch_norm": lambda training: Call(
         (torch.randn(BATCH, 3, 4, 4), torch.randn(CHANNELS, 3, 3, 3) / 5, None, _norm(CHANNELS, training)),
         {"stride": 2, "padding": 1},
     ),
 }
 """By public operator, a function that makes the arguments of an inference call or, given True, of a training call."""
+
+PARTS = {
+    "mlp": 2,  # two products
+    "glu_mlp": 3,  # three products
+    "depthwise_separable_conv": 2,  # convolution, product
+    "conv_projection": 6,  # three convolutions, three products
+    "leff": 4,  # product, convolution, product, norm
+}
+"""How many operators a composition is made of; those not listed are one."""
 
 
 def backend_of(op: str, training: bool = False) -> str:

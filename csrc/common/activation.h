@@ -5,7 +5,7 @@
 
 namespace fastvit {
 
-enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu, gelu_tanh };  // gelu: the erf form
-constexpr Activation kLastActivation = Activation::gelu_tanh;
+// gelu: the erf form. sigmoid: of the gate of an MLP alone.
+enum class Activation : int64_t { none, gelu, quick_gelu, silu, relu, gelu_tanh, sigmoid };
 
 }  // namespace fastvit

@@ -51,9 +51,9 @@ std::vector<float> small_values(const char* op, const Tensor& tensor, const char
   return values;
 }
 
-Activation activation_of(const char* op, int64_t code, const char* name) {
-  constexpr int64_t kLast = static_cast<int64_t>(kLastActivation);
-  check(code >= 0 && code <= kLast, op, ": ", name, " must be a code from 0 to ", kLast, ", got ", code);
+Activation activation_of(const char* op, int64_t code, const char* name, Activation last) {
+  check(code >= 0 && code <= static_cast<int64_t>(last), op, ": ", name, " must be a code from 0 to ",
+        static_cast<int64_t>(last), ", got ", code);
   return static_cast<Activation>(code);
 }
 

@@ -22,6 +22,6 @@ Dtype dtype_of(Element element);
 // The values of a small tensor of one or two axes, row by row.
 std::vector<float> small_values(const char* op, const Tensor& tensor, const char* name);
 
-Activation activation_of(const char* op, int64_t code, const char* name);
+Activation activation_of(const char* op, int64_t code, const char* name, Activation last = Activation::gelu_tanh);
 
 }  // namespace fastvit

@@ -35,6 +35,8 @@ FASTVIT_INLINE void activate(Vec (&x)[count]) {
       value *= sigmoid(twice_tanh_argument(value, value * value));
     } else if constexpr (activation == Activation::relu) {
       value = max(Vec::fill(0.0f), value);
+    } else if constexpr (activation == Activation::sigmoid) {
+      value = sigmoid(value);
     }
   }
 }
@@ -79,8 +81,8 @@ FASTVIT_INLINE Vec input_gradient(Vec grad, Vec x) {
   }
 }
 
-// Calls f.template operator()<activation>() for the activation known at run time.
-template <class F>
+// Calls f.template operator()<activation>() for the activation known at run time; kGate: of a gate.
+template <bool kGate = false, class F>
 FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
   switch (activation) {
     case Activation::gelu: return f.template operator()<Activation::gelu>();
@@ -88,6 +90,9 @@ FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
     case Activation::silu: return f.template operator()<Activation::silu>();
     case Activation::relu: return f.template operator()<Activation::relu>();
     case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
+    case Activation::sigmoid:
+      if constexpr (kGate) return f.template operator()<Activation::sigmoid>();
+      break;
     case Activation::none: return f.template operator()<Activation::none>();
   }
 }

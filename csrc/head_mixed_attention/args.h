@@ -16,6 +16,7 @@ inline constexpr int64_t kHeadMixMaxHeads = 32;
 struct HeadMapParams : AttentionParams {
   const float* pre_weight = nullptr;  // (H, H); null without a mix before the softmax
   const float* pre_bias = nullptr;    // (H,)
+  bool precise = false;               // moments: products added up in double
 };
 
 // out_h = M_h v_h, M_h = sum_g post_weight[h][g] (P_g - centre) + post_bias[h]; without a mix after the softmax,

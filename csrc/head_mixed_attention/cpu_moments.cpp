@@ -55,6 +55,7 @@ struct MomentTile : MapTile<T, kPairs, kV> {
     __builtin_memset(s.lane_sums, 0, p.heads * p.heads * kLanes * sizeof(float));
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       centre(begin, end);
+      if (p.precise) return add_precise_products(begin, end, totals + at_total.map_products());
       add_products_of_heads(p.heads, (end - begin) * kV, map(0) + at(begin, 0), s.map_stride, map(0) + at(begin, 0),
                             s.map_stride, true, s.lane_sums);
     });
@@ -67,6 +68,28 @@ struct MomentTile : MapTile<T, kPairs, kV> {
         const float inverse = s.inverse[h * kV * kLanes + i];
         if (inverse > 1.0f) totals[at_total.mixed() + h] -= 1.0;
         if (inverse != inverse) totals[at_total.mixed() + h] = inverse;
+      }
+    }
+  }
+
+  // Exact products, added up in double.
+  void add_precise_products(int64_t begin, int64_t end, double* products) const {
+    typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+    typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
+    const auto load = [](const float* from, Doubles& to) {
+      Floats x;
+      __builtin_memcpy(&x, from, sizeof x);
+      to = __builtin_convertvector(x, Doubles);
+    };
+    for (int64_t g = 0; g < p.heads; ++g) {
+      for (int64_t h = g; h < p.heads; ++h) {
+        Doubles sums{}, left, right;
+        for (int64_t i = at(begin, 0); i < at(end, 0); i += kLanes) {
+          load(map(g) + i, left);
+          load(map(h) + i, right);
+          sums += left * right;
+        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) products[g * p.heads + h] += sums[lane];
       }
     }
   }

@@ -56,6 +56,12 @@ struct LinearKernel {
   // Likewise, to a block of the product that follows; without scale and residual.
   void (*multiply_to_block)(const LinearParams&, const RowBlock&, int64_t begin, int64_t end, const float* packed,
                             const RowBlock& next);
+  // Likewise, times activation(gate), a product of the same block by another weight. `gates` holds a panel of them.
+  void (*multiply_gated_to_block)(const LinearParams& gate, const LinearParams&, const RowBlock&, int64_t begin,
+                                  int64_t end, const float* gate_packed, const float* packed, float* gates,
+                                  const RowBlock& next);
+  // Normalises rows in a block in place.
+  void (*normalize)(const LinearParams&, const RowBlock&);
 };
 
 FASTVIT_DECLARE_PER_ISA(LinearKernel linear_kernel(const LinearParams& p);)

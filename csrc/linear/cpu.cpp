@@ -132,38 +132,47 @@ using Word = std::conditional_t<kPairs, bf16, float>;  // an element of a block
 template <bool kPairs>
 constexpr int64_t kElementsOfWord = kPairs ? 2 : 1;
 
-// Mean and 1 / sqrt(variance + eps) of a row.
+// Mean and 1 / sqrt(variance + eps) of a row. rest: of the mean, lost in rounding, which a sum of deviations would have
+// once for every element.
 struct Moments {
-  float mean, inverse;
+  float mean, rest, inverse;
 };
 
-template <class T>
-Moments moments(const T* row, int64_t depth, float eps) {
+// row(k): a pointer to element k, with the next kLanes beside it where k is a multiple of that.
+template <class Row>
+Moments moments(const Row& row, int64_t depth, float eps) {
   if (depth == 0) return {};
   // The mean as what is to be added to the first element: exact for a row of equal values, whose deviation is 0.
-  const float first = widen(row[0]);
+  const float first = widen(*row(0));
   Vec sums[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
   const int64_t whole = depth / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row + k) - Vec::fill(first);
+  for (int64_t k = 0; k < whole; k += kLanes) sums[k / kLanes % 2] += Vec::load(row(k)) - Vec::fill(first);
   float total = sum(sums[0] + sums[1]);
-  for (int64_t k = whole; k < depth; ++k) total += widen(row[k]) - first;
+  for (int64_t k = whole; k < depth; ++k) total += widen(*row(k)) - first;
   const float mean = first + total / static_cast<float>(depth);
+  Vec squares[2] = {Vec::fill(0.0f), Vec::fill(0.0f)};
   sums[0] = sums[1] = Vec::fill(0.0f);
   for (int64_t k = 0; k < whole; k += kLanes) {
-    const Vec apart = Vec::load(row + k) - Vec::fill(mean);
-    sums[k / kLanes % 2] = fma(apart, apart, sums[k / kLanes % 2]);
+    const int64_t i = k / kLanes % 2;
+    const Vec apart = Vec::load(row(k)) - Vec::fill(mean);
+    sums[i] += apart;
+    squares[i] = fma(apart, apart, squares[i]);
   }
-  float squares = sum(sums[0] + sums[1]);
-  for (int64_t k = whole; k < depth; ++k) squares += (widen(row[k]) - mean) * (widen(row[k]) - mean);
-  return {mean, 1.0f / __builtin_sqrtf(squares / static_cast<float>(depth) + eps)};
+  float rest = sum(sums[0] + sums[1]), variance = sum(squares[0] + squares[1]);
+  for (int64_t k = whole; k < depth; ++k) {
+    const float apart = widen(*row(k)) - mean;
+    rest += apart, variance += apart * apart;
+  }
+  rest /= static_cast<float>(depth), variance /= static_cast<float>(depth);
+  return {mean, rest, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// to = (row - mean) * inverse * weight + bias, for `count` elements from `first` on.
+// to = (from - mean - rest) * inverse * weight + bias, for `count` elements of a row, `first` and the following.
 template <class T, class To>
-void normalize(const LinearParams& p, const T* row, Moments of, int64_t first, int64_t count, To* to) {
+void normalize(const LinearParams& p, const T* from, Moments of, int64_t first, int64_t count, To* to) {
   for (int64_t k = 0; k < count; k += kLanes) {
     const int64_t n = smaller(kLanes, count - k), at = first + k;
-    Vec value = (load(row + at, n) - Vec::fill(of.mean)) * Vec::fill(of.inverse);
+    Vec value = (load(from + k, n) - Vec::fill(of.mean) - Vec::fill(of.rest)) * Vec::fill(of.inverse);
     if (p.norm_weight != nullptr) value *= load(p.norm_weight + at, n);
     if (p.norm_bias != nullptr) value += load(p.norm_bias + at, n);
     store(round_to<T>(value), to + k, n);
@@ -176,7 +185,7 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
   const int64_t words = words_of<kPairs>(p.depth);
   for (int64_t r = 0; r < block.rows; ++r) {
     const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
-    const Moments of = p.has_norm ? moments(from, p.depth, p.norm_eps) : Moments{};
+    const Moments of = p.has_norm ? moments([from](int64_t k) { return from + k; }, p.depth, p.norm_eps) : Moments{};
     for (int64_t first = 0; first < words; first += kDepthBlock) {
       float* to = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
       const int64_t count = smaller(kDepthBlock, words - first);
@@ -186,7 +195,29 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
       }
       const int64_t elements = smaller(count * kElements, p.depth - first * kElements);
       if (elements < count * kElements) to[count - 1] = 0.0f;  // the missing half of a pair
-      normalize(p, from, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
+      normalize(p, from + first * kElements, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
+    }
+  }
+}
+
+template <bool kPairs>
+constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // elements of a part of a row
+
+// Element k of row r.
+template <bool kPairs>
+FASTVIT_INLINE Word<kPairs>* element_of(const RowBlock& block, int64_t r, int64_t k) {
+  static_assert(kPart<kPairs> % kPanel == 0);
+  float* part = block.data + (k / kPart<kPairs> * block.block_rows + r) * kRowStride;
+  return reinterpret_cast<Word<kPairs>*>(part) + k % kPart<kPairs>;
+}
+
+template <bool kPairs>
+void normalize_rows(const LinearParams& p, const RowBlock& block) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const auto row = [&](int64_t k) { return element_of<kPairs>(block, r, k); };
+    const Moments of = moments(row, p.depth, p.norm_eps);
+    for (int64_t k = 0; k < p.depth; k += kPart<kPairs>) {
+      normalize(p, row(k), of, k, smaller(kPart<kPairs>, p.depth - k), row(k));
     }
   }
 }
@@ -355,34 +386,68 @@ void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t
   });
 }
 
+// Stores the first `columns` values of a panel in a row of a block.
+template <class To>
+FASTVIT_INLINE void store_panel(const Vec (&values)[kPanelVectors], int64_t columns, To* to) {
+  if (columns == kPanel) return store_two(values[0], values[1], to);
+  memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
+#pragma GCC unroll 2
+  for (int c = 0; c < kPanelVectors; ++c) {
+    const int64_t m = smaller(kLanes, columns - c * kLanes);
+    if (m <= 0) break;
+    store(values[c], to + c * kLanes, m);
+  }
+}
+
 template <class T, bool kPairs>
 void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t begin, int64_t end, const float* packed,
                        const RowBlock& next) {
-  using To = Word<kPairs>;
-  constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // columns of a part of a row, whole panels
-  static_assert(kPart % kPanel == 0);
   with_activation(p.activation, [&]<Activation activation>() {
     for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
       panel.run([&](int64_t r, int64_t n, const float* totals) {
-        const int64_t columns = panel.columns, part = panel.column / kPart;
-        float* row_of_next = next.data + (part * next.block_rows + r) * kRowStride;
-        for (int64_t i = 0; i < n; ++i, totals += kPanel, row_of_next += kRowStride) {
-          To* to = reinterpret_cast<To*>(row_of_next) + panel.column % kPart;
+        const int64_t columns = panel.columns;
+        Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
           Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
           activate_rounded<activation, T>(values);
-          if (columns == kPanel) {
-            store_two(values[0], values[1], to);
-            continue;
-          }
-          memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
-#pragma GCC unroll 2
-          for (int c = 0; c < kPanelVectors; ++c) {
-            const int64_t m = smaller(kLanes, columns - c * kLanes);
-            if (m <= 0) break;
-            store(values[c], to + c * kLanes, m);
-          }
+          store_panel(values, columns, to);
         }
       });
+    });
+  });
+}
+
+template <class T, bool kPairs>
+void multiply_gated_to_block(const LinearParams& gate, const LinearParams& p, const RowBlock& block, int64_t begin,
+                             int64_t end, const float* gate_packed, const float* packed, float* gates,
+                             const RowBlock& next) {
+  for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](Panel<T, kPairs> panel) {
+    const float* packed_gate = gate_packed + (panel.packed - packed);
+    panel.next_packed = packed_gate + gate.panel_stride;
+    with_activation<true>(gate.activation, [&]<Activation activation>() {
+      const Panel<T, kPairs> of_gate{gate, 0, block, panel.column, panel.columns, packed_gate, panel.packed};
+      of_gate.run([&](int64_t r, int64_t n, const float* totals) {
+        float* to = gates + r * kPanel;
+        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kPanel) {
+          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+          activate_rounded<activation, T>(values);
+          store_two(values[0], values[1], to);
+        }
+      });
+    });
+    panel.run([&](int64_t r, int64_t n, const float* totals) {
+      const int64_t columns = panel.columns;
+      const float* of_row = gates + r * kPanel;
+      Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
+      for (int64_t i = 0; i < n; ++i, totals += kPanel, of_row += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
+        Vec values[kPanelVectors];
+#pragma GCC unroll 2
+        for (int c = 0; c < kPanelVectors; ++c) {
+          const Vec value = round_to<T>(Vec::load(totals + c * kLanes));
+          values[c] = round_to<T>(Vec::load(of_row + c * kLanes) * value);
+        }
+        store_panel(values, columns, to);
+      }
     });
   });
 }
@@ -399,7 +464,9 @@ LinearKernel make_kernel(const LinearParams& p) {
           pack<T, kPairs>,
           load_rows<T, kPairs>,
           multiply<T, kPairs>,
-          multiply_to_block<T, kPairs>};
+          multiply_to_block<T, kPairs>,
+          multiply_gated_to_block<T, kPairs>,
+          normalize_rows<kPairs>};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// fastvit::packed_linear, packed_mlp and pack_weight on the CPU: checks, dividing the work, registration.
+// fastvit::packed_linear, packed_mlp, packed_glu_mlp and pack_weight on the CPU: checks, dividing the work,
+// registration.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -110,8 +111,8 @@ void pack(const LinearParams& p, const LinearKernel& kernel, float* packed) {
                [&](int64_t begin, int64_t end) { kernel.pack(p, begin, end, packed + begin * kernel.panel_floats); });
 }
 
-// Sizes and strides of the weight, copied unless contiguous along one axis.
-void take_weight(const char* op, const char* name, Tensor& weight, int64_t depth, Dtype dtype, LinearParams& p) {
+// Sizes and strides of the weight, copied unless contiguous along one axis; returns the number of columns.
+int64_t take_weight(const char* op, const char* name, Tensor& weight, int64_t depth, Dtype dtype, LinearParams& p) {
   check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == depth && weight.dtype() == dtype, op, ": ", name,
         " must be (N, ", depth, ") ", dtype, " on the CPU, got ", shape_of(weight), " ", weight.dtype());
   if (weight.stride(0) != 1) make_last_axis_contiguous(weight);
@@ -121,6 +122,7 @@ void take_weight(const char* op, const char* name, Tensor& weight, int64_t depth
   p.weight_column_stride = weight.stride(0);
   p.weight_depth_stride = weight.stride(1);
   p.element = element_of(dtype);
+  return p.columns;
 }
 
 Tensor pack_weight(Tensor weight) {
@@ -235,27 +237,25 @@ void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& 
   });
 }
 
-// `from`: the rows of x in one block, where they are already; `to`: a block for the result instead of out.
-void multiply(const LinearParams& p, const LinearKernel& kernel, const float* packed, float* from = nullptr,
-              float* to = nullptr) {
+// f(block, row, first panel, last panel) for items of work, where block holds rows of x from `row` on, and has memory
+// for `more` floats a row behind it.
+template <class F>
+void for_each_loaded_block(const LinearParams& p, const LinearKernel& kernel, int64_t more, const F& f) {
   for_each_block(p, kernel, [&] {
-    const int64_t floats = from == nullptr ? rows_of_block(p, kernel) * kernel.row_floats : 0;
+    const int64_t floats = rows_of_block(p, kernel) * (kernel.row_floats + more);
     return [&, memory = BlockOfThread(floats), loaded = int64_t{-1}](int64_t row, int64_t rows, int64_t first,
                                                                      int64_t last) mutable {
-      RowBlock block{memory.data(), rows, rows};
-      if (from != nullptr) {
-        block = {from + row * kernel.row_stride, rows, p.rows};
-      } else if (row != loaded) {
-        kernel.load(p, row, block);
-        loaded = row;
-      }
-      const float* panels = packed + first * p.panel_stride;
-      if (to == nullptr) {
-        kernel.multiply(p, row, block, first, last, panels);
-      } else {
-        kernel.multiply_to_block(p, block, first, last, panels, {to + row * kernel.row_stride, rows, p.rows});
-      }
+      const RowBlock block{memory.data(), rows, rows};
+      if (row != loaded) kernel.load(p, row, block);
+      loaded = row;
+      f(block, row, first, last);
     };
+  });
+}
+
+void multiply(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
+  for_each_loaded_block(p, kernel, 0, [&](const RowBlock& block, int64_t row, int64_t first, int64_t last) {
+    kernel.multiply(p, row, block, first, last, packed + first * p.panel_stride);
   });
 }
 
@@ -273,30 +273,28 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
   }
 }
 
-// The packed panels, packed to `memory` where they were not before.
-const float* pack_if_absent(const float* packed, const LinearParams& p, const LinearKernel& kernel, float* memory) {
-  if (packed == nullptr) pack(p, kernel, memory);
-  return packed == nullptr ? memory : packed;
-}
-
-int64_t floats_to_pack(const float* packed, const LinearParams& p, const LinearKernel& kernel) {
-  return packed == nullptr ? whole_lines(panels_of(p, kernel) * kernel.panel_floats) : 0;
-}
-
 // --- The operators ---------------------------------------------------------------------------------------------------
+
+// The norm of a product's rows.
+struct Norm {
+  Floats weight, bias;
+
+  Norm(const char* op, const NormOfRows& norm, std::array<const char*, 2> names, int64_t depth, LinearParams& p)
+      : weight(op, norm.weight, names[0], depth), bias(op, norm.bias, names[1], depth) {
+    p.has_norm = norm.exists;
+    p.norm_weight = weight.data(), p.norm_bias = bias.data();
+    p.norm_eps = static_cast<float>(norm.eps);
+  }
+};
 
 // x and its norm.
 struct Input {
-  Floats norm_weight, norm_bias;
+  Norm norm;
 
-  Input(const char* op, Tensor& x, const NormOfRows& norm, LinearParams& p)
-      : norm_weight(op, norm.weight, "norm_weight", last_size(op, x)),
-        norm_bias(op, norm.bias, "norm_bias", last_size(op, x)) {
+  Input(const char* op, Tensor& x, const NormOfRows& of, LinearParams& p)
+      : norm(op, of, {"norm_weight", "norm_bias"}, last_size(op, x), p) {
     p.rows = take_rows(op, x, p.x_stride);
     p.x = x.data<void>();
-    p.has_norm = norm.exists;
-    p.norm_weight = norm_weight.data(), p.norm_bias = norm_bias.data();
-    p.norm_eps = static_cast<float>(norm.eps);
   }
 
   static int64_t last_size(const char* op, const Tensor& x) {
@@ -332,27 +330,69 @@ struct Output {
   }
 };
 
+// A layer: its product, the weight packed for it, and the room to pack it in where it was not.
+struct PackedLayer {
+  LinearParams p;
+  Floats bias;
+  LinearKernel kernel;
+  const float* packed;
+  int64_t floats;
+
+  // input: the rows that it takes.
+  PackedLayer(const char* op, std::array<const char*, 2> names, Layer& layer, int64_t depth, Dtype dtype,
+              const LinearParams& input)
+      : p(input), bias(op, layer.bias, names[1], take_weight(op, names[0], layer.weight, depth, dtype, p)) {
+    p.bias = bias.data_or_zeros(p.columns);
+    checked_product(op, {64, p.rows, larger(p.columns, 1), larger(p.depth, 1)});
+    kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+    p.panel_stride = kernel.panel_floats;
+    packed = take_packed(op, layer.packed, p, kernel);
+    floats = packed == nullptr ? whole_lines(panels_of(p, kernel) * kernel.panel_floats) : 0;
+  }
+
+  // Packs to `memory` what was not packed before; returns the memory behind it.
+  float* pack_if_absent(float* memory) {
+    if (packed == nullptr) pack(p, kernel, memory), packed = memory;
+    return memory + floats;
+  }
+};
+
 Tensor linear_cpu(Tensor x, Layer layer, const NormOfRows& norm, int64_t activation, Addition addition) {
   constexpr char kOp[] = "linear";
-  LinearParams p{};
-  const Input input(kOp, x, norm, p);
-  take_weight(kOp, "weight", layer.weight, x.size(x.dim() - 1), x.dtype(), p);
-  Floats bias(kOp, layer.bias, "bias", p.columns);
-  p.bias = bias.data_or_zeros(p.columns);
-  p.activation = activation_of(kOp, activation, "activation");
-  checked_product(kOp, {64, p.rows, p.columns, p.depth});
-  Output output(kOp, x, addition, p);
-  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
-  p.panel_stride = kernel.panel_floats;
-  const float* packed = take_packed(kOp, layer.packed, p, kernel);
+  LinearParams rows{};
+  const Input input(kOp, x, norm, rows);
+  PackedLayer product(kOp, {"weight", "bias"}, layer, x.size(x.dim() - 1), x.dtype(), rows);
+  product.p.activation = activation_of(kOp, activation, "activation");
+  Output output(kOp, x, addition, product.p);
   if (output.out.numel() == 0) return std::move(output.out);
-  float* memory = Workspace::of_call().take(floats_to_pack(packed, p, kernel));
-  run(p, kernel, pack_if_absent(packed, p, kernel, memory));
+  product.pack_if_absent(Workspace::of_call().take(product.floats));
+  run(product.p, product.kernel, product.packed);
   Workspace::of_call().give_back();
   return std::move(output.out);
 }
 
 FASTVIT_REGISTER(packed_linear, "CPU", linear_cpu);
+
+// The layer of an MLP that gives the hidden values; gate: null where it has none.
+struct HiddenLayer {
+  const PackedLayer& values;
+  const PackedLayer* gate;
+
+  // Of memory behind a block of rows, for each of them.
+  int64_t gate_floats() const { return gate == nullptr ? 0 : values.kernel.panel_columns; }
+
+  // Computes panels [first, last) of the rows in a block to `hidden`.
+  void multiply(const RowBlock& block, int64_t first, int64_t last, const RowBlock& hidden) const {
+    const int64_t at = first * values.p.panel_stride;
+    if (gate == nullptr) {
+      values.kernel.multiply_to_block(values.p, block, first, last, values.packed + at, hidden);
+    } else {
+      values.kernel.multiply_gated_to_block(gate->p, values.p, block, first, last, gate->packed + at,
+                                            values.packed + at, block.data + block.rows * values.kernel.row_floats,
+                                            hidden);
+    }
+  }
+};
 
 // Whether there are blocks of rows enough to divide among the threads.
 bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKernel& kernel) {
@@ -361,62 +401,98 @@ bool by_rows(const LinearParams& up, const LinearParams& down, const LinearKerne
          divide_up(up.rows, rows_of_block(up.depth > down.depth ? up : down, kernel)) >= kItems / 2 * threads;
 }
 
-// Two layers, block by block of rows: the hidden values of a block stay in the cache.
-void run_mlp(const LinearParams& up, const LinearKernel& up_kernel, const float* up_packed, const LinearParams& down,
-             const LinearKernel& down_kernel, const float* down_packed) {
-  const int64_t step = rows_of_block(up.depth > down.depth ? up : down, up_kernel);
-  parallel_dynamic(divide_up(up.rows, step), 1, std::max(threads_for(up), threads_for(down)), [&] {
-    return [&, memory = BlockOfThread(step * (up_kernel.row_floats + down_kernel.row_floats))](int64_t block_of_rows,
-                                                                                               int64_t) {
-      const int64_t row = block_of_rows * step, rows = smaller(step, up.rows - row);
-      const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * up_kernel.row_floats, rows, rows};
-      up_kernel.load(up, row, block);
-      up_kernel.multiply_to_block(up, block, 0, panels_of(up, up_kernel), up_packed, hidden);
-      down_kernel.multiply(down, row, hidden, 0, panels_of(down, down_kernel), down_packed);
+// Both layers of an MLP, block by block of rows: the hidden values of a block stay in the cache.
+void run_by_rows(const HiddenLayer& hidden_layer, const PackedLayer& down) {
+  const PackedLayer& up = hidden_layer.values;
+  const int64_t step = rows_of_block(up.p.depth > down.p.depth ? up.p : down.p, up.kernel);
+  const int64_t floats = up.kernel.row_floats + hidden_layer.gate_floats();
+  parallel_dynamic(divide_up(up.p.rows, step), 1, std::max(threads_for(up.p), threads_for(down.p)), [&] {
+    return [&, memory = BlockOfThread(step * (floats + down.kernel.row_floats))](int64_t block_of_rows, int64_t) {
+      const int64_t row = block_of_rows * step, rows = smaller(step, up.p.rows - row);
+      const RowBlock block{memory.data(), rows, rows}, hidden{block.data + step * floats, rows, rows};
+      up.kernel.load(up.p, row, block);
+      hidden_layer.multiply(block, 0, panels_of(up.p, up.kernel), hidden);
+      if (down.p.has_norm) down.kernel.normalize(down.p, hidden);
+      down.kernel.multiply(down.p, row, hidden, 0, panels_of(down.p, down.kernel), down.packed);
     };
   });
 }
 
-Tensor mlp_cpu(Tensor x, Layer fc1, Layer fc2, const NormOfRows& norm, int64_t activation, Addition addition) {
-  constexpr char kOp[] = "mlp";
-  LinearParams up{};
-  const Input input(kOp, x, norm, up);
-  take_weight(kOp, "fc1_weight", fc1.weight, x.size(x.dim() - 1), x.dtype(), up);
-  Floats up_bias(kOp, fc1.bias, "fc1_bias", up.columns);
-  up.bias = up_bias.data_or_zeros(up.columns);
-  up.activation = activation_of(kOp, activation, "activation");
-  LinearParams down{};
-  down.rows = up.rows;
-  take_weight(kOp, "fc2_weight", fc2.weight, up.columns, x.dtype(), down);
-  Floats down_bias(kOp, fc2.bias, "fc2_bias", down.columns);
-  down.bias = down_bias.data_or_zeros(down.columns);
-  checked_product(kOp, {64, up.rows, larger(up.columns, 1), larger(up.depth, down.columns)});
-  Output output(kOp, x, addition, down);
+// One layer after the other, each divided by panels too; `hidden`: memory for all hidden values.
+void run_by_panels(const HiddenLayer& hidden_layer, const PackedLayer& down, float* hidden) {
+  const PackedLayer& up = hidden_layer.values;
+  const int64_t all = down.p.rows;
+  const auto rows_from = [&](int64_t row, int64_t rows) {
+    return RowBlock{hidden + row * down.kernel.row_stride, rows, all};
+  };
+  for_each_loaded_block(up.p, up.kernel, hidden_layer.gate_floats(),
+                        [&](const RowBlock& block, int64_t row, int64_t first, int64_t last) {
+                          hidden_layer.multiply(block, first, last, rows_from(row, block.rows));
+                        });
+  if (down.p.has_norm) {
+    parallel_for(0, all, grain_of(8 * down.p.depth),
+                 [&](int64_t begin, int64_t end) { down.kernel.normalize(down.p, rows_from(begin, end - begin)); });
+  }
+  for_each_block(down.p, down.kernel, [&] {
+    return [&](int64_t row, int64_t rows, int64_t first, int64_t last) {
+      down.kernel.multiply(down.p, row, rows_from(row, rows), first, last, down.packed + first * down.p.panel_stride);
+    };
+  });
+}
+
+// `gate` and `hidden_norm`: null where there is none.
+Tensor run_mlp(const char* op, Tensor x, Layer* gate, Layer up, Layer down, const NormOfRows& norm,
+               const NormOfRows* hidden_norm, Activation activation, Addition addition) {
+  LinearParams rows{}, hidden{};
+  const Input input(op, x, norm, rows);
+  const int64_t depth = x.size(x.dim() - 1);
+  std::optional<PackedLayer> gates;
+  if (gate != nullptr) gates.emplace(op, std::array{"gate_weight", "gate_bias"}, *gate, depth, x.dtype(), rows);
+  const std::array names = gates ? std::array{"value_weight", "value_bias"} : std::array{"fc1_weight", "fc1_bias"};
+  PackedLayer values(op, names, up, depth, x.dtype(), rows);
+  check(!gates || gates->p.columns == values.p.columns, op, ": gate_weight and value_weight must be of one shape");
+  (gates ? *gates : values).p.activation = activation;
+  hidden.rows = rows.rows;
+  std::optional<Norm> norm_of_hidden;
+  if (hidden_norm != nullptr) {
+    norm_of_hidden.emplace(op, *hidden_norm, std::array{"hidden_norm_weight", "hidden_norm_bias"}, values.p.columns,
+                           hidden);
+  }
+  PackedLayer second(op, {"fc2_weight", "fc2_bias"}, down, values.p.columns, x.dtype(), hidden);
+  Output output(op, x, addition, second.p);
   if (output.out.numel() == 0) return std::move(output.out);
-  const LinearKernel up_kernel = FASTVIT_PER_ISA(linear_kernel)(up);
-  const LinearKernel down_kernel = FASTVIT_PER_ISA(linear_kernel)(down);
-  up.panel_stride = up_kernel.panel_floats, down.panel_stride = down_kernel.panel_floats;
-  const float* up_packed = take_packed(kOp, fc1.packed, up, up_kernel);
-  const float* down_packed = take_packed(kOp, fc2.packed, down, down_kernel);
-  const bool rows_divided = by_rows(up, down, up_kernel);
-  const int64_t up_floats = floats_to_pack(up_packed, up, up_kernel);
-  const int64_t down_floats = floats_to_pack(down_packed, down, down_kernel);
-  const int64_t hidden_floats = rows_divided ? 0 : checked_product(kOp, {up.rows, down_kernel.row_floats});
-  float* memory = Workspace::of_call().take(up_floats + down_floats + hidden_floats);
-  up_packed = pack_if_absent(up_packed, up, up_kernel, memory);
-  down_packed = pack_if_absent(down_packed, down, down_kernel, memory + up_floats);
+  const bool rows_divided = by_rows(values.p, second.p, values.kernel);
+  const int64_t hidden_floats = rows_divided ? 0 : checked_product(op, {hidden.rows, second.kernel.row_floats});
+  const int64_t gate_floats = gates ? gates->floats : 0;
+  float* memory = Workspace::of_call().take(gate_floats + values.floats + second.floats + hidden_floats);
+  if (gates) memory = gates->pack_if_absent(memory);
+  memory = second.pack_if_absent(values.pack_if_absent(memory));
+  const HiddenLayer hidden_layer{values, gates ? &*gates : nullptr};
   if (rows_divided) {
-    run_mlp(up, up_kernel, up_packed, down, down_kernel, down_packed);
+    run_by_rows(hidden_layer, second);
   } else {
-    float* hidden = memory + up_floats + down_floats;
-    multiply(up, up_kernel, up_packed, nullptr, hidden);
-    multiply(down, down_kernel, down_packed, hidden);
+    run_by_panels(hidden_layer, second, memory);
   }
   Workspace::of_call().give_back();
   return std::move(output.out);
 }
 
+Tensor mlp_cpu(Tensor x, Layer fc1, Layer fc2, const NormOfRows& norm, int64_t activation, Addition addition) {
+  const Activation code = activation_of("mlp", activation, "activation");
+  return run_mlp("mlp", std::move(x), nullptr, std::move(fc1), std::move(fc2), norm, nullptr, code,
+                 std::move(addition));
+}
+
 FASTVIT_REGISTER(packed_mlp, "CPU", mlp_cpu);
+
+Tensor glu_mlp_cpu(Tensor x, Layer gate, Layer value, Layer fc2, const NormOfRows& norm, const NormOfRows& hidden_norm,
+                   int64_t activation, Addition addition) {
+  const Activation code = activation_of("glu_mlp", activation, "activation", Activation::sigmoid);
+  return run_mlp("glu_mlp", std::move(x), &gate, std::move(value), std::move(fc2), norm, &hidden_norm, code,
+                 std::move(addition));
+}
+
+FASTVIT_REGISTER(packed_glu_mlp, "CPU", glu_mlp_cpu);
 
 }  // namespace
 }  // namespace fastvit

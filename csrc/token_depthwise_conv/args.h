@@ -44,8 +44,10 @@ struct TokenDepthwiseConv {
 struct TokenDepthwiseConvTraining : TokenDepthwiseConv {
   bool has_pre_norm, has_norm;
   float *pre_mean, *pre_var;  // of x; to be computed
-  float *mean, *var;          // of the convolution's result; to be computed
-  void* conv;                 // that result, laid out as out; null if it is not kept
+  // Of the convolution's result without the bias, which such a norm takes away again (NaN or infinite, it makes the
+  // variance NaN); to be computed.
+  float *mean, *var;
+  void* conv;  // the convolution's result, without the bias if `mean` is to be computed, laid out as out; or null
 };
 
 // The backward pass. pre_norm and norm hold the statistics of the forward pass, given ones or the batch's.

@@ -55,12 +55,12 @@ void with_vectors(bool vectors, const F& f) {
 // Mean and variance of the grid tokens, which become the norm's statistics.
 template <class T, class Device>
 void compute_statistics(const TokenDepthwiseConv& op, TokenView<const T> values, int64_t tokens, bool vectors,
-                        ChannelNorm& norm, float* mean, float* var, Device& device) {
+                        ChannelNorm& norm, float* mean, float* var, const ChannelParameter& left_out, Device& device) {
   with_vectors<T>(vectors, [&]<int V>() {
     Statistics<T, V> kernel(op, values, tokens, nullptr);
     kernel.partials = device.template allocate<double>(kernel.division.splits * 3 * op.channels);
     device.run(kernel);
-    device.run(MergeStatistics{{}, kernel.partials, kernel.division.splits, op.channels, mean, var});
+    device.run(MergeStatistics{{}, kernel.partials, kernel.division.splits, op.channels, mean, var, left_out});
   });
   norm.mean = {mean, Element::float32};
   norm.var = {var, Element::float32};
@@ -70,16 +70,17 @@ template <class T, class Device>
 void train(TokenDepthwiseConvTraining op, Device& device) {
   const bool vectors = has_vectors<T>(op) && is_aligned<16 / sizeof(T)>(op.conv, 0, 0);
   if (op.pre_mean != nullptr) {
-    compute_statistics<T>(op, input_of<T>(op), op.height * op.width, vectors, op.pre_norm, op.pre_mean, op.pre_var,
+    compute_statistics<T>(op, input_of<T>(op), op.height * op.width, vectors, op.pre_norm, op.pre_mean, op.pre_var, {},
                           device);
   }
   if (op.mean == nullptr) return device.template convolve<T>(op, op.conv);
   TokenDepthwiseConv inner = op;
   inner.out = nullptr;
+  inner.bias = {};  // the results would lack its digits
   device.template convolve<T>(inner, op.conv);
   const int64_t tokens = op.out_height * op.out_width;
   compute_statistics<T>(op, contiguous_view<const T>(op, op.conv, tokens), tokens, vectors, op.norm, op.mean, op.var,
-                        device);
+                        op.bias, device);
   with_vectors<T>(vectors, [&]<int V>() { device.run(Finish<T, V>(op, op.conv)); });
 }
 

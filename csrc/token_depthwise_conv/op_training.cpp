@@ -85,22 +85,31 @@ void combine_moments(const float* moments, int64_t batch, int64_t channels, int6
   }
 }
 
-// Mean and variance, which become the norm's statistics; f(moments) computes the moments of every image.
+float read(const ChannelParameter& parameter, int64_t channel, float absent) {
+  if (parameter.data == nullptr) return absent;
+  if (parameter.element == Element::float32) return static_cast<const float*>(parameter.data)[channel];
+  return float_of_bfloat16(static_cast<const uint16_t*>(parameter.data)[channel]);
+}
+
+// Mean and variance, which become the norm's statistics; f(moments) computes the moments of every image. `left_out` is
+// a bias that the mean takes away again, but not a NaN or infinity.
 template <class F>
 void compute_statistics(const TokenDepthwiseConv& op, int64_t tokens, float* mean, float* var, ChannelNorm& norm,
-                        const F& f) {
+                        const ChannelParameter& left_out, const F& f) {
   std::vector<float> moments(static_cast<size_t>(op.batch * 3 * op.channels));
   f(moments.data());
   combine_moments(moments.data(), op.batch, op.channels, tokens, mean, var);
+  for (int64_t c = 0; c < op.channels; ++c) var[c] += 0.0f * read(left_out, c, 0.0f);
   norm.mean = {mean, Element::float32};
   norm.var = {var, Element::float32};
 }
 
-// The plain convolution into op.conv, and its moments unless null.
+// The plain convolution into op.conv; or, with its moments, without the bias, whose digits the results would lack.
 void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
   TokenDepthwiseConvPass pass = pass_of(op);
   pass.out = op.conv;
   pass.moments = moments;
+  if (moments != nullptr) pass.bias = {};
   pass.norm = {};
   pass.activation = Activation::none;
   pass.residual = false;
@@ -115,7 +124,7 @@ void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
 
 void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   if (op.pre_mean != nullptr) {
-    compute_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, [&](float* moments) {
+    compute_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, {}, [&](float* moments) {
       TokenDepthwiseConvPass pass = pass_of(op);
       pass.moments = moments;
       run_token_pass(pass, FASTVIT_PER_ISA(token_moments), kMomentFloats);
@@ -123,7 +132,7 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   }
   if (op.conv == nullptr) return run_token_depthwise_conv(op);
   if (op.mean != nullptr) {
-    compute_statistics(op, op.out_height * op.out_width, op.mean, op.var, op.norm,
+    compute_statistics(op, op.out_height * op.out_width, op.mean, op.var, op.norm, op.bias,
                        [&](float* moments) { convolve(op, moments); });
   } else {
     convolve(op, nullptr);
@@ -132,12 +141,6 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   pass.conv = op.conv;
   pass.streams = is_streamed(op, op.out, op.batch * op.out_height * op.out_width * op.channels);
   run_token_pass(pass, FASTVIT_PER_ISA(finish), 3);
-}
-
-float read(const ChannelParameter& parameter, int64_t channel, float absent) {
-  if (parameter.data == nullptr) return absent;
-  if (parameter.element == Element::float32) return static_cast<const float*>(parameter.data)[channel];
-  return float_of_bfloat16(static_cast<const uint16_t*>(parameter.data)[channel]);
 }
 
 // A norm in the backward pass: its coefficients, and its gradients from the sums of dn and dn (c - mean).

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fastvit.cli.models import load, to
 from fastvit.cli.show import print_json, table, working
 from fastvit.patching import Report, reporting, unpatch
-from fastvit.patching.plan import PATCHED, survey
+from fastvit.patching.plan import PATCHED, apply, survey
 from fastvit.patching.verification import END_TO_END, Error, as_call, measure, undisturbed
 
 
@@ -48,7 +48,8 @@ def judge(model: nn.Module, example: Any) -> Verdict:
     """Patch a plain model and measure it against float64; it is left patched, however that turns out."""
     findings = survey(model)
     errors = measure(model, example, findings, "auto")
-    reporting.remember(model, findings, reporting.Measured(errors, {}))
+    apply(findings, "auto")
+    reporting.remember(model, reporting.memory_of(model, findings, reporting.Measured(errors, {})))
     return Verdict(reporting.report(model), errors)
 
 

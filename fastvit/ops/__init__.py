@@ -16,7 +16,7 @@ from fastvit.ops.conv_batch_norm import conv_batch_norm
 from fastvit.ops.conv_projection import conv_projection, depthwise_separable_conv
 from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention, talking_heads_attention
 from fastvit.ops.leff import leff
-from fastvit.ops.linear import linear, mlp
+from fastvit.ops.linear import glu_mlp, linear, mlp
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
 
 OPERATORS = {
@@ -26,6 +26,7 @@ OPERATORS = {
         _conv_batch_norm.OPERATOR,
         _conv_projection.PROJECTION,
         _conv_projection.SEPARABLE,
+        _linear.GLU_MLP,
         _head_mixed_attention.OPERATOR,
         _leff.OPERATOR,
         _linear.LINEAR,
@@ -43,6 +44,7 @@ __all__ = [
     "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",
+    "glu_mlp",
     "head_mixed_attention",
     "leff",
     "linear",

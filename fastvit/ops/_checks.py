@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NoReturn
 
 import torch
@@ -60,10 +61,10 @@ def check_number(name: str, value: float) -> None:
         fail(name, "a number", value)
 
 
-def check_activation(name: str, activation: str | None) -> None:
-    """One of the names of ``fastvit.reference.functional.ACTIVATIONS``."""
-    if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
-        fail(name, f"one of {list(ACTIVATIONS)}", activation)
+def check_activation(name: str, activation: str | None, names: Collection[str | None] = ACTIVATIONS) -> None:
+    """One of the names, by default those of ``fastvit.reference.functional.ACTIVATIONS``."""
+    if not isinstance(activation, (str, type(None))) or activation not in names:
+        fail(name, f"one of {list(names)}", activation)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -81,6 +81,11 @@ def _leff(a: Any) -> int:
     return 2 * tokens * (a.up_weight.numel() + a.dw_weight.numel() + a.down_weight.numel())
 
 
+def _products(a: Any, *weights: Tensor) -> int:
+    rows = a.x.numel() // max(a.x.shape[-1], 1)
+    return 2 * rows * sum(weight.numel() for weight in weights)
+
+
 def _nothing(a: Any) -> int:
     return 0
 
@@ -90,15 +95,16 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "class_attention_backward": lambda a: 2 * _attention(a),
     "conv_projection": _projections,
     "depthwise_separable_conv": _separable,
+    "glu_mlp": lambda a: _products(a, a.gate_weight, a.value_weight, a.fc2_weight),
     "head_map_moments": _nothing,
     "head_map_moments_backward": _nothing,
     "head_mixed_attention": lambda a: _attention(a) + _mixes(a),
     "head_mixed_attention_backward": lambda a: 2 * (_attention(a) + _mixes(a)),
     "leff": _leff,
-    "linear": lambda a: 2 * a.x.numel() * a.weight.shape[0],
+    "linear": lambda a: _products(a, a.weight),
     "masked_attention": _attention,
     "masked_attention_backward": lambda a: 2 * _attention(a),
-    "mlp": lambda a: 2 * a.x.numel() // max(a.x.shape[-1], 1) * (a.fc1_weight.numel() + a.fc2_weight.numel()),
+    "mlp": lambda a: _products(a, a.fc1_weight, a.fc2_weight),
     "pack_weight": _nothing,
     "unpack_weight": _nothing,
     "token_depthwise_conv": _depthwise,

@@ -18,6 +18,7 @@ from fastvit.reference.functional import BatchNorm
 
 __all__ = [
     "ACTIVATION_CODES",
+    "GATE_CODES",
     "NO_NORM",
     "REGISTERED",
     "Registered",
@@ -31,6 +32,9 @@ __all__ = [
 
 ACTIVATION_CODES = {None: 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "relu": 4, "gelu_tanh": 5}
 """csrc's enum Activation."""
+
+GATE_CODES = ACTIVATION_CODES | {"sigmoid": 6}
+"""The same, of gates."""
 
 
 class Registered(NamedTuple):

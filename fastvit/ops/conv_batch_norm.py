@@ -80,15 +80,20 @@ def _channels_last_reasons(call: Call, named: bool) -> Iterator[str]:
         yield "gradients are needed"
 
 
-def _run_channels_last(call: Call) -> Tensor:
-    x, weight, bias, norm, stride, padding, activation = call
-    for vector in (bias, *norm[:4]):
-        if vector is not None and (vector.shape != weight.shape[:1] or vector.device != x.device):
-            raise ValueError("norm")  # torch would broadcast it
-        if vector is not None and not vector.is_floating_point():
+def _refuse(call: Call) -> None:
+    """Raise for vectors and images that torch would broadcast, convert or, on meta, take for others."""
+    x, weight, bias, norm, *_ = call
+    shape, device = weight.shape[:1], x.device
+    for vector in (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        if vector is not None and (vector.shape != shape or vector.device != device or not vector.is_floating_point()):
             raise ValueError("norm")
-    if x.dim() != 4 or weight.device != x.device or not weight.is_floating_point():
+    if x.dim() != 4 or weight.device != device or not weight.is_floating_point():
         raise ValueError("x")
+
+
+def _run_channels_last(call: Call) -> Tensor:
+    _refuse(call)
+    x, weight, bias, norm, stride, padding, activation = call
     assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.float() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -105,6 +110,11 @@ def _run_channels_last(call: Call) -> Tensor:
 
 def _run_reference(call: Call) -> Tensor:
     x, weight, bias, norm, stride, padding, activation = call
+    if not isinstance(x, torch.fx.Proxy):  # which has no shape
+        _refuse(call)
+        usual = type(norm) is BatchNorm and type(stride) is type(padding) is int and padding <= LARGEST
+        if not usual or activation not in ACTIVATIONS or (norm.running_mean is None) is not (norm.running_var is None):
+            _check(call)  # torch takes True and one statistic, and moves statistics before the activation is named
     return functional.conv_batch_norm(x, weight, bias, norm, stride=stride, padding=padding, activation=activation)
 
 
@@ -112,7 +122,7 @@ OPERATOR = Operator(
     "conv_batch_norm",
     (
         Implementation("channels_last", _run_channels_last, _channels_last_reasons, validates=True),
-        Implementation(REFERENCE, _run_reference),
+        Implementation(REFERENCE, _run_reference, validates=True),
     ),
     _check,
 )

@@ -127,7 +127,7 @@ def _fake_backward(a: Any) -> tuple[Tensor, ...]:
 
 def _fake_moments(a: Any) -> tuple[Tensor, Tensor]:
     heads = a.q.shape[1]
-    return a.q.new_empty((heads,), dtype=torch.float32), a.q.new_empty((heads, heads), dtype=torch.float32)
+    return a.q.new_empty((heads,), dtype=torch.float32), a.q.new_empty((heads, heads), dtype=torch.float64)
 
 
 class Kernels(NamedTuple):
@@ -139,9 +139,11 @@ class Kernels(NamedTuple):
       norm_weight and norm_bias belong.
     - ``backward(grad, *the same)``: the gradients of q, k, v in their dtype and in the memory order of (B, N, H, D),
       and of the six small tensors in float32, of size 0 for what is absent.
-    - ``moments(q, k, pre_weight, pre_bias, mask, scale)``: sums over b, i, j of P_g - 1/Nk (H,), and of the products
-      (P_g - 1/Nk) (P_g' - 1/Nk) (H, H); P is zero where masked.
-    - ``moments_backward(dsums, dmoments, *the same)``: the gradients of q, k, pre_weight and pre_bias.
+    - ``moments(q, k, pre_weight, pre_bias, mask, scale, weight)``: sums over b, i, j of P_g - 1/Nk (H,), and of the
+      products (P_g - 1/Nk) (P_g' - 1/Nk) (H, H), in float64; P is zero where masked. Where the terms of the variance of
+      a mix by ``weight`` cancel, the products are added up in float64, too (C++ only).
+    - ``moments_backward(dsums, dmoments, q, k, pre_weight, pre_bias, mask, scale)``: the gradients of q, k, pre_weight
+      and pre_bias, of float32.
     """
 
     forward: Callable[..., Tensor]
@@ -162,7 +164,7 @@ def _define(suffix: str = "", running: str = "") -> Kernels:
         _fake_backward,
     )
     inputs = f"Tensor q, Tensor k, {_PRE}, Tensor? mask, float scale"
-    moments = define(f"head_map_moments{suffix}", inputs, "(Tensor, Tensor)", _fake_moments)
+    moments = define(f"head_map_moments{suffix}", f"{inputs}, Tensor weight", "(Tensor, Tensor)", _fake_moments)
     moments_backward = define(
         f"head_map_moments{suffix}_backward",
         f"Tensor dsums, Tensor dmoments, {inputs}",
@@ -257,17 +259,18 @@ class _Moments(torch.autograd.Function):
         kernels: Kernels,
         mask: Tensor | None,
         scale: float,
+        weight: Tensor,  # of the mix whose variance is wanted; the moments are not a function of it
         *tensors: Tensor | None,  # q, k, pre_weight, pre_bias
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(mask, *tensors)
         ctx.kernels, ctx.scale = kernels, scale
-        return kernels.moments(*tensors, mask, scale)
+        return kernels.moments(*tensors, mask, scale, weight)
 
     @staticmethod
     def backward(ctx: Any, dsums: Tensor, dmoments: Tensor) -> tuple[Tensor | None, ...]:
         mask, *tensors = ctx.saved_tensors
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
-            _, _, _, *needed = ctx.needs_input_grad
+            _, _, _, _, *needed = ctx.needs_input_grad
 
             def plain(q, k, pre_weight, pre_bias):  # type: ignore[no-untyped-def]
                 wide = torch.promote_types(q.dtype, torch.float32)
@@ -278,11 +281,11 @@ class _Moments(torch.autograd.Function):
                     maps = maps + pre_bias[:, None, None]
                 maps = functional.attention_probabilities(maps, mask) - 1.0 / k.shape[2]
                 centred = maps.transpose(0, 1).flatten(1)
-                return centred.sum(1), centred @ centred.t()
+                return centred.sum(1), (centred @ centred.t()).double()
 
-            return None, None, None, *differentiable_backward(plain, tensors, needed, (dsums, dmoments))
-        gradients = ctx.kernels.moments_backward(dsums, dmoments, *tensors, mask, ctx.scale)
-        return None, None, None, *_present(gradients, tensors)
+            return None, None, None, None, *differentiable_backward(plain, tensors, needed, (dsums, dmoments))
+        gradients = ctx.kernels.moments_backward(dsums, dmoments.to(dsums.dtype), *tensors, mask, ctx.scale)
+        return None, None, None, None, *_present(gradients, tensors)
 
 
 # --- BatchNorm over heads, folded -----------------------------------------------------------------------------------
@@ -459,7 +462,7 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
         weight, bias = fold_running(norm, weight, bias)
     elif norm is not None:
         assert weight is not None
-        sums, moments = _Moments.apply(kernels, mask, scale, q, k, *pre)
+        sums, moments = _Moments.apply(kernels, mask, scale, _as(small, weight.detach()), q, k, *pre)
         keys, centred = k.shape[2], True
         weight, bias = fold_batch(norm.opened(), weight, bias, sums, moments, keys, q.shape[0] * q.shape[2] * keys)
     post = _as(small, weight), _as(small, bias)

@@ -1,4 +1,4 @@
-"""Linear layers and MLPs with what stands before and behind them: norm, activation, LayerScale, residual.
+"""Linear layers and MLPs, gated ones too, with what stands around them: norm, activation, LayerScale, residual.
 
 - ``cpp``: ``csrc/linear``, float32 and bfloat16, gradients too, and float16 without. At inference all of it is one
   call, an MLP's hidden values stay in the cache, and weights are packed once (:mod:`fastvit.ops._packing`).
@@ -34,11 +34,11 @@ from fastvit.ops._operator import (
     is_grad_enabled,
 )
 from fastvit.ops._packing import PackedWeight, packed
-from fastvit.ops._schema import ACTIVATION_CODES, Registered, define
+from fastvit.ops._schema import ACTIVATION_CODES, GATE_CODES, Registered, define
 from fastvit.reference import functional
-from fastvit.reference.functional import LayerNorm
+from fastvit.reference.functional import GATES, LayerNorm
 
-__all__ = ["linear", "mlp"]
+__all__ = ["glu_mlp", "linear", "mlp"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPP_MIN_ROWS = 16
@@ -74,6 +74,26 @@ class Mlp(NamedTuple):
     residual: Tensor | None = None
 
 
+class GluMlp(NamedTuple):
+    """The arguments of :func:`glu_mlp`."""
+
+    x: Tensor
+    gate_weight: Tensor
+    gate_bias: Tensor | None
+    value_weight: Tensor
+    value_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    activation: str | None = "silu"
+    norm: LayerNorm | None = None
+    hidden_norm: LayerNorm | None = None
+    scale: Tensor | None = None
+    residual: Tensor | None = None
+
+
+Call = Linear | Mlp | GluMlp
+
+
 def _check_layer(names: tuple[str, str], x: Tensor, weight: Tensor, bias: Tensor | None, inputs: int) -> int:
     """The number of outputs."""
     outputs = check_linear(names[0], weight, inputs, x)
@@ -88,22 +108,27 @@ def _check_dtype(name: str, tensor: Tensor | None, x: Tensor) -> None:
         fail(name, f"x's dtype {x.dtype}", tensor)
 
 
-def _check_x(call: Linear | Mlp) -> None:
-    x, norm = call.x, call.norm
+def _check_x(call: Call) -> None:
+    x = call.x
     if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
         fail("x", "a floating tensor (..., K)", x)
-    check_activation("activation", call.activation)
-    if norm is not None:
-        if not isinstance(norm, LayerNorm):
-            fail("norm", "LayerNorm.of(module) or None", norm)
-        for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
-            check_parameter(name, tensor, tuple(x.shape[-1:]), x)
-            if tensor is None or tensor.dtype != torch.float32:
-                _check_dtype(name, tensor, x)
-        check_number("norm.eps", norm.eps)
+    check_activation("activation", call.activation, GATES if isinstance(call, GluMlp) else functional.ACTIVATIONS)
+    _check_norm("norm", call.norm, x.shape[-1], x)
 
 
-def _check_added(call: Linear | Mlp, outputs: int) -> None:
+def _check_norm(name: str, norm: LayerNorm | None, features: int, x: Tensor) -> None:
+    if norm is None:
+        return
+    if not isinstance(norm, LayerNorm):
+        fail(name, "LayerNorm.of(module) or None", norm)
+    for part, tensor in ((f"{name}.weight", norm.weight), (f"{name}.bias", norm.bias)):
+        check_parameter(part, tensor, (features,), x)
+        if tensor is None or tensor.dtype != torch.float32:
+            _check_dtype(part, tensor, x)
+    check_number(f"{name}.eps", norm.eps)
+
+
+def _check_added(call: Call, outputs: int) -> None:
     x, residual = call.x, call.residual
     check_parameter("scale", call.scale, (outputs,), x)
     _check_dtype("scale", call.scale, x)
@@ -127,14 +152,24 @@ def _check_mlp(call: Mlp) -> None:
     _check_added(call, _check_layer(("fc2_weight", "fc2_bias"), call.x, call.fc2_weight, call.fc2_bias, hidden))
 
 
+def _check_glu_mlp(call: GluMlp) -> None:
+    x = call.x
+    _check_x(call)
+    hidden = _check_layer(("gate_weight", "gate_bias"), x, call.gate_weight, call.gate_bias, x.shape[-1])
+    if check_linear("value_weight", call.value_weight, x.shape[-1], x) != hidden:
+        fail("value_weight", f"gate_weight's shape {(hidden, x.shape[-1])}", call.value_weight)
+    _check_layer(("value_weight", "value_bias"), x, call.value_weight, call.value_bias, x.shape[-1])
+    _check_norm("hidden_norm", call.hidden_norm, hidden, x)
+    _check_added(call, _check_layer(("fc2_weight", "fc2_bias"), x, call.fc2_weight, call.fc2_bias, hidden))
+
+
 # --- Registered operators -------------------------------------------------------------------------------------------
 
 _LAYER = "Tensor {0}weight, Tensor? {0}bias"
 _PACKED_LAYER = _LAYER + ", Tensor? {0}packed"
-_AROUND = (
-    "bool has_norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, int activation, Tensor? scale, "
-    "Tensor? residual"
-)
+_NORM = "bool has_{0}, Tensor? {0}_weight, Tensor? {0}_bias, float {0}_eps"
+_BEHIND = "int activation, Tensor? scale, Tensor? residual"
+_AROUND = f"{_NORM.format('norm')}, {_BEHIND}"
 NO_NORM = (False, None, None, 0.0)
 """For the arguments of a norm that is absent."""
 
@@ -146,18 +181,27 @@ def _define_linear(name: str, layer: str) -> Registered:
     return define(name, f"Tensor x, {layer.format('')}, {_AROUND}", "Tensor", fake)
 
 
-def _define_mlp(name: str, layer: str) -> Registered:
-    def fake(a: Any) -> Tensor:
-        return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]))
+def _fake_mlp(a: Any) -> Tensor:
+    return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]))
 
-    return define(name, f"Tensor x, {layer.format('fc1_')}, {layer.format('fc2_')}, {_AROUND}", "Tensor", fake)
+
+def _define_mlp(name: str, layer: str) -> Registered:
+    return define(name, f"Tensor x, {layer.format('fc1_')}, {layer.format('fc2_')}, {_AROUND}", "Tensor", _fake_mlp)
+
+
+def _define_glu_mlp(name: str, layer: str) -> Registered:
+    layers = ", ".join(layer.format(f"{each}_") for each in ("gate", "value", "fc2"))
+    norms = f"{_NORM.format('norm')}, {_NORM.format('hidden_norm')}"
+    return define(name, f"Tensor x, {layers}, {norms}, {_BEHIND}", "Tensor", _fake_mlp)
 
 
 _packed_linear = _define_linear("packed_linear", _PACKED_LAYER).eager
 _packed_mlp = _define_mlp("packed_mlp", _PACKED_LAYER).eager
+_packed_glu_mlp = _define_glu_mlp("packed_glu_mlp", _PACKED_LAYER).eager
 # For the graphs of torch.compile, which cannot hold a packed weight.
 _linear = _define_linear("linear", _LAYER).call
 _mlp = _define_mlp("mlp", _LAYER).call
+_glu_mlp = _define_glu_mlp("glu_mlp", _LAYER).call
 
 
 @torch.library.impl("fastvit::linear", "cpu")
@@ -170,6 +214,20 @@ def _run_compiled_mlp(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, *around: Any
 ) -> Tensor:
     return _packed_mlp(x, fc1_weight, fc1_bias, packed(fc1_weight), fc2_weight, fc2_bias, packed(fc2_weight), *around)
+
+
+@torch.library.impl("fastvit::glu_mlp", "cpu")
+def _run_compiled_glu_mlp(x: Tensor, *layers_and_around: Any) -> Tensor:
+    layers, around = layers_and_around[:6], layers_and_around[6:]
+    return _packed_glu_mlp(x, *_with_packed(layers), *around)
+
+
+def _with_packed(layers: Sequence[Any]) -> list[Any]:
+    """Weight, bias and packed weight of layers, from weights and biases in turn."""
+    found: list[Any] = []
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        found += (weight.stand_in if type(weight) is PackedWeight else weight, bias, packed(weight))
+    return found
 
 
 # --- By the C++ kernels ---------------------------------------------------------------------------------------------
@@ -246,6 +304,28 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
     return _packed_mlp(x, *first, *second, *norm_arguments, *behind)
 
 
+def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
+    x, *layers, activation, norm, hidden_norm, scale, residual = call
+    if is_grad_enabled() and gradients_needed(x, *layers, scale, residual, *(norm or ())[:2], *(hidden_norm or ())[:2]):
+        return _run_glu_mlp_by_layers(call, partial(_run_linear_cpp, traced=traced))
+    norms = (*(NO_NORM if norm is None else (True, *norm)), *(NO_NORM if hidden_norm is None else (True, *hidden_norm)))
+    behind = (GATE_CODES[activation], scale, residual)
+    if traced:
+        return _glu_mlp(x, *layers, *norms, *behind)
+    return _packed_glu_mlp(x, *_with_packed(layers), *norms, *behind)
+
+
+def _run_glu_mlp_by_layers(call: GluMlp, run: Callable[[Linear], Tensor]) -> Tensor:
+    """Its products by ``run`` of a linear layer."""
+    _check_glu_mlp(call)
+    x, gate_weight, gate_bias, value_weight, value_bias, fc2_weight, fc2_bias, activation, norm, *_ = call
+    x = x if norm is None else norm.over_last(x)
+    gate, values = run(Linear(x, gate_weight, gate_bias)), run(Linear(x, value_weight, value_bias))
+    hidden = functional.activate(gate, activation, GATES) * values
+    hidden = hidden if call.hidden_norm is None else call.hidden_norm.over_last(hidden)
+    return run(Linear(hidden, fc2_weight, fc2_bias, None, None, call.scale, call.residual))
+
+
 # --- Implementations ------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +358,12 @@ def _run_mlp_by(call: Mlp, product: Product) -> Tensor:
     return _run_linear_by(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), product)
 
 
+def _run_glu_mlp_by(call: GluMlp, product: Product) -> Tensor:
+    if isinstance(call.x, torch.fx.Proxy):  # which nothing can be checked of
+        return functional.glu_mlp(**call._asdict())
+    return _run_glu_mlp_by_layers(call, partial(_run_linear_by, product=product))
+
+
 def _by_mkl(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     packing = packed(weight, "mkl", rows)
@@ -297,7 +383,7 @@ def _reasons(
     name: str,
     missing: Sequence[str],
     dtypes: Sequence[torch.dtype],
-    call: Linear | Mlp,
+    call: Call,
     named: bool,
     traced: bool | None = None,
 ) -> Iterator[str]:
@@ -314,8 +400,11 @@ def _reasons(
     biases: tuple[Tensor | None, ...]
     if isinstance(call, Linear):
         weights, biases = (call.weight,), (call.bias,)
-    else:
+    elif isinstance(call, Mlp):
         weights, biases = (call.fc1_weight, call.fc2_weight), (call.fc1_bias, call.fc2_bias)
+    else:
+        weights = call.gate_weight, call.value_weight, call.fc2_weight
+        biases = call.gate_bias, call.value_bias, call.fc2_bias
     if not x.is_cpu:
         yield f"it takes tensors on the CPU, x is on {x.device}"
     if x.dtype not in dtypes:
@@ -350,6 +439,8 @@ def _reasons(
     sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, trains)
     around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
     key = (type(call).__name__, *sizes, *around)
+    if isinstance(call, GluMlp):
+        key = (*key, call.hidden_norm is not None)
     faster = _FASTER.get(key) or _measure(call, 1 << bucket, weights[-1].shape[0], key)
     if faster != name:
         yield f"the products of {'the library' if faster == REFERENCE else faster} are faster on this machine"
@@ -371,13 +462,15 @@ def _library_reasons(
     name: str,
     missing: Sequence[str],
     dtypes: Sequence[torch.dtype],
-    call: Linear | Mlp,
+    call: Call,
     named: bool,
     traced: bool | None = None,
 ) -> Iterable[str]:
     """Against MKL's or oneDNN's products: of :func:`_reasons` one alone where they have never been the fastest."""
     if not named and name not in _WINNERS:
         return ("it has not been the fastest on this machine",)
+    if traced is False and call.x.numel() < CPP_MIN_ROWS * call.x.shape[-1]:  # asked first, as small calls are short
+        return (f"fewer than {CPP_MIN_ROWS} rows",)
     return _reasons(name, missing, dtypes, call, named, traced)
 
 
@@ -389,7 +482,7 @@ MOST_ROWS = 512
 """That are measured."""
 
 
-def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) -> str:
+def _measure(call: Call, rows: int, columns: int, key: tuple[Any, ...]) -> str:
     """The fastest implementation for calls like this one, by :mod:`fastvit.autotune`; with ones for all values."""
 
     def ones(value: Any) -> Any:
@@ -401,8 +494,11 @@ def _measure(call: Linear | Mlp, rows: int, columns: int, key: tuple[Any, ...]) 
         norm=None if call.norm is None else LayerNorm(*map(ones, call.norm)),
         residual=None if call.residual is None else ones(call.x.new_empty(rows, columns)),
     )
+    if isinstance(twin, GluMlp) and twin.hidden_norm is not None:
+        twin = twin._replace(hidden_norm=LayerNorm(*map(ones, twin.hidden_norm)))
     runs: dict[tuple[str], Callable[[Any], Any]] = {}
-    for each in (LINEAR if isinstance(call, Linear) else MLP).implementations:
+    operators = {Linear: LINEAR, Mlp: MLP, GluMlp: GLU_MLP}
+    for each in operators[type(call)].implementations:
         # Named, so that nobody asks for what is measured here.
         if each.reasons is None or not any(each.reasons(twin, True)):
             runs[(each.name,)] = each.run
@@ -440,6 +536,7 @@ def _implementations(run_cpp: Callable[..., Tensor], run_by: Callable[..., Tenso
 
 LINEAR = Operator("linear", _implementations(_run_linear_cpp, _run_linear_by), _check_linear)
 MLP = Operator("mlp", _implementations(_run_mlp_cpp, _run_mlp_by), _check_mlp)
+GLU_MLP = Operator("glu_mlp", _implementations(_run_glu_mlp_cpp, _run_glu_mlp_by), _check_glu_mlp)
 
 
 # --- For operators with linear layers in them -----------------------------------------------------------------------
@@ -545,3 +642,53 @@ def mlp(
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1. The plain form is ``fastvit.reference.functional.mlp``.
     """
     return MLP(Mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, norm, scale, residual), backend)
+
+
+def glu_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None = "silu",
+    *,
+    norm: LayerNorm | None = None,
+    hidden_norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """An MLP whose hidden values are gated: SwiGLU ("silu"), GEGLU ("gelu"), GLU ("sigmoid").
+
+    With x' = norm(x): h = activation(x' gate_weight^T + gate_bias) * (x' value_weight^T + value_bias);
+    residual + scale * (hidden_norm(h) fc2_weight^T + fc2_bias).
+
+    Args:
+        x: (..., K), floating.
+        gate_weight, value_weight: (M, K), dtype and device of x (under autocast dtypes may differ). Of one packed layer
+            they are ``weight.chunk(2)``: timm's SwiGLUPacked and DINOv2 have the gate first, timm's GluMlp has it last.
+        fc2_weight: (N, M), likewise. gate_bias, value_bias: (M,), fc2_bias: (N,), likewise.
+        activation: of the gate: "sigmoid", or as for :func:`linear`.
+        hidden_norm: LayerNorm over M, in x's dtype or float32, as EVA-02 has it.
+        norm, scale, residual: as for :func:`linear`.
+        backend: "auto", "cpp", "mkl", "onednn" or "reference".
+
+    Returns:
+        (..., N) in x's dtype, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype, device or activation that is not accepted, or an unknown backend.
+        RuntimeError: the backend asked for cannot run this call; lists every reason.
+
+    Source: Shazeer 2020 (GLU Variants Improve Transformer), equation 6; Fang et al. 2023 (EVA-02), section 2.1
+    (hidden_norm). The plain form is ``fastvit.reference.functional.glu_mlp``.
+    """
+    # fmt: off
+    call = GluMlp(
+        x, gate_weight, gate_bias, value_weight, value_bias, fc2_weight, fc2_bias, activation, norm, hidden_norm, scale,
+        residual,
+    )
+    # fmt: on
+    return GLU_MLP(call, backend)

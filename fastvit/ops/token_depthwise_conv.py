@@ -14,6 +14,8 @@ Kernels implement three registered operators of nearly the same arguments:
         biased variance of each channel of the grid tokens of x, and of the convolution's result. They are returned;
         size 0 where a norm is absent or uses given statistics. ``conv`` is the convolution's result, for the backward,
         of out's shape and dtype (prefix tokens unspecified), where a norm or an activation follows; else of size 0.
+        Under batch statistics conv and mean are without the bias, which the norm takes away again: rounded to 16 bits
+        with it, small results would lose their digits. A NaN or infinite bias makes var NaN.
     token_depthwise_conv_backward(grad, x, conv, weight, ...) -> (dx, dweight, dbias, dpre_norm_weight, dpre_norm_bias,
         dnorm_weight, dnorm_bias)
         ``conv`` and the statistics are those of the forward pass. dx has x's dtype, is contiguous, and includes the
@@ -352,20 +354,20 @@ def _train(call: Convolution, kernels: Kernels, differentiate: bool, t: Tensors,
     else:
         return _Convolution.apply(kernels, s, *t)
     if s.pre_norm_batch and call.pre_norm is not None:
-        _track(call.pre_norm, pre_mean, pre_var, t.x.shape[0] * s.height * s.width)
+        _track(call.pre_norm, pre_mean, None, pre_var, t.x.shape[0] * s.height * s.width)
     if s.norm_batch and call.norm is not None:
-        _track(call.norm, mean, var, out.shape[0] * (out.shape[1] - s.prefix_tokens))
+        _track(call.norm, mean, t.bias, var, out.shape[0] * (out.shape[1] - s.prefix_tokens))
     return out
 
 
-def _track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move the running statistics as ``nn.BatchNorm2d`` does, the variance made unbiased."""
+def _track(norm: BatchNorm, mean: Tensor, bias: Tensor | None, var: Tensor, count: int) -> None:
+    """Move the running statistics as ``nn.BatchNorm2d`` does: the mean with the bias, the variance made unbiased."""
     if norm.running_mean is None or norm.running_var is None:
         return
     share = norm.momentum
     with torch.no_grad():
         for running, new, factor in (
-            (norm.running_mean, mean, share),
+            (norm.running_mean, mean if bias is None else mean + bias, share),
             (norm.running_var, var, share * count / (count - 1)),
         ):
             wide = running.float()  # itself, unless of 16 bits: rounded once

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastvit.patching.copies import plain_copy
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.plan import SKIPPED, Finding, apply, device_of, parts_needed, without_empty_blocks
 from fastvit.patching.timing import Times, interleaved, readable
@@ -19,9 +20,9 @@ def choose(
 ) -> tuple[list[Finding], dict[str | None, Times]]:
     """Time each finding with a fused class, and the whole model, plain and with what won.
 
-    Call it with the model plain; the winners are left fused. Runs in eval mode without gradients; a module that runs
-    several times in one forward is timed on its first input. Blocks inside a block are decided before it, and are in
-    both its runs what they will be; one that needs a part which lost is not timed, and left alone.
+    A copy that shares its tensors is run in its place, in eval mode without gradients; a module that runs several times
+    in one forward is timed on its first input. Blocks inside a block are decided before it, and are in both its runs
+    what they will be; one that needs a part which lost is not timed, and left alone.
 
     Returns:
         The findings, those that lost turned into skipped ones with the times as their reason; and the times by module
@@ -29,14 +30,15 @@ def choose(
     """
     args, kwargs = as_call(example)
     times: dict[str | None, Times] = {}
-    with undisturbed(model):
-        hooks = {finding.module: _timing(finding, backend, times) for finding in findings if finding.fused is not None}
+    twin = plain_copy(model)
+    found = [finding._replace(module=twin.get_submodule(finding.name)) for finding in findings]
+    with undisturbed(twin):
+        hooks = {finding.module: _timing(finding, backend, times) for finding in found if finding.fused is not None}
         with watching(hooks):
-            model(*args, **kwargs)
-        chosen = without_empty_blocks(_decided(finding, times) for finding in findings)
-        times[END_TO_END] = _compared(functools.partial(model, *args, **kwargs), model, chosen, backend)
-    apply(chosen, backend)
-    return chosen, times
+            twin(*args, **kwargs)
+        chosen = without_empty_blocks(_decided(finding, times) for finding in found)
+        times[END_TO_END] = _compared(functools.partial(twin, *args, **kwargs), twin, chosen, backend)
+    return [each._replace(module=of.module) for each, of in zip(chosen, findings, strict=True)], times
 
 
 def _timing(finding: Finding, backend: str, times: dict[str | None, Times]) -> Callable[..., None]:

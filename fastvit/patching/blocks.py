@@ -7,7 +7,7 @@ that trains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,50 +16,31 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import ops
 from fastvit.ops._operator import any_autocast, is_dynamo_compiling
-from fastvit.patching.fusion import Fused, has_hooks_for_all, is_ours, readable
+from fastvit.patching.fusion import Fused, Parts, are_plain, fused_backend, is_fused, is_ours, parts_of, plain_class
 from fastvit.patching.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
 from fastvit.reference.layers import DropPath
 
-_OF_MLP = {"fc1": nn.Linear, "fc2": nn.Linear, "drop": nn.Dropout}
+
+def whole_backend(block: Any, x: Tensor) -> str | None:
+    """The backend for a block that may run whole, as far as the call and not its parts decide that; else None."""
+    if (
+        torch.is_grad_enabled()
+        or block.training
+        or type(x) not in (Tensor, FakeTensor)
+        or not x.is_cpu
+        or any_autocast()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler._is_exporting_flag
+    ):
+        return None
+    backend = fused_backend(block)
+    return backend if backend in ("auto", "cpp") else None
 
 
-def at_inference(block: Any, x: Tensor) -> bool:
-    """Whether a block may run whole, as far as the call and not its parts decide that."""
-    return (
-        not torch.is_grad_enabled()
-        and not block.training
-        and type(x) in (Tensor, FakeTensor)
-        and x.is_cpu
-        and block.fastvit_backend in ("auto", "cpp")
-        and not any_autocast()
-        and torch._C._get_tracing_state() is None
-        and not torch.compiler.is_exporting()
-        and not has_hooks_for_all()
-    )
-
-
-def computes_first(block: Any, x: Tensor) -> bool:
-    """Whether a block may compute its first tokens alone: its forward is not one that was put over the fused one."""
-    return is_ours(type(block)) and at_inference(block, x)
-
-
-def is_known(part: Any, plain: tuple[type[nn.Module], ...], backend: str, reads: Mapping[str, type[nn.Module]]) -> bool:
-    """Whether a part is fused, of exactly one of these classes, and may be read down to its own parts."""
-    return (
-        isinstance(part, Fused)
-        and is_ours(type(part))
-        and part.fastvit_plain in plain
-        and part.fastvit_backend == backend
-        and not part.training
-        and not vars(part).keys() & _OVERRIDABLE
-        and readable(part, type(part))
-        and all(readable(part._modules.get(name), expected) for name, expected in reads.items())
-    )
-
-
-_OVERRIDABLE = {"forward", "project", "merge", "linear", "reduce"}
-"""Methods that a block does not call, unless somebody put one on the instance."""
+def first_backend(block: Any, x: Tensor) -> str | None:
+    """The same for its first tokens alone: not where its forward is one that was put over the fused one."""
+    return whole_backend(block, x) if is_ours(type(block)) else None
 
 
 class BlockSeam(Fused):
@@ -72,66 +53,77 @@ class BlockSeam(Fused):
     mlps: ClassVar[tuple[type[nn.Module], ...]]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and adds_attention(self) and adds_mlp(self)):
-            return self.fastvit_plain.forward(self, x, mask)
-        return add_mlp(self, add_attention(self, x, mask))
+        backend = whole_backend(self, x)
+        if backend is None or not (adds_attention(self, backend) and adds_mlp(self, backend)):
+            return plain_class(self).forward(self, x, mask)
+        return add_mlp(self, add_attention(self, x, mask, backend), backend)
 
 
-def adds_attention(block: Any, **reads: type[nn.Module]) -> bool:
-    """Whether the attention, and all around it, is known and does nothing more than its tensors tell.
+def parts_of_attention(*linears: str) -> Parts:
+    """What is read around and in an attention with these linear layers and ``proj``."""
+    reads = {"norm1": nn.LayerNorm, "drop_path": DropPath, "attn.proj": nn.Linear, "attn.proj_drop": nn.Dropout}
+    return parts_of({**reads, **{f"attn.{name}": nn.Linear for name in linears}})
 
-    Args:
-        reads: linear layers of the attention beside ``proj``; by default ``qkv``.
-    """
-    attention = block.attn
-    of_attention = {**(reads or {"qkv": nn.Linear}), "proj": nn.Linear, "proj_drop": nn.Dropout}
+
+_ATTENTION = parts_of_attention("qkv")
+_MLP = parts_of(
+    {
+        "norm2": nn.LayerNorm,
+        "drop_path": DropPath,
+        "mlp.fc1": nn.Linear,
+        "mlp.fc2": nn.Linear,
+        "mlp.drop": nn.Dropout,
+    }
+)
+
+
+def adds_attention(block: Any, backend: str, parts: Parts = _ATTENTION) -> bool:
+    """Whether the attention, and all around it, is known and does nothing more than its tensors tell."""
+    modules = block._modules
+    attention = modules.get("attn")
     return (
-        _is_over_channels(block._modules.get("norm1"))
-        and _passes(block._modules.get("drop_path"))
-        and getattr(block, "scale_adjustment", 1.0) == 1.0
-        and is_known(attention, block.attentions, block.fastvit_backend, of_attention)
-        and dropout_p(attention.proj_drop) == 0.0
+        is_fused(attention, backend, *block.attentions)
+        and not attention.training
+        and are_plain(block, parts)
+        and len(modules["norm1"].normalized_shape) == 1
+        and not modules["drop_path"].training
+        and block.__dict__.get("scale_adjustment", 1.0) == 1.0
+        and dropout_p(attention._modules["proj_drop"]) == 0.0
     )
 
 
-def adds_mlp(block: Any) -> bool:
+def adds_mlp(block: Any, backend: str) -> bool:
     """Whether the MLP, and all around it, is known and does nothing more than its tensors tell."""
-    mlp = block.mlp
+    modules = block._modules
+    mlp = modules.get("mlp")
     return (
-        _is_over_channels(block._modules.get("norm2"))
-        and _passes(block._modules.get("drop_path"))
-        and is_known(mlp, block.mlps, block.fastvit_backend, _OF_MLP)
-        and dropout_p(mlp.drop) == 0.0
-        and activation_name(mlp.act) is not None
+        is_fused(mlp, backend, *block.mlps)
+        and not mlp.training
+        and are_plain(block, _MLP)
+        and len(modules["norm2"].normalized_shape) == 1
+        and not modules["drop_path"].training
+        and dropout_p(mlp._modules["drop"]) == 0.0
+        and activation_name(mlp._modules.get("act")) is not None
     )
 
 
-def _is_over_channels(norm: Any) -> bool:
-    return readable(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
-
-
-def _passes(drop_path: Any) -> bool:
-    return readable(drop_path, DropPath) and not drop_path.training
-
-
-def add_attention(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+def add_attention(block: Any, x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
-    attention = block.attn
-    norm, backend = LayerNorm.of(block.norm1), block.fastvit_backend
+    attention, norm = block.attn, LayerNorm.of(block.norm1)
     qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm, backend=backend)
-    return add_projection(block, x, attention.attend(*split_heads(attention, qkv, 3), mask))
+    return add_projection(block, x, attention.attend(*split_heads(attention, qkv, 3), mask), backend)
 
 
-def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
+def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, backend: str, count: int) -> Tensor:
     """The first ``count`` tokens of :func:`add_attention`: queries of those, keys and values of all."""
-    attention, norm, backend = block.attn, LayerNorm.of(block.norm1), block.fastvit_backend
+    attention, norm = block.attn, LayerNorm.of(block.norm1)
     first, width = x[:, :count], x.shape[2]
     weight, bias = attention.qkv.weight, attention.qkv.bias
     of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
     q = ops.linear(first, weight[:width], of_q, norm=norm, backend=backend)
     kv = ops.linear(x, weight[width:], of_kv, norm=norm, backend=backend)
     heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
-    return add_projection(block, first, attention.attend(*heads, mask_of_first(mask, count)))
+    return add_projection(block, first, attention.attend(*heads, mask_of_first(mask, count)), backend)
 
 
 def split_heads(attention: Any, x: Tensor, count: int = 1) -> Sequence[Tensor]:
@@ -158,16 +150,16 @@ def mask_of_first(mask: Tensor | None, count: int) -> Tensor | None:
     return mask if mask is None or mask.dim() == 2 or mask.shape[-2] == 1 else mask[..., :count, :]
 
 
-def add_projection(block: Any, x: Tensor, out: Tensor) -> Tensor:
+def add_projection(block: Any, x: Tensor, out: Tensor, backend: str) -> Tensor:
     """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
     proj = block.attn.proj
     scale = getattr(block, "gamma_1", None)
-    return ops.linear(merge_heads(out), proj.weight, proj.bias, scale=scale, residual=x, backend=block.fastvit_backend)
+    return ops.linear(merge_heads(out), proj.weight, proj.bias, scale=scale, residual=x, backend=backend)
 
 
-def add_mlp(block: Any, x: Tensor) -> Tensor:
+def add_mlp(block: Any, x: Tensor, backend: str) -> Tensor:
     """x + gamma_2 mlp(norm2(x))."""
     fc1, fc2, activation = block.mlp.fc1, block.mlp.fc2, activation_name(block.mlp.act)
     around = {"norm": LayerNorm.of(block.norm2), "scale": getattr(block, "gamma_2", None), "residual": x}
     layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-    return ops.mlp(x, *layers, activation, **around, backend=block.fastvit_backend)
+    return ops.mlp(x, *layers, activation, **around, backend=backend)

@@ -73,7 +73,7 @@ def _fuse(module: nn.Module) -> None:
     except Exception as error:  # building somebody's model must not fail because of what we make of a block
         log.warning("%s is left alone: %s: %s", type(module).__name__, type(error).__name__, error)
         return
-    if match is not None and not match.reasons:
+    if match is not None and match.fused is not None:
         give(module, match.fused)
 
 

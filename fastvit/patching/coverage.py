@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit.ops import _operator
+from fastvit.patching.copies import shared_copy
 from fastvit.patching.fusion import Fused, give, plain_class
 from fastvit.patching.images import Shape, likely_shapes
 from fastvit.patching.plan import device_of
@@ -59,7 +58,7 @@ def estimate_share(model: nn.Module) -> Estimate | None:
     without contents. None where the model takes no such image, or its code cannot run so.
     """
     try:
-        hollow = _without_hooks(model)
+        hollow = shared_copy(model, hooks=False)
         dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
     except Exception:  # somebody's module that cannot be copied
         return None
@@ -86,21 +85,13 @@ def _silent(log: logging.Logger) -> Iterator[None]:
         log.disabled = before
 
 
-def _without_hooks(model: nn.Module) -> nn.Module:
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    hollow = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for module in hollow.modules():
-        for name, hooks in vars(module).items():
-            if name.endswith("_hooks") and isinstance(hooks, dict):
-                hooks.clear()
-    return hollow
-
-
 class FlopCounter(TorchDispatchMode):
     """Adds up FLOPs by torch's own formulas.
 
     torch's ``FlopCounterMode`` follows modules by hooks on gradients too, which it cannot put on all that models pass.
     """
+
+    counts_operators = True
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry  # here, since it imports Triton
@@ -139,14 +130,14 @@ class FlopCounter(TorchDispatchMode):
 @contextlib.contextmanager
 def _plain(fused: set[nn.Module]) -> Iterator[None]:
     """The modules have their plain classes in the block."""
-    before = [(module, type(module), module.fastvit_backend) for module in fused]
+    before = [(module, type(module)) for module in fused]
     try:
         for module in fused:
             give(module, plain_class(module))
         yield
     finally:
-        for module, cls, backend in before:
-            give(module, cls, backend)
+        for module, cls in before:
+            give(module, cls)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which backend each fused block takes for a given input, and why not the others."""
+"""Which backend each fused block takes for a given input, why not the others, and what unknown attention computes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from torch import nn
 
 from fastvit.ops import _operator
 from fastvit.patching import tables
+from fastvit.patching.deferral import has_fused_class, listening, still_undecided
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.plan import check_model
 from fastvit.patching.verification import as_call, whole_blocks
+from fastvit.recognise.deferred import Event
+from fastvit.recognise.observing import Observing, Seen
+from fastvit.recognise.places import user_line
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,37 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """Attention as it was seen: a chain of operations in a module that no row knows.
+
+    Attributes:
+        name: of the innermost module in whose forward it ended.
+        chain: "q@k^T, *c, softmax, @v".
+        op: the operator that took it; None where it broke off.
+        reason, line: why it broke off, and "file.py:12", the line of the user's code at which it did; "" else.
+    """
+
+    name: str
+    chain: str
+    op: str | None
+    reason: str
+    line: str
+
+    def __str__(self) -> str:
+        name = self.name or "(the model itself)"
+        return f"{name}: {self.chain} -> {self.op or f'broken off: {self.reason} ({self.line})'}"
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """The choices in the order in which they were made."""
+    """The choices in the order in which they were made, and the chains in the order in which they ended."""
 
     model: str
     rows: tuple[Choice, ...]
+    chains: tuple[Computed, ...] = ()
 
     def to_json(self) -> str:
-        """``{"model", "rows": [{"name", "op", "backend", "turned_down": {backend: [reason]}}]}``."""
+        """``{"model", "rows": [{"name", "op", "backend", "turned_down"}], "chains": [{"name", "chain", ...}]}``."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
@@ -50,6 +77,9 @@ class Explanation:
     def _parts(self) -> tuple[str, Sequence[str], Sequence[Sequence[str]], str]:
         cells = [[row.name, row.op, row.backend, _told(row.turned_down)] for row in self.rows]
         foot = f"{len(self.rows)} calls of fused operators" if self.rows else "no fused operator was called"
+        if self.chains:
+            told = "\n".join(map(str, self.chains))
+            foot = f"{foot}\nrecognised by what is computed:\n{told}"
         return self.model, ["module", "operator", "backend", "not"], cells, foot
 
 
@@ -59,6 +89,9 @@ def _told(turned_down: dict[str, list[str]]) -> str:
 
 def explain(model: nn.Module, example: Any) -> Explanation:
     """Run a patched model once and tell which backend each fused block took, and why each other one was turned down.
+
+    Of attention that no row knows it tells the chain of operations seen, and the operator that took it or the operation
+    at which it broke off. A model that its first call is to decide about is left as it is.
 
     The model runs as it is (training or eval mode) without gradients; a last block that would compute only the tokens
     that the head reads is run whole, as the others are.
@@ -72,14 +105,30 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     check_model(model)
     args, kwargs = as_call(example)
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, Fused)}
+    every = {module: name for name, module in model.named_modules()}
     rows: list[Choice] = []
+    chains: list[Computed] = []
+
+    def observed(seen: Seen) -> None:
+        if seen.module is None or has_fused_class(seen.module):  # a fused block's plain path is no news
+            return
+        reason = seen.reason or f"{seen.operator} would take it; patch with an example, or call the model once"
+        chains.append(Computed(every.get(seen.module, ""), ", ".join(seen.told), None, reason, seen.line))
+
+    def deferred(event: Event) -> None:
+        line = "" if event.operator is not None else user_line()
+        chains.append(Computed(_running(names), ", ".join(event.told), event.operator, event.reason, line))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(whole_blocks(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code makes its choices as it is traced
         stack.enter_context(_operator.recording(lambda choice: rows.append(Choice(_running(names), *choice))))
-        model(*args, **kwargs)
-    return Explanation(plain_class(model).__name__, tuple(rows))
+        stack.enter_context(listening(deferred))
+        stack.enter_context(Observing(observed))
+        with still_undecided(model):
+            model(*args, **kwargs)
+    return Explanation(plain_class(model).__name__, tuple(rows), tuple(chains))
 
 
 def _running(names: Mapping[int, str]) -> str:

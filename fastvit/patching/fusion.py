@@ -11,17 +11,19 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import CodeType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as has_hooks_for_all
 
 from fastvit.ops._packing import PackedWeight
-from fastvit.reference.layers import obstacles, symbolically_traced
+from fastvit.reference.overrides import calls_everything, is_plain, own_forward, take_for_ordinary
 
-BACKEND_ATTRIBUTE = "fastvit_backend"
+take_for_ordinary(PackedWeight)
+
+Parts = tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]
+"""Parts of a module by their path, and the classes that each may have."""
 
 
 class Fused:
@@ -33,14 +35,20 @@ class Fused:
 
     fastvit_op: ClassVar[str]
     """The operator in ``fastvit.ops`` that the replaced methods call."""
-    fastvit_reads: ClassVar[Mapping[str, type[nn.Module]]] = {}
-    """Sub-modules whose tensors or settings are read instead of calling them, and the one class each may have."""
+    fastvit_reads: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
+    """Parts whose tensors or settings are read instead of calling them, "net.0" as well as "fc1", and the class, or the
+    classes, each may have."""
     fastvit_needs: ClassVar[tuple[str, ...]] = ()
     """Sub-modules that must be fused as well, or it would only call its parts: then ``patch`` leaves it alone."""
     fastvit_plain: ClassVar[type[nn.Module]]
     """The class that ``unpatch`` gives back."""
-    fastvit_backend = "auto"
-    """Set on the instance, as a plain attribute, only where ``patch`` was given another one."""
+    fastvit_backend: ClassVar[str]
+    """What ``patch`` was given."""
+    fastvit_parts: ClassVar[Parts]
+    """``fastvit_reads``, split."""
+    fastvit_methods: ClassVar[tuple[tuple[type, str, Any], ...]]
+    """Methods as they were when the class was made, with the class they are looked up on: its own, and of the plain
+    class those that it replaces."""
 
     if TYPE_CHECKING:  # the attributes of the class it is put in front of
 
@@ -51,7 +59,7 @@ class Fused:
         rebuild, args, *rest = tuple(super().__reduce_ex__(max(2, protocol)))
         cls = type(self)
         if args and args[0] is cls:  # what object gives: (copyreg.__newobj__, (cls, ...), state, ...)
-            return (_rebuild, (cls.__bases__[0], cls.fastvit_plain, *args[1:]), *rest)
+            return (_rebuild, (cls.__bases__[0], cls.fastvit_plain, cls.fastvit_backend, *args[1:]), *rest)
         return (rebuild, args, *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -62,21 +70,45 @@ class Fused:
         )
 
 
-def _rebuild(seam: type[Fused], plain: type[nn.Module], *new_args: Any) -> nn.Module:
-    cls = fused_class(seam, plain)
+def _rebuild(seam: type[Fused], plain: type[nn.Module], backend: str = "auto", *new_args: Any) -> nn.Module:
+    cls = fused_class(seam, plain, backend)
     return cls.__new__(cls, *new_args)
 
 
-_classes: dict[tuple[type[Fused], type[nn.Module]], type[nn.Module]] = {}
+_classes: dict[tuple[type[Fused], type[nn.Module], str, Parts], type[nn.Module]] = {}
 
 
-def fused_class(seam: type[Fused], plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``plain`` whose methods ``seam`` replaces; always the same object for the same pair."""
+def fused_class(seam: type[Fused], plain: type[nn.Module], backend: str = "auto") -> type[nn.Module]:
+    """The subclass of ``plain`` whose methods ``seam`` replaces; always the same object for the same arguments."""
     keep_pages_mapped()
-    if (seam, plain) not in _classes:
-        attributes = {"__module__": plain.__module__, "__doc__": seam.__doc__, "fastvit_plain": plain}
-        _classes[seam, plain] = type(f"Fused{plain.__name__}", (seam, plain), attributes)
-    return _classes[seam, plain]
+    parts = parts_of(seam.fastvit_reads)  # which another registration may have changed
+    key = seam, plain, backend, parts
+    if key not in _classes:
+        attributes = {
+            "__module__": plain.__module__,
+            "__doc__": seam.__doc__,
+            "fastvit_plain": plain,
+            "fastvit_backend": backend,
+            "fastvit_parts": parts,
+        }
+        cls: Any = type(f"Fused{plain.__name__}", (seam, plain), attributes)
+        names = {name: cls for known in plain.__mro__[: plain.__mro__.index(nn.Module)] for name in vars(known)}
+        looked_up = [*names.items(), *((name, plain) for name in names if name in vars(seam))]
+        cls.fastvit_methods = tuple(
+            (owner, name, getattr(owner, name))
+            for name, owner in looked_up
+            if not name.startswith("__") and isinstance(inspect.getattr_static(owner, name), FunctionType)
+        )
+        _classes.setdefault(key, cls)  # whichever thread is first
+    return _classes[key]
+
+
+def parts_of(reads: Mapping[str, type | tuple[type, ...]]) -> Parts:
+    """Paths of parts and their classes, as :func:`are_plain` takes them."""
+    return tuple(
+        (tuple(path.split(".")), expected if isinstance(expected, tuple) else (expected,))
+        for path, expected in reads.items()
+    )
 
 
 @functools.cache
@@ -92,48 +124,56 @@ def keep_pages_mapped() -> None:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as it is without fastvit."""
-    return module.fastvit_plain if isinstance(module, Fused) else type(module)
+    return plain_of(type(module))
+
+
+def plain_of(cls: Any) -> type[nn.Module]:
+    """The plain class of a fused one; any other itself."""
+    return getattr(cls, "fastvit_plain", cls)
+
+
+def for_backend(cls: Any, backend: str) -> type[nn.Module]:
+    """A fused class as it is for a backend."""
+    return fused_class(cls.__bases__[0], cls.fastvit_plain, backend)
 
 
 def give(module: nn.Module, cls: type[nn.Module], backend: str = "auto") -> None:
-    """Set a module's class, and its backend as an instance attribute where it is not the default."""
+    """Set a module's class, by one assignment; a fused one for ``backend``, where that is not the default."""
     if holds_own_method(module, "forward"):
         del module.forward  # it would stay that of the class before
-    module.__class__ = cls
-    vars(module).pop(BACKEND_ATTRIBUTE, None)
-    if backend != "auto":
-        vars(module)[BACKEND_ATTRIBUTE] = backend
+    for part in module.modules():
+        own_forward(plain_class(part))  # before anybody replaces it
+    module.__class__ = cls if backend == "auto" else for_backend(cls, backend)
 
 
 def holds_own_method(module: nn.Module, name: str) -> bool:
-    """Whether the method of this name was put on the instance as it is on the class.
+    """Whether the method of this name was put on the instance as it is on its class, fused or plain.
 
-    transformers 4 does so when it takes off the wrapper by which it collected attention maps.
+    transformers 4 and accelerate do so when they take off the wrapper that they had put around it.
     """
     method = vars(module).get(name)
-    return (
-        isinstance(method, MethodType)
-        and method.__self__ is module
-        and method.__func__ is inspect.getattr_static(type(module), name)
-    )
+    if not isinstance(method, MethodType) or method.__self__ is not module:
+        return False
+    plain = plain_class(module)
+    known = [type(module), plain, *(cls for key, cls in tuple(_classes.items()) if key[1] is plain)]
+    return any(method.__func__ is inspect.getattr_static(cls, name) for cls in known)
 
 
-def undo(model: nn.Module) -> None:
-    """Give every fused module its plain class back.
+def check_uncovered(model: nn.Module) -> None:
+    """RuntimeError where somebody put a class of his own over a fused one (FSDP and parametrisations do).
 
-    Raises:
-        RuntimeError: somebody put a class of his own over a fused one since (FSDP and parametrisations do), which the
-            plain class would silently drop.
+    The plain class, or another fused one, would silently drop it.
     """
-    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
-    covered = [f"{name} ({type(module).__name__})" for name, module in fused if not is_ours(type(module))]
+    covered = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, Fused) and not is_ours(type(module))
+    ]
     if covered:
         raise RuntimeError(
             "classes were put over fused ones since patch (as FSDP and parametrisations do); take them off before "
             f"patching anew or undoing: {', '.join(covered)}"
         )
-    for _, module in fused:
-        give(module, plain_class(module))
 
 
 def is_ours(cls: type) -> bool:
@@ -141,34 +181,48 @@ def is_ours(cls: type) -> bool:
     return "fastvit_plain" in vars(cls)
 
 
-def readable(part: Any, expected: type[nn.Module]) -> bool:
-    """:func:`is_plain` and no hook for all modules, a fifth of its time where nothing at all is out of the ordinary."""
-    if has_hooks_for_all():
-        return False
-    if type(part) is expected and "forward" not in vars(part):
-        hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        if not hooks and all(type(parameter) in _ORDINARY for parameter in part._parameters.values()):
-            return True
-    return is_plain(part, expected)
+def fused_backend(module: Any) -> str | None:
+    """The backend for a method of a fused class, which asks this first, or None where the plain method is to run.
 
-
-_ORDINARY = (nn.Parameter, PackedWeight, type(None))
-
-
-def is_plain(part: Any, expected: type[nn.Module]) -> bool:
-    """Whether a sub-module is exactly of this class, with nothing hooked to it: only then may its tensors be read."""
-    return not obstacles(part, expected)
-
-
-def intact(module: nn.Module) -> bool:
-    """Whether every sub-module that the fused path reads is still the plain class, without hooks.
-
-    Adapters, quantisation, parametrisations and hooks may arrive after ``patch``; the seam then runs the plain forward,
-    as it does while torch.fx traces and while a hook is registered for all modules.
+    That is so where somebody would not be heard: where a part that is read has another class, a hook or a forward of
+    its own, where a method was replaced on the class, where hooks are registered for all modules, and where torch.fx
+    traces. A bound method that outlives ``unpatch`` finds a plain module; what is asked of the class here is not to be
+    asked again, since another thread may ``unpatch`` in between.
     """
-    if symbolically_traced() or has_hooks_for_all():
+    cls: Any = type(module)
+    methods = getattr(cls, "fastvit_methods", None)
+    if methods is None or calls_everything():
+        return None
+    for owner, name, method in methods:
+        if getattr(owner, name) is not method:
+            return None
+    return cls.fastvit_backend if are_plain(module, cls.fastvit_parts) else None
+
+
+def are_plain(module: Any, parts: Parts) -> bool:
+    """Whether all of these parts of a module may be read instead of called, as far as they themselves tell."""
+    for path, expected in parts:
+        part = module
+        for name in path:
+            part = part._modules.get(name)
+        if not is_plain(part, *expected):
+            return False
+    return True
+
+
+def is_fused(part: Any, backend: str, *plain: type[nn.Module]) -> bool:
+    """Whether a part is fused for this backend, and nothing but the methods it then got would run if it were called.
+
+    Args:
+        plain: the classes that it may have been; any by default.
+    """
+    cls: Any = type(part)
+    if not is_ours(cls) or cls.fastvit_backend != backend or not is_plain(part, cls):
         return False
-    return all(not obstacles(getattr(module, name), expected) for name, expected in module.fastvit_reads.items())
+    for owner, name, method in cls.fastvit_methods:
+        if getattr(owner, name) is not method or name in part.__dict__:
+            return False
+    return not plain or cls.fastvit_plain in plain
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.parts import activation_name, check_activation, dropout_p, is_plain, project
-from fastvit.reference.layers import obstacles
+from fastvit.patching.parts import activation_name, check_activation, dropout_p, project
+from fastvit.reference.overrides import is_plain, must_call, obstacles
 
 
 class Layers(NamedTuple):
@@ -36,13 +36,17 @@ class Layers(NamedTuple):
         found = [f"{name} {obstacle}" for name, part in linears for obstacle in obstacles(part, nn.Linear)]
         if self.named_activation() is None:
             found += check_activation(names[1], self.activation)
-        unknown = [part for part in self.dropouts if not (is_plain(part, nn.Dropout) or is_plain(part, nn.Identity))]
+        unknown = [part for part in self.dropouts if not is_plain(part, nn.Dropout, nn.Identity)]
         return found + [f"{part!r} is not a plain nn.Dropout without hooks" for part in unknown]
 
     def fusible(self) -> bool:
-        """Whether the operator gives what calling them would, now."""
-        drops = any(isinstance(part, nn.Dropout) and dropout_p(part) > 0.0 for part in self.dropouts)
-        return not drops and not self.reasons("", "", "")
+        """Whether the operator gives what calling them would, now, as far as they themselves tell."""
+        if not (is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)):
+            return False
+        for part in self.dropouts:
+            if not is_plain(part, nn.Dropout, nn.Identity) or (type(part) is nn.Dropout and dropout_p(part) > 0.0):
+                return False
+        return self.named_activation() is not None
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         """The operator on them; only where they are fusible."""
@@ -67,7 +71,7 @@ def in_sequence(module: nn.Module, start: int = 0) -> Layers | None:
 
 def project_in_sequence(module: nn.Module, x: Tensor, backend: str) -> Tensor:
     """module(x), for a linear layer that may stand in front of others in a Sequential, as ``parts.project`` has it."""
-    if not is_plain(module, nn.Sequential):
+    if must_call(module, nn.Sequential):
         return project(module, x, backend)
     first, *others = module.children()
     x = project(first, x, backend)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastvit import backends, ops
-from fastvit.patching.fusion import has_hooks_for_all, is_plain, plain_class
+from fastvit.patching.fusion import holds_own_method, plain_class
 from fastvit.reference.cvt import QuickGELU
+from fastvit.reference.overrides import is_plain, must_call, obstacles
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",  # or "gelu_tanh"
@@ -47,26 +47,35 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 
     ``backend`` is that of the block.
     """
-    ours = not backends.cpp_reasons() and backend_of_linears(backend) == "auto"
-    if ours and is_plain(linear, nn.Linear) and not has_hooks_for_all():
-        return ops.linear(x, linear.weight, linear.bias)
-    return linear(x)
+    if backends.cpp_reasons() or backend not in ("auto", "cpp") or must_call(linear, nn.Linear):
+        return linear(x)
+    return ops.linear(x, linear.weight, linear.bias)
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The operators' name of an activation layer; None where they have none, or where it has hooks."""
+    """The operators' name of an activation layer; None where they have none, or where it has to be called."""
     cls = type(module)
-    if not is_plain(module, cls):
+    name = _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
+    if name is None or not is_plain(module, cls):
         return None
-    if cls is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate) if cls is nn.GELU else name
+
+
+def is_plain_of(part: Any, library: str) -> bool:
+    """:func:`is_plain` of whichever class of a library."""
+    cls = type(part)
+    return cls.__module__.partition(".")[0] == library and is_plain(part, cls)
+
+
+def is_rearrangement(part: Any) -> bool:
+    """Whether a part is einops' layer, or one that a project brings along under its name."""
+    cls = type(part)
+    return cls.__name__ == "Rearrange" and is_plain(part, cls)
 
 
 def forward_is_wrapped(module: nn.Module) -> bool:
     """Whether somebody put a function of his own in place of this instance's forward (to see what it returns)."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and not isinstance(forward, MethodType)
+    return "forward" in module.__dict__ and not holds_own_method(module, "forward")
 
 
 def as_mask_and_bias(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -114,7 +123,7 @@ def check_scale(name: str, got: float, head_dim: int) -> list[str]:
 
 def check_depthwise(name: str, conv: Any, norm: object = None) -> list[str]:
     """Reasons why tokens cannot be convolved by this convolution (and the BatchNorm behind it) as they lie."""
-    if not is_plain(conv, nn.Conv2d):
+    if obstacles(conv, nn.Conv2d):
         return [f"{name} is not a plain nn.Conv2d without hooks"]
     expected = {
         "groups": (conv.groups, conv.in_channels),
@@ -126,6 +135,6 @@ def check_depthwise(name: str, conv: Any, norm: object = None) -> list[str]:
         "padding_mode": (conv.padding_mode, "zeros"),
     }
     found = [f"{name} has {what} {got}, expected {want}" for what, (got, want) in expected.items() if got != want]
-    if norm is not None and not is_plain(norm, nn.BatchNorm2d):
+    if norm is not None and obstacles(norm, nn.BatchNorm2d):
         found.append(f"the norm behind {name} is not a plain nn.BatchNorm2d without hooks")
     return found

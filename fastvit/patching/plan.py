@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastvit import backends, ops
-from fastvit.patching.fusion import give, plain_class
-from fastvit.patching.recognise import LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
+from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, recognised_class
+from fastvit.patching.fusion import for_backend, give, plain_class
+from fastvit.patching.recognise import ATTENTION, LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -123,6 +124,39 @@ def survey(
     return without_empty_blocks(_without_parts_and_wrappers(findings))
 
 
+def is_open(model: nn.Module, findings: Collection[Finding]) -> bool:
+    """Whether only a call would show what attention is in the model: some is of no known class, or none is known."""
+    attention = [finding for finding in findings if finding.kind == ATTENTION]
+    if attention:
+        return any(finding.status == UNRECOGNISED for finding in attention)
+    forwards = (plain_class(module).forward for module in model.modules())
+    return any(not str(getattr(forward, "__module__", "")).startswith("torch.nn.") for forward in forwards)
+
+
+def with_open_question(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings; attention of no known class says when it is decided."""
+    return [
+        finding._replace(reasons=(*finding.reasons, AT_THE_FIRST_CALL))
+        if finding.status == UNRECOGNISED and finding.kind == ATTENTION
+        else finding
+        for finding in findings
+    ]
+
+
+def with_verdicts(model: nn.Module, findings: Iterable[Finding], verdicts: Mapping[str, Verdict]) -> list[Finding]:
+    """The findings, in the model's order, with what an example showed."""
+    merged = {finding.name: finding for finding in findings}
+    for name, (module, op, reason) in verdicts.items():
+        before = merged.get(name)
+        if op is not None:
+            fused = recognised_class(verdicts[name])
+            merged[name] = Finding(name, module, ATTENTION, op, PATCHED, fused)
+        elif before is not None and before.status == UNRECOGNISED:
+            merged[name] = before._replace(reasons=(reason,))
+    ordered = [merged[name] for name, _ in model.named_modules() if name in merged]
+    return _without_parts_and_wrappers(ordered)
+
+
 def without_empty_blocks(findings: Iterable[Finding]) -> list[Finding]:
     """The findings; blocks that would only call their parts, since one they need is plain, are left alone as well."""
     findings = list(findings)
@@ -161,23 +195,22 @@ def _judge(
 
 def _without_parts_and_wrappers(findings: list[Finding]) -> list[Finding]:
     """Leaves out unknown modules that are part of a known block of their kind, or merely hold their like."""
+    known = {(finding.kind, finding.name) for finding in findings if finding.status != UNRECOGNISED}
+    holding = {(finding.kind, outer) for finding in findings for outer in holders(finding.name)}
 
     def stays(finding: Finding) -> bool:
-        return finding.status != UNRECOGNISED or not any(
-            other.kind == finding.kind
-            and (
-                is_inside(other.name, finding.name)
-                or (other.status != UNRECOGNISED and is_inside(finding.name, other.name))
-            )
-            for other in findings
-        )
+        if finding.status != UNRECOGNISED:
+            return True
+        inside = any((finding.kind, outer) in known for outer in holders(finding.name))
+        return not inside and (finding.kind, finding.name) not in holding
 
     return [finding for finding in findings if stays(finding)]
 
 
-def is_inside(name: str, outer: str) -> bool:
-    """Whether a module of the one name is part of that of the other."""
-    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+def holders(name: str) -> Iterator[str]:
+    """The names of the modules that one of this name is a part of, from the model itself ("") inwards."""
+    parts = name.split(".") if name else []
+    return (".".join(parts[:depth]) for depth in range(len(parts)))
 
 
 def apply(findings: Iterable[Finding], backend: str) -> None:
@@ -185,6 +218,13 @@ def apply(findings: Iterable[Finding], backend: str) -> None:
     for finding in findings:
         if finding.fused is not None:
             give(finding.module, finding.fused, backend)
+
+
+def targets(model: nn.Module, findings: Iterable[Finding], backend: str) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """The modules of a model whose class these findings change, and their new classes; what is not found gets plain."""
+    fused = {each.module: for_backend(each.fused, backend) for each in findings if each.fused is not None}
+    wanted = ((module, fused.get(module, plain_class(module))) for module in model.modules())
+    return [(module, cls) for module, cls in wanted if type(module) is not cls]
 
 
 def explain_failure(findings: Iterable[Finding]) -> list[str]:

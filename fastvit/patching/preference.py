@@ -74,6 +74,11 @@ def _mlp(like: Tensor, backend: str) -> None:
     ops.mlp(like.new_zeros(64, 16), weight, None, weight, None, backend=backend)
 
 
+def _glu_mlp(like: Tensor, backend: str) -> None:
+    weight = like.new_zeros(16, 16)
+    ops.glu_mlp(like.new_zeros(64, 16), weight, None, weight, None, weight, None, backend=backend)
+
+
 CALLS: dict[str, Callable[[Tensor, str], None]] = {
     "linear": _linear,
     "masked_attention": _masked_attention,
@@ -82,6 +87,7 @@ CALLS: dict[str, Callable[[Tensor, str], None]] = {
     "head_mixed_attention": _head_mixed_attention,
     "token_depthwise_conv": _token_depthwise_conv,
     "depthwise_separable_conv": _depthwise_separable_conv,
+    "glu_mlp": _glu_mlp,
     "conv_batch_norm": _conv_batch_norm,
     "conv_projection": _conv_projection,
     "leff": _leff,

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,7 +26,9 @@ from fastvit.patching import (
     transformers_cvt,
     vit_pytorch,
 )
-from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, obstacles, plain_class
+from fastvit.patching.deferral import SEAMS, Recognised
+from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, parts_of, plain_class
+from fastvit.reference.overrides import is_own, obstacles
 
 TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, transformers_cvt.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
@@ -41,7 +43,7 @@ class Match(NamedTuple):
     """A module of a known class; ``reasons`` say why it is left alone (none: ``fused`` is the class to give it)."""
 
     row: Row
-    fused: type[nn.Module]
+    fused: type[nn.Module] | None
     reasons: list[str]
 
 
@@ -68,6 +70,10 @@ def operators() -> list[str]:
 def recognise(module: nn.Module) -> Match | None:
     """What can be fused about a module, or None where its class is not known. A fused module is seen as it was."""
     plain = plain_class(module)
+    if isinstance(module, Recognised):  # by what it computes, since an example or a call told
+        return Match(
+            Row(plain.__qualname__, SEAMS[module.fastvit_op]), fused_class(SEAMS[module.fastvit_op], plain), []
+        )
     for known in plain.__mro__:
         for row in _rows_of(known):
             if row.applies(module):
@@ -84,7 +90,8 @@ def _rows_of(known: type) -> list[Row]:
 
 
 def _match(module: nn.Module, plain: type[nn.Module], known: type, row: Row) -> Match:
-    return Match(row, fused_class(row.seam, plain), list(_reasons(module, plain, known, row)))
+    reasons = list(_reasons(module, plain, known, row))
+    return Match(row, None if reasons else fused_class(row.seam, plain), reasons)
 
 
 def _definer(plain: type, name: str) -> type:
@@ -98,9 +105,13 @@ def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
     yield from changed
     if changed:
         return
-    for name, expected in row.seam.fastvit_reads.items():
-        for obstacle in obstacles(getattr(module, name, None), expected):
-            yield f"{name} {obstacle}"
+    found = []
+    for path, expected in parts_of(row.seam.fastvit_reads):
+        part: Any = module
+        for name in path:
+            part = getattr(part, "_modules", {}).get(name)
+        found += [f"{'.'.join(path)} {obstacle}" for obstacle in obstacles(part, *expected)]
+    yield from found
     yield from row.check(module)
 
 
@@ -117,6 +128,8 @@ def _changed(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
                 yield f"{plain.__name__} overrides {name}"
         elif row.known_names is not None:
             yield from _foreign_method(known, name, method, row.known_names)
+        elif known not in register.REGISTERED and not is_own(method, known, name):
+            yield f"{known.__name__}.{name} was replaced by {method!r}"
 
 
 def _keeps(forward: object, replaced: set[str]) -> bool:

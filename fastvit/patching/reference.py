@@ -15,13 +15,13 @@ from fastvit.patching.blocks import (
     add_projection,
     adds_attention,
     adds_mlp,
-    at_inference,
-    computes_first,
-    is_known,
+    first_backend,
     mask_of_first,
+    parts_of_attention,
     split_heads,
+    whole_backend,
 )
-from fastvit.patching.fusion import Fused, Row, has_hooks_for_all, intact, is_ours, is_plain, plain_class, readable
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.normalization import NormalizingConv2d
 from fastvit.patching.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
@@ -30,7 +30,8 @@ from fastvit.reference.cpvt import SpatialReductionAttention
 from fastvit.reference.cvt import ConvAttention, ConvProjection
 from fastvit.reference.deepvit import ReAttention, ReAttentionBlock
 from fastvit.reference.functional import LEFF_FORMS, BatchNorm, LayerNorm, Projection
-from fastvit.reference.layers import Attention, Mlp, affine_map, dropout_p, obstacles
+from fastvit.reference.layers import Attention, Mlp, dropout_p
+from fastvit.reference.overrides import is_plain
 from fastvit.reference.pyramid import tokens_to_map
 
 
@@ -38,17 +39,22 @@ class ProjectingSeam(Fused):
     """The linear layers around an attention."""
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return project(layer, x, self.fastvit_backend)
+        backend = fused_backend(self)
+        return plain_class(self).linear(self, layer, x) if backend is None else project(layer, x, backend)
 
 
 class AttentionSeam(ProjectingSeam):
     """Attention without its N x N map."""
 
     fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).attend(self, q, k, v, mask)
         return ops.masked_attention(
-            q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
+            q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend
         )
 
 
@@ -56,8 +62,12 @@ class ConvProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens as they lie."""
 
     fastvit_op = "token_depthwise_conv"
+    fastvit_reads: ClassVar = {"conv": nn.Conv2d}
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).convolve(self, x, grid, prefix_tokens)
         return ops.token_depthwise_conv(
             x,
             self.conv.weight,
@@ -65,7 +75,7 @@ class ConvProjectionSeam(Fused):
             stride=self.stride,
             prefix_tokens=prefix_tokens,
             norm=BatchNorm.of(self.bn),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -73,16 +83,16 @@ class ConvAttentionSeam(ProjectingSeam):
     """CvT's attention; its three projections read their tokens once where their convolutions are fused as well."""
 
     fastvit_op = "masked_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     attend = AttentionSeam.attend
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        if _must_be_called(self):
-            return self.fastvit_plain.project(self, x, grid)
+        backend = fused_backend(self)
+        if backend is None or not _are_projections(self, backend):
+            return plain_class(self).project(self, x, grid)
         q, k, v = (_projection(self, name) for name in "qkv")
-        return ops.conv_projection(
-            x, q, k, v, grid=grid, prefix_tokens=self.prefix_tokens, backend=self.fastvit_backend
-        )
+        return ops.conv_projection(x, q, k, v, grid=grid, prefix_tokens=self.prefix_tokens, backend=backend)
 
 
 def _projection(attention: Any, name: str) -> Projection:
@@ -90,17 +100,17 @@ def _projection(attention: Any, name: str) -> Projection:
     return Projection(part.conv.weight, BatchNorm.of(part.bn), linear.weight, linear.bias, part.stride)
 
 
-def _must_be_called(attention: Any) -> bool:
-    """Whether a part of the projections does more than its tensors tell, or is not to be fused as the attention is."""
-    parts = ((getattr(attention, f"conv_proj_{name}"), getattr(attention, f"proj_{name}")) for name in "qkv")
-    return has_hooks_for_all() or any(_is_called(attention, *part) for part in parts)
+def _are_projections(attention: Any, backend: str) -> bool:
+    """Whether the parts of the projections do no more than their tensors tell, and are fused as the attention is."""
+    modules = attention._modules
+    for name in ("conv_proj_q", "conv_proj_k", "conv_proj_v"):
+        part = modules.get(name)
+        if not (is_fused(part, backend, ConvProjection) and is_plain(part._modules.get("conv"), nn.Conv2d)):
+            return False
+    return are_plain(attention, _PROJECTIONS)
 
 
-def _is_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
-    known = isinstance(convolution, ConvProjectionSeam) and convolution.fastvit_plain is ConvProjection
-    if not (known and is_ours(type(convolution))) or convolution.fastvit_backend != attention.fastvit_backend:
-        return True
-    return bool(obstacles(convolution, type(convolution)) or obstacles(linear, nn.Linear))
+_PROJECTIONS = parts_of({"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear})
 
 
 class LeFFSeam(Fused):
@@ -109,10 +119,16 @@ class LeFFSeam(Fused):
     fastvit_op = "leff"
 
     def transform(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        settings = {"prefix_tokens": self.prefix_tokens, "form": self.form, "backend": self.fastvit_backend}
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).transform(self, x, grid)
+        settings = {"prefix_tokens": self.prefix_tokens, "form": self.form, "backend": backend}
         return ops.leff(x, **leff_arguments(self), grid=grid, **settings)
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None or not is_plain(self.conv2, nn.Conv2d):
+            return plain_class(self).convolve(self, x, grid, prefix_tokens)
         return ops.token_depthwise_conv(
             x,
             self.conv2.weight,
@@ -123,7 +139,7 @@ class LeFFSeam(Fused):
             pre_activation="gelu",
             norm=BatchNorm.of(self.bn2) if self.with_bn else None,
             activation="gelu",
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -131,8 +147,12 @@ class ReAttentionSeam(ProjectingSeam):
     """DeepViT's attention with mixed and normalised maps."""
 
     fastvit_op = "head_mixed_attention"
+    fastvit_reads: ClassVar = {"reatten_matrix": nn.Conv2d, "attn_drop": nn.Dropout}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).attend(self, q, k, v, mask)
         return ops.re_attention(
             q,
             k,
@@ -144,7 +164,7 @@ class ReAttentionSeam(ProjectingSeam):
             mask=mask,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -152,18 +172,24 @@ class TalkingHeadSeam(ProjectingSeam):
     """CaiT's talking heads without their N x N maps."""
 
     fastvit_op = "head_mixed_attention"
+    fastvit_reads: ClassVar = {"proj_l": nn.Linear, "proj_w": nn.Linear, "attn_drop": nn.Dropout}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).attend(self, q, k, v, mask)
         return ops.talking_heads_attention(
             q,
             k,
             v,
-            *affine_map(self.proj_l, self.num_heads, q),
-            *affine_map(self.proj_w, self.num_heads, q),
+            self.proj_l.weight,
+            self.proj_l.bias,
+            self.proj_w.weight,
+            self.proj_w.bias,
             mask=mask,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -173,17 +199,24 @@ class ClassAttentionSeam(ProjectingSeam):
     fastvit_op = "class_attention"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return ops.class_attention(q, k, v, mask, scale=self.scale, backend=self.fastvit_backend)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).attend(self, q, k, v, mask)
+        return ops.class_attention(q, k, v, mask, scale=self.scale, backend=backend)
 
 
 class LastQueryAttentionSeam(Fused):
     """CeiT's attention of the last class token to those of all layers."""
 
     fastvit_op = "class_attention"
+    fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).attend(self, q, k, v, mask)
         return ops.class_attention(
-            q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
+            q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend
         )
 
 
@@ -195,9 +228,10 @@ class ReferenceBlockSeam(BlockSeam):
     mlps = (Mlp,)
 
     def forward_first(self, x: Tensor, mask: Tensor | None = None, *, count: int) -> Tensor:
-        if not (computes_first(self, x) and adds_attention(self) and adds_mlp(self)):
-            return self.fastvit_plain.forward_first(self, x, mask, count=count)
-        return add_mlp(self, add_attention_to_first(self, x, mask, count))
+        backend = first_backend(self, x)
+        if backend is None or not (adds_attention(self, backend) and adds_mlp(self, backend)):
+            return plain_class(self).forward_first(self, x, mask, count=count)
+        return add_mlp(self, add_attention_to_first(self, x, mask, backend, count), backend)
 
 
 class ConvBlockSeam(Fused):
@@ -209,31 +243,36 @@ class ConvBlockSeam(Fused):
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)):
-            return self.fastvit_plain.forward(self, x, grid, mask)
+        backend = whole_backend(self, x)
+        if backend is None or not (adds_attention(self, backend, _CONV_ATTENTION) and adds_mlp(self, backend)):
+            return plain_class(self).forward(self, x, grid, mask)
         attention = self.attn
         heads = (split_heads(attention, part)[0] for part in attention.project(self.norm1(x), grid))
-        return add_mlp(self, add_projection(self, x, attention.attend(*heads, mask)))
+        return add_mlp(self, add_projection(self, x, attention.attend(*heads, mask), backend), backend)
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
-        known = computes_first(self, x) and adds_attention(self, **_OF_CONV_ATTENTION) and adds_mlp(self)
-        if not (known and _passes_first(self.attn, count)):
-            return self.fastvit_plain.forward_first(self, x, grid, mask, count=count)
+        backend = first_backend(self, x)
+        known = backend and adds_attention(self, backend, _CONV_ATTENTION) and adds_mlp(self, backend)
+        if not (backend and known and _passes_first(self.attn, count, backend)):
+            return plain_class(self).forward_first(self, x, grid, mask, count=count)
         attention, first, normed = self.attn, x[:, :count], self.norm1(x)
-        settings = {"grid": grid, "prefix_tokens": attention.prefix_tokens, "backend": self.fastvit_backend}
-        q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=self.fastvit_backend)
+        settings = {"grid": grid, "prefix_tokens": attention.prefix_tokens, "backend": backend}
+        q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=backend)
         parts = (_projection(attention, name)._asdict() for name in "kv")
         k, v = (ops.depthwise_separable_conv(normed, **part, **settings) for part in parts)
         heads = (split_heads(attention, part)[0] for part in (q, k, v))
-        return add_mlp(self, add_projection(self, first, attention.attend(*heads, mask_of_first(mask, count))))
+        out = attention.attend(*heads, mask_of_first(mask, count))
+        return add_mlp(self, add_projection(self, first, out, backend), backend)
 
 
-def _passes_first(attention: Any, count: int) -> bool:
-    """Whether the first tokens skip the convolution of the queries, and nothing needs its other results."""
-    return count <= attention.prefix_tokens and not _must_be_called(attention) and not attention.conv_proj_q.bn.training
+def _passes_first(attention: Any, count: int, backend: str) -> bool:
+    """Whether the first tokens skip the convolution of the queries, and nobody waits for its other results."""
+    norm = attention.conv_proj_q.bn
+    skips = count <= attention.prefix_tokens and is_plain(norm, nn.BatchNorm2d) and not norm.training
+    return skips and _are_projections(attention, backend)
 
 
-_OF_CONV_ATTENTION = {"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear}
+_CONV_ATTENTION = parts_of_attention("proj_q", "proj_k", "proj_v")
 
 
 class LeFFBlockSeam(Fused):
@@ -244,29 +283,37 @@ class LeFFBlockSeam(Fused):
     attentions = (Attention,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and adds_attention(self)):
-            return self.fastvit_plain.forward(self, x, grid, mask)
-        x = add_attention(self, x, mask)
+        backend = whole_backend(self, x)
+        if backend is None or not adds_attention(self, backend):
+            return plain_class(self).forward(self, x, grid, mask)
+        x = add_attention(self, x, mask, backend)
         return x + self.leff(self.norm2(x), grid)
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
-        if not (computes_first(self, x) and adds_attention(self) and _skips_leff(self, count)):
-            return self.fastvit_plain.forward_first(self, x, grid, mask, count=count)
-        x = add_attention_to_first(self, x, mask, count)
+        backend = first_backend(self, x)
+        if backend is None or not (adds_attention(self, backend) and _skips_leff(self, backend, count)):
+            return plain_class(self).forward_first(self, x, grid, mask, count=count)
+        x = add_attention_to_first(self, x, mask, backend, count)
         return x + self.norm2(x) if self.leff.form == "official" else x
 
 
-def _skips_leff(block: Any, count: int) -> bool:
+def _skips_leff(block: Any, backend: str, count: int) -> bool:
     """Whether the first tokens pass the LeFF by, and nobody waits for its parts."""
     leff = block.leff
+    if not (are_plain(block, _NORM_2) and is_fused(leff, backend, LeFF) and are_plain(leff, _CONVOLUTIONS)):
+        return False
+    norms = (leff.bn1, leff.bn2, leff.bn3) if leff.with_bn else ()
     return (
-        readable(block._modules.get("norm2"), nn.LayerNorm)
-        and is_known(leff, (LeFF,), block.fastvit_backend, {"conv1": nn.Conv2d, "conv3": nn.Conv2d})
-        and not {"transform", "transform_by_parts"} & vars(leff).keys()
+        all(is_plain(norm, nn.BatchNorm2d) for norm in norms)
+        and not leff.training
         and not any(part.training for part in leff.children())
         and count <= leff.prefix_tokens
         and leff.form in LEFF_FORMS
     )
+
+
+_NORM_2 = parts_of({"norm2": nn.LayerNorm})
+_CONVOLUTIONS = parts_of({"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d})
 
 
 class PyramidBlockSeam(Fused):
@@ -278,20 +325,24 @@ class PyramidBlockSeam(Fused):
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        if not (at_inference(self, x) and adds_mlp(self)):
-            return self.fastvit_plain.forward(self, x, grid, mask)
-        if not (adds_attention(self, q=nn.Linear, kv=nn.Linear) and _reduces(self.attn)):
-            return add_mlp(self, x + self.attn(self.norm1(x), grid, mask))
-        return add_mlp(self, _add_reduced_attention(self, x, grid, mask))
+        backend = whole_backend(self, x)
+        if backend is None or not adds_mlp(self, backend):
+            return plain_class(self).forward(self, x, grid, mask)
+        if not (adds_attention(self, backend, _REDUCED_ATTENTION) and _reduces(self.attn)):
+            return add_mlp(self, x + self.attn(self.norm1(x), grid, mask), backend)
+        return add_mlp(self, _add_reduced_attention(self, x, grid, mask, backend), backend)
+
+
+_REDUCED_ATTENTION = parts_of_attention("q", "kv")
 
 
 def _reduces(attention: Any) -> bool:
     """Whether the norm behind the spatial reduction may be read."""
-    return attention.sr_ratio == 1 or readable(attention._modules.get("norm"), nn.LayerNorm)
+    return attention.sr_ratio == 1 or is_plain(attention._modules.get("norm"), nn.LayerNorm)
 
 
-def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
-    attention, backend = block.attn, block.fastvit_backend
+def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None, backend: str) -> Tensor:
+    attention = block.attn
     normed = reduced = x
     norm_of_q: LayerNorm | None = LayerNorm.of(block.norm1)
     norm_of_kv = norm_of_q
@@ -302,27 +353,26 @@ def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: T
     q = ops.linear(normed, attention.q.weight, attention.q.bias, norm=norm_of_q, backend=backend)
     kv = ops.linear(reduced, attention.kv.weight, attention.kv.bias, norm=norm_of_kv, backend=backend)
     heads = (*split_heads(attention, q), *split_heads(attention, kv, 2))
-    return add_projection(block, x, attention.attend(*heads, mask))
+    return add_projection(block, x, attention.attend(*heads, mask), backend)
 
 
 class PatchEmbedSeam(Fused):
     """The patches of an image as rows of one product, at inference on the CPU."""
 
     fastvit_op = "linear"
-    fastvit_reads: ClassVar = {"proj": nn.Conv2d}
+    fastvit_reads: ClassVar = {"proj": (nn.Conv2d, NormalizingConv2d)}
 
     def project(self, x: Tensor) -> Tensor:
-        conv = self._modules.get("proj")
-        folded = type(conv) is NormalizingConv2d
-        known = readable(conv, NormalizingConv2d if folded else nn.Conv2d)
-        if not (at_inference(self, x) and known and _cuts_patches(conv, x, self.patch_size)):
-            return self.fastvit_plain.project(self, x)
-        weight = conv.normalization.scaled(conv.weight) if folded else conv.weight
-        x = conv.centred(x) if folded else x
+        conv, backend = self._modules.get("proj"), whole_backend(self, x)
+        if backend is None or not _cuts_patches(conv, x, self.patch_size):
+            return plain_class(self).project(self, x)
+        weight = conv.weight
+        if type(conv) is NormalizingConv2d:
+            x, weight = conv.centred(x), conv.normalization.scaled(weight)
         (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.flatten(3).flatten(1, 2)
-        return ops.linear(tokens, weight.flatten(1), conv.bias, backend=self.fastvit_backend)
+        return ops.linear(tokens, weight.flatten(1), conv.bias, backend=backend)
 
 
 def _cuts_patches(conv: nn.Conv2d, x: Tensor, patch_size: tuple[int, int]) -> bool:
@@ -338,11 +388,12 @@ class MlpSeam(Fused):
     fastvit_reads: ClassVar = {"fc1": nn.Linear, "fc2": nn.Linear, "drop": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        activation = activation_name(self.act)
-        if activation is None or dropout_p(self.drop) > 0.0 or not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        activation = None if backend is None else activation_name(self.act)
+        if backend is None or activation is None or dropout_p(self.drop) > 0.0:
+            return plain_class(self).forward(self, x)
         layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
+        return ops.mlp(x, *layers, activation, backend=backend)
 
 
 class StemSeam(Fused):
@@ -351,9 +402,10 @@ class StemSeam(Fused):
     fastvit_op = "conv_batch_norm"
 
     def convolve(self, x: Tensor, conv: Any, norm: Any, activation: str | None = None) -> Tensor:
-        read = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and not has_hooks_for_all()
-        if norm.training or not read:
-            return self.fastvit_plain.convolve(self, x, conv, norm, activation)
+        backend = fused_backend(self)
+        read = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and not norm.training
+        if backend is None or not read:
+            return plain_class(self).convolve(self, x, conv, norm, activation)
         return ops.conv_batch_norm(
             x,
             conv.weight,
@@ -362,7 +414,7 @@ class StemSeam(Fused):
             stride=conv.stride,
             padding=conv.padding,
             activation=activation,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -370,8 +422,12 @@ class PEGSeam(Fused):
     """CPVT's position encoding generator on tokens as they lie."""
 
     fastvit_op = "token_depthwise_conv"
+    fastvit_reads: ClassVar = {"proj": nn.Sequential, "proj.0": nn.Conv2d}
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).convolve(self, x, grid, prefix_tokens)
         conv = self.proj[0]
         return ops.token_depthwise_conv(
             x,
@@ -380,7 +436,7 @@ class PEGSeam(Fused):
             grid=grid,
             prefix_tokens=prefix_tokens,
             residual=True,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row
+from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
 
 Seam = TypeVar("Seam", bound=type[Fused])
 Check = Callable[[nn.Module], list[str]]
@@ -25,15 +26,17 @@ def register(
     cls: type[nn.Module],
     *,
     op: str,
-    reads: Mapping[str, type[nn.Module]] | None = None,
+    reads: Mapping[str, type | tuple[type, ...]] | None = None,
     check: Check = _no_reasons,
 ) -> Callable[[Seam], Seam]:
     """Teach ``patch`` to fuse a class of your own.
 
     The decorated class, a subclass of ``fastvit.Fused`` at module level (so that patched models can be pickled), holds
     the methods that replace those of ``cls``; ``self`` is the module with all its attributes. Give the operator
-    ``backend=self.fastvit_backend``, and call ``self.fastvit_plain.<method>(self, ...)`` for what you do not take.
-    Subclasses of ``cls`` that override none of these methods are fused too. A second registration replaces the first.
+    ``backend=self.fastvit_backend``, and call ``self.fastvit_plain.<method>(self, ...)`` for what you do not take. The
+    plain method runs instead of yours while a part in ``reads`` is not plain, while hooks are registered for all
+    modules, and where the method of ``cls`` was replaced since. Subclasses of ``cls`` that override none of these
+    methods are fused too. A second registration replaces the first.
 
     >>> class MyAttention(nn.Module):
     ...     def forward(self, x):
@@ -50,8 +53,9 @@ def register(
     Args:
         cls: the class to fuse.
         op: the operator of ``fastvit.ops`` that the methods call; what ``patch(ops=...)`` and reports go by.
-        reads: sub-modules whose tensors or settings the methods read instead of calling them, and the one class each
-            may have; where one is wrapped, replaced or hooked, the module is left alone with that reason.
+        reads: parts whose tensors or settings the methods read instead of calling them ("drop", "net.0"), and the
+            class, or the classes, each may have; where one is wrapped, replaced or hooked, the module is left alone
+            with that reason.
         check: called with a module, gives the reasons why it cannot be fused.
 
     Raises:
@@ -74,10 +78,25 @@ def register(
             raise ValueError(
                 f"{seam.__name__} replaces {unknown or 'no methods'}, accepted are methods of {cls.__name__}"
             )
+        for name in row.methods():
+            if not hasattr(vars(seam)[name], "fastvit_checks"):  # from an earlier registration
+                setattr(seam, name, _checking(vars(seam)[name], name))
         REGISTERED[cls] = row
         return seam
 
     return decorate
+
+
+def _checking(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The method, or the plain one for a call in which somebody would else not be heard."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        chosen = getattr(plain_class(self), name) if fused_backend(self) is None else method
+        return chosen(self, *args, **kwargs)
+
+    call.fastvit_checks = True  # type: ignore[attr-defined]
+    return call
 
 
 def unregister(cls: type[nn.Module]) -> None:

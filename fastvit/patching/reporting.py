@@ -6,11 +6,10 @@ The rows are read off the model each time. Only what ``patch`` alone knew (why i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,9 +18,10 @@ from torch import nn
 
 from fastvit.patching import tables
 from fastvit.patching.coverage import estimate_share, share_of_flops
+from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, has_fused_class
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.images import Shape
-from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, is_inside, survey
+from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, holders, survey
 from fastvit.patching.preference import backend_for, backends_by_dtype
 from fastvit.patching.recognise import ATTENTION, CONVOLUTION, LINEAR, MLP
 from fastvit.patching.timing import Times, readable
@@ -209,7 +209,7 @@ class Measured(NamedTuple):
     times: Mapping[str | None, Times]
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """What only ``patch`` knew: status and reasons of what it left alone, by module name, and what it measured."""
 
     left_alone: Mapping[str, tuple[str, tuple[str, ...]]]
@@ -217,8 +217,8 @@ class _Memory(NamedTuple):
     planned: Report | None
 
 
-_memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
-_NOTHING = _Memory({}, Measured({}, {}), None)
+_memories: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
+_NOTHING = Memory({}, Measured({}, {}), None)
 
 
 def report(model: nn.Module, example: Any = None) -> Report:
@@ -253,41 +253,52 @@ def _flops(model: nn.Module, example: Any) -> tuple[float | None, Shape | None]:
 
 def _library_convolutions(model: nn.Module, rows: Sequence[ReportRow]) -> tuple[str, ...]:
     """Names of the convolutions that no row stands for."""
-    told = [row.name for row in rows]
+    told = {row.name for row in rows}
     names = (name for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd))
-    return tuple(name for name in names if not any(name == row or is_inside(name, row) for row in told))
+    return tuple(name for name in names if told.isdisjoint((name, *holders(name))))
 
 
-def remember(
+def memory_of(
     model: nn.Module, findings: Sequence[Finding], measured: Measured, *, planned_for: str | None = None
-) -> None:
-    """Keep what ``patch`` found out about a model, for as long as the model lives.
-
-    ``planned_for`` is the backend of a dry run.
-    """
+) -> Memory:
+    """What is to be remembered of what ``patch`` found out; ``planned_for`` is the backend of a dry run."""
     planned = None
     if planned_for is not None:
         rows = [_row(finding, finding.status, planned_for, finding.reasons, measured) for finding in findings]
         planned = _assemble(model, rows, measured, dry_run=True)
     left_alone = {finding.name: (finding.status, finding.reasons) for finding in findings if finding.fused is None}
-    _memories[model] = _Memory(left_alone, measured, planned)
+    return Memory(left_alone, measured, planned)
 
 
-def forget(model: nn.Module) -> None:
-    """Drop what was remembered about a model."""
-    _memories.pop(model, None)
+def decided(model: nn.Module, verdicts: Mapping[str, Verdict]) -> None:
+    """What a model's first call showed takes the place of what was remembered about attention of no known class."""
+    memory = _memories.get(model, _NOTHING)
+
+    def told(name: str, status: str, reasons: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        if AT_THE_FIRST_CALL not in reasons:
+            return status, reasons
+        verdict = verdicts.get(name)
+        return status, (verdict.reason if verdict is not None else "no attention was computed in its own forward",)
+
+    left_alone = {
+        name: told(name, *why)
+        for name, why in memory.left_alone.items()
+        if name not in verdicts or verdicts[name].op is None
+    }
+    _memories[model] = memory._replace(left_alone=left_alone)
 
 
-@contextlib.contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """What was remembered before the block is remembered again after it."""
-    before = _memories.get(model)
-    try:
-        yield
-    finally:
-        forget(model)
-        if before is not None:
-            _memories[model] = before
+def recall(model: nn.Module) -> Memory | None:
+    """What is remembered of a model."""
+    return _memories.get(model)
+
+
+def remember(model: nn.Module, memory: Memory | None) -> None:
+    """Keep this for as long as the model lives; None forgets."""
+    if memory is None:
+        _memories.pop(model, None)
+    else:
+        _memories[model] = memory
 
 
 def _assemble(model: nn.Module, rows: Sequence[ReportRow], measured: Measured, dry_run: bool = False) -> Report:
@@ -304,11 +315,11 @@ def _assemble(model: nn.Module, rows: Sequence[ReportRow], measured: Measured, d
     )
 
 
-def _row_of_module(finding: Finding, memory: _Memory) -> ReportRow:
+def _row_of_module(finding: Finding, memory: Memory) -> ReportRow:
     """A row by what the module is now; a block that is plain says why, if patch has told."""
     module = finding.module
-    if isinstance(module, Fused):
-        return _row(finding, PATCHED, module.fastvit_backend, (), memory.measured)
+    if has_fused_class(module):
+        return _row(finding, PATCHED, type(module).fastvit_backend, (), memory.measured)
     could_be = (SKIPPED, ("plain; fastvit.patch(model) would fuse it",))
     found = could_be if finding.status == PATCHED else (finding.status, finding.reasons)
     status, reasons = memory.left_alone.get(finding.name, found)

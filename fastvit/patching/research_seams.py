@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, intact
+from fastvit.patching.fusion import Fused, fused_backend, is_fused, plain_class
 from fastvit.patching.later import Later
 from fastvit.patching.mlps import Layers
-from fastvit.patching.parts import check_depthwise, dropout_p, is_plain, project
+from fastvit.patching.parts import check_depthwise, dropout_p, is_rearrangement, project
 from fastvit.reference import functional
 from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.overrides import is_plain
 
 
-def _packed_heads(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, H, N, D) as views of the packed projection."""
-    qkv = project(module.qkv, x, module.fastvit_backend).unflatten(2, (3, module.num_heads, -1))
+    qkv = project(module.qkv, x, backend).unflatten(2, (3, module.num_heads, -1))
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _merged(module: nn.Module, out: Tensor) -> Tensor:
-    return module.proj_drop(project(module.proj, out.transpose(1, 2).flatten(2), module.fastvit_backend))
+def _merged(module: nn.Module, out: Tensor, backend: str) -> Tensor:
+    return module.proj_drop(project(module.proj, out.transpose(1, 2).flatten(2), backend))
 
 
 class AttentionSeam(Fused):
@@ -36,13 +37,12 @@ class AttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
-        q, k, v = _packed_heads(self, x)
-        out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
-        )
-        return _merged(self, out)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
+        q, k, v = _packed_heads(self, x, backend)
+        out = ops.masked_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend)
+        return _merged(self, out, backend)
 
 
 def _later(compute: Callable[[], Tensor]) -> Tensor:
@@ -58,11 +58,12 @@ class UntransformedReAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, atten: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not intact(self) or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
-            return self.fastvit_plain.forward(self, x, atten)
-        q, k, v = _packed_heads(self, x)
-        out = ops.masked_attention(q, k, v, scale=self.scale, backend=self.fastvit_backend)
-        return _merged(self, out), _later(functools.partial(_finished_map, q, k, scale=self.scale))
+        backend = fused_backend(self)
+        if backend is None or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
+            return plain_class(self).forward(self, x, atten)
+        q, k, v = _packed_heads(self, x, backend)
+        out = ops.masked_attention(q, k, v, scale=self.scale, backend=backend)
+        return _merged(self, out, backend), _later(functools.partial(_finished_map, q, k, scale=self.scale))
 
 
 class ReAttentionSeam(Fused):
@@ -72,18 +73,19 @@ class ReAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "reatten_matrix": nn.Conv2d, "var_norm": nn.BatchNorm2d}
 
     def forward(self, x: Tensor, atten: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not intact(self) or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
-            return self.fastvit_plain.forward(self, x, atten)
-        q, k, v = _packed_heads(self, x)
+        backend = fused_backend(self)
+        if backend is None or dropout_p(self.attn_drop) > 0.0:  # the map returned is the one that was dropped from
+            return plain_class(self).forward(self, x, atten)
+        q, k, v = _packed_heads(self, x, backend)
         weight, bias, norm = (
             self.reatten_matrix.weight.flatten(1),
             self.reatten_matrix.bias,
             BatchNorm.of(self.var_norm),
         )
         options = {"output_scale": self.reatten_scale, "scale": self.scale}
-        out = ops.re_attention(q, k, v, weight, bias, norm, **options, backend=self.fastvit_backend)
+        out = ops.re_attention(q, k, v, weight, bias, norm, **options, backend=backend)
         as_it_is = {"post_weight": _copied(weight), "post_bias": _copied(bias), "norm": _as_it_is(norm)}
-        return _merged(self, out), _later(functools.partial(_finished_map, q, k, **as_it_is, **options))
+        return _merged(self, out, backend), _later(functools.partial(_finished_map, q, k, **as_it_is, **options))
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:
@@ -105,16 +107,16 @@ def _finished_map(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     return functional.head_mixed_attention(q, k, unit, **options)
 
 
-def _conv_attention(module: nn.Module, projected: Iterable[Tensor]) -> Tensor:
+def _conv_attention(module: nn.Module, projected: Iterable[Tensor], backend: str) -> Tensor:
     """CvT's attention behind its projections (B, N, C), logits scaled as the module says."""
     q, k, v = (tokens.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for tokens in projected)
-    drop, backend = dropout_p(module.attn_drop), module.fastvit_backend
-    return _merged(module, ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend))
+    drop = dropout_p(module.attn_drop)
+    return _merged(module, ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend), backend)
 
 
-def _called_projections(module: nn.Module, x: Tensor, h: int, w: int) -> Iterator[Tensor]:
+def _called_projections(module: nn.Module, x: Tensor, h: int, w: int, backend: str) -> Iterator[Tensor]:
     for name, tokens in zip("qkv", module.forward_conv(x, h, w), strict=True):
-        yield project(getattr(module, f"proj_{name}"), tokens, module.fastvit_backend)
+        yield project(getattr(module, f"proj_{name}"), tokens, backend)
 
 
 class OwnConvAttentionSeam(Fused):
@@ -124,9 +126,10 @@ class OwnConvAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, h, w)
-        return _conv_attention(self, _called_projections(self, x, h, w))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, h, w)
+        return _conv_attention(self, _called_projections(self, x, h, w, backend), backend)
 
 
 class ConvAttentionSeam(Fused):
@@ -136,21 +139,21 @@ class ConvAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, h, w)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, h, w)
         parts = [(getattr(self, f"conv_proj_{name}"), getattr(self, f"proj_{name}")) for name in "qkv"]
-        if any(_must_be_called(self, *part) for part in parts):
-            return _conv_attention(self, _called_projections(self, x, h, w))
-        settings = {"grid": (h, w), "prefix_tokens": x.shape[1] - h * w, "backend": self.fastvit_backend}
-        return _conv_attention(self, ops.conv_projection(x, *(_as_projection(*part) for part in parts), **settings))
+        if not all(_is_projection(*part, backend) for part in parts):
+            return _conv_attention(self, _called_projections(self, x, h, w, backend), backend)
+        settings = {"grid": (h, w), "prefix_tokens": x.shape[1] - h * w, "backend": backend}
+        projected = ops.conv_projection(x, *(_as_projection(*part) for part in parts), **settings)
+        return _conv_attention(self, projected, backend)
 
 
-def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
-    """Whether a projection's parts do more than their tensors tell, or are not to be fused as the attention is."""
-    known = isinstance(convolution, ConvProjectionSeam) and convolution.fastvit_backend == attention.fastvit_backend
-    if not known or check_conv_projection(convolution):
-        return True
-    return not is_plain(convolution, type(convolution)) or not is_plain(linear, nn.Linear)
+def _is_projection(convolution: Any, linear: nn.Module, backend: str) -> bool:
+    """Whether a projection's parts do no more than their tensors tell, and are fused as the attention is."""
+    fused = isinstance(convolution, ConvProjectionSeam) and is_fused(convolution, backend)
+    return fused and not check_conv_projection(convolution) and is_plain(linear, nn.Linear)
 
 
 def _as_projection(convolution: Any, linear: Any) -> Projection:
@@ -165,8 +168,9 @@ class ConvProjectionSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
-        if check_conv_projection(self):
-            return self.fastvit_plain.forward(self, input)
+        backend = fused_backend(self)
+        if backend is None or check_conv_projection(self):
+            return plain_class(self).forward(self, input)
         conv, norm, _ = self.children()
         return ops.token_depthwise_conv(
             input.flatten(2).transpose(1, 2),
@@ -176,11 +180,11 @@ class ConvProjectionSeam(Fused):
             stride=conv.stride[0],
             padding=conv.padding[0],
             norm=BatchNorm.of(norm),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
-def _position_encoding(module: nn.Module, conv: Any, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def _position_encoding(conv: Any, x: Tensor, grid: tuple[int, int], prefix: int, backend: str) -> Tensor:
     return ops.token_depthwise_conv(
         x,
         conv.weight,
@@ -190,14 +194,14 @@ def _position_encoding(module: nn.Module, conv: Any, x: Tensor, grid: tuple[int,
         padding=conv.padding[0],
         prefix_tokens=prefix,
         residual=conv.stride[0] == 1,
-        backend=module.fastvit_backend,
+        backend=backend,
     )
 
 
 def check_conv_projection(module: nn.Module) -> list[str]:
     conv, norm, rearrange = module.children()
     found = check_depthwise("its convolution", conv, norm)
-    return found if is_plain(rearrange, type(rearrange)) else [*found, "its rearrangement has forward hooks"]
+    return found if is_rearrangement(rearrange) else [*found, "its rearrangement has forward hooks"]
 
 
 class PosConvSeam(Fused):
@@ -206,10 +210,10 @@ class PosConvSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        conv = convolution(self)
-        if check_generator(self) or x.shape[1] != H * W:
-            return self.fastvit_plain.forward(self, x, H, W)
-        return _position_encoding(self, conv, x, (H, W), 0)
+        backend = fused_backend(self)
+        if backend is None or check_generator(self) or x.shape[1] != H * W:
+            return plain_class(self).forward(self, x, H, W)
+        return _position_encoding(convolution(self), x, (H, W), 0, backend)
 
 
 class PEGSeam(Fused):
@@ -218,10 +222,10 @@ class PEGSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        conv = convolution(self)
-        if check_generator(self) or x.shape[1] != H * W + 1:
-            return self.fastvit_plain.forward(self, x, H, W)
-        return _position_encoding(self, conv, x, (H, W), 1)
+        backend = fused_backend(self)
+        if backend is None or check_generator(self) or x.shape[1] != H * W + 1:
+            return plain_class(self).forward(self, x, H, W)
+        return _position_encoding(convolution(self), x, (H, W), 1, backend)
 
 
 def convolution(module: nn.Module) -> Any:
@@ -232,7 +236,7 @@ def convolution(module: nn.Module) -> Any:
 
 def check_generator(module: nn.Module) -> list[str]:
     found = check_depthwise("proj", convolution(module))
-    return found if is_plain(module.proj, type(module.proj)) else [*found, "proj has forward hooks"]
+    return found if is_plain(module.proj, nn.Sequential, nn.Conv2d) else [*found, "proj has forward hooks"]
 
 
 class LeFFSeam(Fused):
@@ -243,9 +247,10 @@ class LeFFSeam(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         side = int((x.shape[1] - 1) ** 0.5)
-        if not intact(self) or check_leff(self) or side * side != x.shape[1] - 1:
-            return self.fastvit_plain.forward(self, x)
-        return ops.leff(x, **leff_arguments(self), grid=(side, side), backend=self.fastvit_backend)
+        backend = fused_backend(self)
+        if backend is None or check_leff(self) or side * side != x.shape[1] - 1:
+            return plain_class(self).forward(self, x)
+        return ops.leff(x, **leff_arguments(self), grid=(side, side), backend=backend)
 
 
 def check_leff(module: nn.Module) -> list[str]:
@@ -270,8 +275,10 @@ class MlpSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = layers_of(self)
-        return layers.run(x, self.fastvit_backend) if layers.fusible() else self.fastvit_plain.forward(self, x)
+        layers, backend = layers_of(self), fused_backend(self)
+        if backend is None or not layers.fusible():
+            return plain_class(self).forward(self, x)
+        return layers.run(x, backend)
 
 
 DROPOUTS = ("drop", "drop1", "drop2", "dropout")

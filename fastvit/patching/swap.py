@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -12,25 +13,44 @@ from torch import nn
 
 from fastvit.ops._packing import release_memory
 from fastvit.patching import benchmarking, reporting, timing, verification
+from fastvit.patching.copies import plain_copy
+from fastvit.patching.deferral import (
+    AT_THE_FIRST_CALL,
+    EVERY_OPERATOR,
+    Options,
+    has_fused_class,
+    judge,
+    undecided_class,
+)
 from fastvit.patching.folding import unfold
 from fastvit.patching.freezing import unfreeze
-from fastvit.patching.fusion import BACKEND_ATTRIBUTE, Fused, give, plain_class, undo
+from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
 from fastvit.patching.plan import (
     NOT_INSISTED_ON,
     PATCHED,
     UNRECOGNISED,
     FilterFn,
     Finding,
-    apply,
     check_backend,
     check_model,
     check_ops,
     explain_failure,
+    is_open,
     survey,
+    targets,
+    with_open_question,
+    with_verdicts,
 )
 from fastvit.patching.recognise import supported
+from fastvit.recognise.observing import Observing, Seen
 
 Model = TypeVar("Model", bound=nn.Module)
+States = list[tuple[nn.Module, type[nn.Module]]]
+"""Modules, and the class that each is to have, or had."""
+
+_lock = threading.RLock()
+"""Held from the survey of a model until its classes are changed. Calls that other threads make meanwhile are not held
+up: each finds, in each block, the class of before or the one of after."""
 
 
 def patch(
@@ -40,11 +60,15 @@ def patch(
     backend: str = "auto",
     filter_fn: FilterFn | None = None,
     strict: bool = False,
+    example: Any = None,
     verify: Any = None,
     benchmark: Any = None,
     dry_run: bool = False,
 ) -> Model:
     """Fuse the slow blocks of a vision transformer in place; outputs, ``state_dict`` and hooks stay as they are.
+
+    Attention of a class that fastvit does not know is recognised by what it computes: in the call of ``example``, or
+    else in the model's first call, which runs as it is written.
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
@@ -55,13 +79,17 @@ def patch(
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.
-        strict: raise unless every attention and convolution block found can be fused.
+        strict: raise unless every attention and convolution block found can be fused. Attention of no known class
+            needs an example.
+        example: an input, as for ``verify``, on which the model is run once, in eval mode and without gradients, to see
+            what it computes; that of ``verify`` or ``benchmark`` where it is not given.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). The model is run
             plain and fused, in eval mode and without gradients, and held to the accuracy of the plain one: the error
             against float64 may be twice the plain model's own, plus a few ulp. Errors go into the report.
         benchmark: an example input, as for ``verify``. Each block is timed plain and fused on the input it gets, in
             eval mode and without gradients, and left plain where the fused one is slower. Times go into the report.
-        dry_run: change nothing, only fill the report with what would be done.
+        dry_run: change nothing, only fill the report with what would be done; without an example it does not tell of
+            attention of no known class.
 
     Returns:
         The same object.
@@ -74,29 +102,56 @@ def patch(
 
     Warns:
         UserWarning: nothing could be fused, or none of the attention and convolution blocks that are there, its MLPs at
-            most; names the classes looked at, or why each was left alone.
+            most; names the classes looked at, or why each was left alone. Where the first call is to decide, it is that
+            call which warns.
     """
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
-    findings = survey(model, chosen, backend, filter_fn)
-    if strict:
-        _insist(model, findings)
-    errors: dict[str | None, verification.Error] = {}
-    times: dict[str | None, timing.Times] = {}
-    with _restored(model, only_on_error=not dry_run):
-        undo(model)
+    options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, decided=reporting.decided)
+    given = next((each for each in (example, verify, benchmark) if each is not None), None)
+    with _lock:
+        check_uncovered(model)
+        findings = survey(model, chosen, backend, filter_fn)
+        unknown = is_open(model, findings)
+        undecided = unknown and given is None
+        if undecided:
+            findings = with_open_question(findings)
+        elif unknown or example is not None:
+            findings = _recognised(model, given, findings, options, backend)
+        if strict:
+            _insist(model, findings)
+        errors: dict[str | None, verification.Error] = {}
+        times: dict[str | None, timing.Times] = {}
         if benchmark is not None:
             findings, times = benchmarking.choose(model, benchmark, findings, backend)
-            undo(model)
         if verify is not None:
             errors = verification.measure(model, verify, findings, backend)
             verification.insist(errors)
-        apply(findings, backend)
-    reporting.remember(model, findings, reporting.Measured(errors, times), planned_for=backend if dry_run else None)
-    if _is_in_vain(findings):
-        warnings.warn(_nothing_to_do(model, findings), UserWarning, stacklevel=2)
+        measured = reporting.Measured(errors, times)
+        memory = reporting.memory_of(model, findings, measured, planned_for=backend if dry_run else None)
+        waits = undecided and not dry_run and _is_in_vain(findings) and _says_nothing_yet(findings)
+        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) and not waits else None
+        states = [] if dry_run else targets(model, findings, backend)
+        if undecided and not dry_run and not any(finding.module is model and finding.fused for finding in findings):
+            states.append((model, undecided_class(model, options._replace(warns=waits), backend)))
+        _commit(model, states, memory, warning)
     return model
+
+
+def _recognised(
+    model: nn.Module, example: Any, findings: list[Finding], options: Options, backend: str
+) -> list[Finding]:
+    """The findings, and what the example shows of attention that no row stands for."""
+    args, kwargs = verification.as_call(example)
+    twin = plain_copy(model, hooks=False)
+    seen: list[Seen] = []
+    with verification.undisturbed(twin), Observing(seen.append, backend):
+        twin(*args, **kwargs)
+    names = {module: name for name, module in twin.named_modules()}
+    seen = [each._replace(module=model.get_submodule(names[each.module])) for each in seen if each.module in names]
+    known = {part for each in findings if each.fused is not None for part in each.module.modules()}
+    return with_verdicts(model, findings, judge(model, seen, options, backend, known))
 
 
 def unpatch(model: Model) -> Model:
@@ -110,10 +165,11 @@ def unpatch(model: Model) -> Model:
         RuntimeError: a class was put over a fused one since ``patch`` (FSDP does so).
     """
     check_model(model)
-    undo(model)
-    unfold(model)
-    unfreeze(model)
-    reporting.forget(model)
+    with _lock:
+        check_uncovered(model)
+        unfold(model)
+        unfreeze(model)
+        _commit(model, targets(model, [], "auto"), None)
     release_memory()
     return model
 
@@ -122,35 +178,65 @@ def unpatch(model: Model) -> Model:
 def patched(model: Model, **options: Any) -> Iterator[Model]:
     """Patch for the length of a ``with`` block, with the arguments of :func:`patch`.
 
-    Afterwards the model is what it was before, an earlier patch included.
+    Afterwards each module that this changed has the class it had before, that of an earlier patch included; where a
+    class of one's own was put on it within the block, that class stays.
+
+    Raises:
+        RuntimeError: within the block a class was put over a fused one (FSDP does so), which stays; all others are put
+            back.
     """
     check_model(model)
-    with _restored(model, only_on_error=False), reporting.kept(model):
-        yield patch(model, **options)
+    before = [(module, type(module)) for module in model.modules()]
+    remembered = reporting.recall(model)
+    after: list[type[nn.Module]] | None = None
+    try:
+        patch(model, **options)
+        after = [type(module) for module, _ in before]
+        yield model
+    finally:
+        with _lock:
+            changed = [state for i, state in enumerate(before) if after is None or after[i] is not state[1]]
+            _give_all([(module, cls) for module, cls in changed if _is_swappable(module, cls)])
+            reporting.remember(model, remembered)
+        check_uncovered(model)
+
+
+def _is_swappable(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module has another class, which fastvit gave it: nobody has put one of his own on it since."""
+    now = type(module)
+    return now is not cls and plain_of(now) is plain_of(cls) and (is_ours(now) or not issubclass(now, Fused))
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any module of the model is fused."""
-    return any(isinstance(module, Fused) for module in model.modules())
+    """Whether any module of the model is fused; one that its first call is to decide about is not."""
+    return any(has_fused_class(module) for module in model.modules())
 
 
-@contextlib.contextmanager
-def _restored(model: nn.Module, only_on_error: bool) -> Iterator[None]:
-    """Gives every module its class and backend back at the end, or only if the block raises."""
-    before = [(module, type(module), getattr(module, BACKEND_ATTRIBUTE, "auto")) for module in model.modules()]
+def _commit(model: nn.Module, states: States, memory: reporting.Memory | None, warning: str | None = None) -> None:
+    """Give these modules these classes and remember what the report is to say; on any exception, all is as before."""
+    before = [(module, type(module)) for module, _ in states]
+    remembered = reporting.recall(model)
     try:
-        yield
+        for module, cls in states:
+            give(module, cls)
+        reporting.remember(model, memory)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=3)
     except BaseException:
-        _restore(before)
+        _give_all(before)
+        reporting.remember(model, remembered)
         raise
-    if not only_on_error:
-        _restore(before)
 
 
-def _restore(states: Iterable[tuple[nn.Module, type[nn.Module], str]]) -> None:
-    for module, cls, backend in states:
-        if type(module) is not cls or getattr(module, BACKEND_ATTRIBUTE, "auto") != backend:
-            give(module, cls, backend)
+def _give_all(states: States) -> None:
+    """To the end, though the user interrupts it."""
+    try:
+        for module, cls in states:
+            give(module, cls)
+    except BaseException:
+        for module, cls in states:
+            give(module, cls)
+        raise
 
 
 def _insist(model: nn.Module, findings: list[Finding]) -> None:
@@ -167,6 +253,11 @@ def _is_in_vain(findings: list[Finding]) -> bool:
     if any(finding.fused for finding in slow) or any(finding.wanted for finding in slow):
         return not any(finding.fused for finding in findings)
     return bool(slow) or not any(finding.fused for finding in findings)
+
+
+def _says_nothing_yet(findings: list[Finding]) -> bool:
+    """Whether it is for the first call to say that nothing is fused: nothing is known, or attention is undecided."""
+    return not findings or any(AT_THE_FIRST_CALL in finding.reasons for finding in findings)
 
 
 def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:

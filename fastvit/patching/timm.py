@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import at_inference, is_known
-from fastvit.patching.fusion import Fused, Row, intact, is_ours, plain_class, readable
+from fastvit.patching.blocks import whole_backend
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -24,10 +24,11 @@ from fastvit.patching.parts import (
     check_linear,
     check_scale,
     dropout_p,
-    is_plain,
+    is_plain_of,
     project,
 )
 from fastvit.reference.functional import LayerNorm
+from fastvit.reference.overrides import is_plain
 
 
 def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -45,11 +46,12 @@ class AttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not intact(self) or is_causal:
-            return self.fastvit_plain.forward(self, x, *_given(attn_mask, is_causal))
+        backend = fused_backend(self)
+        if backend is None or is_causal:
+            return plain_class(self).forward(self, x, *_given(attn_mask, is_causal))
         batch, tokens, _ = x.shape
         qkv = (
-            project(self.qkv, x, self.fastvit_backend)
+            project(self.qkv, x, backend)
             .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
             .permute(2, 0, 3, 1, 4)
         )
@@ -63,13 +65,13 @@ class AttentionSeam(Fused):
             bias,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         out = out.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
         out = self.norm(out) if hasattr(self, "norm") else out
         gate = getattr(self, "gate", None)
         out = out if gate is None else out * gate(x).sigmoid()
-        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out, backend))
 
 
 def _given(attn_mask: Tensor | None, is_causal: bool) -> tuple:
@@ -84,11 +86,12 @@ class TalkingHeadSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "proj_l": nn.Linear, "proj_w": nn.Linear}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         batch, tokens, dim = x.shape
         qkv = (
-            project(self.qkv, x, self.fastvit_backend)
+            project(self.qkv, x, backend)
             .reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
             .permute(2, 0, 3, 1, 4)
         )
@@ -103,10 +106,10 @@ class TalkingHeadSeam(Fused):
             self.proj_w.bias,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         out = out.transpose(1, 2).reshape(batch, tokens, dim)
-        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out, backend))
 
 
 class ClassAttentionSeam(Fused):
@@ -116,18 +119,17 @@ class ClassAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         batch, tokens, dim = x.shape
         heads = self.num_heads
         q = self.q(x[:, 0]).reshape(batch, heads, 1, dim // heads)
         k, v = (
-            project(layer, x, self.fastvit_backend).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
+            project(layer, x, backend).reshape(batch, tokens, heads, dim // heads).transpose(1, 2)
             for layer in (self.k, self.v)
         )
-        out = ops.class_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
-        )
+        out = ops.class_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))
 
 
@@ -138,11 +140,12 @@ class BeitAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout, "qkv": nn.Linear}
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, shared_rel_pos_bias)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, shared_rel_pos_bias)
         batch, tokens, _ = x.shape
         qkv_bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv = ops.linear(x, self.qkv.weight, qkv_bias, backend=backend_of_linears(self.fastvit_backend))
+        qkv = ops.linear(x, self.qkv.weight, qkv_bias, backend=backend_of_linears(backend))
         q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
@@ -154,9 +157,9 @@ class BeitAttentionSeam(Fused):
             bias=bias,
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), backend))
 
 
 class RelPosAttentionSeam(Fused):
@@ -166,9 +169,10 @@ class RelPosAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        if not intact(self) or not (self.rel_pos is None or is_plain(self.rel_pos, type(self.rel_pos))):
-            return self.fastvit_plain.forward(self, x, shared_rel_pos)
-        qkv = project(self.qkv, x, self.fastvit_backend).unflatten(2, (3, self.num_heads, self.head_dim))
+        backend = fused_backend(self)
+        if backend is None or not (self.rel_pos is None or is_plain_of(self.rel_pos, "timm")):
+            return plain_class(self).forward(self, x, shared_rel_pos)
+        qkv = project(self.qkv, x, backend).unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = ops.masked_attention(
             self.q_norm(q),
@@ -177,9 +181,9 @@ class RelPosAttentionSeam(Fused):
             bias=shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias(),
             scale=self.scale,
             dropout_p=dropout_p(self.attn_drop),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), backend))
 
 
 class GlobalAttentionSeam(Fused):
@@ -189,21 +193,20 @@ class GlobalAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, size)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, size)
         batch, tokens, dim = x.shape
         heads = (self.num_heads, dim // self.num_heads)
-        q = project(self.q, x, self.fastvit_backend).unflatten(2, heads).transpose(1, 2)
+        q = project(self.q, x, backend).unflatten(2, heads).transpose(1, 2)
         if self.sr is not None:
             coarse = self.sr(x.transpose(1, 2).reshape(batch, dim, *size))
             x = self.norm(coarse.flatten(2).transpose(1, 2))
-        kv = project(self.kv, x, self.fastvit_backend).unflatten(2, (2, *heads))
+        kv = project(self.kv, x, backend).unflatten(2, (2, *heads))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
-        )
+        out = ops.masked_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend)
         out = out.transpose(1, 2).reshape(batch, tokens, dim)
-        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out, backend))
 
 
 class LocalAttentionSeam(Fused):
@@ -213,21 +216,20 @@ class LocalAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, size)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, size)
         (batch, tokens, dim), (height, width), window = x.shape, size, self.ws
         image = F.pad(x.view(batch, height, width, dim), (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = image.shape[1] // window, image.shape[2] // window
         image = image.reshape(batch, rows, window, columns, window, dim).transpose(2, 3)
-        qkv = project(self.qkv, image.reshape(-1, window * window, dim), self.fastvit_backend)
+        qkv = project(self.qkv, image.reshape(-1, window * window, dim), backend)
         qkv = qkv.unflatten(2, (3, self.num_heads, dim // self.num_heads)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=self.fastvit_backend
-        )
+        out = ops.masked_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.attn_drop), backend=backend)
         out = out.transpose(1, 2).reshape(batch, rows, columns, window, window, dim).transpose(2, 3)
         out = out.reshape(batch, rows * window, columns * window, dim)[:, :height, :width].reshape(batch, tokens, dim)
-        return self.proj_drop(project(self.proj, out, self.fastvit_backend))
+        return self.proj_drop(project(self.proj, out, backend))
 
 
 class MlpSeam(Fused):
@@ -243,12 +245,12 @@ class MlpSeam(Fused):
     }
 
     def forward(self, x: Tensor) -> Tensor:
-        activation = activation_name(self.act)
-        dropping = dropout_p(self.drop1) > 0.0 or dropout_p(self.drop2) > 0.0
-        if activation is None or dropping or not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        activation = None if backend is None else activation_name(self.act)
+        if backend is None or activation is None or dropout_p(self.drop1) > 0.0 or dropout_p(self.drop2) > 0.0:
+            return plain_class(self).forward(self, x)
         layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return ops.mlp(x, *layers, activation, backend=self.fastvit_backend)
+        return ops.mlp(x, *layers, activation, backend=backend)
 
 
 class BlockSeam(Fused):
@@ -259,11 +261,11 @@ class BlockSeam(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if masked or not (at_inference(self, x) and _adds(self, 1) and _adds(self, 2)):
-            return self.fastvit_plain.forward(self, x, *args, **kwargs)
+        backend = None if masked else whole_backend(self, x)
+        if backend is None or not (_adds_attention(self, backend) and _adds_mlp(self, backend)):
+            return plain_class(self).forward(self, x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp
         batch, tokens, _ = x.shape
-        backend = self.fastvit_backend
         norm_1, norm_2 = LayerNorm.of(self.norm1), LayerNorm.of(self.norm2)
         qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm_1, backend=backend)
         heads = qkv.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
@@ -276,7 +278,6 @@ class BlockSeam(Fused):
         return ops.mlp(x, *layers, norm=norm_2, scale=scale, residual=x, backend=backend)
 
 
-_ATTENTION_READS = {"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout}
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 _SCALES = ("torch.nn.modules.linear.Identity", "timm.layers.layer_scale.LayerScale")
 _DROP_PATHS = ("torch.nn.modules.linear.Identity", "timm.layers.drop.DropPath")
@@ -289,8 +290,11 @@ def _path(cls: type) -> str:
 
 def _attends_as_usual(attention: Any) -> bool:
     """Without norms of its own and without a gate."""
-    norms = (attention._modules.get(name) for name in ("q_norm", "k_norm", "norm"))
-    return all(type(norm) in (nn.Identity, type(None)) for norm in norms) and getattr(attention, "gate", None) is None
+    return are_plain(attention, _OF_NO_USE) and getattr(attention, "gate", None) is None
+
+
+_NOTHING = (nn.Identity, type(None))
+_OF_NO_USE = parts_of({"q_norm": _NOTHING, "k_norm": _NOTHING, "norm": _NOTHING})
 
 
 def _is_usual_block(module: Any) -> bool:
@@ -307,46 +311,62 @@ def _is_usual_block(module: Any) -> bool:
     )
 
 
-def _adds(block: Any, half: int) -> bool:
-    """Whether a half of a block is of known parts that do nothing more than their tensors tell."""
+def _are_around(block: Any, half: int) -> bool:
+    """Whether norm, LayerScale and stochastic depth of a half of a block are known, and do what their tensors tell."""
     parts = block._modules
-    norm, scale, drop_path = (parts.get(f"{name}{half}") for name in ("norm", "ls", "drop_path"))
-    branch = parts.get("attn" if half == 1 else "mlp")
-    around = ((norm, _NORMS), (scale, _SCALES), (drop_path, _DROP_PATHS))
-    if not all(
-        _path(type(part)) in paths and readable(part, type(part)) and not part.training for part, paths in around
-    ):
-        return False
-    if not is_ours(type(branch)):
-        return False
-    if half == 2:
-        drops = (branch._modules.get("drop1"), branch._modules.get("drop2"))
-        return (
-            isinstance(branch, MlpSeam)
-            and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, branch.fastvit_reads)
-            and _path(branch.fastvit_plain) == "timm.layers.mlp.Mlp"
-            and all(dropout_p(drop) == 0.0 for drop in drops)
-            and activation_name(branch.act) is not None
-        )
+    for name, paths in (("norm", _NORMS), ("ls", _SCALES), ("drop_path", _DROP_PATHS)):
+        part = parts.get(f"{name}{half}")
+        cls = type(part)
+        if _path(cls) not in paths or not is_plain(part, cls) or part.training:
+            return False
+    return True
+
+
+def _adds_attention(block: Any, backend: str) -> bool:
+    """Whether the attention, and all around it, is known and does nothing more than its tensors tell."""
+    attention = block._modules.get("attn")
     return (
-        isinstance(branch, AttentionSeam)
-        and is_known(branch, (branch.fastvit_plain,), block.fastvit_backend, _ATTENTION_READS)
-        and _path(branch.fastvit_plain) in _ATTENTIONS
-        and _attends_as_usual(branch)
-        and dropout_p(branch.proj_drop) == dropout_p(branch.attn_drop) == 0.0
+        is_fused(attention, backend)
+        and isinstance(attention, AttentionSeam)
+        and not attention.training
+        and _path(plain_class(attention)) in _ATTENTIONS
+        and are_plain(attention, _ATTENTION)
+        and _attends_as_usual(attention)
+        and dropout_p(attention.proj_drop) == dropout_p(attention.attn_drop) == 0.0
+        and _are_around(block, 1)
     )
+
+
+def _adds_mlp(block: Any, backend: str) -> bool:
+    """The same of the MLP."""
+    mlp = block._modules.get("mlp")
+    return (
+        is_fused(mlp, backend)
+        and isinstance(mlp, MlpSeam)
+        and not mlp.training
+        and _path(plain_class(mlp)) == "timm.layers.mlp.Mlp"
+        and are_plain(mlp, _MLP)
+        and dropout_p(mlp.drop1) == dropout_p(mlp.drop2) == 0.0
+        and activation_name(mlp._modules.get("act")) is not None
+        and _are_around(block, 2)
+    )
+
+
+_ATTENTION = parts_of({"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout})
+_MLP = parts_of(MlpSeam.fastvit_reads)
 
 
 class PosConvSeam(Fused):
     """timm's Twins ``PosConv`` (PEG) on tokens as they lie."""
 
     fastvit_op = "token_depthwise_conv"
-    fastvit_reads: ClassVar = {"proj": nn.Sequential}
+    fastvit_reads: ClassVar = {"proj": nn.Sequential, "proj.0": nn.Conv2d}
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, size)
         conv = self.proj[0]
-        if not intact(self) or not is_plain(conv, nn.Conv2d):
-            return self.fastvit_plain.forward(self, x, size)
         return ops.token_depthwise_conv(
             x,
             conv.weight,
@@ -355,7 +375,7 @@ class PosConvSeam(Fused):
             stride=self.stride,
             padding=conv.padding[0],
             residual=self.stride == 1,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 

@@ -7,13 +7,13 @@ k and v are views. torchvision itself is never imported.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row
+from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
 from fastvit.patching.parts import (
     activation_name,
     backend_of_linears,
@@ -21,9 +21,8 @@ from fastvit.patching.parts import (
     check_attributes,
     check_parameters,
     dropout_p,
-    is_plain,
 )
-from fastvit.reference.layers import obstacles
+from fastvit.reference.overrides import is_plain
 
 
 def _attends_plainly(attention: nn.Module) -> bool:
@@ -45,18 +44,16 @@ class EncoderBlockSeam(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
-        attention = self.self_attention
-        if not _attends_plainly(attention) or input.dim() != 3:
-            return self.fastvit_plain.forward(self, input)
+        attention, backend = self.self_attention, fused_backend(self)
+        if backend is None or not _attends_plainly(attention) or input.dim() != 3:
+            return plain_class(self).forward(self, input)
         batch, tokens, _ = input.shape
-        linears = backend_of_linears(self.fastvit_backend)
+        linears = backend_of_linears(backend)
         packed = ops.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias, backend=linears)
         q, k, v = (
             packed.view(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
-        out = ops.masked_attention(
-            q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=self.fastvit_backend
-        )
+        out = ops.masked_attention(q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=backend)
         out = ops.linear(
             out.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias, backend=linears
         )
@@ -68,21 +65,21 @@ class MlpSeam(Fused):
     """torchvision's ``MLPBlock`` (linear, activation, dropout, linear, dropout), activation inside the product."""
 
     fastvit_op = "mlp"
+    fastvit_reads: ClassVar = {"0": nn.Linear, "2": nn.Dropout, "3": nn.Linear, "4": nn.Dropout}
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
-        if _mlp_obstacles(self) or any(dropout_p(self.get_submodule(name)) > 0.0 for name in ("2", "4")):
-            return self.fastvit_plain.forward(self, input)
-        fc1, activation, _, fc2, _ = self.children()
-        layers = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return ops.mlp(input, *layers, activation_name(activation), backend=self.fastvit_backend)
+        backend, layers = fused_backend(self), tuple(self._modules.values())
+        activation = None if backend is None or len(layers) != 5 else activation_name(layers[1])
+        if backend is None or activation is None or dropout_p(layers[2]) > 0.0 or dropout_p(layers[4]) > 0.0:
+            return plain_class(self).forward(self, input)
+        fc1, _, _, fc2, _ = layers
+        return ops.mlp(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, backend=backend)
 
 
-def _mlp_obstacles(module: Any) -> list[str]:
-    expected = {0: nn.Linear, 2: nn.Dropout, 3: nn.Linear, 4: nn.Dropout}
+def _check_mlp(module: Any) -> list[str]:
     if len(module) != 5:
         return [f"has {len(module)} layers, expected are linear, activation, dropout, linear, dropout"]
-    found = [f"{i} {obstacle}" for i, cls in expected.items() for obstacle in obstacles(module[i], cls)]
-    return found or check_activation("1", module[1])
+    return check_activation("1", module[1])
 
 
 def _check_block(module: nn.Module) -> list[str]:
@@ -98,5 +95,5 @@ _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_atte
 
 ROWS = (
     Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockSeam, _check_block, _BLOCK_NAMES),
-    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _mlp_obstacles),
+    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _check_mlp),
 )

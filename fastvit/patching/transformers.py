@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, names_used
+from fastvit.patching.fusion import Fused, Row, fused_backend, names_used, plain_class
 from fastvit.patching.mlps import Layers
 from fastvit.patching.parts import (
     as_mask_and_bias,
@@ -23,7 +23,7 @@ from fastvit.patching.parts import (
     check_linear,
     check_parameters,
     forward_is_wrapped,
-    is_plain,
+    is_plain_of,
     project,
 )
 
@@ -65,13 +65,14 @@ class AttentionSeam(Fused):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if _asks_for_more(kwargs) or _runs_plain(self) or not _is_usual_mask(self, attention_mask):
-            return self.fastvit_plain.forward(self, hidden_states, attention_mask, **kwargs)
+        backend = fused_backend(self)
+        if backend is None or _asks_for_more(kwargs) or _runs_plain(self) or not _is_usual_mask(self, attention_mask):
+            return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs)
         sizes = hidden_states.shape[:-1]
         heads = (*sizes, -1, self.head_dim)
         mask, bias = as_mask_and_bias(attention_mask)
         q, k, v = (
-            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            project(layer, hidden_states, backend).view(heads).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = ops.masked_attention(
@@ -82,9 +83,9 @@ class AttentionSeam(Fused):
             bias,
             scale=self.scaling,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return project(self.o_proj, out.transpose(1, 2).reshape(*sizes, -1), self.fastvit_backend), None
+        return project(self.o_proj, out.transpose(1, 2).reshape(*sizes, -1), backend), None
 
 
 def _asks_for_more(arguments: dict[str, Any]) -> bool:
@@ -106,12 +107,13 @@ class SelfAttentionSeam(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if head_mask is not None or _runs_plain(self):
-            return self.fastvit_plain.forward(self, hidden_states, head_mask)
+        backend = fused_backend(self)
+        if backend is None or head_mask is not None or _runs_plain(self):
+            return plain_class(self).forward(self, hidden_states, head_mask)
         batch, tokens, _ = hidden_states.shape
         heads = (batch, tokens, self.num_attention_heads, self.attention_head_size)
         q, k, v = (
-            project(layer, hidden_states, self.fastvit_backend).view(heads).transpose(1, 2)
+            project(layer, hidden_states, backend).view(heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         out = ops.masked_attention(
@@ -120,7 +122,7 @@ class SelfAttentionSeam(Fused):
             v,
             scale=self.scaling,
             dropout_p=self.dropout_prob if self.training else 0.0,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         return out.transpose(1, 2).reshape(batch, tokens, self.all_head_size), None
 
@@ -132,7 +134,10 @@ class SelfOutputSeam(Fused):
     fastvit_reads: ClassVar = {"dense": nn.Linear}
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.dropout(project(self.dense, hidden_states, self.fastvit_backend))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, hidden_states, input_tensor)
+        return self.dropout(project(self.dense, hidden_states, backend))
 
 
 class MlpSeam(Fused):
@@ -141,10 +146,10 @@ class MlpSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        layers = Layers(self.fc1, self.activation_fn, self.fc2)
-        if not layers.fusible():
-            return self.fastvit_plain.forward(self, hidden_states)
-        return layers.run(hidden_states, self.fastvit_backend)
+        layers, backend = Layers(self.fc1, self.activation_fn, self.fc2), fused_backend(self)
+        if backend is None or not layers.fusible():
+            return plain_class(self).forward(self, hidden_states)
+        return layers.run(hidden_states, backend)
 
 
 class LayerSeam(Fused):
@@ -153,17 +158,18 @@ class LayerSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None) -> Tensor:
-        layers = layers_of(self)
-        if layers is None or not layers.fusible():
-            return self.fastvit_plain.forward(self, hidden_states, head_mask)
+        backend = fused_backend(self)
+        layers = None if backend is None else layers_of(self)
+        if backend is None or layers is None or not layers.fusible():
+            return plain_class(self).forward(self, hidden_states, head_mask)
         hidden_states = self.attention(self.layernorm_before(hidden_states), head_mask) + hidden_states
-        return layers.run(self.layernorm_after(hidden_states), self.fastvit_backend) + hidden_states
+        return layers.run(self.layernorm_after(hidden_states), backend) + hidden_states
 
 
 def layers_of(module: Any) -> Layers | None:
     """A layer's MLP; None where somebody listens to the modules it is made of."""
     first, second = module.intermediate, module.output
-    if not (is_plain(first, type(first)) and is_plain(second, type(second))):
+    if not (is_plain_of(first, "transformers") and is_plain_of(second, "transformers")):
         return None
     activation = getattr(first, "intermediate_act_fn", None) or first.activation
     return Layers(first.dense, activation, second.dense, (second.dropout,))

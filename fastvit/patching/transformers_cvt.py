@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact
+from fastvit.patching.fusion import Fused, Row, fused_backend, is_fused, plain_class
 from fastvit.patching.parts import (
     check_attributes,
     check_depthwise,
     check_linear,
     check_parameters,
     dropout_p,
-    is_plain,
+    is_plain_of,
     project,
 )
 from fastvit.patching.transformers import (
@@ -31,6 +31,7 @@ from fastvit.patching.transformers import (
     unknown_names,
 )
 from fastvit.reference.functional import BatchNorm, Projection
+from fastvit.reference.overrides import is_plain
 
 
 class CvtSelfOutputSeam(Fused):
@@ -40,7 +41,10 @@ class CvtSelfOutputSeam(Fused):
     fastvit_reads: ClassVar = {"dense": nn.Linear}
 
     def forward(self, hidden_state: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.dropout(project(self.dense, hidden_state, self.fastvit_backend))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, hidden_state, input_tensor)
+        return self.dropout(project(self.dense, hidden_state, backend))
 
 
 class CvtLayerSeam(Fused):
@@ -49,12 +53,13 @@ class CvtLayerSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        layers = layers_of(self)
-        if layers is None or not layers.fusible():
-            return self.fastvit_plain.forward(self, hidden_state, height, width)
+        backend = fused_backend(self)
+        layers = None if backend is None else layers_of(self)
+        if backend is None or layers is None or not layers.fusible():
+            return plain_class(self).forward(self, hidden_state, height, width)
         attended = self.attention(self.layernorm_before(hidden_state), height, width)
         hidden_state = self.drop_path(attended) + hidden_state
-        out = layers.run(self.layernorm_after(hidden_state), self.fastvit_backend) + hidden_state
+        out = layers.run(self.layernorm_after(hidden_state), backend) + hidden_state
         return self.drop_path(out)
 
 
@@ -64,8 +69,9 @@ class CvtProjectionSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        if not _projects_plainly(self):
-            return self.fastvit_plain.forward(self, hidden_state)
+        backend = fused_backend(self)
+        if backend is None or not _projects_plainly(self):
+            return plain_class(self).forward(self, hidden_state)
         conv = self.convolution_projection.convolution
         return ops.token_depthwise_conv(
             hidden_state.flatten(2).transpose(1, 2),  # back to the tokens as they lie: no copy
@@ -75,7 +81,7 @@ class CvtProjectionSeam(Fused):
             stride=conv.stride[0],
             padding=conv.padding[0],
             norm=BatchNorm.of(self.convolution_projection.normalization),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
 
 
@@ -86,27 +92,29 @@ class CvtAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"dropout": nn.Dropout}
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, hidden_state, height, width)
-        projected = _cvt_projections(self, hidden_state, height, width)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, hidden_state, height, width)
+        projected = _cvt_projections(self, hidden_state, height, width, backend)
         query, key, value = map(self.rearrange_for_multi_head_attention, projected)
         out = ops.masked_attention(
-            query, key, value, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
+            query, key, value, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=backend
         )
         return out.transpose(1, 2).flatten(2)
 
 
-def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int, backend: str) -> tuple[Tensor, ...]:
     """Queries, keys and values (B, N, C), from one reading of the tokens where no part in between is to be called."""
     parts = {
         name: (getattr(module, f"convolution_projection_{name}"), getattr(module, f"projection_{name}"))
         for name in ("key", "query", "value")
     }
-    if not any(_must_be_called(module, *part) for part in parts.values()):
+    if all(_is_projection(*part, backend) for part in parts.values()):
         key, query, value = (_as_projection(*part) for part in parts.values())
         prefix_tokens = int(module.with_cls_token)
-        settings = {"grid": (height, width), "prefix_tokens": prefix_tokens, "backend": module.fastvit_backend}
-        return ops.conv_projection(hidden_state, query, key, value, **settings)
+        return ops.conv_projection(
+            hidden_state, query, key, value, grid=(height, width), prefix_tokens=prefix_tokens, backend=backend
+        )
     prefix, tokens = None, hidden_state
     if module.with_cls_token:
         prefix, tokens = hidden_state.split([1, height * width], 1)
@@ -115,12 +123,10 @@ def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int)
     return query, key, value
 
 
-def _must_be_called(attention: Fused, convolution: nn.Module, linear: nn.Module) -> bool:
-    """Whether a projection's parts do more than their tensors tell, or are not to be fused as the attention is."""
-    known = isinstance(convolution, CvtProjectionSeam) and convolution.fastvit_backend == attention.fastvit_backend
-    if not known or not _projects_plainly(convolution):
-        return True
-    return not is_plain(convolution, type(convolution)) or not is_plain(linear, nn.Linear)
+def _is_projection(convolution: Any, linear: nn.Module, backend: str) -> bool:
+    """Whether a projection's parts do no more than their tensors tell, and are fused as the attention is."""
+    fused = isinstance(convolution, CvtProjectionSeam) and is_fused(convolution, backend)
+    return fused and _projects_plainly(convolution) and is_plain(linear, nn.Linear)
 
 
 def _as_projection(convolution: Any, linear: Any) -> Projection:
@@ -136,8 +142,12 @@ def _behind(prefix: Tensor | None, tokens: Tensor) -> Tensor:
 def _projects_plainly(module: nn.Module) -> bool:
     """Whether what the fused projection reads, or leaves out, is still of the plain classes without hooks."""
     inner, last = module.convolution_projection, module.linear_projection
-    unhooked = not any(part._forward_hooks or part._forward_pre_hooks for part in (inner, last))
-    return unhooked and is_plain(inner.convolution, nn.Conv2d) and is_plain(inner.normalization, nn.BatchNorm2d)
+    return (
+        is_plain_of(inner, "transformers")
+        and is_plain_of(last, "transformers")
+        and is_plain(inner.convolution, nn.Conv2d)
+        and is_plain(inner.normalization, nn.BatchNorm2d)
+    )
 
 
 _INNER_FORWARDS = {

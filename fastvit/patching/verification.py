@@ -8,7 +8,6 @@ example and some that differ a little from it, as if they were one batch. What i
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastvit.accuracy import FACTOR, NONE, ULPS, Deviation, deviation
+from fastvit.patching.copies import float64_copy, plain_copy
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import Finding, apply
 from fastvit.reference.base import VisionModel
-from fastvit.reference.layers import WATCHES
+from fastvit.reference.overrides import WATCHES
 
 MORE_DRAWS = 3
 JITTER = 2.0**-6
@@ -44,19 +44,20 @@ _Call = tuple[str | None, int]
 def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend: str) -> dict[str | None, Error]:
     """Errors of each finding with a fused class, by module name, and of the whole model, under ``END_TO_END``.
 
-    Call it with the model plain; it is left fused. Runs in eval mode without gradients, so
-    running statistics stay; the state of the random generators is restored.
+    Copies that share its tensors are run in its place, in eval mode without gradients, so that modes, classes and
+    running statistics stay; the state of the random generators is restored. The model's hooks are called by three of
+    them (plain, fused, float64), once a forward, and not where single modules are compared.
     """
     args, kwargs = as_call(example)
-    fused = [finding for finding in findings if finding.fused is not None]
-    with undisturbed(model):
-        found = _draw(model, args, kwargs, fused, fused, backend)
+    whole, bare = plain_copy(model), plain_copy(model, hooks=False)
+    fused = _within_copy(findings, bare)
+    with undisturbed(whole), undisturbed(bare):
+        found = _draw(whole, bare, args, kwargs, fused, fused, backend)
         suspects = {name for (name, _), deviations in found.items() if not _within(deviations)}
         looked_at = [finding for finding in fused if finding.name in suspects]
         for _ in range(MORE_DRAWS if suspects else 0):
             more_args, more_kwargs = pytree.tree_map_only(Tensor, _jittered, (args, kwargs))
-            _undo(fused)
-            again = _draw(model, more_args, more_kwargs, fused, looked_at, backend)
+            again = _draw(whole, bare, more_args, more_kwargs, fused, looked_at, backend)
             for call, deviations in again.items():
                 if call[0] in suspects and len(deviations) == len(found.get(call, [])):
                     found[call] = [one.pooled(other) for one, other in zip(found[call], deviations, strict=True)]
@@ -68,23 +69,31 @@ def measure(model: nn.Module, example: Any, findings: Sequence[Finding], backend
     return errors
 
 
+def _within_copy(findings: Sequence[Finding], twin: nn.Module) -> list[Finding]:
+    """The findings that can be fused, of a copy's modules."""
+    return [each._replace(module=twin.get_submodule(each.name)) for each in findings if each.fused is not None]
+
+
 def _draw(
-    model: nn.Module,
+    whole: nn.Module,
+    bare: nn.Module,
     args: tuple,
     kwargs: dict[str, Any],
     fused: Sequence[Finding],
     looked_at: Sequence[Finding],
     backend: str,
 ) -> dict[_Call, list[Deviation]]:
-    """Deviations of the modules looked at, and of the model with all that is fused; it is left fused."""
-    exact = _in_float64(model, args, kwargs)
+    """Deviations of the modules looked at, in a copy without hooks, and of the whole model; both are left plain."""
     found: dict[_Call, list[Deviation]] = {}
     busy: list[str] = []
-    hooks = {each.module: _measuring(each, fused, backend, found, busy) for each in looked_at}
-    with watching(hooks):
-        plain = model(*args, **kwargs)
-    apply(fused, backend)
-    found[END_TO_END, 0] = _deviations(model(*args, **kwargs), plain, exact)
+    with watching({each.module: _measuring(each, fused, backend, found, busy) for each in looked_at}):
+        bare(*args, **kwargs)
+    exact = _in_float64(whole, args, kwargs)
+    plain = whole(*args, **kwargs)
+    within = _within_copy(fused, whole)
+    apply(within, backend)
+    found[END_TO_END, 0] = _deviations(whole(*args, **kwargs), plain, exact)
+    _undo(within)
     return found
 
 
@@ -196,7 +205,7 @@ def _measuring(
             return
         busy.append(finding.name)
         try:
-            exact = _in_float64(module, args, kwargs)
+            exact = _in_float64(module, args, kwargs, hooks=False)
             apply(inside, backend)
             got = module.forward(*args, **kwargs)
         finally:
@@ -207,15 +216,21 @@ def _measuring(
     return hook
 
 
-def _in_float64(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The plain forward of a float64 copy, autocast off and without the module's own hooks."""
-    double = copy.deepcopy(module).double()
+def _in_float64(module: nn.Module, args: tuple, kwargs: dict[str, Any], hooks: bool = True) -> Any:
+    """What a plain module gives in float64, autocast off."""
+    double = float64_copy(module, hooks)
     args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs))
     devices = {leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
     with contextlib.ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        return double.forward(*args, **kwargs)
+        try:
+            return double(*args, **kwargs)
+        except RuntimeError as error:
+            name = type(module).__name__
+            raise RuntimeError(
+                f"verify: {name} has to run in float64 for the comparison, which failed: {error}"
+            ) from error
 
 
 def _to_float64(tensor: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ vit-pytorch itself is never imported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.fusion import Fused, Row, intact, names_used
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
 from fastvit.patching.mlps import in_sequence, project_in_sequence
 from fastvit.patching.parts import (
     check_attributes,
@@ -21,34 +22,34 @@ from fastvit.patching.parts import (
     check_linear,
     check_parameters,
     dropout_p,
-    is_plain,
+    is_plain_of,
+    is_rearrangement,
     project,
 )
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
+from fastvit.reference.overrides import is_plain, obstacles
 
 
 def _in_heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _projected(module: nn.Module, out: Tensor) -> Tensor:
+def _projected(module: nn.Module, out: Tensor, backend: str) -> Tensor:
     """Through ``to_out``: nothing, a linear, or a linear and a dropout."""
-    return project_in_sequence(module.to_out, out, module.fastvit_backend)
+    return project_in_sequence(module.to_out, out.transpose(1, 2).flatten(2), backend)
 
 
-def _packed(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values (B, N, C) behind the norm."""
-    return project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
+def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> Iterator[Tensor]:
+    """Queries, keys and values (B, H, N, D) behind the norm."""
+    packed = project(module.to_qkv, module.norm(x), backend)
+    return (_in_heads(part, module.heads) for part in packed.chunk(3, dim=-1))
 
 
-def _packed_attention(module: nn.Module, x: Tensor, drop: float) -> Tensor:
-    """The forward of ViT's and SimpleViT's attention up to the output projection."""
-    q, k, v = (
-        _in_heads(part, module.heads)
-        for part in project(module.to_qkv, module.norm(x), module.fastvit_backend).chunk(3, dim=-1)
-    )
-    out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=module.fastvit_backend)
-    return out.transpose(1, 2).flatten(2)
+def _packed_attention(module: nn.Module, x: Tensor, drop: float, backend: str) -> Tensor:
+    """The forward of ViT's and SimpleViT's attention."""
+    q, k, v = _packed_heads(module, x, backend)
+    out = ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend)
+    return _projected(module, out, backend)
 
 
 class AttentionSeam(Fused):
@@ -58,9 +59,10 @@ class AttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
-        return _projected(self, _packed_attention(self, x, dropout_p(self.dropout)))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
+        return _packed_attention(self, x, dropout_p(self.dropout), backend)
 
 
 class SimpleAttentionSeam(Fused):
@@ -70,9 +72,10 @@ class SimpleAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
-        return _projected(self, _packed_attention(self, x, 0.0))
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
+        return _packed_attention(self, x, 0.0, backend)
 
 
 class TalkingHeadSeam(Fused):
@@ -82,22 +85,23 @@ class TalkingHeadSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x, context)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x, context)
         x = self.norm(x)
         context = x if context is None else torch.cat((x, context), dim=1)
-        k, v = project(self.to_kv, context, self.fastvit_backend).chunk(2, dim=-1)
+        k, v = project(self.to_kv, context, backend).chunk(2, dim=-1)
         out = ops.head_mixed_attention(
-            _in_heads(project(self.to_q, x, self.fastvit_backend), self.heads),
+            _in_heads(project(self.to_q, x, backend), self.heads),
             _in_heads(k, self.heads),
             _in_heads(v, self.heads),
             pre_weight=self.mix_heads_pre_attn.t(),  # column g makes head g
             post_weight=self.mix_heads_post_attn.t(),
             scale=self.scale,
             dropout_p=dropout_p(self.dropout),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return _projected(self, out.transpose(1, 2).flatten(2))
+        return _projected(self, out, backend)
 
 
 class FeedForwardSeam(Fused):
@@ -106,10 +110,11 @@ class FeedForwardSeam(Fused):
     fastvit_op = "mlp"
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = in_sequence(self.net, 1)
-        if layers is None or not layers.fusible():
-            return self.fastvit_plain.forward(self, x)
-        return layers.run(self.net[0](x), self.fastvit_backend)
+        backend = fused_backend(self)
+        layers = None if backend is None else in_sequence(self.net, 1)
+        if backend is None or layers is None or not layers.fusible():
+            return plain_class(self).forward(self, x)
+        return layers.run(self.net[0](x), backend)
 
 
 def check_feed_forward(module: nn.Module) -> list[str]:
@@ -126,12 +131,13 @@ class ConvProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens; the 1x1 convolution behind them gets a view as its map."""
 
     fastvit_op = "token_depthwise_conv"
-    fastvit_reads: ClassVar = {"net": nn.Sequential}
+    fastvit_reads: ClassVar = {"net": nn.Sequential, "net.0": nn.Conv2d, "net.1": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         conv, norm = self.net[0], self.net[1]
-        if not (intact(self) and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
-            return self.fastvit_plain.forward(self, x)
         grid = tuple(x.shape[2:])
         tokens = ops.token_depthwise_conv(
             x.flatten(2).transpose(1, 2),
@@ -141,7 +147,7 @@ class ConvProjectionSeam(Fused):
             stride=conv.stride[0],
             padding=conv.padding[0],
             norm=BatchNorm.of(norm),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         height = (grid[0] + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
         return self.net[2](tokens.transpose(1, 2).unflatten(2, (height, -1)))
@@ -153,8 +159,9 @@ class PEGSeam(Fused):
     fastvit_op = "token_depthwise_conv"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _adds_plainly(self.proj):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None or not _adds_plainly(self.proj):
+            return plain_class(self).forward(self, x)
         conv = self.proj.fn
         tokens = ops.token_depthwise_conv(
             x.flatten(2).transpose(1, 2),
@@ -163,14 +170,14 @@ class PEGSeam(Fused):
             grid=tuple(x.shape[2:]),
             padding=conv.padding[0],
             residual=True,
-            backend=self.fastvit_backend,
+            backend=backend,
         )
         out = tokens.transpose(1, 2).unflatten(2, x.shape[2:])
         return out.contiguous() if x.is_contiguous() else out
 
 
 def _adds_plainly(residual: nn.Module) -> bool:
-    return is_plain(residual.fn, nn.Conv2d) and not residual._forward_hooks and not residual._forward_pre_hooks
+    return is_plain_of(residual, "vit_pytorch") and is_plain(residual._modules.get("fn"), nn.Conv2d)
 
 
 class ConvAttentionSeam(Fused):
@@ -180,38 +187,38 @@ class ConvAttentionSeam(Fused):
     fastvit_reads: ClassVar = {"attend": nn.Softmax, "dropout": nn.Dropout}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
+        backend = fused_backend(self)
+        if backend is None:
+            return plain_class(self).forward(self, x)
         height, width = x.shape[2:]
-        q, k, v = (_in_heads(tokens, self.heads) for tokens in _conv_projections(self, self.norm(x)))
-        out = ops.masked_attention(
-            q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=self.fastvit_backend
-        )
+        q, k, v = (_in_heads(tokens, self.heads) for tokens in _conv_projections(self, self.norm(x), backend))
+        out = ops.masked_attention(q, k, v, scale=self.scale, dropout_p=dropout_p(self.dropout), backend=backend)
         return self.to_out(out.transpose(2, 3).reshape(x.shape[0], -1, height, width))
 
 
-def _conv_projections(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+def _conv_projections(module: Any, x: Tensor, backend: str) -> tuple[Tensor, ...]:
     """Queries, keys and values (B, N, C) of a map, from one reading of it where no part in between is to be called.
 
     Keys and values share a convolution, whose norm would count a batch of training twice.
     """
     parts = (module.to_q, module.to_kv)
-    if any(_must_be_called(module, part) or part.net[1].training for part in parts):
+    if any(not _is_projection(part, backend) or part.net[1].training for part in parts):
         maps = (module.to_q(x), *module.to_kv(x).chunk(2, dim=1))
         return tuple(_with_adjacent_channels(part.flatten(2).transpose(1, 2)) for part in maps)
     (query,), (key, value) = _as_projections(module.to_q, 1), _as_projections(module.to_kv, 2)
-    settings = {"grid": tuple(x.shape[2:]), "backend": module.fastvit_backend}
-    return ops.conv_projection(x.flatten(2).transpose(1, 2), query, key, value, **settings)
+    tokens, grid = x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+    return ops.conv_projection(tokens, query, key, value, grid=grid, backend=backend)
 
 
-def _must_be_called(attention: Fused, part: nn.Module) -> bool:
-    """Whether a projection does more than its tensors tell, or is not to be fused as the attention is."""
-    known = isinstance(part, ConvProjectionSeam) and part.fastvit_backend == attention.fastvit_backend
-    if not known or not is_plain(part, type(part)) or not intact(part):
-        return True
-    conv, norm, pointwise = part.net
-    plain = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and is_plain(pointwise, nn.Conv2d)
-    return not plain or (pointwise.kernel_size, pointwise.padding, pointwise.groups) != ((1, 1), (0, 0), 1)
+_PROJECTION = parts_of({**ConvProjectionSeam.fastvit_reads, "net.2": nn.Conv2d})
+
+
+def _is_projection(part: Any, backend: str) -> bool:
+    """Whether a projection does no more than its tensors tell, and is fused as the attention is."""
+    if not (isinstance(part, ConvProjectionSeam) and is_fused(part, backend) and are_plain(part, _PROJECTION)):
+        return False
+    pointwise = part.net[2]
+    return (pointwise.kernel_size, pointwise.padding, pointwise.groups) == ((1, 1), (0, 0), 1)
 
 
 def _as_projections(part: Any, count: int) -> list[Projection]:
@@ -234,15 +241,13 @@ class ReAttentionSeam(Fused):
     """DeepViT's re-attention: a mix without bias, and a LayerNorm over heads between two rearrangements."""
 
     fastvit_op = "head_mixed_attention"
-    fastvit_reads: ClassVar = {"dropout": nn.Dropout, "reattn_norm": nn.Sequential}
+    fastvit_reads: ClassVar = {"dropout": nn.Dropout, "reattn_norm": nn.Sequential, "reattn_norm.1": nn.LayerNorm}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self) or _check_head_norm(self):
-            return self.fastvit_plain.forward(self, x)
-        q, k, v = (
-            _in_heads(part, self.heads)
-            for part in project(self.to_qkv, self.norm(x), self.fastvit_backend).chunk(3, dim=-1)
-        )
+        backend = fused_backend(self)
+        if backend is None or _check_head_norm(self):
+            return plain_class(self).forward(self, x)
+        q, k, v = _packed_heads(self, x, backend)
         out = ops.re_attention(
             q,
             k,
@@ -252,19 +257,19 @@ class ReAttentionSeam(Fused):
             LayerNorm.of(self.reattn_norm[1]),
             scale=self.scale,
             dropout_p=dropout_p(self.dropout),
-            backend=self.fastvit_backend,
+            backend=backend,
         )
-        return _projected(self, out.transpose(1, 2).flatten(2))
+        return _projected(self, out, backend)
 
 
 def _check_head_norm(module: nn.Module) -> list[str]:
     parts = list(module.reattn_norm)
-    if len(parts) != 3 or not is_plain(parts[1], nn.LayerNorm) or parts[1].normalized_shape != (module.heads,):
+    if len(parts) != 3 or obstacles(parts[1], nn.LayerNorm) or parts[1].normalized_shape != (module.heads,):
         return ["reattn_norm is not a plain nn.LayerNorm over heads between two rearrangements"]
     return [
         f"reattn_norm.{at} is not the rearrangement to and from heads last, without hooks"
         for at, pattern in ((0, "b h i j -> b i j h"), (2, "b i j h -> b h i j"))
-        if not is_plain(parts[at], type(parts[at])) or getattr(parts[at], "pattern", None) != pattern
+        if not is_rearrangement(parts[at]) or getattr(parts[at], "pattern", None) != pattern
     ]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_hooks_for_all
 
-from fastvit.reference.layers import TokenBlock, is_untouched, symbolically_traced
+from fastvit.reference.layers import TokenBlock
+from fastvit.reference.overrides import calls_everything, is_plain, is_untouched
 
 on_build: list[Callable[[nn.Module], object]] = []
 """Called with every family model once it is built, in order. ``import fastvit`` adds the swap to fused blocks."""
@@ -121,8 +121,8 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
             not (torch.is_grad_enabled() or self.training or self.needs_patches())
             and _steps(type(self)) == self.known_steps
             and not any(name in vars(self) for name in _STEPS)
-            and not (symbolically_traced() or has_hooks_for_all())
-            and type(self.norm) is nn.LayerNorm
+            and not calls_everything()
+            and is_plain(self.norm, nn.LayerNorm)
             and is_untouched(self.norm)
             and isinstance(self.last_block, TokenBlock)
             and is_untouched(self.last_block)

@@ -12,6 +12,8 @@ two blocks of class attention over itself and the finished patch tokens. What a 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +27,13 @@ from fastvit.reference.layers import (
     PatchEmbed,
     Projecting,
     TokenBlock,
-    affine_map,
     dropout_p,
     expand_mask,
     init_linear_and_norm,
     run_block,
     to_pair,
 )
+from fastvit.reference.overrides import must_call
 
 
 class TalkingHeadAttention(Attention):
@@ -44,16 +46,29 @@ class TalkingHeadAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
+        before, after, drop = self.proj_l, self.proj_w, self.attn_drop
+        if must_call(before, nn.Linear) or must_call(after, nn.Linear) or must_call(drop, nn.Dropout):
+            pre_mix, post_mix = partial(_over_heads, before), partial(_over_heads, after)
+            return functional.attention_by_parts(
+                q, k, v, mask, scale=self.scale, pre_mix=pre_mix, post_mix=post_mix, drop=drop, drop_last=True
+            )
         return functional.talking_heads_attention(
             q,
             k,
             v,
-            *affine_map(self.proj_l, self.num_heads, q),
-            *affine_map(self.proj_w, self.num_heads, q),
+            before.weight,
+            before.bias,
+            after.weight,
+            after.bias,
             mask=mask,
             scale=self.scale,
-            dropout_p=dropout_p(self.attn_drop),
+            dropout_p=dropout_p(drop),
         )
+
+
+def _over_heads(mix: nn.Module, maps: Tensor) -> Tensor:
+    """A linear layer over the heads of maps (B, H, Nq, Nk)."""
+    return mix(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class LayerScaleBlock(TokenBlock):

@@ -31,13 +31,13 @@ from fastvit.reference.layers import (
     DropPath,
     Mlp,
     TokenBlock,
-    dropout_p,
+    attend,
     init_linear_and_norm,
     linear_drop_path,
-    obstacles,
     to_pair,
     token_grid,
 )
+from fastvit.reference.overrides import must_call
 
 
 class Stem(ConvolutionalStem):
@@ -76,7 +76,7 @@ class ImageToTokens(nn.Module):
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution on tokens (B, N, C), as a linear; one that was wrapped since or is hooked is called."""
-    if obstacles(conv, nn.Conv2d):
+    if must_call(conv, nn.Conv2d):
         return conv(x.mT.unsqueeze(-1)).squeeze(-1).mT
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
@@ -132,20 +132,16 @@ class LeFF(nn.Module):
 
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
         """BN, GELU, depthwise convolution, BN, GELU on (B, P + h*w, C) tokens; replaced where linears are called."""
-        return functional.token_depthwise_conv(
-            x,
-            self.conv2.weight,
-            self.conv2.bias,
-            grid=grid,
-            prefix_tokens=prefix_tokens,
-            pre_norm=BatchNorm.of(self.bn1) if self.with_bn else None,
-            pre_activation="gelu",
-            norm=BatchNorm.of(self.bn2) if self.with_bn else None,
-            activation="gelu",
-        )
+        around: dict[str, Any] = {"grid": grid, "prefix_tokens": prefix_tokens, "pre_activation": "gelu"}
+        if self.with_bn:
+            around |= {"pre_norm": BatchNorm.of(self.bn1), "norm": BatchNorm.of(self.bn2)}
+        around["activation"] = "gelu"
+        if must_call(self.conv2, nn.Conv2d):
+            return functional.convolve_tokens(x, self.conv2, **around)
+        return functional.token_depthwise_conv(x, self.conv2.weight, self.conv2.bias, **around)
 
     def transform_by_parts(self, x: Tensor, grid: Grid) -> Tensor:
-        """As :meth:`transform`, for linears that have to be called."""
+        """As :meth:`transform`, for convolutions that have to be called."""
         prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
         hidden = self.convolve(pointwise(self.conv1, patches), grid, 0)
         out = pointwise(self.conv3, hidden)
@@ -156,7 +152,7 @@ class LeFF(nn.Module):
         return torch.cat((prefix, out), dim=1)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        if obstacles(self.conv1, nn.Conv2d) or obstacles(self.conv3, nn.Conv2d):
+        if any(must_call(conv, nn.Conv2d) for conv in (self.conv1, self.conv2, self.conv3)):
             return self.transform_by_parts(x, grid)
         return self.transform(x, grid)
 
@@ -194,7 +190,7 @@ class LastQueryAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, 1, D) query, (B, H, N, D) keys and values to (B, H, 1, D); the part a fused block replaces."""
-        return functional.class_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
+        return attend(self, q, k, v, mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, _, dim = x.shape

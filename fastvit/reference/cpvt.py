@@ -25,13 +25,14 @@ from fastvit.reference.layers import (
     Mlp,
     PatchEmbed,
     Projecting,
-    dropout_p,
+    attend,
     init_linear_and_norm,
     linear_drop_path,
     run_block,
     to_pair,
     token_grid,
 )
+from fastvit.reference.overrides import must_call
 from fastvit.reference.pyramid import Grid, Pyramid, check_per_stage, tokens_to_map
 
 
@@ -47,6 +48,8 @@ class PEG(nn.Module):
 
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
         """(B, P + h*w, C) tokens to the same shape; the part a fused module replaces."""
+        if must_call(self.proj, nn.Sequential) or must_call(self.proj[0], nn.Conv2d):
+            return functional.convolve_tokens(x, self.proj, grid=grid, prefix_tokens=prefix_tokens, residual=True)
         conv = self.proj[0]
         return functional.token_depthwise_conv(
             x, conv.weight, conv.bias, grid=grid, prefix_tokens=prefix_tokens, residual=True
@@ -162,7 +165,7 @@ class SpatialReductionAttention(Projecting):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, D) queries, (B, H, Nk, D) keys and values to (B, H, N, D); the part a fused block replaces."""
-        return functional.masked_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
+        return attend(self, q, k, v, mask)
 
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         q = self.linear(self.q, x).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)

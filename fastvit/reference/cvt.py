@@ -26,12 +26,13 @@ from fastvit.reference.layers import (
     Mlp,
     Projecting,
     TokenBlock,
-    dropout_p,
+    attend,
     init_linear_and_norm,
     linear_drop_path,
     run_block,
     to_pair,
 )
+from fastvit.reference.overrides import must_call
 from fastvit.reference.pyramid import Grid, Pyramid, check_per_stage
 
 
@@ -72,13 +73,11 @@ class ConvProjection(nn.Module):
 
     def convolve(self, x: Tensor, grid: Grid, prefix_tokens: int) -> Tensor:
         """(B, P + h*w, C) to (B, P + h'*w', C); the part a fused block replaces."""
+        norm = BatchNorm.of(self.bn)
+        if must_call(self.conv, nn.Conv2d):
+            return functional.convolve_tokens(x, self.conv, grid=grid, prefix_tokens=prefix_tokens, norm=norm)
         return functional.token_depthwise_conv(
-            x,
-            self.conv.weight,
-            grid=grid,
-            stride=self.stride,
-            prefix_tokens=prefix_tokens,
-            norm=BatchNorm.of(self.bn),
+            x, self.conv.weight, grid=grid, stride=self.stride, prefix_tokens=prefix_tokens, norm=norm
         )
 
     def forward(self, x: Tensor, grid: Grid, prefix_tokens: int = 0) -> Tensor:
@@ -124,7 +123,7 @@ class ConvAttention(Projecting):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, D) queries, (B, H, Nk, D) keys and values to (B, H, N, D); the part a fused block replaces."""
-        return functional.masked_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
+        return attend(self, q, k, v, mask)
 
     def forward(self, x: Tensor, grid: Grid, mask: Tensor | None = None) -> Tensor:
         q, k, v = (t.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for t in self.project(x, grid))

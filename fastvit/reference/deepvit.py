@@ -34,6 +34,7 @@ from fastvit.reference.layers import (
     to_pair,
     token_grid,
 )
+from fastvit.reference.overrides import must_call
 
 
 class ReAttention(Attention):
@@ -64,6 +65,18 @@ class ReAttention(Attention):
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
         if self.reatten_matrix is None:
             return super().attend(q, k, v, mask)
+        if must_call(self.reatten_matrix, nn.Conv2d) or must_call(self.attn_drop, nn.Dropout):
+            return functional.attention_by_parts(
+                q,
+                k,
+                v,
+                mask,
+                scale=self.scale,
+                post_mix=self.reatten_matrix,
+                norm=BatchNorm.of(self.var_norm),
+                output_scale=self.reatten_scale,
+                drop=self.attn_drop,
+            )
         return functional.re_attention(
             q,
             k,

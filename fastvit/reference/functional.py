@@ -10,6 +10,7 @@ Shapes: B batch, H heads, Nq queries, Nk keys, D head dimension, C channels, (h,
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,8 +21,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.reference.overrides import must_call
+
 __all__ = [
     "ACTIVATIONS",
+    "GATES",
     "LEFF_FORMS",
     "BatchNorm",
     "LayerNorm",
@@ -32,6 +36,7 @@ __all__ = [
     "conv_batch_norm",
     "conv_projection",
     "depthwise_separable_conv",
+    "glu_mlp",
     "head_mixed_attention",
     "leff",
     "linear",
@@ -61,6 +66,9 @@ def recomputing() -> Iterator[None]:
         _recomputation.active = before
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 class BatchNorm(NamedTuple):
     """The tensors and settings of a BatchNorm over channels (or heads), as ``F.batch_norm`` takes them.
 
@@ -88,10 +96,10 @@ class BatchNorm(NamedTuple):
         In training mode this counts the batch in ``num_batches_tracked``, as the layer's own forward does, so call it
         exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
 
-        A layer of another class (frozen, replaced by Identity) is called, and so is a training SyncBatchNorm, which
-        counts its batches itself.
+        A layer of another class (frozen, replaced by Identity), or one that is hooked or replaced in other ways, is
+        called, and so is a training SyncBatchNorm, which counts its batches itself.
         """
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if must_call(module, *_BATCH_NORMS):
             return cls(None, None, None, None, use_batch_stats=True, layer=module)
         group = _synchronised_over(module)
         if group is not None:
@@ -198,12 +206,17 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 """Activation by name; ``"gelu"`` is the exact (erf) form, ``"gelu_tanh"`` its authors' approximation by a tanh."""
 
+GATES = ACTIVATIONS | {"sigmoid": torch.sigmoid}
+"""Activation of a gate by name."""
 
-def activate(x: Tensor, activation: str | None) -> Tensor:
+
+def activate(
+    x: Tensor, activation: str | None, functions: dict[str | None, Callable[[Tensor], Tensor]] = ACTIVATIONS
+) -> Tensor:
     """Apply the activation of that name; ValueError lists the valid names."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {sorted(map(str, ACTIVATIONS))}, got {activation!r}")
-    return ACTIVATIONS[activation](x)
+    if activation not in functions:
+        raise ValueError(f"activation: expected one of {sorted(map(str, functions))}, got {activation!r}")
+    return functions[activation](x)
 
 
 def conv_batch_norm(
@@ -288,6 +301,44 @@ def mlp(
     Source: Dosovitskiy et al. 2021 (ViT), section 3.1.
     """
     hidden = linear(x, fc1_weight, fc1_bias, activation, norm=norm)
+    return add_scaled(F.linear(hidden, fc2_weight, fc2_bias), scale, residual)
+
+
+def glu_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None = "silu",
+    *,
+    norm: LayerNorm | None = None,
+    hidden_norm: LayerNorm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """An MLP whose hidden values are gated: SwiGLU ("silu"), GEGLU ("gelu"), GLU ("sigmoid").
+
+    With x' = norm(x): h = activation(x' gate_weight^T + gate_bias) * (x' value_weight^T + value_bias);
+    residual + scale * (hidden_norm(h) fc2_weight^T + fc2_bias).
+
+    Args:
+        x: (..., K). gate_weight, value_weight: (M, K), which a packed layer has as ``weight.chunk(2)``.
+        gate_bias, value_bias: (M,). fc2_weight: (N, M). fc2_bias: (N,).
+        activation: a name of :data:`GATES`.
+        norm: over K. hidden_norm: over M. scale: (N,), a LayerScale. residual: (..., N).
+
+    Returns:
+        (..., N).
+
+    Source: Shazeer 2020 (GLU Variants Improve Transformer), equation 6; Fang et al. 2023 (EVA-02), section 2.1
+    (hidden_norm).
+    """
+    x = x if norm is None else norm.over_last(x)
+    hidden = activate(F.linear(x, gate_weight, gate_bias), activation, GATES) * F.linear(x, value_weight, value_bias)
+    hidden = hidden if hidden_norm is None else hidden_norm.over_last(hidden)
     return add_scaled(F.linear(hidden, fc2_weight, fc2_bias), scale, residual)
 
 
@@ -383,15 +434,57 @@ def masked_attention(
 
     Source: Vaswani et al. 2017, section 3.2.1.
     """
+    drop = functools.partial(F.dropout, p=dropout_p)
+    return attention_by_parts(q, k, v, mask, bias=bias, scale=scale, drop=drop)
+
+
+def attention_by_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    drop: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    pre_mix: Callable[[Tensor], Tensor] | None = None,
+    post_mix: Callable[[Tensor], Tensor] | None = None,
+    norm: BatchNorm | LayerNorm | None = None,
+    output_scale: float = 1.0,
+    drop_last: bool = False,
+) -> Tensor:
+    """:func:`head_mixed_attention` and :func:`masked_attention`, each step on the maps (B, H, Nq, Nk) a callable.
+
+    Args:
+        drop: the dropout; on the softmaxed maps, or on the finished ones with ``drop_last``.
+        pre_mix, post_mix: of the logits and of the softmaxed maps across heads. norm: behind ``post_mix``.
+
+    Other arguments as in those two.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = _expand_mask(mask)
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         visible = bias != float("-inf")
         mask = visible if mask is None else mask & visible
-    logits = _logits(q * scale, k, mask)
-    probabilities = attention_probabilities(logits if bias is None else logits + bias, mask)
-    return _weighted_sum(F.dropout(probabilities, dropout_p), v, mask)
+    if pre_mix is None:
+        maps = _logits(q * scale, k, mask)
+    else:  # a head's logits count where any head attends
+        maps = pre_mix(_logits(q * scale, k, mask if mask is None else mask.any(1, keepdim=True)))
+    maps = attention_probabilities(maps if bias is None else maps + bias, mask)
+    if not drop_last:
+        maps = drop(maps)
+    if post_mix is not None:
+        maps = post_mix(maps)
+    if norm is not None:
+        maps = norm(maps)
+    if output_scale != 1.0:
+        maps = maps * output_scale
+    if mask is not None and not (post_mix is None and norm is None):
+        maps = maps.masked_fill(~mask, 0.0)
+    if drop_last:
+        maps = drop(maps)
+    return _weighted_sum(maps, v, mask)
 
 
 def class_attention(
@@ -451,27 +544,19 @@ def head_mixed_attention(
 
     Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shazeer et al. 2020 (talking heads).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = _expand_mask(mask)
-    if pre_weight is None:
-        maps = _logits(q * scale, k, mask)
-    else:  # a head's logits count where any head attends
-        maps = _logits(q * scale, k, mask if mask is None else mask.any(1, keepdim=True))
-        maps = _mix_heads(maps, pre_weight, pre_bias)
-    maps = attention_probabilities(maps, mask)
-    if not dropout_after_mix:
-        maps = F.dropout(maps, dropout_p)
-    if post_weight is not None:
-        maps = _mix_heads(maps, post_weight, post_bias)
-    if norm is not None:
-        maps = norm(maps)
-    if output_scale != 1.0:
-        maps = maps * output_scale
-    if mask is not None:
-        maps = maps.masked_fill(~mask, 0.0)
-    if dropout_after_mix:
-        maps = F.dropout(maps, dropout_p)
-    return _weighted_sum(maps, v, mask)
+    return attention_by_parts(
+        q,
+        k,
+        v,
+        mask,
+        drop=functools.partial(F.dropout, p=dropout_p),
+        scale=scale,
+        pre_mix=None if pre_weight is None else functools.partial(_mix_heads, weight=pre_weight, bias=pre_bias),
+        post_mix=None if post_weight is None else functools.partial(_mix_heads, weight=post_weight, bias=post_bias),
+        norm=norm,
+        output_scale=output_scale,
+        drop_last=dropout_after_mix,
+    )
 
 
 def talking_heads_attention(
@@ -570,18 +655,44 @@ def token_depthwise_conv(
 
     Source: Chu et al. 2021 (CPVT), algorithm 1; Yuan et al. 2021 (CeiT), section 3.2; Wu et al. 2021 (CvT), 3.2.
     """
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    settings = {"stride": stride, "padding": padding, "groups": weight.shape[0]}
+    return convolve_tokens(
+        x,
+        functools.partial(F.conv2d, weight=weight, bias=bias, **settings),
+        grid=grid,
+        prefix_tokens=prefix_tokens,
+        pre_norm=pre_norm,
+        pre_activation=pre_activation,
+        norm=norm,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def convolve_tokens(
+    x: Tensor,
+    convolution: Callable[[Tensor], Tensor],
+    *,
+    grid: tuple[int, int],
+    prefix_tokens: int = 0,
+    pre_norm: BatchNorm | None = None,
+    pre_activation: str | None = None,
+    norm: BatchNorm | None = None,
+    activation: str | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """:func:`token_depthwise_conv` by a callable convolution of maps (B, C, h, w); other arguments as there."""
     h, w = grid
     prefix, tokens = x[:, :prefix_tokens], x[:, prefix_tokens:]
     if isinstance(x, Tensor) and tokens.shape[1] != h * w:  # not asked of a proxy of torch.fx
         raise ValueError(
             f"grid: {grid} has {h * w} tokens, x has {tokens.shape[1]} after {prefix_tokens} prefix tokens"
         )
-    channels, kernel = weight.shape[0], weight.shape[-1]
-    image = tokens.transpose(1, 2).reshape(x.shape[0], channels, h, w)
+    image = tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], h, w)
     inner = pre_norm(image) if pre_norm is not None else image
     inner = activate(inner, pre_activation)
-    padding = kernel // 2 if padding is None else padding
-    out = F.conv2d(inner, weight, bias, stride, padding, groups=channels)
+    out = convolution(inner)
     if norm is not None:
         out = norm(out)
     out = activate(out, activation)

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.reference import functional
+from fastvit.reference.overrides import must_call
 
 
 def to_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -51,57 +49,6 @@ def token_grid(image_size: tuple[int, int], patch_size: tuple[int, int], name: s
     if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
         raise ValueError(f"{name}: image size {tuple(image_size)} is not divisible by patch_size {patch_size}")
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-
-
-def affine_map(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight (out, width) and bias of a linear layer that is read rather than called.
-
-    A layer that was wrapped since (by an adapter, a parametrisation or quantisation) is asked what it does to unit
-    vectors, so that it counts as if it had been called. ``like`` gives the dtype and device of those.
-    """
-    if type(linear) is nn.Linear and not is_traceable_wrapper_subclass(linear.weight):
-        return linear.weight, linear.bias
-    bias = linear(like.new_zeros(1, width))
-    return (linear(torch.eye(width, dtype=like.dtype, device=like.device)) - bias).mT, bias[0]
-
-
-WATCHES = "fastvit_watches"
-"""The attribute of a hook that only watches, and need not see a module that runs within another's fused path."""
-
-
-def symbolically_traced() -> bool:
-    """Whether ``torch.fx`` traces with proxies in place of tensors; ``make_fx`` traces with tensors."""
-    return is_fx_symbolic_tracing() and get_proxy_mode() is None
-
-
-def obstacles(part: Any, expected: type[nn.Module]) -> list[str]:
-    """Why the tensors and settings of a sub-module may not be used without calling it (none: they may).
-
-    Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...".
-    """
-    if symbolically_traced():
-        return ["is traced by torch.fx, which records the modules that are called"]
-    if type(part) is not expected:
-        return [f"is {type(part).__name__}, expected is exactly {expected.__name__}"]
-    found = []
-    if "forward" in vars(part):
-        found.append("has a forward of its own, which the fused path would not call")
-    if any(
-        not getattr(hook, WATCHES, False) for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    ):
-        found.append("has forward hooks, which the fused path would not call")
-    if part._backward_hooks or part._backward_pre_hooks:
-        found.append("has backward hooks, which the fused path would not call")
-    for name, parameter in part._parameters.items():
-        if is_traceable_wrapper_subclass(parameter):  # quantised, or sharded and not gathered
-            found.append(f"has a {type(parameter).__name__} for {name}, which kernels cannot read")
-    return found
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module runs the forward of its class and nothing beside it, not even a hook that watches."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and not {"forward", "forward_first"} & vars(module).keys() and module._compiled_call_impl is None
 
 
 class PatchEmbed(nn.Module):
@@ -173,7 +120,7 @@ class Attention(Projecting):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N, D) queries, keys, values to (B, H, N, D); the part a fused block replaces."""
-        return functional.masked_attention(q, k, v, mask, scale=self.scale, dropout_p=dropout_p(self.attn_drop))
+        return attend(self, q, k, v, mask)
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Tokens (B, N, C) to queries, keys and values (B, H, N, D), views of one packed tensor."""
@@ -188,6 +135,14 @@ class Attention(Projecting):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x)
         return self.merge(self.attend(q, k, v, mask))
+
+
+def attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Masked attention, scaled and dropped from as an attention's ``scale`` and ``attn_drop`` say."""
+    drop, scale = attention.attn_drop, attention.scale
+    if must_call(drop, nn.Dropout):  # whoever replaces it or hooks to it is given the maps
+        return functional.attention_by_parts(q, k, v, mask, scale=scale, drop=drop)
+    return functional.masked_attention(q, k, v, mask, scale=scale, dropout_p=dropout_p(drop))
 
 
 def dropout_p(dropout: nn.Dropout) -> float:

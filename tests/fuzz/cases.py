@@ -293,6 +293,23 @@ def _mlp(d: Draw) -> dict[str, Any]:
     } | _around(d, x, inner, outputs)
 
 
+def _glu_mlp(d: Draw) -> dict[str, Any]:
+    x, inner = _rows(d)
+    hidden, outputs = d.size(40), d.size(40)
+    weight = None if d.chance(0.5) else d.optional(hidden, may_be_float32=False)
+    return {
+        "x": x,
+        "gate_weight": d.tensor(hidden, inner),
+        "gate_bias": d.optional(hidden, may_be_float32=False),
+        "value_weight": d.tensor(hidden, inner),
+        "value_bias": d.optional(hidden, may_be_float32=False),
+        "fc2_weight": d.tensor(outputs, hidden),
+        "fc2_bias": d.optional(outputs, may_be_float32=False),
+        "activation": d.choice((*ACTIVATIONS, "sigmoid")),
+        "hidden_norm": LayerNorm(weight, None, d.choice((1e-6, 1e-5))) if hidden and d.chance(0.3) else None,
+    } | _around(d, x, inner, outputs)
+
+
 def _conv_batch_norm(d: Draw) -> dict[str, Any]:
     channels, outputs, height, width = d.size(9), d.size(20), d.size(12, least=1), d.size(12, least=1)
     kernel = d.choice((1, 2, 3, 3, 5, 7)), d.choice((1, 2, 3, 3, 5, 7))
@@ -328,6 +345,7 @@ OPERATORS = {
     "leff": Operator(_leff, ("cpp", "reference")),
     "linear": Operator(_linear, ("cpp", "reference")),
     "mlp": Operator(_mlp, ("cpp", "reference")),
+    "glu_mlp": Operator(_glu_mlp, ("cpp", "reference")),
     "conv_batch_norm": Operator(_conv_batch_norm, ("channels_last", "reference")),
 }
 
@@ -359,6 +377,8 @@ WRONG_NUMBERS: dict[str, tuple[Any, ...]] = {
     "output_scale": ("1", [1.0], None),
     "backend": ("fast", None, 3, ["cpp"]),
 }
+OF_ROWS = ("linear", "mlp", "glu_mlp")
+"""Operators of x (..., K)."""
 OPTIONAL = ("bias", "mask", "padding", "scale", "residual")
 
 
@@ -368,11 +388,11 @@ def _spoil_tensor(d: Draw, path: str, spec: Spec) -> Any:
         kinds.remove("None")
     if path == "mask":
         kinds[kinds.index("bool")] = "float32"
-    if path == "x" and d.op in ("linear", "mlp"):
+    if path == "x" and d.op in OF_ROWS:
         kinds.remove("axes")
     kind = d.choice(kinds)
     if kind == "shape":
-        any_rows = path in ("x", "weight", "fc2_weight") and d.op in ("linear", "mlp")
+        any_rows = path in ("x", "weight", "fc2_weight") and d.op in OF_ROWS
         axis = len(spec.shape) - 1 if any_rows else d.randrange(len(spec.shape))
         # Three more than there are broadcast to nothing.
         return d.tensor(

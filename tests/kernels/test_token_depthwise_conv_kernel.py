@@ -16,7 +16,12 @@ from fastvit.ops import token_depthwise_conv
 from fastvit.ops.token_depthwise_conv import TRITON
 from fastvit.reference import functional
 from tests.ops.test_token_depthwise_conv import LEFF, Case, check, make_arguments
-from tests.ops.test_token_depthwise_conv_cuda import NORMS, check_step, with_statistics
+from tests.ops.test_token_depthwise_conv_cuda import (
+    NORMS,
+    check_bias_of_batch_statistics,
+    check_step,
+    with_statistics,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -75,6 +80,10 @@ def test_training_in_16_bits(dtype):
 
 def test_training_with_running_statistics():
     check_step(run, with_statistics(make_arguments(TRAINING[0], torch.float32), False))
+
+
+def test_a_bias_in_front_of_batch_statistics():
+    check_bias_of_batch_statistics(run)
 
 
 def test_gradients_of_an_empty_batch_are_zeros():

@@ -117,6 +117,19 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         }
         | _around(8, 4)
     ),
+    "glu_mlp": lambda batch: (
+        {
+            "x": torch.randn(3, 8),
+            "gate_weight": torch.randn(6, 8),
+            "gate_bias": torch.randn(6),
+            "value_weight": torch.randn(6, 8),
+            "value_bias": torch.randn(6),
+            "fc2_weight": torch.randn(4, 6),
+            "fc2_bias": torch.randn(4),
+            "hidden_norm": LayerNorm(torch.ones(6), torch.zeros(6)),
+        }
+        | _around(8, 4)
+    ),
     "conv_batch_norm": lambda batch: {
         "x": torch.randn(2, 3, 8, 8),
         "weight": torch.randn(CHANNELS, 3, 3, 3),
@@ -125,6 +138,23 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
     },
 }
 """By public operator, ``f(batch)``: arguments that it takes, with norms by statistics of the batch or running ones."""
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "masked_attention": ("mask", boolean(1, 6)),
+    "class_attention": ("mask", boolean(1, 6)),
+    "head_mixed_attention": ("mask", boolean(1, 6)),
+    "re_attention": ("bias", torch.zeros(3)),
+    "talking_heads_attention": ("post_weight", torch.zeros(3, 3)),
+    "depthwise_separable_conv": ("pw_weight", torch.zeros(8, 7)),
+    "conv_projection": ("grid", (5, 5)),
+    "leff": ("form", "both"),
+    "token_depthwise_conv": ("bias", torch.zeros(5)),
+    "linear": ("weight", torch.zeros(4, 9)),
+    "mlp": ("fc2_bias", torch.zeros(5)),
+    "glu_mlp": ("value_weight", torch.zeros(6, 9)),
+    "conv_batch_norm": ("stride", 0),
+}
+"""By operator, an argument that is wrong, which no implementation looks at when it is asked for its reasons."""
 
 
 def fields(arguments: dict[str, Any]) -> Iterator[Any]:

@@ -86,7 +86,7 @@ def backward(
     return dq, dk, dv, dpre_weight, dpre_bias, dpost_weight, dmixed.sum((0, 2, 3)), dnorm_weight, dnorm_bias
 
 
-def moments(q, k, pre_weight, pre_bias, mask, scale):
+def moments(q, k, pre_weight, pre_bias, mask, scale, weight):
     centred = _maps(q, k, pre_weight, pre_bias, mask, scale)[1] - 1.0 / k.shape[2]
     return centred.sum((0, 2, 3)), torch.einsum("bgij,bhij->gh", centred, centred)
 

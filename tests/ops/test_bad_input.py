@@ -116,6 +116,8 @@ def _matrix_cases(name: str) -> list[tuple[str, Any, str]]:
 _BACKEND = [("backend", "fast", "backend: expected one of ['auto', ")]
 _ACTIVATIONS = "expected one of [None, 'gelu', 'quick_gelu', 'silu', 'relu', 'gelu_tanh'], got"
 
+_GATES = _ACTIVATIONS.replace("'gelu_tanh'", "'gelu_tanh', 'sigmoid'")
+
 _GRID_CASES = [
     ("grid", 12, "grid: expected a pair of positive ints (h, w), got 12 (int)"),
     ("grid", (3, 4, 1), "grid: expected a pair of positive ints (h, w), got (3, 4, 1) (tuple)"),
@@ -317,6 +319,25 @@ MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
     "mlp": [
         *_LINEAR_X_CASES,
         *_layer_cases("fc1_weight", "fc1_bias", (6, 8)),
+        *_layer_cases("fc2_weight", "fc2_bias", (4, 6)),
+    ],
+    "glu_mlp": [
+        *(case for case in _LINEAR_X_CASES if case[0] != "activation"),
+        ("activation", "tanh", f"activation: {_GATES} 'tanh' (str)"),
+        ("hidden_norm", nn.LayerNorm(6), "hidden_norm: expected LayerNorm.of(module) or None, got LayerNorm("),
+        (
+            "hidden_norm",
+            LayerNorm(torch.ones(8), None),
+            "hidden_norm.weight: expected a floating tensor (6,), got (8,)",
+        ),
+        ("hidden_norm", LayerNorm(None, None, "1"), "hidden_norm.eps: expected a number, got '1' (str)"),
+        *_layer_cases("gate_weight", "gate_bias", (6, 8)),
+        *_layer_cases("value_weight", "value_bias", (6, 8)),
+        (
+            "value_weight",
+            torch.zeros(7, 8),
+            "value_weight: expected gate_weight's shape (6, 8), got (7, 8) torch.float32",
+        ),
         *_layer_cases("fc2_weight", "fc2_bias", (4, 6)),
     ],
     "conv_batch_norm": [

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.overhead.cases import CALLS, backend_of, runner
+from benchmarks.overhead.cases import CALLS, PARTS, backend_of, runner
 from fastvit import backends, ops
 from fastvit.reference import functional
 
@@ -28,14 +28,6 @@ CHECK = 28
 
 LOGGED = 24
 """Further calls of an operator that is observed: the reasons against each other implementation are put into words."""
-
-PARTS = {
-    "mlp": 2,  # two products
-    "depthwise_separable_conv": 2,  # convolution, product
-    "conv_projection": 6,  # three convolutions, three products
-    "leff": 4,  # product, convolution, product, norm
-}
-"""How many operators a composition is made of; those not listed are one."""
 
 
 def python_calls(run: Callable[[], Any]) -> list[CodeType]:

@@ -170,16 +170,6 @@ def test_opcheck() -> None:
         )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(conv_projection, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    with torch.no_grad():
-        for batch in (2, 3):
-            case = make((5, 4), 1, batch=batch)
-            torch.testing.assert_close(compiled(**case), conv_projection(**case), rtol=0, atol=0)
-
-
 def test_backend_asked_for_gives_its_reasons() -> None:
     with pytest.raises(RuntimeError, match=r"'cpp' cannot run this call: .*dtype torch.float64 is not one of"):
         conv_projection(**converted(make((5, 4), 1), torch.float64), backend="cpp")

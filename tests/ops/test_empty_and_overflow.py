@@ -250,6 +250,19 @@ def product_cases() -> Iterator[Case]:
 
         yield f"mlp {(batch, rows, depth, columns)}", mlp
 
+        def glu_mlp(batch=batch, rows=rows, depth=depth, columns=columns) -> None:
+            gate, values, second = (torch.randn(*size) for size in ((columns, depth),) * 2 + ((depth, columns),))
+            biases = torch.randn(columns), torch.randn(columns), torch.randn(depth)
+            layers = (gate, biases[0], values, biases[1], second, biases[2])
+            expect(
+                lambda *given: ops.glu_mlp(*given, backend="cpp"),
+                functional.glu_mlp,
+                torch.randn(batch, rows, depth),
+                *layers,
+            )
+
+        yield f"glu_mlp {(batch, rows, depth, columns)}", glu_mlp
+
 
 # --- Sizes that do not fit ------------------------------------------------------------------------------------------
 

@@ -267,7 +267,7 @@ def test_gradients_of_nothing() -> None:
         q, k, v = make_qkv(batch, 4, queries, keys, 8, torch.float32)
         got = gradients(torch.randn(q.shape), q, k, v, mix, None, 0.3)
         assert all(not gradient.any() for gradient in got.values())
-        sums, moments = torch.ops.fastvit.head_map_moments(q, k, None, None, None, 0.3)
+        sums, moments = torch.ops.fastvit.head_map_moments(q, k, None, None, None, 0.3, torch.eye(4))
         assert not moments.any() and (keys == 0 or not sums.any())
 
 
@@ -331,9 +331,9 @@ def test_moments_and_their_gradients(isa: str, kind: str, dtype: torch.dtype) ->
             mix, dmoments = make_mix(kind, heads), torch.randn(heads, heads)
             wide = q.double(), k.double(), mix.to(torch.float64), mask, 0.3
             with poisoned_empty():
-                moments = operators.head_map_moments(q, k, *mix[:2], mask, 0.3)
+                sums, moments = operators.head_map_moments(q, k, *mix[:2], mask, 0.3, torch.eye(heads))
                 grads = operators.head_map_moments_backward(torch.ones(heads), dmoments, q, k, *mix[:2], mask, 0.3)
-            got.append([*moments, *(t for t in grads if t.numel())])
+            got.append([sums, moments.float(), *(t for t in grads if t.numel())])
             plain.append(of_moments(dmoments, q, k, mix, mask, 0.3))
             exact.append(of_moments(dmoments, *wide))
         for ours, theirs, right in zip(*(zip(*each, strict=True) for each in (got, plain, exact)), strict=True):
@@ -362,8 +362,9 @@ def test_bad_arguments_are_named() -> None:
         "dmoments has shape": lambda: ops.head_map_moments_backward(
             torch.ones(4), torch.eye(3), q, k, None, None, None, 1.0
         ),
+        "weight has shape": lambda: ops.head_map_moments(q, k, None, None, None, 1.0, torch.eye(3)),
         "expected at most 32 heads, got 33": lambda: ops.head_map_moments(
-            *make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0
+            *make_qkv(1, 33, 2, 2, 4, q.dtype)[:2], *(None,) * 3, 1.0, torch.eye(33)
         ),
     }.items():
         with pytest.raises(RuntimeError, match=match):
@@ -377,6 +378,6 @@ def test_opcheck_of_gradients_and_moments(kind: str) -> None:
     mask = torch.rand(2, 1, 9, 10) < 0.5
     ops = torch.ops.fastvit
     torch.library.opcheck(ops.head_mixed_attention_backward.default, (torch.randn(q.shape), q, k, v, *mix, mask, 0.3))
-    torch.library.opcheck(ops.head_map_moments.default, (q, k, *mix[:2], mask, 0.3))
+    torch.library.opcheck(ops.head_map_moments.default, (q, k, *mix[:2], mask, 0.3, torch.eye(4)))
     small = (torch.ones(4), torch.randn(4, 4))
     torch.library.opcheck(ops.head_map_moments_backward.default, (*small, q, k, *mix[:2], mask, 0.3))

@@ -240,6 +240,29 @@ def test_gradients_that_batch_statistics_cancel() -> None:
         assert_as_accurate(got[name], plain[name], exact[name], name=name)
 
 
+@pytest.mark.parametrize("left", [1e-3, 1e-2, 0.1])
+def test_a_variance_whose_terms_cancel(isa: str, left: float) -> None:
+    """A mask leaves most queries one key, so that heads have nearly the same map, and weights add up to little."""
+    q, k, v = make_qkv(1, 6, 40, 2, 8, torch.float32)
+    mask = torch.rand(1, 1, 40, 2) < 0.5
+    mask[..., 0, :] = True
+    weight = torch.randn(6, 6)
+    weight += (left - weight.sum(1, keepdim=True)) / 6
+
+    def call(form: Callable[..., Tensor], dtype: torch.dtype, **more: Any) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (q, k, v, weight)]
+        statistics = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)
+        norm = BatchNorm(*statistics, None, None, use_batch_stats=True, momentum=1.0)
+        out = form(*leaves[:3], post_weight=leaves[3], norm=norm, mask=mask, **more)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)), *statistics]
+
+    got = call(head_mixed_attention, torch.float32, backend="cpp")
+    plain, exact = (call(functional.head_mixed_attention, dtype) for dtype in (torch.float32, torch.float64))
+    names = ("out", "dq", "dk", "dv", "dweight", "running_mean", "running_var")
+    for name, *three in zip(names, got, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+
+
 def test_what_is_nan_in_one_head_stays_there_without_a_mix() -> None:
     qkv = make_qkv(1, 4, 5, 9, 8, torch.float32)
     qkv[1][0, 2, 3, 0] = torch.nan
@@ -360,7 +383,7 @@ def test_opcheck_of_the_low_level_operators(full: bool) -> None:
     torch.library.opcheck(low.head_mixed_attention.default, (q, k, v, *pre, *post, *affine, None, None, *settings))
     arguments = (torch.randn_like(q), q, k, v, *pre, *post, *affine, *settings)
     torch.library.opcheck(low.head_mixed_attention_backward.default, arguments)
-    torch.library.opcheck(low.head_map_moments.default, (q, k, *pre, mask, 0.3))
+    torch.library.opcheck(low.head_map_moments.default, (q, k, *pre, mask, 0.3, matrix))
     torch.library.opcheck(low.head_map_moments_backward.default, (vector, matrix, q, k, *pre, mask, 0.3))
 
 

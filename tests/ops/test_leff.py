@@ -221,15 +221,3 @@ def test_no_channels(backend: str) -> None:
     norms = {"dw_norm": hidden, "down_norm": none}
     out = leff(torch.randn(2, 14, 0), *weights, grid=(4, 3), **norms, prefix_tokens=2, backend=backend)
     assert out.shape == (2, 14, 0)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(leff, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    with torch.no_grad():
-        for batch in (2, 3):
-            case = make(batch=batch)
-            torch.testing.assert_close(compiled(**case), leff(**case), rtol=0, atol=0)
-    case["up_weight"].requires_grad_()
-    torch.testing.assert_close(compiled(**case), leff(**case))

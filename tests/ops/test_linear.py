@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvit import backends, ops
 from fastvit.ops._operator import recording
+from fastvit.ops._packing import PackedWeight
 from fastvit.reference import functional
 from fastvit.reference.functional import LayerNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
@@ -160,6 +161,144 @@ def test_mlp(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dt
         plain = functional.mlp(x, *up, *down, activation, **around)
         oracle = functional.mlp(*map(_double, (x, *up, *down)), activation, **exact)
         assert_as_accurate(got, plain, oracle)
+
+
+GATED_SHAPES = [(1, 1, 1), (3, 5, 7), (29, 64, 48), (197, 96, 401), (300, 24, 1100)]
+GATED_PARTS = [*({}, *AROUND), {"hidden_norm": True}, {"norm": True, "hidden_norm": True, "residual": True}]
+
+
+def _gated(rows: int, depth: int, hidden: int, dtype: torch.dtype, parts: dict) -> tuple[list[Tensor], dict[str, Any]]:
+    """x and the three layers, and what stands around them."""
+    x, gate_weight, gate_bias = _layer(rows, depth, hidden, dtype)
+    _, value_weight, value_bias = _layer(1, depth, hidden, dtype, seed=1)
+    _, fc2_weight, fc2_bias = _layer(1, hidden, depth, dtype, seed=2)
+    around = _around(depth, depth, rows, dtype, **{name: on for name, on in parts.items() if name != "hidden_norm"})
+    if parts.get("hidden_norm"):
+        around["hidden_norm"] = _around(depth, hidden, rows, dtype, norm=True)["norm"]
+    return [x, gate_weight, gate_bias, value_weight, value_bias, fc2_weight, fc2_bias], around
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", GATED_PARTS, ids=lambda parts: "-".join(parts) or "alone")
+@pytest.mark.parametrize("shape", GATED_SHAPES)
+def test_gated_mlp(isa: str, shape: tuple[int, int, int], parts: dict, dtype: torch.dtype) -> None:
+    tensors, around = _gated(*shape, dtype, parts)
+    exact = {name: _double(value) for name, value in around.items()}
+    activations = functional.GATES if parts == {"hidden_norm": True} else ("silu",)
+    for activation in activations:
+        with poisoned_empty():
+            got = ops.glu_mlp(*tensors, activation, **around, backend="cpp")
+        plain = functional.glu_mlp(*tensors, activation, **around)
+        assert_as_accurate(got, plain, functional.glu_mlp(*map(_double, tensors), activation, **exact))
+
+
+@needs_cpp
+def test_gated_mlp_of_a_packed_layer() -> None:
+    """The halves of one weight are packed apart, and packed anew when it changes."""
+    (x, gate, _, values, _, *down), _ = _gated(40, 24, 64, torch.float32, {})
+    whole = torch.cat((gate, values)).requires_grad_()
+
+    def run() -> Tensor:
+        first, second = whole.chunk(2)
+        with torch.no_grad():
+            return ops.glu_mlp(x, first, None, second, None, *down, backend="cpp")
+
+    assert torch.equal(run(), ops.glu_mlp(x, gate, None, values, None, *down, backend="cpp"))
+    with torch.no_grad():
+        whole[70] += 1
+    exact = functional.glu_mlp(*map(_double, (x, whole[:64], None, whole[64:], None, *down)))
+    assert_as_accurate(run(), functional.glu_mlp(x, whole[:64], None, whole[64:], None, *down).detach(), exact.detach())
+
+
+@needs_cpp
+@torch.no_grad()
+def test_gated_mlp_of_weights_of_which_the_packed_copy_alone_is_kept() -> None:
+    tensors, _ = _gated(40, 24, 64, torch.float32, {})
+    frozen = [
+        PackedWeight(torch.ops.fastvit.pack_weight(tensor), tensor, False) if i in (1, 3, 5) else tensor
+        for i, tensor in enumerate(tensors)
+    ]
+    assert torch.equal(ops.glu_mlp(*frozen, backend="cpp"), ops.glu_mlp(*tensors, backend="cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [7, 197, 1000])
+def test_a_gated_mlp_has_the_same_bits_however_the_work_is_divided(isa: str, rows: int, dtype: torch.dtype) -> None:
+    tensors, around = _gated(rows, 192, 500, dtype, {"hidden_norm": True})
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with poisoned_empty():
+                results.append(ops.glu_mlp(*tensors, **around, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_gated_mlp(dtype: torch.dtype) -> None:
+    tensors, around = _gated(34, 40, 36, dtype, {"norm": True, "hidden_norm": True, "scale": True, "residual": True})
+    norms = [tensor for name in ("norm", "hidden_norm") for tensor in around[name][:2]]
+    values = [*tensors, *norms, around["scale"], around["residual"]]
+    grad = torch.randn(34, 40, generator=torch.Generator().manual_seed(2))
+
+    def gradients(run: Callable, dtype: torch.dtype, **options: str) -> list[Tensor]:
+        leaves = [value.detach().to(dtype, copy=True).requires_grad_() for value in values]
+        *layers, w, b, hidden_w, hidden_b, scale, residual = leaves
+        norms = {"norm": LayerNorm(w, b, 1e-6), "hidden_norm": LayerNorm(hidden_w, hidden_b, 1e-6)}
+        out = run(*layers, **norms, scale=scale, residual=residual, **options)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    fused = gradients(ops.glu_mlp, dtype, backend="cpp")
+    plain, exact = gradients(functional.glu_mlp, dtype), gradients(functional.glu_mlp, torch.float64)
+    for place, (got, reference, oracle) in enumerate(zip(fused, plain, exact, strict=True)):
+        assert_as_accurate(got, reference, oracle, name=str(place))
+
+
+def test_a_gated_mlp_is_timms_and_dinov2s() -> None:
+    """Packed with the gate first or last, and of separate weights with a norm between."""
+    layers = pytest.importorskip("timm.layers")
+    x = torch.randn(2, 20, 16)
+    packed, last = layers.SwiGLUPacked(16, 48, bias=True), layers.GluMlp(16, 48, bias=True)
+    for module, activation, gate in ((packed, "silu", 0), (last, "sigmoid", 1)):
+        weights, biases = module.fc1.weight.chunk(2), module.fc1.bias.chunk(2)
+        first = (weights[gate], biases[gate], weights[1 - gate], biases[1 - gate])
+        arguments = (x, *first, module.fc2.weight, module.fc2.bias, activation)
+        torch.testing.assert_close(ops.glu_mlp(*arguments), module(x))
+    eva = layers.SwiGLU(16, 24, norm_layer=torch.nn.LayerNorm)
+    first = (eva.fc1_g.weight, eva.fc1_g.bias, eva.fc1_x.weight, eva.fc1_x.bias)
+    out = ops.glu_mlp(x, *first, eva.fc2.weight, eva.fc2.bias, hidden_norm=LayerNorm.of(eva.norm))
+    torch.testing.assert_close(out, eva(x))
+
+
+@needs_cpp
+def test_a_gated_mlp_compiles_whole_with_dynamic_rows() -> None:
+    tensors, around = _gated(40, 24, 32, torch.float32, {"hidden_norm": True, "residual": True})
+    x, *layers = tensors
+    residual = around.pop("residual")
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        return ops.glu_mlp(x, *layers, residual=residual, **around, backend="cpp")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (40, 33):
+        assert torch.equal(compiled(x[:rows], residual[:rows]), run(x[:rows], residual[:rows]))
+
+
+@needs_cpp
+def test_opcheck_of_a_gated_mlp() -> None:
+    (x, *layers), _ = _gated(20, 8, 16, torch.float32, {})
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    norms = (True, torch.randn(8), None, 1e-5, True, torch.randn(16), torch.randn(16), 1e-5)
+    behind = (5, torch.randn(8), torch.randn(20, 8))
+    run = torch.ops.fastvit
+    torch.library.opcheck(run.glu_mlp.default, (x, *layers, *norms, *behind), test_utils=tests)
+    with_packed = [part for i in (0, 2, 4) for part in (*layers[i : i + 2], None)]
+    torch.library.opcheck(run.packed_glu_mlp.default, (x, *with_packed, *norms, *behind), test_utils=tests)
 
 
 @needs_cpp
@@ -390,6 +529,7 @@ def test_a_library_that_is_faster_is_taken(library: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(MODULE.autotune, "choose", choose)
     monkeypatch.setattr(MODULE, "_FASTER", {})
+    monkeypatch.setattr(MODULE, "_WINNERS", set())
     x, weight, bias = _layer(64, 24, 32, torch.float32)
     assert _chosen(x, weight, bias) == library
     expected = ops.linear(x, weight, bias, backend=library)
@@ -436,6 +576,7 @@ def test_the_library_does_what_it_does_faster(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(MODULE.autotune, "choose", choose)
     monkeypatch.setattr(MODULE, "_FASTER", {})
+    monkeypatch.setattr(MODULE, "_WINNERS", set())
     x, weight, bias = _layer(64, 24, 32, torch.float32)
     assert _chosen(x, weight, bias) == "cpp"
     assert _chosen(x[:60], weight, bias) == "cpp"  # of one bucket

@@ -20,7 +20,7 @@ from fastvit import backends, ops
 from fastvit.ops import _operator
 from fastvit.ops._operator import Implementation, Operator, Selection, gradients_needed, recording
 from fastvit.reference.functional import BatchNorm
-from tests.ops.calls import CALLS
+from tests.ops.calls import CALLS, WRONG
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 
@@ -294,23 +294,6 @@ def test_results_are_bitwise_the_same_whatever_observes(op, dtype, way, request)
 
 class KernelError(RuntimeError):
     """What a kernel raises of itself."""
-
-
-WRONG: dict[str, tuple[str, Any]] = {
-    "masked_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
-    "class_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
-    "head_mixed_attention": ("mask", torch.ones(1, 6, dtype=torch.bool)),
-    "re_attention": ("bias", torch.zeros(3)),
-    "talking_heads_attention": ("post_weight", torch.zeros(3, 3)),
-    "depthwise_separable_conv": ("pw_weight", torch.zeros(8, 7)),
-    "conv_projection": ("grid", (5, 5)),
-    "leff": ("form", "both"),
-    "token_depthwise_conv": ("bias", torch.zeros(5)),
-    "linear": ("weight", torch.zeros(4, 9)),
-    "mlp": ("fc2_bias", torch.zeros(5)),
-    "conv_batch_norm": ("stride", 0),
-}
-"""By operator, an argument that is wrong, which no implementation looks at when it is asked for its reasons."""
 
 
 @pytest.fixture

@@ -69,6 +69,24 @@ def test_activations_around_a_convolution(isa, where, activation, dtype, channel
         compare(fused, lambda x, call=call: call(functional.token_depthwise_conv, x), given)
 
 
+def test_gelu_everywhere(isa):
+    """Held to the rule in every tenth of a unit by itself, where the results of others would hide its errors."""
+    x = torch.linspace(-13.0, 13.0, 260 * 512 + 1)[1:].view(1, -1, 64)
+
+    def call(form, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        weight = torch.ones(64, 1, 1, 1, dtype=dtype)
+        out = form(leaf, weight, grid=(1, x.shape[1]), activation="gelu")
+        return out.detach(), *torch.autograd.grad(out, leaf, torch.ones_like(out))
+
+    forms = (functional.token_depthwise_conv, torch.float32), (functional.token_depthwise_conv, torch.float64)
+    for name, *three in zip(
+        ("out", "dx"), call(fused_conv, torch.float32), *(call(*form) for form in forms), strict=True
+    ):
+        for part, *piece in zip(range(-130, 130), *(tensor.reshape(260, -1) for tensor in three), strict=True):
+            assert_as_accurate(*piece, name=f"{name} from {part / 10}")
+
+
 @pytest.mark.parametrize("columns", [1, 70])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -563,6 +581,49 @@ def test_large_biases_in_front_of_a_batch_norm(isa, channels, kernel, size):
     names = ("out", "dx", "dweight", "running_mean", "running_var")
     for name, *three in zip(names, got, plain, exact, strict=True):
         assert_as_accurate(*three, name=name)
+
+
+def _with_a_bias(function, x, weight, bias, norm):
+    """A convolution in front of a norm, by the operator or the plain form of that name."""
+    options, eye = {"grid": (8, 8)}, torch.eye(x.shape[2], dtype=x.dtype)
+    if function.__name__ == "token_depthwise_conv":
+        return function(x, weight, bias, norm=norm, **options)
+    if function.__name__ == "depthwise_separable_conv":
+        return function(x, weight, norm, eye, dw_bias=bias, **options)
+    return function(x, eye, None, weight, bias, eye, None, dw_norm=norm, prefix_tokens=0, **options)
+
+
+@pytest.mark.parametrize("name", ["token_depthwise_conv", "depthwise_separable_conv", "leff"])
+def test_a_bias_in_front_of_batch_statistics_takes_no_digits(isa, name):
+    """In 16 bits, of results much smaller than it: halfway between two such numbers it would make steps of them."""
+    x, weight = 1e-4 * torch.randn(4, 64, 24), torch.randn(24, 1, 3, 3)
+    bias = torch.full((24,), 1.0 + 2.0**-8)
+
+    def call(module, dtype, bias):
+        statistics = torch.zeros(24, dtype=bias.dtype), torch.ones(24, dtype=bias.dtype)
+        norm = BatchNorm(*statistics, None, None, use_batch_stats=True, momentum=1.0)
+        out = _with_a_bias(getattr(module, name), x.to(dtype), weight.to(dtype), bias, norm)
+        return out, *(each.to(torch.float64 if dtype == torch.float64 else torch.float32) for each in statistics)
+
+    got = call(ops, torch.bfloat16, bias)
+    plain = call(functional, torch.bfloat16, bias.bfloat16())
+    exact = call(functional, torch.float64, bias.double())
+    for result, *three in zip(("out", "running_mean", "running_var"), got, plain, exact, strict=True):
+        assert_as_accurate(*three, name=result)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_bias_in_front_of_batch_statistics_that_is_not_finite(isa, value):
+    x, weight = torch.randn(2, 30, 20), torch.randn(20, 1, 3, 3)
+
+    def call(form):
+        bias, statistics = torch.zeros(20), (torch.zeros(20), torch.ones(20))
+        bias[3] = value
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        out = form(*leaves, grid=(5, 6), norm=BatchNorm(*statistics, None, None, use_batch_stats=True))
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)), *statistics
+
+    assert_finite_where_plain(call, fused_conv, functional.token_depthwise_conv)
 
 
 def test_sums_of_the_last_norm_of_a_leff_at_batch_1():

@@ -328,17 +328,6 @@ def test_opcheck(case: Case) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(token_depthwise_conv, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    with torch.no_grad():
-        for batch in (2, 3):
-            arguments = make_arguments(Case((5, 4), batch=batch, prefix=1, **LEFF), torch.float32)
-            assert torch.equal(compiled(**arguments), run_cpp(**arguments))
-
-
-@needs_cpp
 @pytest.mark.parametrize("change", [{"norm": True}, {"prefix": 1}, {"residual": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_under_autocast_the_dtype_is_the_references(change: dict[str, Any], dtype: torch.dtype) -> None:

@@ -269,6 +269,38 @@ def test_training_on_the_host(host: Callable[..., Tensor], dtype: torch.dtype, v
         named(case, partial(check_training, host, on_lanes(case, dtype, vectors), dtype, True))
 
 
+def check_bias_of_batch_statistics(run: Callable[..., Tensor]) -> None:
+    """A bias takes no digits of much smaller results: where rounding to bfloat16 steps it would make steps of them.
+
+    Half of the channels are where rounding to the nearest does, half where Triton's interpreter does, which truncates.
+    And a bias that is not finite makes its channel so.
+    """
+    x, weight = 1e-4 * torch.randn(4, 64, 24), torch.randn(24, 1, 3, 3).bfloat16().float()
+    bias = torch.full((24,), 1.0 + 2.0**-8)
+    bias[12:] = 1.0 + 2.0**-7
+
+    def call(run: Callable[..., Tensor], dtype: torch.dtype, bias: Tensor) -> list[Tensor]:
+        statistics = torch.zeros(24, dtype=bias.dtype), torch.ones(24, dtype=bias.dtype)
+        norm = BatchNorm(*statistics, None, None, use_batch_stats=True, momentum=1.0)
+        given = Convolution(x.to(dtype), weight.to(bias.dtype), bias, (8, 8), norm=norm)._asdict()
+        out = run(**given)
+        return [out, *(each.to(torch.promote_types(dtype, torch.float32)) for each in statistics)]
+
+    got = call(run, torch.bfloat16, bias)
+    plain = call(functional.token_depthwise_conv, torch.bfloat16, bias.bfloat16())
+    exact = call(functional.token_depthwise_conv, torch.float64, bias.double())
+    for name, *three in zip(("out", "running_mean", "running_var"), got, plain, exact, strict=True):
+        assert_as_accurate(*three, name=name)
+    bias[3], bias[4] = torch.inf, torch.nan
+    got, plain = (call(form, torch.float32, bias) for form in (run, functional.token_depthwise_conv))
+    for ours, theirs in zip(got, plain, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+def test_a_bias_in_front_of_batch_statistics_on_the_host(host: Callable[..., Tensor]) -> None:
+    check_bias_of_batch_statistics(host)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_training_with_running_statistics_on_the_host(host: Callable[..., Tensor], dtype: torch.dtype) -> None:
     for case in (case for case in TRAINING_CASES[::2] if case.norm or case.pre_norm):

@@ -21,9 +21,10 @@ from fastvit import backends
 from fastvit.ops._operator import recording
 from fastvit.patching import blocks, is_patched, patch, unpatch
 from fastvit.patching import reference as table
-from fastvit.patching.fusion import Fused
+from fastvit.patching.fusion import Fused, give
 from fastvit.reference.deepvit import ReAttentionBlock
 from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.ops.test_call_counts import python_calls
 from tests.tiny import build
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -98,6 +99,7 @@ class _Calls(TorchDispatchMode):
 def test_a_block_is_few_calls(name, monkeypatch):
     linear = sys.modules["fastvit.ops.linear"]
     monkeypatch.setattr(linear, "_FASTER", {})
+    monkeypatch.setattr(linear, "_WINNERS", set())
     monkeypatch.setattr(linear.autotune, "choose", lambda *_, **__: ("cpp",))
     case = make(name)
     block = fused(case, backend="cpp")
@@ -110,6 +112,27 @@ def test_a_block_is_few_calls(name, monkeypatch):
     assert len(counted.names) == FAMILIES[name].calls < len(plain.names) / 2, counted.names
     # CeiT's LeFF and the spatial reduction of PCPVT are further calls.
     assert FAMILIES[name].calls <= MOST_CALLS or name in ("ceit", "twins_pcpvt")
+
+
+PYTHON_CALLS = {
+    **dict.fromkeys(("vit", "deit", "cpvt"), 120),
+    "deepvit": 140,
+    "cait": 130,
+    "cvt": 250,
+    "ceit": 190,
+    "twins_pcpvt": 160,
+    "twins_pcpvt_unreduced": 140,
+}
+"""The most that a warm call of a block enters, asking of every part whether it is still plain."""
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_block_is_few_python_calls(name):
+    case = make(name)
+    block = fused(case)
+    with torch.no_grad():
+        assert len(python_calls(lambda: case.run(block))) <= PYTHON_CALLS[name]
 
 
 # --- Whoever meddles with a part is heard ----------------------------------------------------------------------------
@@ -382,7 +405,7 @@ def test_another_backend_never_takes_our_product(name, backend, whole):
 def test_parts_of_another_backend_are_called(part, whole):
     case = make("vit")
     block = fused(case)
-    vars(block.get_submodule(part))["fastvit_backend"] = "triton"
+    give(block.get_submodule(part), type(block.get_submodule(part)), "triton")
     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):  # it does not run here, or is none of MLPs
         case.run(block)
     assert not whole

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching import explain, is_patched, patch, report, unpatch
-from fastvit.patching.fusion import Fused, intact
+from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise, supported
 from fastvit.patching.register import REGISTERED, register, unregister
 from tests.helpers import assert_as_accurate
@@ -36,8 +36,6 @@ class Mine(nn.Module):
 
 class FusedMine(Fused):
     def forward(self, x: Tensor) -> Tensor:
-        if not intact(self):
-            return self.fastvit_plain.forward(self, x)
         out = ops.masked_attention(*self.split(x), dropout_p=self.drop.p, backend=self.fastvit_backend)
         return self.out(out.transpose(1, 2).flatten(2))
 

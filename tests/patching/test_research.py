@@ -109,6 +109,9 @@ class Turned(nn.Module):
         return x.permute(self.axes)
 
 
+Turned.__name__ = "Rearrange"  # einops' name
+
+
 class Regenerator(nn.Module):
     """As vit-pytorch's DeepViT attention."""
 

@@ -322,14 +322,6 @@ def test_bad_arguments_are_named(options, message):
         tiny(**options)
 
 
-def test_compiles_without_graph_breaks():
-    model = randomise(tiny()).eval()
-    images, mask = torch.randn(2, 3, 64, 64), torch.rand(2, 16) < 0.5
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert_same(compiled(images, mask), model(images, mask))
-
-
 def test_runs_under_autocast_and_resets_its_head():
     model = randomise(tiny()).train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -312,15 +312,6 @@ def test_checkpointing_changes_nothing_but_memory(build):
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
 
 
-@pytest.mark.parametrize(("build", "patches"), [(tiny, 16), (tiny_twins, 256)])
-def test_compiles_without_graph_breaks(build, patches):
-    model = randomise(build()).eval()
-    images, mask = torch.randn(2, 3, 64, 64), torch.rand(2, patches) < 0.5
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert_same(compiled(images, mask), model(images, mask))
-
-
 @pytest.mark.parametrize("build", [tiny, tiny_twins])
 def test_runs_under_autocast_and_resets_its_head(build):
     model = randomise(build()).train()

@@ -330,15 +330,6 @@ def test_an_image_too_small_is_named():
         tiny()(torch.randn(1, 3, 2, 64))
 
 
-def test_compiles_without_graph_breaks():
-    model = randomise(tiny()).eval()
-    images = torch.randn(2, 3, 48, 64)
-    mask = torch.rand(2, 12 * 16) < 0.5
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        assert_same(compiled(images, mask), model(images, mask))
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_runs_under_autocast(training):
     model = randomise(tiny()).train(training)

@@ -119,6 +119,10 @@ def cases(batch: int, statistics: str) -> dict[str, Case]:
         ),
         "linear": (lambda *t: functional.linear(*t, "gelu"), [draw(batch, 3), draw(2, 3), draw(2)]),
         "mlp": (functional.mlp, [draw(batch, 2, 3), draw(4, 3), draw(4), draw(2, 4), draw(2)]),
+        "glu_mlp": (
+            lambda *t: functional.glu_mlp(*t[:7], hidden_norm=LayerNorm(*t[7:])),
+            [draw(*s) for s in ((batch, 2, 3), *((4, 3), (4,)) * 2, (2, 4), (2,), (4,), (4,))],
+        ),
         "masked_attention": (functional.masked_attention, attention_inputs(batch)),
         "masked_attention, mask": (
             lambda *t: functional.masked_attention(*t[:3], mask, t[3]),
@@ -161,7 +165,7 @@ def cases(batch: int, statistics: str) -> dict[str, Case]:
 
 
 NAMES = tuple(cases(1, "batch"))
-WITHOUT_STATISTICS = ("layer", "linear", "mlp", "masked", "class", "talking", "head_mixed_attention, layer norm")
+WITHOUT_STATISTICS = ("layer", "linear", "mlp", "glu", "masked", "class", "talking", "head_mixed_attention, layer norm")
 CHECKED = [
     (name, batch, statistics)
     for name, batch, statistics in itertools.product(NAMES, (1, 2), ("batch", "running"))

@@ -1,0 +1,358 @@
+"""Modules of no known class whose own forward holds attention: found by what they compute, then run deferred.
+
+``patch`` gives the model the class of :class:`Undecided` where no row knows its attention. Its first call runs as it is
+written, watched; the smallest modules that hold a whole chain then get a class of :class:`Recognised`, and the model
+its own back. An example given to ``patch`` is that first call.
+
+A recognised class defers its forward (``fastvit.recognise.deferred``) where nothing else wants to see its operations:
+not while compiling, exporting or tracing, under a transform or somebody's mode, nor while a part has hooks. What it
+found out by calls stands on the class, by the kind of call: whether a chain came off, and, where gradients are wanted,
+whether the map is kept. A map that is kept may be asked for its gradient, which only the plain code gives; so the first
+call of a kind with gradients is watched, too. Where tensors are saved through hooks, as a checkpoint does, a kind of
+call takes the same way from its first to its last, since the recomputation must do as the forward did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._device import DeviceContext
+
+from fastvit import backends, ops
+from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
+from fastvit.recognise.deferred import Deferring, Event, transformed
+from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
+from fastvit.reference.overrides import WATCHES, calls_everything, symbolically_traced
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+_listener: contextvars.ContextVar[Callable[[Event], None] | None] = contextvars.ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(to: Callable[[Event], None]) -> Iterator[None]:
+    """Within it, ``to`` is called with what becomes of each chain that this thread defers."""
+    token = _listener.set(to)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+_lock = threading.RLock()
+_tracing_state = torch._C._get_tracing_state
+_modes = torch._C._len_torch_function_stack
+
+
+def _seen_by_others() -> bool:
+    """Whether a compiler, a tracer, a transform or somebody's mode sees every operation."""
+    if _tracing_state() is not None or symbolically_traced() or transformed():
+        return True
+    return any(not isinstance(_mode(place), (DeviceContext, Observing)) for place in range(_modes()))
+
+
+def _mode(place: int) -> Any:
+    return torch._C._get_function_stack_at(place)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether no part has a hook, but for one that watches, or is compiled."""
+    for part in module._modules.values():
+        if part is None:
+            continue
+        if part._backward_hooks or part._backward_pre_hooks or part._compiled_call_impl is not None:
+            return False
+        if part._forward_hooks or part._forward_pre_hooks:
+            hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            if not all(getattr(hook, WATCHES, False) for hook in hooks):
+                return False
+        if type(part).__name__ == "OptimizedModule" or (part._modules and not _untouched(part)):
+            return False
+    return True
+
+
+class _Wrapping(Fused):
+    """A seam whose forward is made for each plain class, so that it has that one's signature."""
+
+    def __init_subclass__(cls) -> None:
+        if "fastvit_plain" in vars(cls):
+            cls.forward = cls.fastvit_wrapped(cls.fastvit_plain.forward)  # type: ignore[attr-defined]
+
+    @classmethod
+    def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward that stands in front of the plain one."""
+        raise NotImplementedError
+
+
+class Recognised(_Wrapping):
+    """Runs the plain forward deferred."""
+
+    fastvit_kinds: ClassVar[dict[Any, bool | int]]
+    """By kind of call, whether to defer it; a number: after so many plain calls it is tried again."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.fastvit_kinds = {}
+
+    @classmethod
+    def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fused = type(self)  # asked once: another thread may unpatch
+            if torch.compiler.is_compiling() or not issubclass(fused, Recognised) or not _may_defer(self):
+                return plain_of(fused).forward(self, *args, **kwargs)
+            return _defer(fused, self, args, kwargs)
+
+        return forward
+
+
+class RecognisedMasked(Recognised):
+    fastvit_op = "masked_attention"
+
+
+class RecognisedClass(Recognised):
+    fastvit_op = "class_attention"
+
+
+class RecognisedMixed(Recognised):
+    fastvit_op = "head_mixed_attention"
+
+
+TRIED_AGAIN_AFTER = 64
+"""Plain calls of a kind in which nothing was gained: what broke its chains may have been switched off since."""
+
+SEAMS = {seam.fastvit_op: seam for seam in (RecognisedMasked, RecognisedClass, RecognisedMixed)}
+
+
+def _plain_alone() -> bool:
+    """Whether FASTVIT_BACKEND asks for the reference and nothing else."""
+    requested = backends.REQUESTED
+    return requested == {"reference"}
+
+
+def _may_defer(module: nn.Module) -> bool:
+    if calls_everything() or _plain_alone():
+        return False
+    return not _seen_by_others() and _untouched(module)
+
+
+@functools.cache
+def _taking(backend: str) -> frozenset[str] | None:
+    """The operators that have this backend; None: all."""
+    if backend == "auto":
+        return None
+    have = ((name, {each.name for each in operator.implementations}) for name, operator in ops.OPERATORS.items())
+    return frozenset(name for name, names in have if backend in names)
+
+
+def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a call may decide which way the forward takes."""
+    gradients = torch.is_grad_enabled()
+    return (
+        gradients,
+        gradients and saves_through_hooks(),
+        torch._C._is_any_autocast_enabled(),
+        tuple([value for value in vars(module).values() if value is True or value is False]),
+        tuple([_kind_of(value) for value in args]),
+        tuple([(name, _kind_of(value)) for name, value in kwargs.items()]) if kwargs else (),
+    )
+
+
+def _kind_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return type(value), value.dtype
+    return value if value is None or isinstance(value, (bool, str)) else type(value)
+
+
+def _defer(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    plain, kinds, backend = fused.fastvit_plain.forward, fused.fastvit_kinds, fused.fastvit_backend
+    kind = _kind(module, args, kwargs)
+    gradients, hooked = kind[:2]
+    decided = kinds.get(kind)
+    if decided is not None and decided is not True:
+        if decided is not False:
+            kinds[kind] = decided - 1 if decided > 1 else True
+        return plain(module, *args, **kwargs)
+    if decided is None and gradients and not hooked:
+        return _watched(fused, module, args, kwargs, kind)
+    if hooked:
+        kinds[kind] = True
+    mode = Deferring(backend, _taking(backend), _listener.get())
+    with mode:
+        out = plain(module, *args, **kwargs)
+    out = mode.finish(out)
+    if not hooked:
+        kinds[kind] = not mode.kept and (mode.fused > mode.left or TRIED_AGAIN_AFTER)
+    return out
+
+
+def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
+    """The plain forward; decides about its kind of call."""
+    seen: list[Seen] = []
+    with Observing(seen.append, fused.fastvit_backend) as mode:
+        out = fused.fastvit_plain.forward(module, *args, **kwargs)
+    held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
+    gains = any(each.operator is not None for each in seen)
+    fused.fastvit_kinds[kind] = not held and (gains or TRIED_AGAIN_AFTER)
+    return out
+
+
+# --- Finding them ---------------------------------------------------------------------------------------------------
+
+AT_THE_FIRST_CALL = "decided at the first call; give patch an example to have it decided at once"
+
+
+EVERY_OPERATOR = frozenset(ops.OPERATORS)
+
+
+class Options(NamedTuple):
+    """What ``patch`` was asked for; ``decided`` is called with the model and the verdicts.
+
+    ``warns`` is whether the first call warns where it shows nothing to fuse.
+    """
+
+    ops: frozenset[str]
+    filter_fn: FilterFn | None = None
+    warns: bool = False
+    decided: Callable[[nn.Module, dict[str, Verdict]], None] | None = None
+
+
+class Verdict(NamedTuple):
+    """On a module in whose forward a chain ended: the operator that takes it, or why none does."""
+
+    module: nn.Module
+    op: str | None
+    reason: str
+
+
+_asked: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()
+
+
+class Undecided(_Wrapping):
+    """Watches its first call, which decides what is recognised within it."""
+
+    @classmethod
+    def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fused = type(self)
+            compiling = torch.compiler.is_compiling()
+            if compiling or not issubclass(fused, Undecided) or not _may_decide(self, args, kwargs):
+                return plain_of(fused).forward(self, *args, **kwargs)
+            return _first_call(fused, self, args, kwargs)
+
+        return forward
+
+
+class UndecidedAsAsked(Undecided):
+    """With options that are lost where it is copied: a copy stays plain."""
+
+
+def has_fused_class(module: nn.Module) -> bool:
+    """Whether a module has a fused class, which :class:`Undecided` is not."""
+    return isinstance(module, Fused) and not isinstance(module, Undecided)
+
+
+def undecided_class(model: nn.Module, options: Options, backend: str) -> type[nn.Module]:
+    """The class to give a model whose first call is to decide."""
+    asked = options.filter_fn is not None or options.ops != EVERY_OPERATOR
+    _asked[model] = options
+    return fused_class(UndecidedAsAsked if asked else Undecided, plain_class(model), backend)
+
+
+@contextlib.contextmanager
+def still_undecided(model: nn.Module) -> Iterator[None]:
+    """Within it, a call of an undecided model decides nothing."""
+    undecided, cls = isinstance(model, Undecided), type(model)
+    if undecided:
+        give(model, plain_class(model))
+    try:
+        yield
+    finally:
+        if undecided:
+            give(model, cls)
+
+
+def _may_decide(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    if getattr(model, "_is_replica", False) or _plain_alone() or _seen_by_others():
+        return False
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in (*args, *kwargs.values()))
+    return not (on_gpu and torch.cuda.is_current_stream_capturing())
+
+
+def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    backend = fused.fastvit_backend
+    seen: list[Seen] = []
+    with Observing(seen.append, backend):
+        out = fused.fastvit_plain.forward(model, *args, **kwargs)
+    if any(each.hooked for each in seen):
+        return out  # a checkpoint will recompute it the same way
+    with _lock:
+        if type(model) is not fused:
+            return out
+        options = _asked.pop(model, None)
+        if options is None and issubclass(fused, UndecidedAsAsked):
+            give(model, plain_class(model))
+            return out
+        options = options or Options(EVERY_OPERATOR)
+        give(model, plain_class(model))
+        verdicts = judge(model, seen, options, backend)
+        for verdict in verdicts.values():
+            if verdict.op is not None:
+                give(verdict.module, recognised_class(verdict), backend)
+    if options.decided is not None:
+        options.decided(model, verdicts)
+    if options.warns and not any(verdict.op for verdict in verdicts.values()):
+        told = [f"{name or '(the model itself)'}: {verdict.reason}" for name, verdict in verdicts.items()]
+        what = "\n  ".join(told[:8]) or "no attention was computed in this call"
+        warnings.warn(f"fastvit: no attention to fuse in {type(model).__name__}:\n  {what}", UserWarning, stacklevel=3)
+    return out
+
+
+def recognised_class(verdict: Verdict) -> type[nn.Module]:
+    """The class to give the module."""
+    assert verdict.op is not None
+    return fused_class(SEAMS[verdict.op], plain_class(verdict.module))
+
+
+def judge(
+    model: nn.Module, seen: Iterable[Seen], options: Options, backend: str, known: Collection[nn.Module] = ()
+) -> dict[str, Verdict]:
+    """By qualified name, a verdict on each module of the model in whose forward a chain ended.
+
+    Args:
+        seen: in the model's forward.
+        backend: for the operators.
+        known: modules that a row stands for, or that are part of one.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    taking = _taking(backend)
+    verdicts: dict[str, Verdict] = {}
+    for each in seen:
+        module = each.module
+        if module is None or module not in names or isinstance(module, Fused) or module in known:
+            continue
+        name, op, reason = names[module], each.operator, f"{', '.join(each.told)}; then {each.reason} ({each.line})"
+        if op is not None:
+            reason = ""
+            if op not in options.ops:
+                op, reason = None, f"ops leaves {op} out"
+            elif taking is not None and op not in taking:
+                op, reason = None, f"{op} has no backend {backend!r}"
+            elif "forward" in vars(module):
+                op, reason = None, "forward was replaced on the instance"
+            elif options.filter_fn is not None and not options.filter_fn(module, name):
+                op, reason = None, "filter_fn leaves it out"
+        if name not in verdicts or (verdicts[name].op is None and op is not None):
+            verdicts[name] = Verdict(module, op, reason)
+    return verdicts

@@ -1,0 +1,195 @@
+"""What a model computes, told without changing it: all runs as it is written, and chains are followed beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastvit import autotune
+from fastvit.ops import _operator
+from fastvit.recognise.chain import BreaksOff, Chain, break_off
+from fastvit.recognise.deferred import advance, finished, name_of, ordinary, transformed
+from fastvit.recognise.maps import METADATA, Ambient
+from fastvit.recognise.places import modules_running, user_line
+from fastvit.recognise.products import STARTS, Product, flat_einsum
+from fastvit.recognise.vocabulary import IN_PLACE, SAME
+from fastvit.recognise.whole import WHOLE
+
+__all__ = ["Observing", "Seen", "saves_through_hooks"]
+
+
+class Seen(NamedTuple):
+    """A chain that ended.
+
+    Attributes:
+        module: the innermost module in whose forward it began and ended; None outside of any.
+        told: its operations.
+        operator, backend: that would take it; None where it broke off.
+        reason: why it broke off.
+        line: "file.py:12" of the operation at which it ended, in the user's code.
+        hooked: whether saved tensors went through hooks, as those of a checkpoint do.
+    """
+
+    module: nn.Module | None
+    told: tuple[str, ...]
+    operator: str | None
+    backend: str | None
+    reason: str
+    line: str
+    hooked: bool
+
+
+class _Followed(NamedTuple):
+    chain: Chain
+    ambient: Ambient
+    modules: tuple[nn.Module, ...]
+
+
+class Observing(TorchFunctionMode):
+    """Tells of each chain in the code that runs within it.
+
+    Attributes:
+        kept: whether the gradient of a map was asked for, or a map stood in what :meth:`keeps` was shown.
+    """
+
+    def __init__(self, tell: Callable[[Seen], None], backend: str = "auto") -> None:
+        super().__init__()
+        self.tell, self.backend = tell, backend
+        self.followed: dict[int, tuple[weakref.ref[Tensor], _Followed]] = {}
+        self.kept = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.einsum:
+            args = flat_einsum(args)
+        out = func(*args, **kwargs)
+        if not transformed() and func not in METADATA:
+            with contextlib.suppress(BreaksOff):
+                self._look(func, args, kwargs, out)
+        return out
+
+    def keeps(self, value: Any) -> bool:
+        """Whether a map stands in a value: an output, or the attributes of a module."""
+        if isinstance(value, Tensor):
+            return self._of(value) is not None
+        if isinstance(value, dict):
+            return any(map(self.keeps, value.values()))
+        return isinstance(value, (tuple, list)) and any(map(self.keeps, value))
+
+    def _of(self, value: Any) -> _Followed | None:
+        found = self.followed.get(id(value))
+        return found[1] if found is not None and found[0]() is value else None
+
+    def _look(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+        places = [place for place, value in enumerate(args) if self.followed and self._of(value) is not None]
+        if places:
+            self._look_on(func, places, args, kwargs, out)
+            return
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not given or not ordinary(given, given[0].device):
+            return
+        if func in WHOLE:
+            self._look_at_whole(func, args, kwargs)
+        elif func in STARTS:
+            chain = STARTS[func](args, kwargs)
+            if chain is not None:
+                self._follow(out, _Followed(chain, Ambient.now(chain.q.device.type), modules_running()))
+
+    def _follow(self, out: Any, followed: _Followed) -> None:
+        if isinstance(out, Tensor) and tuple(out.shape) == followed.chain.shape and out.dtype == followed.chain.dtype:
+            key = id(out)
+            self.followed[key] = (weakref.ref(out, lambda _: self.followed.pop(key, None)), followed)
+
+    def _look_on(self, func: Any, places: list[int], args: Any, kwargs: Any, out: Any) -> None:
+        place = places[0]
+        followed = self._of(args[place])
+        assert followed is not None
+        chain = followed.chain
+        if name_of(func) in _OF_GRADIENTS:
+            self.kept = True
+        try:
+            others = [value for position, value in enumerate((*args, *kwargs.values())) if position != place]
+            if len(places) > 1 or not ordinary(others, chain.q.device):
+                break_off("its other tensors are maps too, or not ordinary ones of one device")
+            if Ambient.now(chain.q.device.type) != followed.ambient:
+                break_off("gradients or autocast were switched since the map began")
+            read = advance(chain, func, place, args, kwargs)
+        except BreaksOff as reason:
+            self._ended(followed, chain.told, None, str(reason))
+            self.followed.pop(id(args[place]), None)
+            return
+        if isinstance(read, Product):
+            self._look_at_product(followed, read)
+        elif read is not SAME:
+            if func in IN_PLACE:
+                self.followed.pop(id(args[place]), None)
+            self._follow(out, followed._replace(chain=read))
+
+    def _look_at_product(self, followed: _Followed, product: Product) -> None:
+        chain = followed.chain
+        if chain.dtype != product.values.dtype == chain.q.dtype and followed.ambient.autocast is not None:
+            chain = chain._replace(dtype=product.values.dtype)
+        told = (*chain.told, product.name)
+        try:
+            backend = chosen(lambda: finished(chain, product, self.backend))
+            if backend == _operator.REFERENCE and self.backend == _operator.AUTO:
+                break_off(f"no kernel of {chain.operator()} takes it here")
+            self._ended(followed, told, chain.operator(), "", backend)
+        except BreaksOff as reason:
+            self._ended(followed, told, None, str(reason))
+
+    def _look_at_whole(self, func: Any, args: Any, kwargs: Any) -> None:
+        begun = _Followed(None, None, modules_running())  # type: ignore[arg-type]
+        told = (name_of(func),)
+        try:
+            operator, run = WHOLE[func](args, kwargs)
+            backend = chosen(lambda: run(self.backend))
+            if backend == _operator.REFERENCE and self.backend == _operator.AUTO:
+                break_off(f"no kernel of {operator} takes it here")
+            self._ended(begun, told, operator, "", backend)
+        except BreaksOff as reason:
+            self._ended(begun, told, None, str(reason))
+
+    def _ended(
+        self, followed: _Followed, told: tuple[str, ...], operator: str | None, reason: str, backend: str | None = None
+    ) -> None:
+        """Tell of it; a product of which nothing more was made was no map."""
+        if operator is None and not set(told) - _SHAPING:
+            return
+        common = [one for one, other in zip(followed.modules, modules_running(), strict=False) if one is other]
+        module = common[-1] if common else None
+        self.tell(Seen(module, told, operator, backend, reason, user_line(), saves_through_hooks()))
+
+
+_OF_GRADIENTS = frozenset({"register_hook", "retain_grad", "grad", "register_post_accumulate_grad_hook"})
+_SHAPING = frozenset({"q@k^T", "permute", "reshape"})
+
+
+class _Chosen(Exception):  # noqa: N818 (no error: it ends the call where the choice is made)
+    pass
+
+
+def chosen(call: Callable[[], Any]) -> str:
+    """The backend that an operator's call gets, which is not computed."""
+    found: list[str] = []
+
+    def stop(selection: _operator.Selection) -> None:
+        found.append(selection.backend)
+        raise _Chosen
+
+    with torch.no_grad(), autotune.unmeasured(), _operator.recording(stop), contextlib.suppress(_Chosen):
+        call()
+    return found[0] if found else _operator.REFERENCE
+
+
+def saves_through_hooks() -> bool:
+    """Whether tensors saved for the backward pass go through hooks, as in a checkpoint that recomputes them."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
