@@ -440,7 +440,7 @@ void multiply_gated_to_block(const LinearParams& gate, const LinearParams& p, co
         float* to = gates + r * kPanel;
         for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kPanel) {
           Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          activate<activation, T>(values);
+          activate_rounded<activation, T>(values);
           store_two(values[0], values[1], to);
         }
       });
@@ -450,8 +450,12 @@ void multiply_gated_to_block(const LinearParams& gate, const LinearParams& p, co
       const float* of_row = gates + r * kPanel;
       Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
       for (int64_t i = 0; i < n; ++i, totals += kPanel, of_row += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
-        const Vec values[kPanelVectors] = {Vec::load(of_row) * Vec::load(totals),
-                                           Vec::load(of_row + kLanes) * Vec::load(totals + kLanes)};
+        Vec values[kPanelVectors];
+#pragma GCC unroll 2
+        for (int c = 0; c < kPanelVectors; ++c) {
+          const Vec value = round_to<T>(Vec::load(totals + c * kLanes));
+          values[c] = round_to<T>(Vec::load(of_row + c * kLanes) * value);
+        }
         store_panel(values, columns, to);
       }
     });

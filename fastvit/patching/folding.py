@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.patching.fusion import is_plain, plain_class
+from fastvit.patching.fusion import plain_class
 from fastvit.patching.normalization import Normalization, NormalizingConv2d
 from fastvit.patching.plan import check_model
+from fastvit.reference.overrides import is_plain
 
 
 class FoldedNormalization:

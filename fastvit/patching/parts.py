@@ -55,11 +55,10 @@ def project(linear: nn.Module, x: Tensor, backend: str) -> Tensor:
 def activation_name(module: nn.Module) -> str | None:
     """The operators' name of an activation layer; None where they have none, or where it has to be called."""
     cls = type(module)
-    if not is_plain(module, cls):
+    name = _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
+    if name is None or not is_plain(module, cls):
         return None
-    if cls is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _ACTIVATIONS.get(cls) or _ACTIVATIONS_BY_PATH.get(f"{cls.__module__}.{cls.__name__}")
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate) if cls is nn.GELU else name
 
 
 def is_plain_of(part: Any, library: str) -> bool:

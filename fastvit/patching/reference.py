@@ -414,15 +414,15 @@ class PatchEmbedSeam(Fused):
     """The patches of an image as rows of one product, at inference on the CPU."""
 
     fastvit_op = "linear"
+    fastvit_reads: ClassVar = {"proj": (nn.Conv2d, NormalizingConv2d)}
 
     def project(self, x: Tensor) -> Tensor:
         conv, backend = self._modules.get("proj"), whole_backend(self, x)
-        known = is_plain(conv, nn.Conv2d, NormalizingConv2d)
-        if backend is None or not known or not _cuts_patches(conv, x, self.patch_size):
+        if backend is None or not _cuts_patches(conv, x, self.patch_size):
             return plain_class(self).project(self, x)
-        folded = type(conv) is NormalizingConv2d
-        weight = conv.normalization.scaled(conv.weight) if folded else conv.weight
-        x = conv.centred(x) if folded else x
+        weight = conv.weight
+        if type(conv) is NormalizingConv2d:
+            x, weight = conv.centred(x), conv.normalization.scaled(weight)
         (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.flatten(3).flatten(1, 2)

@@ -116,7 +116,7 @@ def _matrix_cases(name: str) -> list[tuple[str, Any, str]]:
 _BACKEND = [("backend", "fast", "backend: expected one of ['auto', ")]
 _ACTIVATIONS = "expected one of [None, 'gelu', 'quick_gelu', 'silu', 'relu', 'gelu_tanh'], got"
 
-_GATES = _ACTIVATIONS.replace("'relu'", "'relu', 'sigmoid'")
+_GATES = _ACTIVATIONS.replace("'gelu_tanh'", "'gelu_tanh', 'sigmoid'")
 
 _GRID_CASES = [
     ("grid", 12, "grid: expected a pair of positive ints (h, w), got 12 (int)"),
