@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -49,3 +50,12 @@ def seed() -> int:
     """Seeds torch before each test, so that a test gives the same numbers alone and in a full run."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(autouse=True)
+def gradient_mode_stays() -> Iterator[None]:
+    """A test that left it off would change what those after it on the same worker try."""
+    yield
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on, "the test left gradients switched off"

@@ -104,6 +104,19 @@ def products() -> Iterable[Call]:
         yield ops.glu_mlp, {"x": x, **gate, **layers, "hidden_norm": LayerNorm(None, None), **around}
 
 
+def feed_forwards() -> Iterable[Call]:
+    for height, width, channels, hidden in ((1, 1, 3, 5), (4, 5, 16, 24), (7, 9, 33, 70)):
+        x = torch.randn(2, 1 + height * width, channels)
+        up, down = torch.randn(hidden, channels), torch.randn(channels, hidden)
+        layers = (up, torch.randn(hidden), torch.randn(hidden, 1, 3, 3), None, down, torch.randn(channels))
+        names = ("up_weight", "up_bias", "dw_weight", "dw_bias", "down_weight", "down_bias")
+        around = {"norm": LayerNorm(torch.ones(channels), torch.zeros(channels)), "residual": torch.randn(x.shape)}
+        norms = {"up_norm": norm(hidden, False), "dw_norm": norm(hidden, False), "down_norm": norm(channels, False)}
+        arguments = {"x": x, **dict(zip(names, layers, strict=True)), "grid": (height, width), "prefix_tokens": 1}
+        yield ops.leff, arguments
+        yield ops.leff, arguments | norms | around
+
+
 def lower(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.bfloat16() if value.is_floating_point() else value
@@ -146,7 +159,7 @@ def main() -> None:
                 for shape in ((19, 40), (100, 1101)):
                     weight = torch.randn(shape, dtype=getattr(torch, dtype))
                     torch.ops.fastvit.unpack_weight(torch.ops.fastvit.pack_weight(weight))
-                for function, arguments in (*convolutions(), *attentions(), *products()):
+                for function, arguments in (*convolutions(), *attentions(), *products(), *feed_forwards()):
                     changed = {name: lower(value) for name, value in arguments.items()}
                     run(function, arguments if dtype == "float32" else changed)
     print(json.dumps(sorted(recorder.names)))

@@ -39,8 +39,12 @@ def whole_backend(block: Any, x: Tensor) -> str | None:
 
 
 def first_backend(block: Any, x: Tensor) -> str | None:
-    """The same for its first tokens alone: not where its forward is one that was put over the fused one."""
-    return whole_backend(block, x) if is_ours(type(block)) else None
+    """The same for its first tokens alone: not where its forward is one that was put over the fused one.
+
+    Nor where anybody listens to the attention's maps, which have a row for every token.
+    """
+    listened = not is_ours(type(block)) or fused_backend(block._modules.get("attn")) is None
+    return None if listened else whole_backend(block, x)
 
 
 class BlockSeam(Fused):

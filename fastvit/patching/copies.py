@@ -39,7 +39,8 @@ def float64_copy(model: nn.Module, hooks: bool = True) -> nn.Module:
     double = _copied(model, hooks, {}).double()
     for module in double.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, FunctionType):  # which copies share, with whatever it holds
+        # Copies share it, with whatever it holds; but a compiled module makes its own.
+        if isinstance(forward, FunctionType) and "_orig_mod" not in module._modules:
             vars(module)["forward"] = functools.partial(_in_dtype, forward, dtype)
     return double
 

@@ -116,7 +116,9 @@ def test_images_beyond_32_bit_offsets_are_refused():
     meta = torch.empty(1, 1, 16, device="meta").expand(1, 2**21, 16)
     up, dw, down = (torch.empty(size, device="meta") for size in ((1024, 16), (1024, 1, 3, 3), (16, 1024)))
     for x, fits in ((meta, False), (meta[:, :21], True)):
-        assert _fits(Call(x, Convolution(x, dw, None, (3, 7)), up, None, down, None, None, "official")) is fits
+        assert (
+            _fits(Call(x, Convolution(x, dw, None, (3, 7)), up, None, down, None, None, "official", None, None)) is fits
+        )
     bare = kernels.Epilogue(None, None, None, None, None, 0.0)
     with pytest.raises(ValueError, match="expected at most 2"):
         kernels.leff_forward(meta, up, bare, dw, bare, down, bare, (2**11, 2**10), 0, False)

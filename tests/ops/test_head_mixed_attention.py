@@ -359,7 +359,7 @@ LOW_LEVEL_BAD = {
     "v is bfloat16, q is float32": {"v": lambda t: t.bfloat16()},
     "k must have a contiguous last axis": {"k": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)},
     "post_weight has shape": {"post_weight": lambda _: torch.eye(5)},
-    "post_weight must be float32 or bfloat16": {"post_weight": lambda _: torch.eye(4).double()},
+    "post_weight must be float32, bfloat16 or float16": {"post_weight": lambda _: torch.eye(4).double()},
     "norm_mean and norm_var": {"norm_mean": lambda _: torch.zeros(4)},
     "mask must be bool": {"mask": lambda _: torch.ones(1, 1, 1, 9)},
     "mask has shape": {"mask": lambda _: torch.ones(1, 1, 8, 9, dtype=torch.bool)},

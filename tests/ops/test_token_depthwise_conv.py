@@ -378,7 +378,7 @@ def test_the_kernel_itself_checks() -> None:
         "bias must be contiguous with 8 elements": {"bias": torch.zeros(7)},
         "norm_mean and norm_var must be given together": {"norm_mean": torch.zeros(8)},
         "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
-        "activation must be a code from 0 to 4, got 5": {"activation": 5},
+        "activation must be a code from 0 to 5, got 6": {"activation": 6},
         "stride must be at least 1, got 0": {"stride": 0},
         "weight: a kernel of 7 does not fit into the padded grid": {"weight": torch.zeros(8, 1, 7, 7), "padding": 0},
         "residual needs a convolution that keeps the grid": {"residual": True, "stride": 2},

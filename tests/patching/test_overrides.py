@@ -244,6 +244,7 @@ def test_all_modules(name, kind):
         with FOR_ALL[kind]():
             expected = model(x)
         patch(model)
+        model(x)  # decides what has no row
         fused = model(x)
         with FOR_ALL[kind]():
             got = model(x)
@@ -422,7 +423,8 @@ def test_bound_methods_outlive_the_class(name):
         for module in fused:
             module.forward = bound[module]  # as accelerate and transformers 4 put it back
         check()
-        assert {module for module in patch(model).modules() if isinstance(module, Fused)} == set(fused)
+        # Those without a row are fused at a first call, which the model itself waits for.
+        assert {module for module in patch(model).modules() if isinstance(module, Fused)} >= {*fused} - {model}
         assert not any("forward" in vars(module) for module in fused)
         for part, forward in of_plain.items():
             model.get_submodule(part).forward = lambda *args, run=forward, **kwargs: run(*args, **kwargs)

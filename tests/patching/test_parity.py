@@ -59,7 +59,7 @@ def test_every_block_is_fused_and_called(name):
     assert blocks <= {row.name for row in told}
     choices = [row for row in told if row.op != "linear"]
     # A block that runs whole calls its MLP's operator itself, timm's its attention's as well.
-    part = {"mlp": "mlp", "masked_attention": "attn"}
+    part = {"mlp": "mlp", "leff": "leff", "masked_attention": "attn"}
     single = [row for row in choices if row.op != "conv_projection"]
     called = [f"{row.name}.{part[row.op]}" if row.name in blocks else row.name for row in single]
     joined = [row.name for row in choices if row.op == "conv_projection"]

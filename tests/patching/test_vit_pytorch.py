@@ -27,7 +27,7 @@ FUSED = {
     "deepvit": {"head_mixed_attention": 2, "mlp": 2, "linear": 1},
     "cait": {"head_mixed_attention": 4, "mlp": 4},
     "cvt": {"masked_attention": 3, "token_depthwise_conv": 6},
-    "twins_svt": {"token_depthwise_conv": 4},
+    "twins_svt": {"token_depthwise_conv": 4, "masked_attention": 14},
 }
 OF_CONVOLUTIONS = {"cvt": 3, "twins_svt": 14}
 """MLPs that are not fused: of 1x1 convolutions."""
@@ -231,7 +231,11 @@ def test_deepvits_maps_are_there_for_a_hook(part):
         ("deepvit", lambda attention: setattr(attention, "heads", 2), "reattn_weights does not map heads to heads"),
         ("deepvit", lambda attention: attention.reattn_norm.pop(2), "between two rearrangements"),
         ("deepvit", lambda attention: replace_norm(attention, nn.LayerNorm((4, 1))), "not a plain nn.LayerNorm over"),
-        ("deepvit", lambda attention: replace_norm(attention, nn.BatchNorm2d(4)), "not a plain nn.LayerNorm over"),
+        (
+            "deepvit",
+            lambda attention: replace_norm(attention, nn.BatchNorm2d(4)),
+            "is BatchNorm2d, expected is exactly LayerNorm",
+        ),
         ("deepvit", lambda attention: swap_rearrangements(attention), "reattn_norm.0 is not the rearrangement"),
     ],
 )
