@@ -56,6 +56,7 @@ def test_compile_whole_with_dynamic_batch(name):
     """One graph for every batch size, with the fused operators in it."""
     model, graphs = patch(build(name)), Graphs()
     fused = [row.op for row in report(model).rows if row.status == "patched"]
+    torch._dynamo.utils.counters.clear()  # of the tests before
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend=graphs)
         for batch in (2, 3, 5):
