@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from fastvit import autotune, backends
+from fastvit.ops import _packing
 from fastvit.ops._checks import check_activation, check_linear, check_number, check_parameter, fail
 from fastvit.ops._operator import (
     AUTO,
@@ -215,10 +216,9 @@ def _run_compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *around
 
 
 @torch.library.impl("fastvit::mlp", "cpu")
-def _run_compiled_mlp(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, *around: Any
-) -> Tensor:
-    return _packed_mlp(x, fc1_weight, fc1_bias, packed(fc1_weight), fc2_weight, fc2_bias, packed(fc2_weight), *around)
+def _run_compiled_mlp(x: Tensor, *layers_and_around: Any) -> Tensor:
+    layers, around = layers_and_around[:4], layers_and_around[4:]
+    return _packed_mlp(x, *_with_packed(layers), *around)
 
 
 @torch.library.impl("fastvit::glu_mlp", "cpu")
@@ -300,13 +300,7 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
     behind = (ACTIVATION_CODES[activation], scale, residual)
     if traced:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
-    fc1_packing, fc2_packing = packed(fc1_weight), packed(fc2_weight)
-    if type(fc1_weight) is PackedWeight:
-        fc1_weight = fc1_weight.stand_in
-    if type(fc2_weight) is PackedWeight:
-        fc2_weight = fc2_weight.stand_in
-    first, second = (fc1_weight, fc1_bias, fc1_packing), (fc2_weight, fc2_bias, fc2_packing)
-    return _packed_mlp(x, *first, *second, *norm_arguments, *behind)
+    return _packed_mlp(x, *_with_packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias)), *norm_arguments, *behind)
 
 
 def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
@@ -372,7 +366,7 @@ def _run_glu_mlp_by(call: GluMlp, product: Product) -> Tensor:
 def _by_mkl(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     packing = packed(weight, "mkl", rows)
-    if packing is None:
+    if packing is None:  # fake tensors are made
         return F.linear(x, weight, bias)
     return torch.ops.mkl._mkl_linear(x, packing, weight, bias, rows)
 
@@ -461,6 +455,10 @@ def _untaken(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
         yield "it has no gradients"
     if not x.numel() or not all(weight.numel() for weight in weights):
         yield "it takes no empty tensors"
+    if not _packing.ENABLED:
+        yield "FASTVIT_PACK=0 keeps no packed weights"
+    if any(weight.is_inference() for weight in weights):
+        yield "a weight made in inference mode does not tell when it changes"
 
 
 def _library_reasons(

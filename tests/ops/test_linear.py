@@ -557,7 +557,7 @@ def test_a_library_that_is_faster_is_taken(library: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_refuses_by_name(library: str) -> None:
+def test_a_library_refuses_by_name(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = _layer(20, 8, 16, torch.float32)
     for args, reason in (
         ((x.double(), weight.double(), bias.double()), "dtype torch.float64 is not one of float32"),
@@ -566,6 +566,11 @@ def test_a_library_refuses_by_name(library: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=f"backend '{library}' cannot run this call: {reason}"):
             ops.linear(*args, backend=library)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="a weight made in inference mode"):
+        ops.linear(x, weight.clone(), bias, backend=library)
+    monkeypatch.setattr(MODULE._packing, "ENABLED", False)
+    with pytest.raises(RuntimeError, match="FASTVIT_PACK=0 keeps no packed weights"):
+        ops.linear(x, weight, bias, backend=library)
 
 
 def _chosen(*args: Tensor) -> str:

@@ -186,7 +186,7 @@ def test_ctrl_c_at_every_line(what):
         prepare()
         with pytest.raises(Interrupted):
             lines(do, moment)
-        torch.set_grad_enabled(True)  # Ctrl-C on the way into or out of torch.no_grad leaves it off, which is torch's
+        torch.set_grad_enabled(True)  # an exception on the line of a `with` on its way out skips the exit
         assert state() in (old, new), line
         ends[state() == old] += 1
     assert old != new and ends[True] > 20 and ends[False]
