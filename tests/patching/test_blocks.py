@@ -120,7 +120,7 @@ PYTHON_CALLS = {
     "cait": 130,
     "cvt": 250,
     "ceit": 190,
-    "twins_pcpvt": 160,
+    "twins_pcpvt": 170,
     "twins_pcpvt_unreduced": 140,
 }
 """The most that a warm call of a block enters, asking of every part whether it is still plain."""
