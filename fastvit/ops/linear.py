@@ -472,8 +472,6 @@ def _library_reasons(
     """Against MKL's or oneDNN's products: of :func:`_reasons` one alone where they have never been the fastest."""
     if not named and name not in _WINNERS:
         return ("it has not been the fastest on this machine",)
-    if traced is False and call.x.numel() < CPP_MIN_ROWS * call.x.shape[-1]:  # asked first, as small calls are short
-        return (f"fewer than {CPP_MIN_ROWS} rows",)
     return _reasons(name, missing, dtypes, call, named, traced)
 
 
@@ -569,6 +567,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         weight, bias = cast_like(x, weight, bias)
     call, requested, traced = Linear(x, weight, bias), backends.REQUESTED, is_dynamo_compiling()
+    each = LINEAR.implementations[-1]
+    small = weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]
+    if small and not traced and type(weight) is not PackedWeight:  # asked first, as small calls are short
+        return each.run(call)
     for each in LINEAR.implementations:
         if requested is not None and each.name not in requested and each.name != REFERENCE:
             continue
