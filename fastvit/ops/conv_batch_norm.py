@@ -81,14 +81,16 @@ def _channels_last_reasons(call: Call, named: bool) -> Iterator[str]:
 
 
 def _refuse(call: Call) -> None:
-    """Raise for vectors and images that torch would broadcast, convert or, on meta, take for others."""
-    x, weight, bias, norm, *_ = call
+    """Raise for what torch would broadcast, convert or, on meta, take for another; it takes True and [0] for a size."""
+    x, weight, bias, norm, stride, padding, _ = call
     shape, device = weight.shape[:1], x.device
     for vector in (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias):
         if vector is not None and (vector.shape != shape or vector.device != device or not vector.is_floating_point()):
             raise ValueError("norm")
     if x.dim() != 4 or weight.device != device or not weight.is_floating_point():
         raise ValueError("x")
+    if not (type(stride) is type(padding) is int and padding <= LARGEST):
+        _check(call)
 
 
 def _run_channels_last(call: Call) -> Tensor:
@@ -112,9 +114,9 @@ def _run_reference(call: Call) -> Tensor:
     x, weight, bias, norm, stride, padding, activation = call
     if not isinstance(x, torch.fx.Proxy):  # which has no shape
         _refuse(call)
-        usual = type(norm) is BatchNorm and type(stride) is type(padding) is int and padding <= LARGEST
-        if not usual or activation not in ACTIVATIONS or (norm.running_mean is None) is not (norm.running_var is None):
-            _check(call)  # torch takes True and one statistic, and moves statistics before the activation is named
+        usual = type(norm) is BatchNorm and activation in ACTIVATIONS
+        if not usual or (norm.running_mean is None) is not (norm.running_var is None):
+            _check(call)  # torch takes one statistic, and moves statistics before the activation is named
     return functional.conv_batch_norm(x, weight, bias, norm, stride=stride, padding=padding, activation=activation)
 
 

@@ -366,6 +366,8 @@ MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
         *_norm_cases("norm", CHANNELS),
         ("stride", 0, "stride: expected an int from 1 to 1073741824, or two, got 0 (int)"),
         ("stride", True, "stride: expected an int from 1 to 1073741824, or two, got True (bool)"),
+        ("stride", [2], "stride: expected an int from 1 to 1073741824, or two, got [2] (list)"),
+        ("padding", [0], "padding: expected an int from 0 to 1073741824, or two, got [0] (list)"),
         ("padding", (1, -1), "padding: expected an int from 0 to 1073741824, or two, got (1, -1) (tuple)"),
         ("padding", 2**62, "padding: expected an int from 0 to 1073741824, or two, got 4611686018427387904"),
         ("activation", "tanh", f"activation: {_ACTIVATIONS} 'tanh' (str)"),
