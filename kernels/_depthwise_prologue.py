@@ -7,7 +7,7 @@ cover the whole width of the output: a second, narrower accumulator makes widths
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,12 @@ class Epilogue(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     eps: float
+
+    @classmethod
+    def of(cls, arguments: Any, name: str) -> Epilogue:
+        """That of the layer ``name`` among an operator's arguments."""
+        fields = ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var", "norm_eps")
+        return cls(*(getattr(arguments, f"{name}_{field}") for field in fields))
 
 
 class Config(NamedTuple):

@@ -19,6 +19,8 @@ Source: Wu et al. 2021 (CvT), section 3.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -213,10 +215,7 @@ def depthwise_separable_conv_forward(
     return out
 
 
-def depthwise_separable_conv_operator(
-    x: Tensor, dw_weight: Tensor, pw_weight: Tensor, pw_bias: Tensor | None, *rest: Tensor | float | int | None
-) -> Tensor:
+def depthwise_separable_conv_operator(a: Any) -> Tensor:
     """The operator ``fastvit::depthwise_separable_conv_triton``."""
-    height, width, stride, padding, prefix_tokens = rest[6:]
-    geometry = (height, width), stride, padding, prefix_tokens
-    return depthwise_separable_conv_forward(x, dw_weight, Epilogue(*rest[:6]), pw_weight, pw_bias, *geometry)
+    geometry = (a.height, a.width), a.stride, a.padding, a.prefix_tokens
+    return depthwise_separable_conv_forward(a.x, a.dw_weight, Epilogue.of(a, "dw"), a.pw_weight, a.pw_bias, *geometry)

@@ -24,6 +24,8 @@ Source: Yuan et al. 2021 (CeiT), section 3.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -375,16 +377,8 @@ def leff_forward(
     return out
 
 
-def leff_operator(
-    x: Tensor,
-    up_weight: Tensor,
-    dw_weight: Tensor,
-    down_weight: Tensor,
-    *rest: Tensor | float | int | bool | None,
-) -> Tensor:
+def leff_operator(a: Any) -> Tensor:
     """The operator ``fastvit::leff_triton``."""
-    epilogues = [Epilogue(*rest[start : start + 6]) for start in (0, 6, 12)]
-    height, width, prefix_tokens, paper = rest[18:]
-    weights = (up_weight, dw_weight, down_weight)
-    parts = [part for pair in zip(weights, epilogues, strict=True) for part in pair]
-    return leff_forward(x, *parts, (height, width), prefix_tokens, paper)
+    up, dw, down = (Epilogue.of(a, name) for name in ("up", "dw", "down"))
+    layers = a.up_weight, up, a.dw_weight, dw, a.down_weight, down
+    return leff_forward(a.x, *layers, (a.height, a.width), a.prefix_tokens, a.paper)

@@ -13,6 +13,8 @@ copies the prefix tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -149,11 +151,9 @@ def convolve(
     )
 
 
-def token_depthwise_conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
-) -> Tensor:
+def token_depthwise_conv_forward(a: Any) -> Tensor:
     """The operator ``fastvit::token_depthwise_conv_triton``."""
-    pre_norm, norm, geometry = Norm(*rest[:6]), Norm(*rest[6:12]), Geometry(*rest[12:])
+    x, weight, pre_norm, norm, geometry = a.x, a.weight, Norm.of(a, "pre_"), Norm.of(a), Geometry.of(a)
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)
     out = geometry.empty_result(x, kernel)
@@ -164,6 +164,6 @@ def token_depthwise_conv_forward(
         image = x[:, prefix:]
         residual = image if geometry.residual else None
         t = normalized(image, pre_norm, config)
-        convolve(t, weight, bias, norm, residual, None, out[:, prefix:], geometry, config)
+        convolve(t, weight, a.bias, norm, residual, None, out[:, prefix:], geometry, config)
         out[:, :prefix] = x[:, :prefix]
     return out

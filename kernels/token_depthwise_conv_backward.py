@@ -17,7 +17,7 @@ dt is computed by ``convolve_kernel`` of ``token_depthwise_conv.py``, transposed
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,6 @@ from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
     Geometry,
     Norm,
-    TrainingArguments,
     activation_gradient,
     as_tokens,
     choose_config,
@@ -222,41 +221,32 @@ def _input_gradient(
     dc: Tensor,
     dout: Tensor,
     image: Tensor,
-    weight: Tensor,
-    arguments: TrainingArguments,
+    a: Any,
+    pre_norm: Norm,
+    geometry: Geometry,
     dx: Tensor | None,
-    parameter_grads: bool,
     config: Config,
 ) -> NormGradients:
     """Write dx of the grid tokens ``image`` unless it is None; return the gradients of the pre-norm."""
-    pre_norm, geometry = arguments.pre_norm, arguments.geometry
     residual = dout if geometry.residual else None
     if not pre_norm.exists():
         if dx is not None:
-            convolve(dc, weight, None, NO_NORM, residual, None, dx, geometry, config, transposed=True)
+            convolve(dc, a.weight, None, NO_NORM, residual, None, dx, geometry, config, transposed=True)
         return NormGradients()
-    if dx is None and not (parameter_grads and pre_norm.var is not None):
+    if dx is None and not (a.parameter_grads and pre_norm.var is not None):
         return NormGradients()
     dt = torch.empty(image.shape, dtype=image.dtype, device=image.device)
-    convolve(dc, weight, None, NO_NORM, None, None, dt, geometry, config, transposed=True)
-    gradients = norm_gradients(dt, image, pre_norm, arguments.pre_batch, parameter_grads, config)
+    convolve(dc, a.weight, None, NO_NORM, None, None, dt, geometry, config, transposed=True)
+    gradients = norm_gradients(dt, image, pre_norm, a.pre_norm_batch, a.parameter_grads, config)
     if dx is not None:
         norm_activation_backward(dt, image, pre_norm, gradients.correction, residual, dx, config)
     return gradients
 
 
-def token_depthwise_conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    conv: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Tensor | float | int | bool | None,
-) -> tuple[Tensor, ...]:
+def token_depthwise_conv_backward(a: Any) -> tuple[Tensor, ...]:
     """The operator ``fastvit::token_depthwise_conv_triton_backward``."""
-    arguments = TrainingArguments.of(rest)
-    pre_norm, _, norm, batch, geometry = arguments
-    x_grad, parameter_grads = rest[20:]
+    grad, x, conv, weight, x_grad, parameter_grads = a.grad, a.x, a.conv, a.weight, a.x_grad, a.parameter_grads
+    pre_norm, norm, geometry = Norm.of(a, "pre_"), Norm.of(a), Geometry.of(a)
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)
     dx = torch.empty(x.shape if x_grad else (0,), dtype=x.dtype, device=x.device)
@@ -268,15 +258,15 @@ def token_depthwise_conv_backward(
         dc = dout
         if norm.exists():
             grid_conv = conv[:, prefix:]
-            post = norm_gradients(dout, grid_conv, norm, batch, parameter_grads, config)
+            post = norm_gradients(dout, grid_conv, norm, a.norm_batch, parameter_grads, config)
             dc = torch.empty(dout.shape, dtype=x.dtype, device=x.device)
             norm_activation_backward(dout, grid_conv, norm, post.correction, None, dc, config)
         if parameter_grads:
             dweight, dbias = weight_gradients(normalized(image, pre_norm, config), dc, kernel, geometry, config)
-            if batch:  # batch statistics cancel any constant: the sum would be zero up to rounding
+            if a.norm_batch:  # batch statistics cancel any constant: the sum would be zero up to rounding
                 dbias.zero_()
         grid_dx = dx[:, prefix:] if x_grad else None
-        pre = _input_gradient(dc, dout, image, weight, arguments, grid_dx, parameter_grads, config)
+        pre = _input_gradient(dc, dout, image, a, pre_norm, geometry, grid_dx, config)
         if x_grad:
             dx[:, :prefix] = grad[:, :prefix]
 
@@ -288,7 +278,7 @@ def token_depthwise_conv_backward(
     return (
         dx,
         or_empty(weight, dweight),
-        or_empty(bias, dbias),
+        or_empty(a.bias, dbias),
         or_empty(pre_norm.weight, pre.weight),
         or_empty(pre_norm.bias, pre.bias),
         or_empty(norm.weight, post.weight),

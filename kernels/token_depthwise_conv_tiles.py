@@ -186,6 +186,12 @@ class Norm(NamedTuple):
     eps: float
     activation: int
 
+    @classmethod
+    def of(cls, arguments: Any, prefix: str = "") -> Norm:
+        """The operator's ``pre_`` norm, or the one behind the convolution."""
+        fields = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "norm_eps", "activation")
+        return cls(*(getattr(arguments, prefix + field) for field in fields))
+
     def statistics(self) -> Statistics:
         """The norm, as an argument of kernels."""
         weight, bias = (self.weight, self.bias) if self.var is not None else (None, None)
@@ -211,6 +217,11 @@ class Geometry(NamedTuple):
     prefix_tokens: int
     residual: bool
 
+    @classmethod
+    def of(cls, arguments: Any) -> Geometry:
+        """That of an operator."""
+        return cls(*(getattr(arguments, field) for field in cls._fields))
+
     def grids(self, kernel: int) -> tuple[Grid, Grid]:
         """(height, width) of the convolution's input and output."""
         height, width = ((s + 2 * self.padding - kernel) // self.stride + 1 for s in (self.height, self.width))
@@ -221,22 +232,6 @@ class Geometry(NamedTuple):
         _, (height, width) = self.grids(kernel)
         tokens = self.prefix_tokens + height * width
         return torch.empty((x.shape[0], tokens, x.shape[2]), dtype=x.dtype, device=x.device)
-
-
-class TrainingArguments(NamedTuple):
-    """The arguments of the training operators after the bias; ``*_batch``: the norm uses batch statistics."""
-
-    pre_norm: Norm
-    pre_batch: bool
-    norm: Norm
-    batch: bool
-    geometry: Geometry
-
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...]) -> TrainingArguments:
-        """From positional arguments in the operators' order."""
-        pre_norm, norm = Norm(*arguments[:5], arguments[6]), Norm(*arguments[7:12], arguments[13])
-        return cls(pre_norm, arguments[5], norm, arguments[12], Geometry(*arguments[14:20]))
 
 
 def as_tokens(tensor: Tensor | None) -> Tokens | None:

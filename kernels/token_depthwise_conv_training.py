@@ -7,6 +7,8 @@ The formula is that of ``token_depthwise_conv.py``, the tiling that of ``token_d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,8 @@ from fastvit.kernels._tokens import with_small_row_strides
 from fastvit.kernels.token_depthwise_conv import convolve, norm_activation, normalized
 from fastvit.kernels.token_depthwise_conv_tiles import (
     Config,
-    TrainingArguments,
+    Geometry,
+    Norm,
     as_tokens,
     choose_config,
     load_tokens,
@@ -63,28 +66,26 @@ def channel_statistics(v: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     return overall.float(), var.float()
 
 
-def token_depthwise_conv_training(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | float | int | bool | None
-) -> tuple[Tensor, ...]:
+def token_depthwise_conv_training(a: Any) -> tuple[Tensor, ...]:
     """The operator ``fastvit::token_depthwise_conv_triton_training``; conv is empty where nothing follows it."""
-    pre_norm, pre_batch, norm, batch, geometry = TrainingArguments.of(rest)
+    x, weight, bias, pre_norm, norm, geometry = a.x, a.weight, a.bias, Norm.of(a, "pre_"), Norm.of(a), Geometry.of(a)
     prefix, kernel = geometry.prefix_tokens, weight.shape[-1]
     config = choose_config(x.dtype, kernel)
     out = geometry.empty_result(x, kernel)
-    keeps_conv = norm.exists() or batch
+    keeps_conv = norm.exists() or a.norm_batch
     conv = torch.empty_like(out) if keeps_conv else x.new_empty(0)
     pre_mean, pre_var, mean, var = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(4))
     with torch.cuda.device_of(x):
         x = with_small_row_strides(x)
         image, grid_out, grid_conv = x[:, prefix:], out[:, prefix:], conv[:, prefix:] if keeps_conv else None
         residual = image if geometry.residual else None
-        if pre_batch:
+        if a.pre_norm_batch:
             pre_mean, pre_var = channel_statistics(image, config)
             pre_norm = pre_norm._replace(mean=pre_mean, var=pre_var)
         if out.numel() == 0:
             return out, conv, pre_mean, pre_var, mean, var
         t = normalized(image, pre_norm, config)
-        if grid_conv is not None and batch:
+        if grid_conv is not None and a.norm_batch:
             # The norm takes the bias away again, but not a NaN or infinity; the results would lack its digits.
             convolve(t, weight, None, norm, None, grid_conv, None, geometry, config)
             mean, var = channel_statistics(grid_conv, config)

@@ -76,20 +76,23 @@ def define(name: str, arguments: str, returns: str, fake: Callable[[Any], Any]) 
     return REGISTERED[name]
 
 
-def launch(name: str, module: str, function: str, dense_parameters: bool = False) -> None:
+def launch(name: str, module: str, function: str, on_tokens: bool = False) -> None:
     """Let ``fastvit.kernels.<module>.<function>`` run ``fastvit::name``, on GPUs and in Triton's interpreter.
 
     The module is imported by the first call, since it imports Triton.
 
     Args:
-        dense_parameters: make every tensor contiguous that is not one of tokens (B, N, C).
+        on_tokens: make every tensor contiguous that is not one of tokens (B, N, C), and give the function all arguments
+            as one NamedTuple, since they are many.
     """
 
     @torch.library.impl(f"fastvit::{name}", ("cpu", "cuda"))
     def run(*arguments: Any) -> Any:
-        if dense_parameters:
-            arguments = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() != 3 else a for a in arguments)
-        return getattr(importlib.import_module(f"fastvit.kernels.{module}"), function)(*arguments)
+        run_kernels = getattr(importlib.import_module(f"fastvit.kernels.{module}"), function)
+        if not on_tokens:
+            return run_kernels(*arguments)
+        dense = (a.contiguous() if isinstance(a, Tensor) and a.dim() != 3 else a for a in arguments)
+        return run_kernels(REGISTERED[name].Arguments(*dense))
 
 
 # --- Norms in a schema ----------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ _fused = define(
     "Tensor",
     _fake_fused,
 ).call
-launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator", dense_parameters=True)
+launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator", on_tokens=True)
 
 
 def _fits(call: Separable) -> bool:

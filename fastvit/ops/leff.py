@@ -104,7 +104,7 @@ _fused = define(
     "Tensor",
     lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0])),
 ).call
-launch("leff_triton", "leff", "leff_operator", dense_parameters=True)
+launch("leff_triton", "leff", "leff_operator", on_tokens=True)
 
 
 def _define_whole(name: str, layer: str) -> Registered:

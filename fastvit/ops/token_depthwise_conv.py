@@ -177,7 +177,7 @@ TRITON = _define("_triton")
 """Operators of their own, since Triton's interpreter runs them on the CPU, too."""
 
 for _suffix, _function in (("", "forward"), ("_training", "training"), ("_backward", "backward")):
-    launch(f"{_NAME}_triton{_suffix}", _NAME + _suffix, f"{_NAME}_{_function}", dense_parameters=True)
+    launch(f"{_NAME}_triton{_suffix}", _NAME + _suffix, f"{_NAME}_{_function}", on_tokens=True)
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------
