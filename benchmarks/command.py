@@ -96,7 +96,7 @@ def _check(parser: argparse.ArgumentParser, suite: Suite, options: argparse.Name
     for option, names in (("--providers", options.providers), ("--baseline", [options.baseline])):
         for name in names:
             if name not in suite.providers:
-                parser.error(f"{option}: there is no provider {name!r}; accepted are {', '.join(suite.providers)}")
+                parser.error(f"{option}: expected some of {', '.join(suite.providers)}, got {name!r}")
     if options.baseline not in options.providers:
         options.providers = [options.baseline, *options.providers]
     numbers = {"batch": options.batch, "image-size": getattr(options, "image_size", None) or []}

@@ -112,7 +112,7 @@ class Environment:
             say(f"installing {requirement or DEFAULT_TORCH}")
             self.pip(*shlex.split(requirement or DEFAULT_TORCH))
             if not succeeds(self.python, HAS_TORCH):
-                raise SystemExit(f"TORCH: got {requirement!r}, accepted is a torch >= 2.10")
+                raise SystemExit(f"TORCH: expected a torch >= 2.10, got {requirement!r}")
         pins = subprocess.run([str(self.python), "-c", PINS_OF_TORCH], check=True, capture_output=True)
         self.constraints.write_bytes(pins.stdout)
 

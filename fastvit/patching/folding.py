@@ -104,7 +104,7 @@ def _reader(model: nn.Module) -> nn.Conv2d:
         if isinstance(convolution, NormalizingConv2d):
             raise RuntimeError(f"model: {where} normalises already, with {convolution.normalization}; undo that first")
         if not is_plain(convolution, nn.Conv2d):
-            raise RuntimeError(f"model: {where} is {convolution!r:.200}, accepted is a plain nn.Conv2d without hooks")
+            raise RuntimeError(f"model: expected a plain nn.Conv2d without hooks at {where}, got {convolution!r:.200}")
         if getattr(module, "dynamic_img_pad", False):
             raise RuntimeError(
                 f"model: {name} pads images with zeros (dynamic_img_pad), which before normalisation are not the mean"

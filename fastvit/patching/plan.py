@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 def check_model(model: object) -> None:
     """TypeError where ``model`` is not an ``nn.Module`` whose Python methods run."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
@@ -63,7 +63,7 @@ def check_ops(chosen: str | Iterable[str] | None) -> frozenset[str]:
     chosen = [chosen] if isinstance(chosen, str) else list(chosen)
     unknown = [name for name in chosen if name not in valid]
     if unknown:
-        raise ValueError(f"ops: unknown {unknown}, accepted are {valid}")
+        raise ValueError(f"ops: expected some of {valid}, got {unknown}")
     return frozenset(chosen)
 
 
@@ -71,7 +71,7 @@ def check_backend(backend: str, model: nn.Module) -> None:
     """ValueError for an unknown backend name, RuntimeError with all reasons where this machine cannot run it."""
     valid = ["auto", *sorted({name for op in operators() for name in backend_names(op)})]
     if backend not in valid:
-        raise ValueError(f"backend: unknown {backend!r}, accepted are {valid}")
+        raise ValueError(f"backend: expected one of {valid}, got {backend!r}")
     reasons = machine_reasons(backend, device_of(model))
     if reasons:
         raise RuntimeError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))

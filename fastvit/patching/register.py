@@ -63,9 +63,9 @@ def register(
         ValueError: no such operator, or a method that ``cls`` does not have.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"cls: got {cls!r}, accepted is a subclass of torch.nn.Module")
+        raise TypeError(f"cls: expected a subclass of torch.nn.Module, got {cls!r}")
     if op not in ops.OPERATORS:
-        raise ValueError(f"op: unknown {op!r}, accepted are {sorted(ops.OPERATORS)}")
+        raise ValueError(f"op: expected one of {sorted(ops.OPERATORS)}, got {op!r}")
 
     def decorate(seam: Seam) -> Seam:
         if not (isinstance(seam, type) and issubclass(seam, Fused)):
@@ -75,9 +75,7 @@ def register(
         row = Row(f"{cls.__module__}.{cls.__qualname__}", seam, check)
         unknown = sorted(name for name in row.methods() if not hasattr(cls, name))
         if unknown or not row.methods():
-            raise ValueError(
-                f"{seam.__name__} replaces {unknown or 'no methods'}, accepted are methods of {cls.__name__}"
-            )
+            raise ValueError(f"{seam.__name__}: expected methods of {cls.__name__}, got {unknown or 'none'}")
         for name in row.methods():
             if not hasattr(vars(seam)[name], "fastvit_checks"):  # from an earlier registration
                 setattr(seam, name, _checking(vars(seam)[name], name))
@@ -106,5 +104,5 @@ def unregister(cls: type[nn.Module]) -> None:
         ValueError: the class is not registered.
     """
     if cls not in REGISTERED:
-        raise ValueError(f"cls: {cls!r} is not registered, accepted are {sorted(c.__name__ for c in REGISTERED)}")
+        raise ValueError(f"cls: expected one of {sorted(c.__name__ for c in REGISTERED)}, got {cls!r}")
     del REGISTERED[cls]

@@ -150,7 +150,7 @@ def as_call(example: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(example, Tensor):
         return (example,), {}
     raise TypeError(
-        f"example: got {type(example).__name__}, accepted are a tensor, a tuple of arguments or a dict of keyword ones"
+        f"example: expected a tensor, a tuple of arguments or a dict of keyword ones, got {type(example).__name__}"
     )
 
 

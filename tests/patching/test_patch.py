@@ -98,8 +98,8 @@ def test_ops_chooses_operators():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ops": "attention"}, ValueError, r"ops: unknown \['attention'\], accepted are \[.*'masked_attention'"),
-        ({"backend": "fast"}, ValueError, r"backend: unknown 'fast', accepted are \['auto', .*'cpp'.*'sdpa'"),
+        ({"ops": "attention"}, ValueError, r"ops: expected some of \[.*'masked_attention'.*got \['attention'\]"),
+        ({"backend": "fast"}, ValueError, r"backend: expected one of \['auto', .*'cpp'.*'sdpa'.*got 'fast'"),
     ],
 )
 def test_unknown_names_list_the_valid_ones(model, options, error, message):
@@ -127,7 +127,7 @@ def test_a_backend_that_an_operator_lacks_leaves_the_block_alone():
 
 
 def test_what_is_not_a_python_module_is_refused():
-    with pytest.raises(TypeError, match="model: got dict"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
         patch({})
     linear = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="TorchScript"):
@@ -135,7 +135,7 @@ def test_what_is_not_a_python_module_is_refused():
     with pytest.raises(TypeError, match="GraphModule"):
         patch(torch.fx.symbolic_trace(linear))
     for function in (unpatch, report):
-        with pytest.raises(TypeError, match="model: got str"):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
             function("vit")
 
 
