@@ -4,6 +4,7 @@
   everywhere.
 - :func:`fastest` takes an operator's implementation where a CUDA and a Triton kernel can both run a call.
 - :func:`choose` with ``on_cpu`` does so on the CPU, for products, which C++ kernels and the library can both compute.
+- :class:`Race` is between two ways of a call that has effects, whose own runs take turns; its result is not kept.
 
 Results are kept in memory, and on disk for later processes: one small JSON file per key, so that processes which
 measure at the same time cannot damage each other's results.
@@ -45,7 +46,16 @@ from fastvit import backends
 from fastvit._version import __version__
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["cache_directory", "choose", "fastest", "multiprocessors", "token_bucket", "unmeasured"]
+__all__ = [
+    "Race",
+    "cache_directory",
+    "choose",
+    "fastest",
+    "may_measure",
+    "multiprocessors",
+    "token_bucket",
+    "unmeasured",
+]
 
 
 class Implementation(Protocol):
@@ -100,6 +110,37 @@ def unmeasured() -> Iterator[None]:
         _unmeasured.reset(token)
 
 
+def may_measure() -> bool:
+    """Whether anything may depend on a timer."""
+    return ENABLED and not torch.are_deterministic_algorithms_enabled()
+
+
+class Race:
+    """Of two ways to compute what is called again and again, which takes less time: the calls themselves take turns.
+
+    So each is timed where it is used, with the caches as they are there, and nothing is computed more than once.
+    """
+
+    LAPS = 6
+    """Of each way, of which the shortest counts: a neighbour on the machine may slow some."""
+
+    def __init__(self) -> None:
+        self._seconds: tuple[list[float], list[float]] = [], []
+
+    def turn(self) -> int:
+        """The way to go now, 0 or 1."""
+        first, second = self._seconds
+        return 0 if len(first) <= len(second) else 1
+
+    def went(self, way: int, seconds: float) -> int | None:
+        """Tell what it took. Returns the faster way once it is known."""
+        self._seconds[way].append(seconds)
+        first, second = self._seconds
+        if min(len(first), len(second)) < self.LAPS:
+            return None
+        return 0 if min(first) <= min(second) else 1
+
+
 def token_bucket(tokens: int) -> int:
     """The token count rounded up to a power of two, at least 16: counts in one bucket share a configuration."""
     return max(16, 1 << max(tokens - 1, 0).bit_length())
@@ -150,7 +191,7 @@ def choose(
         One of ``configurations``. Candidates that need more resources than the device has are skipped.
     """
     first = configurations[0]
-    if len(configurations) == 1 or not ENABLED or torch.are_deterministic_algorithms_enabled():
+    if len(configurations) == 1 or not may_measure():
         return first
     if torch.compiler.is_compiling() or not (on_cpu or _has_device()):
         return first

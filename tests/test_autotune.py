@@ -421,6 +421,17 @@ def test_on_the_cpu_what_is_clearly_slower_is_timed_no_further(clock):
     assert [call.count for call in calls] == [autotune.ROUNDS + 1, autotune.ROUNDS + 1, 3, 3]
 
 
+@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 2.0), 0), ((2.0, 1.0), 1), ((1.0, 1.0), 0)])
+def test_a_race_takes_turns_and_the_shortest_lap_counts(seconds, faster):
+    race, ways, result = autotune.Race(), [], None
+    while result is None:
+        ways.append(race.turn())
+        disturbed = 50.0 if len(ways) < 5 else 0.0
+        result = race.went(ways[-1], seconds[ways[-1]] + disturbed)
+    assert ways == [0, 1] * race.LAPS
+    assert result == faster
+
+
 def test_on_the_cpu_the_first_gets_a_second_chance(clock):
     disturbed = clock(lambda turn: 1.2 if turn <= autotune.ROUNDS else 1.0)
     seconds = autotune._time_on_cpu([disturbed, clock(lambda _: 1.0)])

@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import functools
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
-from fastvit import backends, ops
+from fastvit import autotune, backends, ops
 from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
 from fastvit.recognise.deferred import Deferring, Event, transformed
 from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
@@ -97,8 +98,9 @@ class _Wrapping(Fused):
 class Recognised(_Wrapping):
     """Runs the plain forward deferred."""
 
-    fastvit_kinds: ClassVar[dict[Any, bool | int]]
-    """By kind of call, whether to defer it; a number: after so many plain calls it is tried again."""
+    fastvit_kinds: ClassVar[dict[Any, bool | int | str | autotune.Race]]
+    """By kind of call, whether to defer it; SLOWER, or a race, says whether that is faster; a number: after so many
+    plain calls it is tried again."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -130,6 +132,8 @@ class RecognisedMixed(Recognised):
 
 TRIED_AGAIN_AFTER = 64
 """Plain calls of a kind in which nothing was gained: what broke its chains may have been switched off since."""
+
+SLOWER = "the plain code is faster at this size"
 
 SEAMS = {seam.fastvit_op: seam for seam in (RecognisedMasked, RecognisedClass, RecognisedMixed)}
 
@@ -170,30 +174,52 @@ def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _kind_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return type(value), value.dtype
+        return type(value), value.dtype, value.numel().bit_length(), value.is_cpu
     return value if value is None or isinstance(value, (bool, str)) else type(value)
 
 
 def _defer(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plain, kinds, backend = fused.fastvit_plain.forward, fused.fastvit_kinds, fused.fastvit_backend
+    plain, kinds = fused.fastvit_plain.forward, fused.fastvit_kinds
     kind = _kind(module, args, kwargs)
     gradients, hooked = kind[:2]
     decided = kinds.get(kind)
+    if isinstance(decided, autotune.Race):
+        way, begin = decided.turn(), time.perf_counter()
+        out = _deferred(fused, module, args, kwargs)[0] if way == 0 else plain(module, *args, **kwargs)
+        faster = decided.went(way, time.perf_counter() - begin)
+        if faster is not None:
+            kinds[kind] = True if faster == 0 else SLOWER
+        return out
     if decided is not None and decided is not True:
-        if decided is not False:
+        if type(decided) is int:
             kinds[kind] = decided - 1 if decided > 1 else True
+        elif decided is SLOWER and (tell := _listener.get()) is not None:
+            tell(Event((), None, SLOWER))
         return plain(module, *args, **kwargs)
     if decided is None and gradients and not hooked:
         return _watched(fused, module, args, kwargs, kind)
     if hooked:
         kinds[kind] = True
-    mode = Deferring(backend, _taking(backend), _listener.get())
-    with mode:
-        out = plain(module, *args, **kwargs)
-    out = mode.finish(out)
+    out, mode = _deferred(fused, module, args, kwargs)
     if not hooked:
-        kinds[kind] = not mode.kept and (mode.fused > mode.left or TRIED_AGAIN_AFTER)
+        gains = mode.fused > mode.left
+        races = decided is None and gains and not gradients and _may_race(fused, args, kwargs)
+        kinds[kind] = not mode.kept and (autotune.Race() if races else gains or TRIED_AGAIN_AFTER)
     return out
+
+
+def _may_race(fused: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a timer may decide between deferred and plain calls."""
+    if fused.fastvit_backend != "auto" or backends.REQUESTED is not None or not autotune.may_measure():
+        return False
+    return all(value.is_cpu for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _deferred(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Deferring]:
+    mode = Deferring(fused.fastvit_backend, _taking(fused.fastvit_backend), _listener.get())
+    with mode:
+        out = fused.fastvit_plain.forward(module, *args, **kwargs)
+    return mode.finish(out), mode
 
 
 def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:

@@ -40,7 +40,7 @@ class Computed:
 
     Attributes:
         name: of the innermost module in whose forward it ended.
-        chain: "q@k^T, *c, softmax, @v".
+        chain: "q@k^T, *c, softmax, @v"; "" where nothing was looked for.
         op: the operator that took it; None where it broke off.
         reason, line: why it broke off, and "file.py:12", the line of the user's code at which it did; "" else.
     """
@@ -53,6 +53,8 @@ class Computed:
 
     def __str__(self) -> str:
         name = self.name or "(the model itself)"
+        if not self.chain:
+            return f"{name}: left plain: {self.reason}"
         return f"{name}: {self.chain} -> {self.op or f'broken off: {self.reason} ({self.line})'}"
 
 
@@ -116,7 +118,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
         chains.append(Computed(every.get(seen.module, ""), ", ".join(seen.told), None, reason, seen.line))
 
     def deferred(event: Event) -> None:
-        line = "" if event.operator is not None else user_line()
+        line = "" if event.operator is not None or not event.told else user_line()
         chains.append(Computed(_running(names), ", ".join(event.told), event.operator, event.reason, line))
 
     with contextlib.ExitStack() as stack:

@@ -217,14 +217,18 @@ class Chain(NamedTuple):
             break_off(f"the values are {v.dtype}, the map is {self.dtype} and q is {self.q.dtype}")
         if v.shape[-2] != self.k.shape[-2] or v.dim() != len(self.lead) + 2:
             break_off(f"values of shape {tuple(v.shape)} are not one for each key of a map {self.shape}")
-        if any(size not in (1, whole) for size, whole in zip(v.shape, self.lead, strict=False)):
+        if v.shape[:-2] != self.lead and any(
+            size not in (1, whole) for size, whole in zip(v.shape, self.lead, strict=False)
+        ):
             break_off(f"values of shape {tuple(v.shape)} are not one for each key of a map {self.shape}")
 
     def attend(self, v: Tensor, backend: str = "auto") -> Tensor:
         """The finished map times v (*lead, Nk, Dv), as (*lead, Nq, Dv); :meth:`check_values` comes before."""
         lead, whole = self.lead, _four(self.lead)
         v = v if v.shape[:-2] == lead else v.expand(*lead, *v.shape[-2:])
-        q, k, v = (tensor.reshape(*whole, *tensor.shape[-2:]) for tensor in (self.q, self.k, v))
+        q, k = self.q, self.k
+        if whole != lead:
+            q, k, v = (tensor.reshape(*whole, *tensor.shape[-2:]) for tensor in (q, k, v))
         for factor in self.factors:
             value = _spread(factor.operand, whole)
             q = q / value if factor.divides else q * value

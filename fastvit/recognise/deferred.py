@@ -41,6 +41,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = ["Deferring", "Event", "advance", "finished", "ordinary"]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_OF_INTEREST = frozenset((*STARTS, *WHOLE))
 _einsum = torch.einsum
 _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -136,6 +137,8 @@ class Deferring(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         takes_map = DeferredMap in types
+        if not (takes_map or self.maps or func in _OF_INTEREST):
+            return func(*args, **kwargs)
         if func is _einsum:  # torch does not tell of the types in a list
             args = flat_einsum(args)
             takes_map = any(type(each) is DeferredMap for each in args)
@@ -182,19 +185,19 @@ class Deferring(TorchFunctionMode):
             operator, run = read(args, kwargs)
             self._check_wanted(operator)
         except BreaksOff as reason:
-            self._tell(Event(told, None, str(reason)))
+            self._tell(told, None, str(reason))
             return func(*args, **kwargs)
         self.fused += 1
-        self._tell(Event(told, operator, ""))
+        self._tell(told, operator, "")
         return run(self.backend)
 
     def _check_wanted(self, operator: str) -> None:
         if self.wanted is not None and operator not in self.wanted:
             break_off(f"ops leaves {operator} out")
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, told: tuple[str, ...], operator: str | None, reason: str) -> None:
         if self.tell is not None:
-            self.tell(event)
+            self.tell(Event(told, operator, reason))
 
     def _go_on(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in METADATA:
@@ -203,30 +206,31 @@ class Deferring(TorchFunctionMode):
         if not args and type(kwargs.get("input")) is DeferredMap:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
-        places = [place for place, value in enumerate(args) if type(value) is DeferredMap]
-        map_ = args[places[0]] if places else None
-        if map_ is None or map_.cell[0].value is not None:
+        place = -1
+        others = []
+        for at, value in enumerate(args):
+            if place < 0 and type(value) is DeferredMap:
+                place = at
+            else:
+                others.append(value)
+        if place < 0 or args[place].cell[0].value is not None:
             return plainly(func, args, kwargs)
-        node = map_.cell[0]
+        others.extend(kwargs.values())
+        node = args[place].cell[0]
         try:
-            if len(places) > 1:
-                break_off(f"{name_of(func)} takes two maps")
-            return self._next(map_, func, places[0], args, kwargs)
+            return self._next(node, func, place, args, kwargs, others)
         except BreaksOff as reason:
-            self._tell(Event(node.chain.told, None, str(reason)))
+            self._tell(node.chain.told, None, str(reason))
             if func in IN_PLACE:
                 for each in node.family():
                     each.compute()
             return plainly(func, args, kwargs)
 
-    def _next(self, map_: DeferredMap, func: Any, place: int, args: Any, kwargs: Any) -> Any:
-        node = map_.cell[0]
-        chain = node.chain
-        others = [value for value in args if value is not map_]
-        others += kwargs.values()
+    def _next(self, node: Node, func: Any, place: int, args: Any, kwargs: Any, others: list[Any]) -> Any:
+        map_, chain = args[place], node.chain
         if not ordinary(others, chain.q.device):
-            break_off("its other tensors are not ordinary ones of one device")
-        if transformed() or Ambient.now(chain.q.device.type) != node.ambient:
+            break_off("its other tensors are other maps, or not ordinary ones of one device")
+        if transformed() or not node.ambient.holds():
             break_off("gradients, autocast or a transform were switched since the map began")
         before = node.parent
         while before is not None:
@@ -257,7 +261,6 @@ class Deferring(TorchFunctionMode):
         if chain.dtype != product.values.dtype == chain.q.dtype and node.ambient.autocast is not None:
             chain = chain._replace(dtype=product.values.dtype)  # as autocast brings the map to it
         operator = chain.operator()
-        chain.check_values(product.values)
         self._check_wanted(operator)
         if node.effect is not None and node.effect.done and isinstance(chain.norm, BatchNorm):
             chain = chain._replace(norm=chain.norm._replace(momentum=0.0))
@@ -265,7 +268,7 @@ class Deferring(TorchFunctionMode):
         if node.effect is not None:
             node.effect.done = True
         self.fused += 1
-        self._tell(Event((*chain.told, product.name), operator, ""))
+        self._tell((*chain.told, product.name), operator, "")
         return out
 
     def _living(self) -> Iterator[DeferredMap]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -36,10 +37,18 @@ class Ambient(NamedTuple):
             dtype = torch.get_autocast_dtype(device)
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype, device)
 
+    def holds(self) -> bool:
+        """Whether it is so now."""
+        return (
+            torch.is_grad_enabled() is self.gradients
+            and torch.is_inference_mode_enabled() is self.inference
+            and (Ambient.now(self.device) == self if torch._C._is_any_autocast_enabled() else self.autocast is None)
+        )
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Within it everything is as it was."""
-        if Ambient.now(self.device) == self:
+        if self.holds():
             yield
             return
         with contextlib.ExitStack() as stack:
@@ -169,20 +178,16 @@ class DeferredMap(Tensor):
     cell: list[Node]
     """Its node, shared with the autograd node that made it: a step in place gives the map another."""
 
-    @staticmethod
-    def __new__(cls, cell: list[Node]) -> DeferredMap:
+    @classmethod
+    def of(cls, cell: list[Node]) -> DeferredMap:
+        """The map of a node."""
         chain = cell[0].chain
-        sizes = (*chain.lead, chain.q.shape[-2], chain.k.shape[-2])
-        strides = [1]
-        for size in reversed(sizes[1:]):
-            strides.append(strides[-1] * size)
-        strides = strides[::-1] if chain.in_order else [strides[-1 - axis] for axis in chain.order]
-        made = Tensor._make_wrapper_subclass(cls, chain.shape, strides, dtype=chain.dtype, device=chain.q.device)
+        shape = chain.shape
+        made = Tensor._make_wrapper_subclass(
+            cls, shape, _strides(shape, chain.order), dtype=chain.dtype, device=chain.q.device
+        )
         made.cell = cell
         return made
-
-    def __init__(self, cell: list[Node]) -> None:
-        super().__init__()
 
     @property
     def node(self) -> Node:
@@ -208,6 +213,16 @@ class DeferredMap(Tensor):
         """Below autograd, where code came to it that torch does not let us see."""
         args, kwargs = pytree.tree_map_only(DeferredMap, _without_history, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@functools.lru_cache(256)
+def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
+    """Of a map whose axis at place i is the ``order[i]``-th in memory."""
+    strides, step = [0] * len(shape), 1
+    for place in sorted(range(len(shape)), key=order.__getitem__, reverse=True):
+        strides[place] = step
+        step *= shape[place]
+    return strides
 
 
 _T = Tensor
@@ -245,7 +260,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cell: list[Node], *tensors: Tensor) -> DeferredMap:
         ctx.cell, ctx.tensors = cell, tensors
-        return DeferredMap(cell)
+        return DeferredMap.of(cell)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -265,7 +280,7 @@ class _Recorded(torch.autograd.Function):
 def make(node: Node) -> DeferredMap:
     """The map of a node."""
     if not node.needs_gradient:
-        return DeferredMap([node])
+        return DeferredMap.of([node])
     distinct = {id(tensor): tensor for tensor in node.tensors if tensor.requires_grad}
     return _Recorded.apply([node], *distinct.values())
 

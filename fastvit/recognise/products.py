@@ -62,11 +62,18 @@ def _multiplied(tensor: Tensor) -> Tensor:
 
 def arguments(names: str, args: Args, kwargs: Kwargs, accepted: str = "") -> Kwargs:
     """Arguments by name; BreaksOff for others than ``names`` and ``accepted``."""
-    found = {**dict(zip(names.split(), args, strict=False)), **kwargs}
-    unknown = found.keys() - set(names.split()) - set(accepted.split())
-    if unknown or len(args) > len(names.split()):
-        break_off(f"it is called with {', '.join(sorted(unknown)) or 'more arguments than are known'}")
+    in_order, known = _names(names, accepted)
+    found = dict(zip(in_order, args, strict=False))
+    found.update(kwargs)
+    if len(args) > len(in_order) or not found.keys() <= known:
+        unknown = ", ".join(sorted(found.keys() - known))
+        break_off(f"it is called with {unknown or 'more arguments than are known'}")
     return found
+
+
+@functools.cache
+def _names(names: str, accepted: str) -> tuple[list[str], frozenset[str]]:
+    return names.split(), frozenset((*names.split(), *accepted.split()))
 
 
 def is_number(value: object) -> bool:

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastvit.patching import is_patched, patch, report, unpatch
+from fastvit import autotune
+from fastvit.patching import deferral, explain, is_patched, patch, report, unpatch
 from fastvit.patching.deferral import Recognised, Undecided
 from fastvit.recognise.deferred import Deferring
 from tests.helpers import assert_as_accurate
@@ -723,6 +724,44 @@ def test_a_backend_by_name_is_held_to():
 
 
 # --- What it costs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deferring_takes", [1.0, 3.0])
+def test_a_module_is_deferred_where_that_is_faster(deferring_takes, monkeypatch):
+    """The calls themselves take turns, none is added, and what is slower by the clock is put back."""
+    monkeypatch.setattr(autotune, "ENABLED", True)
+    model, x, now, calls = recognised(Operators()), draw(), [0.0], []
+    deferred_calls, plain = deferral._deferred, Operators.forward
+
+    def slow(*args):
+        calls.append("deferred")
+        out = deferred_calls(*args)
+        now[0] += deferring_takes - 2.0
+        return out
+
+    def counted(self, *args):
+        now[0] += 2.0
+        calls.append("forward")
+        return plain(self, *args)
+
+    monkeypatch.setattr(type(model), "fastvit_kinds", {})  # of earlier tests
+    monkeypatch.setattr(deferral, "_deferred", slow)
+    monkeypatch.setattr(type(model).fastvit_plain, "forward", counted)
+    monkeypatch.setattr(deferral.time, "perf_counter", lambda: now[0])
+    with torch.no_grad():
+        expected = plain(model, x)
+        for _ in range(1 + 2 * autotune.Race.LAPS):
+            torch.testing.assert_close(model(x), expected)
+        assert calls == ["deferred", "forward"] + ["deferred", "forward", "forward"] * autotune.Race.LAPS
+        calls.clear()
+        model(x)
+    assert calls == (["deferred", "forward"] if deferring_takes < 2.0 else ["forward"])
+    told = explain(model, x)
+    chains = told.chains
+    assert [each.op for each in chains] == ([MASKED] if deferring_takes < 2.0 else [None])
+    assert deferring_takes < 2.0 or "(the model itself): left plain: the plain code is faster at this size" in str(told)
+    model(x[:1])  # another size is another kind of call
+    assert len(type(model).fastvit_kinds) == 2
 
 
 def test_intercepted_calls_of_a_chain(monkeypatch):
