@@ -158,12 +158,36 @@ def _run_fused(call: Call) -> Tensor:
 # --- Implementations ------------------------------------------------------------------------------------------------
 
 
+def _without_bias(norm: BatchNorm | None, bias: Tensor | None) -> tuple[BatchNorm | None, Tensor | None]:
+    """The norm and the bias of the linear layer in front of it, where batch statistics take the bias away again.
+
+    It would cost 16-bit results digits, and its gradient, zero, all of them; so it is left out, but for NaN and
+    infinity. The norm then moves a running mean of its own, from which :func:`_move_mean` makes the right one.
+    """
+    if norm is None or bias is None or not norm.use_batch_stats or norm.layer is not None:
+        return norm, bias
+    mean = norm.running_mean
+    return norm if mean is None else norm._replace(running_mean=mean.clone()), bias * 0.0
+
+
+def _move_mean(norm: BatchNorm | None, moved: BatchNorm | None, bias: Tensor | None) -> None:
+    """The running mean by that of a norm that has not seen the bias."""
+    if norm is moved or norm is None or moved is None or norm.running_mean is None or bias is None:
+        return
+    with torch.no_grad():
+        assert moved.running_mean is not None
+        norm.running_mean.copy_(moved.running_mean.float() + norm.momentum * bias.float())
+
+
 def _train(call: Call, kernels: Implementation) -> Tensor:
     """By differentiable pieces, prefix tokens kept out of the statistics."""
-    c, norm = call.convolution, call.down_norm
+    c = call.convolution
     prefix, tokens = call.x[:, : c.prefix_tokens], call.x[:, c.prefix_tokens :]
-    hidden = multiply(tokens, call.up_weight, call.up_bias)
-    out = multiply(kernels.run(c._replace(x=hidden, prefix_tokens=0)), call.down_weight, call.down_bias)
+    pre_norm, up_bias = _without_bias(c.pre_norm, call.up_bias)
+    norm, down_bias = _without_bias(call.down_norm, call.down_bias)
+    hidden = multiply(tokens, call.up_weight, up_bias)
+    out = kernels.run(c._replace(x=hidden, prefix_tokens=0, pre_norm=pre_norm))
+    out = multiply(out, call.down_weight, down_bias)
     if norm is not None and torch.compiler.is_compiling():  # which takes wrong strides for the other's gradient
         out = norm(out.flatten(0, 1)).view_as(out)
     elif norm is not None:  # over batch and tokens alike: torch's sums of (B, C, N) are of double
@@ -171,6 +195,8 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
         if out.dtype.itemsize == 2:  # but it rounds between the steps of their gradients, of (B, C, h, w) not
             image = image.unflatten(2, c.grid)
         out = norm(image).flatten(2).transpose(1, 2).contiguous()
+    _move_mean(c.pre_norm, pre_norm, call.up_bias)
+    _move_mean(call.down_norm, norm, call.down_bias)
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
     return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out

@@ -316,3 +316,28 @@ def test_no_channels(backend: str) -> None:
     norms = {"dw_norm": hidden, "down_norm": none}
     out = leff(torch.randn(2, 14, 0), *weights, grid=(4, 3), **norms, prefix_tokens=2, backend=backend)
     assert out.shape == (2, 14, 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_batch_statistics_take_the_biases_in_front_of_them_away(backend: str) -> None:
+    """Their gradients are exactly zero where the bias is left out; running means move with them all the same."""
+    case = converted(make(batch_statistics=True), torch.float32)
+    expected = {name: case[name].running_mean.clone() for name in ("up_norm", "down_norm")}
+    biases = [case[name].mul_(100.0).requires_grad_() for name in ("up_bias", "down_bias")]
+    leff(**case, backend=backend).square().sum().backward()
+    twin = converted(case, torch.float64)
+    for name in expected:
+        twin[name] = twin[name]._replace(running_mean=expected[name].double())
+    functional.leff(**twin)
+    for name in expected:
+        torch.testing.assert_close(case[name].running_mean, twin[name].running_mean.float(), rtol=1e-5, atol=1e-4)
+    if backend == "auto" and not backends.cpp_reasons():
+        assert all(bias.grad.count_nonzero() == 0 for bias in biases)
+
+
+def test_a_bias_of_nan_in_front_of_batch_statistics_is_seen() -> None:
+    case = converted(make(batch_statistics=True), torch.float32)
+    case["down_bias"][3] = float("nan")
+    out = leff(**case)
+    assert out[:, 1:, 3].isnan().all() and not out[:, :, :3].isnan().any()
+    assert case["down_norm"].running_mean.isnan().nonzero().tolist() == [[3]]
