@@ -87,7 +87,7 @@ class TestModels:
             ("deit_tiny_patch16_224", None, {"masked_attention", "linear"}),
             ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "class_attention"}),
             ("torchvision/vit_b_32", "torchvision", {"masked_attention"}),
-            ("transformers/CvtConfig", "transformers", {"masked_attention", "token_depthwise_conv", "linear"}),
+            ("transformers/CvtConfig", "transformers", {"masked_attention", "conv_projection", "linear"}),
             ("vit_pytorch/SimpleViT", "vit_pytorch", {"masked_attention", "linear"}),
             ("vit_pytorch/cait.CaiT", "vit_pytorch", {"head_mixed_attention"}),
         ],

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +102,49 @@ def test_a_wrong_fastvit_backend_is_refused():
     result = run("import fastvit", FASTVIT_BACKEND="fast")
     assert result.returncode != 0
     assert "FASTVIT_BACKEND: expected 'auto' or some of" in result.stderr
+
+
+def test_losing_the_native_part_is_loud(tmp_path):
+    """Without it blocks whose operators run plain are not called patched: patch warns, strict refuses."""
+    package = tmp_path / "fastvit"
+    source = Path(fastvit.__file__).parent
+    shutil.copytree(
+        source, package, ignore=shutil.ignore_patterns("_C.*", "_build_info.json", "__pycache__", "kernels")
+    )
+    code = f"""
+import json, sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+import fastvit
+model = fastvit.create_model("cait_xxs24_224", depth=2, img_size=32, fused=False)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fastvit.patch(model)
+report = fastvit.report(model)
+try:
+    fastvit.patch(model, strict=True)
+    strict = "passed"
+except RuntimeError as error:
+    strict = str(error)
+fastvit.patch(model, strict=True, backend="reference")
+warned = [str(each.message) for each in caught]
+rows = [[row.op, row.status, row.reasons] for row in report.rows]
+asked = [row.status for row in fastvit.report(model).rows]
+print(json.dumps([fastvit.__file__, warned, rows, str(report), strict, asked]))
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    where, warned, rows, table, strict, asked = json.loads(result.stdout)
+    assert Path(where).parent == package
+    (warning,) = warned
+    assert re.match(
+        r"fastvit: \d+ of the blocks found run as they did before: nothing faster here: fastvit\._C", warning
+    )
+    assert "with a C++ compiler there, install fastvit anew (python -m fastvit info)" in warning
+    plain = {op: (status, *reasons) for op, status, reasons in rows}
+    for op in ("head_mixed_attention", "mlp"):
+        assert plain[op][0] == "plain" and plain[op][1].startswith("nothing faster here: fastvit._C was never built")
+    assert plain["class_attention"] == ("patched",)  # by the library's fused attention
+    assert "run plain, since nothing faster runs here" in table and "blocks.0 to 1 .attn" in table
+    assert table.count("was never built in") <= 2, "a reason is said once"
+    assert strict.startswith("strict: not every block can be fused:\n  blocks.0.attn: nothing faster here: fastvit._C")
+    assert set(asked) == {"patched"}, "who asks for it by name gets it"

@@ -71,7 +71,7 @@ class Explanation:
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        return tables.render(*self._parts())
+        return tables.render(*self._parts(), width=120)
 
     def _repr_html_(self) -> str:
         return tables.render_html(*self._parts())
@@ -82,7 +82,7 @@ class Explanation:
         if self.chains:
             told = "\n".join(map(str, self.chains))
             foot = f"{foot}\nrecognised by what is computed:\n{told}"
-        return self.model, ["module", "operator", "backend", "not"], cells, foot
+        return self.model, ["module", "operator", "backend", "not"], tables.fold(cells), foot
 
 
 def _told(turned_down: dict[str, list[str]]) -> str:

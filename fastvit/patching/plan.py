@@ -19,7 +19,8 @@ FilterFn = Callable[[nn.Module, str], bool]
 NOT_INSISTED_ON = frozenset({MLP, LINEAR})
 """Blocks that are neither attention nor convolution: ``strict`` lets them be plain."""
 
-PATCHED, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "skipped", "unsupported", "unrecognised"
+PATCHED, PLAIN, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "plain", "skipped", "unsupported", "unrecognised"
+"""PLAIN: fused, but nothing faster than the plain form runs here."""
 
 
 class Finding(NamedTuple):
@@ -98,6 +99,14 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a module's tensors lie; the CPU where it has none."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first floating parameter or buffer; torch's default where it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
 
 
 def survey(

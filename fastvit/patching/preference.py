@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvit import autotune, ops
+from fastvit import autotune, backends, ops
 from fastvit.ops import _operator
 from fastvit.reference.functional import BatchNorm, Projection
 
@@ -97,15 +97,15 @@ CALLS: dict[str, Callable[[Tensor, str], None]] = {
 
 class _Chosen(Exception):  # noqa: N818 (no error: it ends the call where the choice is made)
     def __init__(self, selection: _operator.Selection):
-        self.backend = selection.backend
+        self.selection = selection
 
 
 def _stop(selection: _operator.Selection) -> None:
     raise _Chosen(selection)
 
 
-def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The backend that a call of ``op`` with ``backend`` runs on, computing nothing; None where it would raise."""
+def _select(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> _operator.Selection | None:
+    """What a call of ``op`` with ``backend`` selects, computing nothing; None where it would raise."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(autotune.unmeasured())
@@ -115,10 +115,31 @@ def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device)
         try:
             CALLS[op](torch.empty(0, dtype=dtype, device=device), backend)
         except _Chosen as chosen:
-            return chosen.backend
+            return chosen.selection
         except RuntimeError:  # a backend insisted on that does not take the call
             return None
-    return _operator.REFERENCE  # under a torch.func transform nothing is chosen
+    return _operator.Selection(op, _operator.REFERENCE, {})  # under a torch.func transform nothing is chosen
+
+
+def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The backend that a call of ``op`` with ``backend`` runs on; None where it would raise."""
+    selection = _select(op, backend, dtype, device)
+    return None if selection is None else selection.backend
+
+
+def nothing_faster(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a call of ``op`` runs plain though nobody asked for it; None where it does not, or somebody did."""
+    if backend != _operator.AUTO or backends.REQUESTED is not None:
+        return None
+    *faster, _ = ops.OPERATORS[op].implementations
+    if any(_select(op, each.name, dtype, device) is not None for each in faster):
+        return None  # though it may be measured not to be the fastest for some sizes, which explain tells
+    selection = _select(op, backend, dtype, device)
+    if selection is None or not selection.turned_down:
+        return None
+    native = "cpp" if device.type == "cpu" else "triton"
+    reasons = selection.turned_down.get(native) or next(iter(selection.turned_down.values()))
+    return f"nothing faster here: {'; '.join(reasons)}"
 
 
 def backends_by_dtype(op: str, backend: str, device: torch.device) -> dict[str, str]:

@@ -62,7 +62,7 @@ class AttentionSeam(ProjectingSeam):
 class ConvProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens as they lie."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "conv_projection"
     fastvit_reads: ClassVar = {"conv": nn.Conv2d}
 
     def convolve(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int) -> Tensor:

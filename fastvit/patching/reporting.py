@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from fastvit.patching import tables
@@ -21,8 +20,19 @@ from fastvit.patching.coverage import estimate_share, share_of_flops
 from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, has_fused_class
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.images import Shape
-from fastvit.patching.plan import PATCHED, SKIPPED, UNRECOGNISED, Finding, check_model, device_of, holders, survey
-from fastvit.patching.preference import backend_for, backends_by_dtype
+from fastvit.patching.plan import (
+    PATCHED,
+    PLAIN,
+    SKIPPED,
+    UNRECOGNISED,
+    Finding,
+    check_model,
+    device_of,
+    dtype_of,
+    holders,
+    survey,
+)
+from fastvit.patching.preference import backend_for, backends_by_dtype, nothing_faster
 from fastvit.patching.recognise import ATTENTION, CONVOLUTION, LINEAR, MLP
 from fastvit.patching.timing import Times, readable
 from fastvit.patching.verification import END_TO_END, Error
@@ -37,10 +47,11 @@ class ReportRow:
         cls: the plain class.
         kind: "attention", "convolution" (a depthwise one, or a stem), "mlp" or "linear".
         op: the operator of ``fastvit.ops`` that replaces its slow part, None where the class is not known.
-        status: "patched", "skipped", "unsupported" or "unrecognised".
+        status: "patched", "plain" (it would be, but nothing faster runs here), "skipped", "unsupported" or
+            "unrecognised".
         backend: the one that inference in the module's dtype, on its device, gets (what a given input gets,
             :func:`fastvit.explain` tells); None where not patched, or where the one asked for takes no such tensors.
-        reasons: why it is not patched.
+        reasons: why it is not patched, or plain.
         backends: the same for float32, bfloat16 and float16, by the dtype's name.
         error, plain_error: largest errors against float64, relative to the largest exact value, of the fused and the
             plain module; None unless ``patch(verify=...)`` measured them.
@@ -71,7 +82,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the model's order; ``str()`` is a table, ``to_json()`` the same for programs.
+    """Rows in the model's order; ``str()`` is a table with equal rows of a numbered run as one, ``to_json()`` has all.
 
     Attributes:
         error, plain_error, seconds, plain_seconds: end to end, as in the rows.
@@ -148,13 +159,16 @@ class Report:
             "reasons": ["; ".join(row.reasons) for row in self.rows],
         }
         filled = {name: cells for name, cells in columns.items() if any(cells)}
-        return list(filled), [list(cells) for cells in zip(*filled.values(), strict=True)]
+        return list(filled), tables.fold(list(zip(*filled.values(), strict=True)))
 
     def _foot(self) -> str:
         known = Counter(row.kind for row in self.rows)
         done = Counter(row.kind for row in self.rows if row.status == PATCHED)
         blocks = ", ".join(f"{done[kind]} of {known[kind]} {words}" for kind, words in _KINDS.items() if known[kind])
         parts = [f"{blocks} patched"] if blocks else ["no attention, depthwise convolution or MLP found"]
+        plain = sum(row.status == PLAIN for row in self.rows)
+        if plain:
+            parts.append(f"{plain} run plain, since nothing faster runs here")
         if self._unrecognised():
             parts.append(f"{self._unrecognised()} unrecognised")
         if self.flops_share is not None:
@@ -333,9 +347,12 @@ def _row(
     error, time = measured.errors.get(finding.name), measured.times.get(finding.name)
     backend, backends = None, {}
     if status == PATCHED and finding.op is not None and asked_for is not None:
-        device = device_of(finding.module)
-        backend = backend_for(finding.op, asked_for, _dtype_of(finding.module), device)
+        device, dtype = device_of(finding.module), dtype_of(finding.module)
+        backend = backend_for(finding.op, asked_for, dtype, device)
         backends = backends_by_dtype(finding.op, asked_for, device)
+        plain = nothing_faster(finding.op, asked_for, dtype, device)
+        if plain is not None:
+            status, reasons = PLAIN, (plain,)
     return ReportRow(
         finding.name,
         plain_class(finding.module).__name__,
@@ -350,11 +367,3 @@ def _row(
         seconds=time and time.fused,
         plain_seconds=time and time.plain,
     )
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first floating parameter or buffer; torch's default where it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.get_default_dtype()

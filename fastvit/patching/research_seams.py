@@ -165,7 +165,7 @@ def _as_projection(convolution: Any, linear: Any) -> Projection:
 class ConvProjectionSeam(Fused):
     """CvT's (convolution, BatchNorm, rearrangement to tokens), of the tokens that the map given is a view of."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "conv_projection"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Sequential's name)
         backend = fused_backend(self)

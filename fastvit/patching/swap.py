@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastvit import backends
 from fastvit.ops._packing import release_memory
-from fastvit.patching import benchmarking, reporting, timing, verification
+from fastvit.patching import benchmarking, preference, reporting, timing, verification
 from fastvit.patching.copies import plain_copy
 from fastvit.patching.deferral import (
     AT_THE_FIRST_CALL,
@@ -34,6 +35,8 @@ from fastvit.patching.plan import (
     check_backend,
     check_model,
     check_ops,
+    device_of,
+    dtype_of,
     explain_failure,
     is_open,
     survey,
@@ -101,7 +104,8 @@ def patch(
             the fused model less accurate than its budget; a class was put over a fused one since an earlier patch.
 
     Warns:
-        UserWarning: nothing could be fused, or none of the attention and convolution blocks that are there, its MLPs at
+        UserWarning: blocks run plain since nothing faster is there for them, as without the native part; or nothing
+            could be fused, or none of the attention and convolution blocks that are there, its MLPs at
             most; names the classes looked at, or why each was left alone. Where the first call is to decide, it is that
             call which warns.
     """
@@ -119,8 +123,9 @@ def patch(
             findings = with_open_question(findings)
         elif unknown or example is not None:
             findings = _recognised(model, given, findings, options, backend)
+        slow = _plain_for_lack_of_kernels(findings, backend)
         if strict:
-            _insist(model, findings)
+            _insist(model, findings, slow)
         errors: dict[str | None, verification.Error] = {}
         times: dict[str | None, timing.Times] = {}
         if benchmark is not None:
@@ -131,7 +136,7 @@ def patch(
         measured = reporting.Measured(errors, times)
         memory = reporting.memory_of(model, findings, measured, planned_for=backend if dry_run else None)
         waits = undecided and not dry_run and _is_in_vain(findings) and _says_nothing_yet(findings)
-        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) and not waits else None
+        warning = _nothing_to_do(model, findings) if _is_in_vain(findings) and not waits else _lacking(slow)
         states = [] if dry_run else targets(model, findings, backend)
         if undecided and not dry_run and not any(finding.module is model and finding.fused for finding in findings):
             states.append((model, undecided_class(model, options._replace(warns=waits), backend)))
@@ -239,8 +244,30 @@ def _give_all(states: States) -> None:
         raise
 
 
-def _insist(model: nn.Module, findings: list[Finding]) -> None:
+def _plain_for_lack_of_kernels(findings: list[Finding], backend: str) -> dict[str, str]:
+    """By name, the modules that would run plain, and why."""
+    found: dict[str, str] = {}
+    for name, module, _, op, _, fused, *_ in findings:
+        if fused is not None and op is not None:
+            reason = preference.nothing_faster(op, backend, dtype_of(module), device_of(module))
+            if reason is not None:
+                found[name] = reason
+    return found
+
+
+def _lacking(slow: dict[str, str]) -> str | None:
+    """A warning of what is lost without the native part or another kernel."""
+    if not slow:
+        return None
+    cure = "; with a C++ compiler there, install fastvit anew" if backends.cpp_reasons() else ""
+    told = "; ".join(dict.fromkeys(slow.values()))
+    return f"fastvit: {len(slow)} of the blocks found run as they did before: {told}{cure} (python -m fastvit info)"
+
+
+def _insist(model: nn.Module, findings: list[Finding], slow: dict[str, str]) -> None:
     failures = explain_failure(findings)
+    insisted = {finding.name for finding in findings if finding.kind not in NOT_INSISTED_ON}
+    failures += [f"{name or '(the model itself)'}: {reason}" for name, reason in slow.items() if name in insisted]
     if failures:
         raise RuntimeError("strict: not every block can be fused:\n  " + "\n  ".join(failures))
     if not any(finding.status == PATCHED for finding in findings):

@@ -66,7 +66,7 @@ class CvtLayerSeam(Fused):
 class CvtProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm, of the tokens that the map given is a view of."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "conv_projection"
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         backend = fused_backend(self)

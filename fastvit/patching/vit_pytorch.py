@@ -219,7 +219,7 @@ def check_feed_forward(module: nn.Module) -> list[str]:
 class ConvProjectionSeam(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens; the 1x1 convolution behind them gets a view as its map."""
 
-    fastvit_op = "token_depthwise_conv"
+    fastvit_op = "conv_projection"
     fastvit_reads: ClassVar = {"net": nn.Sequential, "net.0": nn.Conv2d, "net.1": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ FUSED = {
     "deepvit": {"linear": 3, "head_mixed_attention": 2, "mlp": 2},
     "cait": {"linear": 3, "head_mixed_attention": 2, "class_attention": 2, "mlp": 4},
     "cpvt": {"linear": 3, "masked_attention": 2, "token_depthwise_conv": 1, "mlp": 2},
-    "cvt": {"linear": 3, "masked_attention": 3, "token_depthwise_conv": 9, "mlp": 3},
+    "cvt": {"linear": 3, "masked_attention": 3, "conv_projection": 9, "mlp": 3},
     "ceit": {"linear": 2, "conv_batch_norm": 1, "masked_attention": 2, "class_attention": 1, "leff": 2, "mlp": 1},
     "twins_pcpvt": {"linear": 8, "masked_attention": 4, "token_depthwise_conv": 4, "mlp": 4},
     "timm_vit": {"linear": 2, "masked_attention": 2, "mlp": 2},

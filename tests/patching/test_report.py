@@ -245,7 +245,7 @@ def test_share_of_flops_is_what_the_operators_compute():
 
 def test_share_of_flops_leaves_out_what_a_fused_block_does_beside_its_operator():
     """CvT's attention calls linears that have hooks; then only the depthwise convolutions are fused."""
-    model, x = patch(build("cvt"), ops="token_depthwise_conv"), images("cvt")
+    model, x = patch(build("cvt"), ops="conv_projection"), images("cvt")
     convolutions = report(model, x).flops_share
     everything = report(patch(model), x).flops_share
     for name, module in model.named_modules():

@@ -283,7 +283,7 @@ CASES: dict[str, Case] = {
     "re_attention": (Deeper, lambda: (tokens(10),), {"head_mixed_attention": 1}),
     "untransformed": (lambda: Deeper(False), lambda: (tokens(10),), {"masked_attention": 1}),
     "layer_normed": (Regenerator, lambda: (tokens(10),), {"head_mixed_attention": 1}),
-    "conv_attention": (Convolver, lambda: (tokens(31), 5, 6), {"masked_attention": 1, "token_depthwise_conv": 3}),
+    "conv_attention": (Convolver, lambda: (tokens(31), 5, 6), {"masked_attention": 1, "conv_projection": 3}),
     "pos_conv": (Locator, lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "pos_conv_stride": (lambda: Locator(2), lambda: (tokens(30), 5, 6), {"token_depthwise_conv": 1}),
     "peg": (Encoder, lambda: (tokens(31), 5, 6), {"token_depthwise_conv": 1}),

@@ -24,7 +24,7 @@ only_5 = pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 passes no a
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 ATTENTION = "sdpa" if backends.cpp_reasons() else "cpp"
 MODELS = ("vit_eager", "vit_sdpa", "deit_eager", "deit_sdpa", "cvt")
-FUSED = {"cvt": {"masked_attention": 6, "token_depthwise_conv": 18, "mlp": 6, "linear": 6}}
+FUSED = {"cvt": {"masked_attention": 6, "conv_projection": 18, "mlp": 6, "linear": 6}}
 OF_A_VIT = {"masked_attention": 2, "mlp": 2, "linear": 2}
 """``linear``: in transformers 4 the module behind an attention, in 5 the whole block."""
 

@@ -26,7 +26,7 @@ FUSED = {
     "distillable_vit": {"masked_attention": 2, "mlp": 2, "linear": 1},
     "deepvit": {"head_mixed_attention": 2, "mlp": 2, "linear": 1},
     "cait": {"head_mixed_attention": 4, "mlp": 4},
-    "cvt": {"masked_attention": 3, "token_depthwise_conv": 6},
+    "cvt": {"masked_attention": 3, "conv_projection": 6},
     "twins_svt": {"token_depthwise_conv": 4, "masked_attention": 14},
 }
 OF_CONVOLUTIONS = {"cvt": 3, "twins_svt": 14}
