@@ -5,11 +5,12 @@ written, watched; the smallest modules that hold a whole chain then get a class 
 its own back. An example given to ``patch`` is that first call.
 
 A recognised class defers its forward (``fastvit.recognise.deferred``) where nothing else wants to see its operations:
-not while compiling, exporting or tracing, under a transform or somebody's mode, nor while a part has hooks. What it
-found out by calls stands on the class, by the kind of call: whether a chain came off, and, where gradients are wanted,
-whether the map is kept. A map that is kept may be asked for its gradient, which only the plain code gives; so the first
-call of a kind with gradients is watched, too. Where tensors are saved through hooks, as a checkpoint does, a kind of
-call takes the same way from its first to its last, since the recomputation must do as the forward did.
+not while compiling, exporting or tracing, under a transform or somebody's mode, nor while a part has hooks. Where
+Dynamo traces it, or a model not yet decided, it is a region of the graph instead (``fastvit.recognise.regions``). What
+it found out by calls stands on the class, by the kind of call: whether a chain came off, and, where gradients are
+wanted, whether the map is kept. A map that is kept may be asked for its gradient, which only the plain code gives; so
+the first call of a kind with gradients is watched, too. Where tensors are saved through hooks, as a checkpoint does, a
+kind of call takes the same way from its first to its last, since the recomputation must do as the forward did.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastvit import autotune, backends, ops
 from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
 from fastvit.recognise.deferred import Deferring, Event, transformed
 from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
+from fastvit.recognise.regions import Region, region
 from fastvit.reference.overrides import WATCHES, calls_everything, symbolically_traced
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -85,14 +87,28 @@ def _untouched(module: nn.Module) -> bool:
 class _Wrapping(Fused):
     """A seam whose forward is made for each plain class, so that it has that one's signature."""
 
+    fastvit_region: ClassVar[Region | None] = None
+    """What the plain forward runs in where Dynamo traces it."""
+
     def __init_subclass__(cls) -> None:
         if "fastvit_plain" in vars(cls):
             cls.forward = cls.fastvit_wrapped(cls.fastvit_plain.forward)  # type: ignore[attr-defined]
+            cls.fastvit_region = None if issubclass(cls, UndecidedAsAsked) else region(cls.fastvit_backend)
 
     @classmethod
     def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
         """The forward that stands in front of the plain one."""
         raise NotImplementedError
+
+
+def _as_written(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The plain forward; where Dynamo traces it, in a region of the graph that Inductor's pass searches for chains."""
+    plain = plain_of(fused).forward
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not calls_everything():
+        entered = getattr(fused, "fastvit_region", None)
+        if entered is not None:
+            return entered(plain, module, args, kwargs)
+    return plain(module, *args, **kwargs)
 
 
 class Recognised(_Wrapping):
@@ -112,7 +128,7 @@ class Recognised(_Wrapping):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             fused = type(self)  # asked once: another thread may unpatch
             if torch.compiler.is_compiling() or not issubclass(fused, Recognised) or not _may_defer(self):
-                return plain_of(fused).forward(self, *args, **kwargs)
+                return _as_written(fused, self, args, kwargs)
             return _defer(fused, self, args, kwargs)
 
         return forward
@@ -274,7 +290,7 @@ class Undecided(_Wrapping):
             fused = type(self)
             compiling = torch.compiler.is_compiling()
             if compiling or not issubclass(fused, Undecided) or not _may_decide(self, args, kwargs):
-                return plain_of(fused).forward(self, *args, **kwargs)
+                return _as_written(fused, self, args, kwargs)
             return _first_call(fused, self, args, kwargs)
 
         return forward

@@ -276,7 +276,7 @@ class Chain(NamedTuple):
         total = v.sum(-2, keepdim=True)
         if bias is not None and torch.is_grad_enabled():  # NaN goes back to all that such a row was made of
             total = total + q.sum(-1, keepdim=True) + k.sum((-2, -1), keepdim=True) + bias.sum(-1, keepdim=True)
-        weight = torch.zeros_like(empty, dtype=v.dtype).masked_fill_(empty, each)
+        weight = torch.zeros_like(empty, dtype=v.dtype).masked_fill(empty, each)
         return torch.where(empty, total * weight, out)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, whole: Axes, backend: str) -> Tensor:

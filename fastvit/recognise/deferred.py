@@ -81,13 +81,13 @@ def finished(chain: Chain, product: Product, backend: str) -> Tensor:
     return out if product.places is None else out.permute(product.places)
 
 
-def ordinary(args: Iterable[Any], device: torch.device) -> bool:
+def ordinary(args: Iterable[Any], device: torch.device, classes: tuple[type, ...] = _ORDINARY) -> bool:
     """Whether all tensors among arguments are of exactly torch's own classes, with memory, on this device."""
     for value in args:
         if isinstance(value, Tensor):
-            if type(value) not in _ORDINARY or value.device != device or value.layout != torch.strided:
+            if type(value) not in classes or value.device != device or value.layout != torch.strided:
                 return False
-        elif isinstance(value, (tuple, list)) and not ordinary(value, device):
+        elif isinstance(value, (tuple, list)) and not ordinary(value, device, classes):
             return False
     return True
 

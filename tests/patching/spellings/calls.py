@@ -29,11 +29,16 @@ def in_float64(module: nn.Module) -> nn.Module:
     return unpatch(copy.deepcopy(module)).double()
 
 
-def gradients(module: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and by name the gradients of the input and of every parameter, for fixed weights of the output."""
+def gradients(
+    module: nn.Module, x: Tensor, run: Callable[..., Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and by name the gradients of the input and of every parameter, for fixed weights of the output.
+
+    ``run`` stands for the module: it compiled.
+    """
     module.zero_grad()
     x = x.clone().requires_grad_()
-    out = module(x)
+    out = (module if run is None else run)(x)
     weights = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view_as(out)
     (out * weights).sum().backward()
     found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
