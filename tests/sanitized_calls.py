@@ -104,6 +104,14 @@ def products() -> Iterable[Call]:
         yield ops.glu_mlp, {"x": x, **gate, **layers, "hidden_norm": LayerNorm(None, None), **around}
 
 
+def windows() -> Iterable[Call]:
+    for channels, kernel, stride, padding in ((3, (7, 7), 4, 2), (18, (3, 2), (2, 1), 3), (65, (8, 8), 8, 0)):
+        x, weight = torch.randn(2, channels, 17, 16), torch.randn(19, channels, *kernel)
+        arguments = {"weight": weight, "bias": torch.randn(19), "stride": stride, "padding": padding}
+        yield ops.conv_batch_norm, {"x": x, **arguments, "norm": norm(19, False), "activation": "relu"}
+        yield ops.conv_batch_norm, {"x": x.contiguous(memory_format=torch.channels_last), **arguments, "norm": None}
+
+
 def feed_forwards() -> Iterable[Call]:
     for height, width, channels, hidden in ((1, 1, 3, 5), (4, 5, 16, 24), (7, 9, 33, 70)):
         x = torch.randn(2, 1 + height * width, channels)
@@ -159,7 +167,7 @@ def main() -> None:
                 for shape in ((19, 40), (100, 1101)):
                     weight = torch.randn(shape, dtype=getattr(torch, dtype))
                     torch.ops.fastvit.unpack_weight(torch.ops.fastvit.pack_weight(weight))
-                for function, arguments in (*convolutions(), *attentions(), *products(), *feed_forwards()):
+                for function, arguments in (*convolutions(), *attentions(), *products(), *windows(), *feed_forwards()):
                     changed = {name: lower(value) for name, value in arguments.items()}
                     run(function, arguments if dtype == "float32" else changed)
     print(json.dumps(sorted(recorder.names)))

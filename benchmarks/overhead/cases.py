@@ -122,9 +122,7 @@ PARTS = {
 
 def backend_of(op: str, training: bool = False) -> str:
     """The fast implementation of an operator on a CPU, as ``backend=`` and FASTVIT_BACKEND name it."""
-    if op != "conv_batch_norm":
-        return "cpp"
-    return "reference" if training else "channels_last"
+    return "reference" if training and op == "conv_batch_norm" else "cpp"
 
 
 def runner(function: Callable[..., Any], call: Call, training: bool, **options: Any) -> Callable[[], Any]:

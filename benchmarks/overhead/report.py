@@ -2,7 +2,7 @@
 
 Microseconds of the fastest round; for several files, such as one before and one after a change, side by side. Columns:
     default     the call as models make it
-    named       with ``backend="cpp"`` (``conv_batch_norm``: "channels_last", in training "reference")
+    named       with ``backend="cpp"`` (``conv_batch_norm`` in training: "reference")
     requested   with FASTVIT_BACKEND set to that
     logged      with the log at DEBUG
     float16     which on a CPU falls back to the plain form

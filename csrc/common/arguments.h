@@ -12,6 +12,17 @@ namespace fastvit {
 
 void check_cpu_shape(const char* op, const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected);
 
+// A norm with given statistics, in the order of the schemas.
+struct NormArguments {
+  using Schema = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double>;
+  OptionalTensor weight, bias, mean, var;
+  double eps;
+
+  void make_parameters(const Tensor& x) {
+    for (OptionalTensor* tensor : {&weight, &bias, &mean, &var}) make_parameter(*tensor, x);
+  }
+};
+
 // float32 or bfloat16: what the CPU kernels compute in; some of them float16, too.
 void check_cpu_dtype(const char* op, const Tensor& tensor, const char* name, bool or_float16 = false);
 

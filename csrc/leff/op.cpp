@@ -26,28 +26,6 @@ struct Tokens {
   int64_t height, width, prefix;
 };
 
-// A BatchNorm of a product's columns as factor and shift.
-class FoldedNorm {
- public:
-  FoldedNorm(const NormArguments& norm, int64_t columns) {
-    if (!norm.mean && !norm.var) return;
-    check(norm.mean && norm.var, kOp, ": down_norm_mean and down_norm_var must be given together");
-    const Floats mean(kOp, norm.mean, "down_norm_mean", columns), var(kOp, norm.var, "down_norm_var", columns);
-    const Floats weight(kOp, norm.weight, "down_norm_weight", columns), bias(kOp, norm.bias, "down_norm_bias", columns);
-    for (int64_t c = 0; c < columns; ++c) {
-      const float scale = weight.data() == nullptr ? 1.0f : weight.data()[c];
-      factor_.push_back(scale / std::sqrt(var.data()[c] + static_cast<float>(norm.eps)));
-      shift_.push_back((bias.data() == nullptr ? 0.0f : bias.data()[c]) - mean.data()[c] * factor_.back());
-    }
-  }
-  NormOfColumns columns() const {
-    return factor_.empty() ? NormOfColumns{} : NormOfColumns{factor_.data(), shift_.data()};
-  }
-
- private:
-  std::vector<float> factor_, shift_;
-};
-
 float value(const float* at) { return *at; }
 float value(const uint16_t* at) { return float_of_bfloat16(*at); }
 void store(float value, float* to) { *to = value; }
@@ -111,7 +89,7 @@ Tensor leff(Tensor x, const NormOfRows& norm, Layer up, Depthwise depthwise, Lay
   Addition none, addition{std::nullopt, std::move(residual)};
   Tensor hidden = linear(kOp, x, up, norm, {}, Activation::none, none);
   hidden = convolve(std::move(hidden), std::move(depthwise), tokens);
-  const FoldedNorm behind(down_norm, outputs);
+  const FoldedNorm behind(kOp, "down_norm_", down_norm, outputs);
   const Activation last = paper ? Activation::gelu : Activation::none;
   Tensor out = linear(kOp, hidden, down, {}, behind.columns(), last, addition);
   if (out.numel() == 0 || tokens.prefix == 0) return out;

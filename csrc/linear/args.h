@@ -11,12 +11,24 @@ namespace fastvit {
 
 constexpr int64_t kBlockFloats = 64 << 10;  // of a block of rows at most, half of a small L2 cache
 
+// Rows of a product that are the windows of a convolution over maps, with zeros around them. A window is `planes` times
+// `kernel_height` runs of adjacent elements: of a channel's row where the rows of each channel are contiguous, and of
+// all channels of a map's row where its pixels are.
+struct Windows {
+  int64_t height, width, rows, columns;  // of a map, and of its grid of windows
+  int64_t kernel_height, kernel_width, stride_height, stride_width, padding_height, padding_width;
+  int64_t planes, pixel;                         // channels apart, or `pixel` of them adjacent
+  int64_t map_stride, plane_stride, row_stride;  // in elements; columns are `pixel` apart
+};
+
 // out = residual + scale * activation(column_factor * (norm(x) weight^T + bias) + column_shift), of which all but the
 // product may be absent. Strides in elements.
 struct LinearParams {
   int64_t rows, columns, depth;
   const void* x;  // rows contiguous
   int64_t x_stride;
+  const Windows* windows;                // in x, or null: rows
+  int64_t first;                         // element of the windows that is the depth's first
   bool has_norm;                         // a layer norm of each row of x
   const float *norm_weight, *norm_bias;  // (depth,), may be null
   float norm_eps;

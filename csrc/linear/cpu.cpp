@@ -11,6 +11,8 @@
 // kDepthBlock words, [part][row][kRowStride]: a constant distance between rows fits the addressing modes, and is no
 // power of two, at which rows would share cache sets.
 //
+// Rows may be windows of maps, which are copied to the block run by run.
+//
 // With the bfloat16 dot product (kPairs) a word is a pair along the depth, and the sums are float32.
 #include "linear/args.h"
 
@@ -179,6 +181,115 @@ void normalize(const LinearParams& p, const T* from, Moments of, int64_t first, 
   }
 }
 
+template <bool kPairs>
+constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // elements of a part of a row
+
+// Element k of row r.
+template <bool kPairs>
+FASTVIT_INLINE Word<kPairs>* element_of(const RowBlock& block, int64_t r, int64_t k) {
+  static_assert(kPart<kPairs> % kPanel == 0);
+  float* part = block.data + (k / kPart<kPairs> * block.block_rows + r) * kRowStride;
+  return reinterpret_cast<Word<kPairs>*>(part) + k % kPart<kPairs>;
+}
+
+// Copies `count` elements to words of each of `rows` rows of a block; those of the next are `step` further in x. Few
+// elements are two copies of a fixed size, which overlap.
+template <int kBytes>
+FASTVIT_INLINE void copy_ends(const void* from, int64_t bytes, void* to) {
+  char first[kBytes], last[kBytes];
+  memcpy(first, from, kBytes);
+  memcpy(last, static_cast<const char*>(from) + bytes - kBytes, kBytes);
+  memcpy(to, first, kBytes);
+  memcpy(static_cast<char*>(to) + bytes - kBytes, last, kBytes);
+}
+
+template <class T, class W>
+FASTVIT_INLINE void copy_runs(const T* from, int64_t step, int64_t count, int64_t rows, W* to) {
+  constexpr int64_t kNext = kRowStride * static_cast<int64_t>(sizeof(float) / sizeof(W));
+  if constexpr (sizeof(T) == sizeof(W)) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (bytes >= 16 && bytes <= 32) {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += kNext) copy_ends<16>(from, bytes, to);
+    } else if (bytes >= 8 && bytes < 16) {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += kNext) copy_ends<8>(from, bytes, to);
+    } else {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += kNext) memcpy(to, from, static_cast<size_t>(bytes));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r, from += step, to += kNext) {
+      int64_t k = 0;
+      for (; k + kLanes <= count; k += kLanes) Vec::load(from + k).store(to + k);
+      for (; k < count; ++k) to[k] = widen(from[k]);
+    }
+  }
+}
+
+// The windows that lie beside each other in one row of their grid, as rows of a block.
+template <class T, bool kPairs>
+struct WindowsOfRow {
+  const LinearParams& p;
+  const RowBlock& block;
+  int64_t r, column, count;  // the first row of the block, the first window's column, how many
+
+  // Elements [first, first + n) of a run, which are elements k and the following of the rows; `row` of the map, or
+  // null.
+  FASTVIT_INLINE void put(const T* row, int64_t first, int64_t n, int64_t k) const {
+    while (n > 0) {
+      const int64_t fits = smaller(n, kPart<kPairs> - k % kPart<kPairs>);
+      put_in_part(row, first, fits, element_of<kPairs>(block, r, k));
+      first += fits, k += fits, n -= fits;
+    }
+  }
+
+ private:
+  static constexpr int64_t kNext = kRowStride * kElementsOfWord<kPairs>;
+
+  FASTVIT_INLINE void put_in_part(const T* row, int64_t first, int64_t n, Word<kPairs>* to) const {
+    const Windows& w = *p.windows;
+    const int64_t step = w.stride_width * w.pixel, size = w.width * w.pixel;
+    int64_t at = (column * w.stride_width - w.padding_width) * w.pixel + first;  // in the map's row, may be beyond
+    for (int64_t i = 0; i < count;) {
+      if (row != nullptr && at >= 0 && at + n <= size) {
+        const int64_t inside = smaller(count - i, (size - n - at) / step + 1);
+        copy_runs(row + at, step, n, inside, to);
+        i += inside, at += inside * step, to += inside * kNext;
+        continue;
+      }
+      const int64_t begin = row == nullptr ? n : smaller(n, larger(0, -at));
+      const int64_t end = row == nullptr ? n : larger(begin, smaller(n, size - at));
+      memset(to, 0, static_cast<size_t>(begin) * sizeof *to);
+      if (begin < end) copy_runs(row + at + begin, 0, end - begin, 1, to + begin);
+      memset(to + end, 0, static_cast<size_t>(n - end) * sizeof *to);
+      ++i, at += step, to += kNext;
+    }
+  }
+};
+
+template <class T, bool kPairs>
+void load_windows(const LinearParams& p, int64_t row, const RowBlock& block) {
+  const Windows& w = *p.windows;
+  const int64_t run = w.kernel_width * w.pixel, last = p.first + p.depth;
+  for (int64_t r = 0; r < block.rows;) {
+    const int64_t grid_row = (row + r) / w.columns, column = (row + r) % w.columns;
+    const int64_t count = smaller(block.rows - r, w.columns - column);
+    const T* map = static_cast<const T*>(p.x) + grid_row / w.rows * w.map_stride;
+    const int64_t top = grid_row % w.rows * w.stride_height - w.padding_height;
+    const WindowsOfRow<T, kPairs> windows{p, block, r, column, count};
+    for (int64_t k = p.first; k < last;) {
+      const int64_t index = k / run, first = k % run, n = smaller(run - first, last - k);
+      const int64_t y = top + index % w.kernel_height;
+      const T* from = nullptr;
+      if (y >= 0 && y < w.height) from = map + index / w.kernel_height * w.plane_stride + y * w.row_stride;
+      windows.put(from, first, n, k - p.first);
+      k += n;
+    }
+    if (kPairs && p.depth % 2 != 0) {  // the missing half of a pair
+      for (int64_t i = 0; i < count; ++i) memset(element_of<kPairs>(block, r + i, p.depth), 0, sizeof(Word<kPairs>));
+    }
+    r += count;
+  }
+}
+
 template <class T, bool kPairs>
 void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
   constexpr int64_t kElements = kElementsOfWord<kPairs>;
@@ -198,17 +309,6 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
       normalize(p, from + first * kElements, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
     }
   }
-}
-
-template <bool kPairs>
-constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // elements of a part of a row
-
-// Element k of row r.
-template <bool kPairs>
-FASTVIT_INLINE Word<kPairs>* element_of(const RowBlock& block, int64_t r, int64_t k) {
-  static_assert(kPart<kPairs> % kPanel == 0);
-  float* part = block.data + (k / kPart<kPairs> * block.block_rows + r) * kRowStride;
-  return reinterpret_cast<Word<kPairs>*>(part) + k % kPart<kPairs>;
 }
 
 template <bool kPairs>
@@ -472,7 +572,7 @@ LinearKernel make_kernel(const LinearParams& p) {
           kRowStride,
           kPairs,
           pack<T, kPairs>,
-          load_rows<T, kPairs>,
+          p.windows == nullptr ? load_rows<T, kPairs> : load_windows<T, kPairs>,
           multiply<T, kPairs>,
           multiply_to_block<T, kPairs>,
           multiply_gated_to_block<T, kPairs>,

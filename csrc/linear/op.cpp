@@ -222,7 +222,11 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
     const int64_t begin = slice * p.depth / slices;
     LinearParams part = p;
     part.depth = (slice + 1) * p.depth / slices - begin;
-    if (slices > 1) part.x = static_cast<const float*>(p.x) + begin;
+    if (p.windows != nullptr) {
+      part.first = begin;
+    } else if (slices > 1) {
+      part.x = static_cast<const float*>(p.x) + begin;
+    }
     part.accumulate = slice > 0;
     if (slice + 1 < slices) {
       part.column_factor = part.column_shift = part.scale = nullptr;
@@ -460,6 +464,27 @@ Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, c
   run(product.p, product.kernel, product.packed);
   Workspace::of_call().give_back();
   return std::move(output.out);
+}
+
+Tensor convolve(const char* op, const Tensor& x, Layer& layer, const Windows& windows, const NormOfColumns& behind,
+                Activation activation) {
+  LinearParams rows{};
+  rows.x = x.data<void>();
+  rows.windows = &windows;
+  rows.rows = x.size(0) == 0 ? 0 : checked_product(op, {x.size(0), windows.rows, windows.columns});
+  const int64_t depth = windows.planes * windows.kernel_height * windows.kernel_width * windows.pixel;
+  PackedLayer product(op, {"weight", "bias"}, layer, depth, x.dtype(), rows);
+  product.p.column_factor = behind.factor, product.p.column_shift = behind.shift;
+  product.p.activation = activation;
+  const int64_t columns = product.p.columns, of_row = windows.columns * columns;
+  Tensor out = empty_strided({x.size(0), columns, windows.rows, windows.columns},
+                             {windows.rows * of_row, 1, of_row, columns}, x);
+  product.p.out = out.mutable_data<void>();
+  if (out.numel() == 0) return out;
+  product.pack_if_absent(Workspace::of_call().take(product.floats));
+  run(product.p, product.kernel, product.packed);
+  Workspace::of_call().give_back();
+  return out;
 }
 
 }  // namespace fastvit

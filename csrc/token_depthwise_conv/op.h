@@ -10,17 +10,6 @@ namespace fastvit {
 
 // --- Arguments, in the order of the schemas --------------------------------------------------------------------------
 
-// A norm with given statistics.
-struct NormArguments {
-  using Schema = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double>;
-  OptionalTensor weight, bias, mean, var;
-  double eps;
-
-  void make_parameters(const Tensor& x) {
-    for (OptionalTensor* tensor : {&weight, &bias, &mean, &var}) make_parameter(*tensor, x);
-  }
-};
-
 // What the operator and those of training have in common, from the weight on.
 template <class Norm>
 struct ConvolutionArguments {

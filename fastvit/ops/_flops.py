@@ -81,6 +81,15 @@ def _leff(a: Any) -> int:
     return 2 * tokens * (a.up_weight.numel() + a.dw_weight.numel() + a.down_weight.numel())
 
 
+def _windows(a: Any) -> int:
+    sides = ((a.x.shape[2], "height"), (a.x.shape[3], "width"))
+    rows, columns = (
+        out_size(size, *(getattr(a, f"{name}_{side}") for name in ("kernel", "stride", "padding")))
+        for size, side in sides
+    )
+    return 2 * a.x.shape[0] * rows * columns * a.weight.numel()
+
+
 def _products(a: Any, *weights: Tensor) -> int:
     rows = a.x.numel() // max(a.x.shape[-1], 1)
     return 2 * rows * sum(weight.numel() for weight in weights)
@@ -93,6 +102,7 @@ def _nothing(a: Any) -> int:
 FORMULAS: dict[str, Callable[[Any], int]] = {
     "class_attention": _attention,
     "class_attention_backward": lambda a: 2 * _attention(a),
+    "conv_batch_norm": _windows,
     "conv_projection": _projections,
     "depthwise_separable_conv": _separable,
     "glu_mlp": lambda a: _products(a, a.gate_weight, a.value_weight, a.fc2_weight),

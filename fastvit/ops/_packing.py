@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["PackedWeight", "derived", "packed", "release_memory", "sole_packings"]
+__all__ = ["PackedWeight", "derived", "pack", "packed", "release_memory", "sole_packings"]
 
 
 def _enabled(value: str) -> bool:
@@ -37,13 +37,13 @@ def _enabled(value: str) -> bool:
 
 ENABLED = _enabled(os.environ.get("FASTVIT_PACK", ""))
 
-_pack = define("pack_weight", "Tensor weight", "Tensor", lambda a: a.weight.new_empty(0)).eager
+pack = define("pack_weight", "Tensor weight", "Tensor", lambda a: a.weight.new_empty(0)).eager
 _unpack = define("unpack_weight", "Tensor packed", "Tensor", lambda a: a.packed.new_empty(0)).eager
 _fingerprint = None if backends.cpp_reasons() else importlib.import_module("fastvit._C").fingerprint
 
 
 def _pack_cpp(weight: Tensor, rows: int) -> Tensor:
-    return _pack(weight)
+    return pack(weight)
 
 
 def _pack_mkl(weight: Tensor, rows: int) -> Tensor:

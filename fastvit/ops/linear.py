@@ -45,7 +45,7 @@ CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPP_MIN_ROWS = 16
 CPP_MIN_COLUMNS = 16
 _CPP_REASONS = tuple(backends.cpp_reasons())
-_HAS_VECTORS = not _CPP_REASONS and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
+HAS_VECTORS = not _CPP_REASONS and importlib.import_module("fastvit._C").cpu_info()["in_use"] != "portable"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -504,7 +504,7 @@ def _measure(call: Call, rows: int, columns: int, key: tuple[Any, ...]) -> str:
         if each.reasons is None or not any(each.reasons(twin, True)):
             runs[(each.name,)] = each.run
     # What is first is taken where nothing is measured.
-    names = list(runs) if _HAS_VECTORS else list(runs)[::-1]
+    names = list(runs) if HAS_VECTORS else list(runs)[::-1]
     hollow = type(call.x) not in _PLAIN  # a tensor without contents, which takes no time
     with _disable_current_modes(), autotune.unmeasured() if hollow else contextlib.nullcontext():
         (found,) = autotune.choose("products", key, names, lambda name: runs[name](twin), on_cpu=True)

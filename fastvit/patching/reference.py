@@ -369,28 +369,12 @@ def _add_reduced_attention(block: Any, x: Tensor, grid: tuple[int, int], mask: T
 
 
 def _reduced(block: Any, x: Tensor, grid: tuple[int, int], backend: str) -> Tensor:
-    """The strided convolution of tokens, as a product with their patches where that is what it is.
-
-    The library's convolution rearranges its weight at each call, which takes longer than copying the patches.
-    """
-    conv = block.attn._modules.get("sr")
-    whole = is_plain(conv, nn.Conv2d) and x.shape[1] == grid[0] * grid[1] and not is_dynamo_compiling()
-    if not (whole and _cuts_into(conv, x.shape[2], grid)):
-        return _as_tokens(block.attn.sr(_as_map(x, grid)))
-    (batch, _, channels), (of_batch, of_token, of_channel) = x.shape, x.stride()
-    (height, width), of_row = conv.kernel_size, grid[1] * of_token
-    rows, columns = grid[0] // height, grid[1] // width
-    strides = (of_batch, height * of_row, width * of_token, of_channel, of_row, of_token)
-    patches = x.as_strided((batch, rows, columns, channels, height, width), strides)
-    patches = patches.reshape(batch, rows * columns, channels * height * width)
-    return ops.linear(patches, conv.weight.flatten(1), conv.bias, backend=backend)
-
-
-def _cuts_into(conv: nn.Conv2d, channels: int, grid: tuple[int, int]) -> bool:
-    """Whether a convolution multiplies the patches of a map, which it divides, by one matrix."""
-    settings = conv.stride, conv.padding, conv.dilation, conv.groups, conv.in_channels
-    divides = grid[0] % conv.kernel_size[0] == grid[1] % conv.kernel_size[1] == 0
-    return settings == (conv.kernel_size, (0, 0), (1, 1), 1, channels) and divides
+    """The strided convolution of tokens."""
+    conv, image = block.attn._modules.get("sr"), _as_map(x, grid)
+    if not (is_plain(conv, nn.Conv2d) and _is_usual(conv, image)):
+        return _as_tokens(block.attn.sr(image))
+    around = {"stride": conv.stride, "padding": conv.padding}
+    return _as_tokens(ops.conv_batch_norm(image, conv.weight, conv.bias, None, **around, backend=backend))
 
 
 def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -410,29 +394,27 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x.as_strided((batch, rows * columns, channels), (of_batch, of_column, of_channel))
 
 
-class PatchEmbedSeam(Fused):
-    """The patches of an image as rows of one product, at inference on the CPU."""
+class EmbeddingSeam(Fused):
+    """The convolution of a patch embedding as a product that gives tokens, at inference on the CPU."""
 
-    fastvit_op = "linear"
+    fastvit_op = "conv_batch_norm"
     fastvit_reads: ClassVar = {"proj": (nn.Conv2d, NormalizingConv2d)}
 
     def project(self, x: Tensor) -> Tensor:
         conv, backend = self._modules.get("proj"), whole_backend(self, x)
-        if backend is None or not _cuts_patches(conv, x, self.patch_size):
+        if backend is None or not _is_usual(conv, x):
             return plain_class(self).project(self, x)
         weight = conv.weight
         if type(conv) is NormalizingConv2d:
             x, weight = conv.centred(x), conv.normalization.scaled(weight)
-        (rows, columns), (height, width) = self.grid(*x.shape[-2:]), self.patch_size
-        patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
-        tokens = patches.flatten(3).flatten(1, 2)
-        return ops.linear(tokens, weight.flatten(1), conv.bias, backend=backend)
+        around = {"stride": conv.stride, "padding": conv.padding}
+        return ops.conv_batch_norm(x, weight, conv.bias, None, **around, backend=backend)
 
 
-def _cuts_patches(conv: nn.Conv2d, x: Tensor, patch_size: tuple[int, int]) -> bool:
-    """Whether a convolution, which may have been exchanged since, multiplies each patch of images by one matrix."""
-    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    return settings == (patch_size, patch_size, (0, 0), (1, 1), 1) and x.dim() == 4 and x.shape[1] == conv.in_channels
+def _is_usual(conv: Any, x: Tensor) -> bool:
+    """Whether a convolution, which may have been exchanged since, is one that the operator has."""
+    settings = conv.dilation, conv.groups, conv.padding_mode, conv.in_channels
+    return x.dim() == 4 and settings == ((1, 1), 1, "zeros", x.shape[1]) and not isinstance(conv.padding, str)
 
 
 class MlpSeam(Fused):
@@ -451,14 +433,14 @@ class MlpSeam(Fused):
 
 
 class StemSeam(Fused):
-    """A stem's convolutions in channels-last layout, the norms folded into them, at inference."""
+    """A stem's convolutions with the norms folded in, at inference."""
 
     fastvit_op = "conv_batch_norm"
 
     def convolve(self, x: Tensor, conv: Any, norm: Any, activation: str | None = None) -> Tensor:
         backend = fused_backend(self)
         read = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and not norm.training
-        if backend is None or not read:
+        if backend is None or not (read and _is_usual(conv, x)):
             return plain_class(self).convolve(self, x, conv, norm, activation)
         return ops.conv_batch_norm(
             x,
@@ -523,7 +505,9 @@ ROWS = (
     Row("fastvit.reference.cvt.Block", ConvBlockSeam),
     Row("fastvit.reference.ceit.Block", LeFFBlockSeam),
     Row("fastvit.reference.cpvt.PyramidBlock", PyramidBlockSeam),
-    Row("fastvit.reference.layers.PatchEmbed", PatchEmbedSeam),
+    Row("fastvit.reference.layers.PatchEmbed", EmbeddingSeam),
+    Row("fastvit.reference.cvt.ConvEmbed", EmbeddingSeam),
+    Row("fastvit.reference.ceit.ImageToTokens", EmbeddingSeam),
     Row("fastvit.reference.layers.Attention", AttentionSeam),
     Row("fastvit.reference.layers.Mlp", MlpSeam, _check_mlp),
     Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),

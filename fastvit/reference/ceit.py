@@ -28,6 +28,7 @@ from fastvit.reference.layers import (
     RESIZE_KINDS,
     Attention,
     ConvolutionalStem,
+    Convolving,
     DropPath,
     Mlp,
     TokenBlock,
@@ -53,7 +54,7 @@ class Stem(ConvolutionalStem):
         return self.maxpool(self.convolve(x, self.conv, self.bn))
 
 
-class ImageToTokens(nn.Module):
+class ImageToTokens(Convolving):
     """Images (B, C, H, W) to tokens (B, h*w, D), h = H / patch_size: the stem, then a patch embedding of its map."""
 
     def __init__(self, patch_size: int | tuple[int, int], in_chans: int, stem_chans: int, embed_dim: int):
@@ -71,7 +72,7 @@ class ImageToTokens(nn.Module):
         return token_grid((height, width), self.patch_size, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.backbone(x)).flatten(2).transpose(1, 2)
+        return self.project(self.backbone(x)).flatten(2).transpose(1, 2)
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:

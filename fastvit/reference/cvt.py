@@ -22,6 +22,7 @@ from fastvit.reference import functional
 from fastvit.reference.base import Variant
 from fastvit.reference.functional import BatchNorm
 from fastvit.reference.layers import (
+    Convolving,
     DropPath,
     Mlp,
     Projecting,
@@ -46,7 +47,7 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class ConvEmbed(nn.Module):
+class ConvEmbed(Convolving):
     """Map (B, C, h, w) to tokens (B, h'*w', D) by an overlapping convolution and a LayerNorm (section 3.1)."""
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, padding: int):
@@ -58,7 +59,7 @@ class ConvEmbed(nn.Module):
         smallest = self.proj.kernel_size[0] - 2 * self.proj.padding[0]
         if min(x.shape[-2:]) < smallest:
             raise ValueError(f"x: expected a map of {smallest} or more in height and width, got {tuple(x.shape[-2:])}")
-        x = self.proj(x)
+        x = self.project(x)
         return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
 
 

@@ -223,17 +223,17 @@ def conv_batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: BatchNorm,
+    norm: BatchNorm | None,
     *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     activation: str | None = None,
 ) -> Tensor:
-    """activation(norm(conv(x) + bias)) of an image: a layer of a convolutional stem.
+    """activation(norm(conv(x) + bias)) of an image: a layer of a convolutional stem, or a patch embedding.
 
     Args:
         x: (B, C, H, W). weight: (O, C, k, l), cross-correlation as in ``nn.Conv2d``. bias: (O,).
-        norm: BatchNorm over channels. activation: a name of :data:`ACTIVATIONS`.
+        norm: BatchNorm over channels, or None. activation: a name of :data:`ACTIVATIONS`.
         stride, padding: of the convolution.
 
     Returns:
@@ -241,7 +241,8 @@ def conv_batch_norm(
 
     Source: Yuan et al. 2021 (CeiT), section 3.1.
     """
-    return activate(norm(F.conv2d(x, weight, bias, stride, padding)), activation)
+    out = F.conv2d(x, weight, bias, stride, padding)
+    return activate(out if norm is None else norm(out), activation)
 
 
 def linear(

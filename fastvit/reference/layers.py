@@ -51,7 +51,17 @@ def token_grid(image_size: tuple[int, int], patch_size: tuple[int, int], name: s
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
-class PatchEmbed(nn.Module):
+class Convolving(nn.Module):
+    """A patch embedding whose convolution is called in one place, which a fused module replaces."""
+
+    proj: nn.Conv2d
+
+    def project(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to maps of tokens (B, D, h, w)."""
+        return self.proj(x)
+
+
+class PatchEmbed(Convolving):
     """Images (B, C, H, W) to patch tokens (B, h*w, D), row-major, by a convolution whose stride is its kernel size."""
 
     def __init__(self, patch_size: int | tuple[int, int] = 16, in_chans: int = 3, embed_dim: int = 768):
@@ -64,13 +74,9 @@ class PatchEmbed(nn.Module):
         """Token grid (h, w) of an image; see :func:`token_grid`."""
         return token_grid((height, width), self.patch_size, name)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to tokens (B, h*w, D); the part a fused module replaces."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         self.grid(*x.shape[-2:])
-        return self.project(x)
+        return self.project(x).flatten(2).transpose(1, 2)
 
 
 class Mlp(nn.Module):

@@ -319,8 +319,8 @@ def _conv_batch_norm(d: Draw) -> dict[str, Any]:
         "x": d.tensor(d.size(3), channels, height, width),
         "weight": d.parameter(outputs, channels, *kernel),
         "bias": d.optional(outputs),
-        "norm": d.batch_norm(outputs),
-        "stride": d.choice((1, 2, (1, 2), (3, 1))),
+        "norm": d.batch_norm(outputs) if d.chance(0.6) else None,
+        "stride": d.choice((1, 2, (1, 2), (3, 1), kernel)),
         "padding": padding,
         "activation": d.choice(ACTIVATIONS),
     }
@@ -346,7 +346,7 @@ OPERATORS = {
     "linear": Operator(_linear, ("cpp", "reference")),
     "mlp": Operator(_mlp, ("cpp", "reference")),
     "glu_mlp": Operator(_glu_mlp, ("cpp", "reference")),
-    "conv_batch_norm": Operator(_conv_batch_norm, ("channels_last", "reference")),
+    "conv_batch_norm": Operator(_conv_batch_norm, ("cpp", "channels_last", "reference")),
 }
 
 

@@ -31,8 +31,6 @@ def refusals(op: str, change: dict[str, Any]) -> Iterator[str]:
     has_norms = any(isinstance(leaf, BatchNorm) for leaf in fields(CALLS[op](False)))
     for batch, gradients in itertools.product((False, True) if has_norms else (False,), (False, True)):
         for backend in (change["backend"],) if "backend" in change else BACKENDS:
-            if op == "conv_batch_norm" and backend == "cpp":
-                backend = "channels_last"
             arguments = {**CALLS[op](batch), "backend": backend, **change}
             running = [tensor for norm in fields(arguments) if isinstance(norm, BatchNorm) for tensor in norm[:2]]
             running = [tensor for tensor in running if isinstance(tensor, Tensor) and not tensor.is_meta]
@@ -362,7 +360,6 @@ MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
         ("weight", torch.zeros(6, 3, 3), "weight: expected a floating tensor (O, 3, k, l), got (6, 3, 3)"),
         ("weight", torch.zeros(6, 3, 9, 1), "padding: expected enough for a kernel of (9, 1) to fit the padded (8, 8)"),
         *_vector_cases("bias", CHANNELS),
-        ("norm", None, "norm: expected BatchNorm.of(module), got None (NoneType)"),
         *_norm_cases("norm", CHANNELS),
         ("stride", 0, "stride: expected an int from 1 to 1073741824, or two, got 0 (int)"),
         ("stride", True, "stride: expected an int from 1 to 1073741824, or two, got True (bool)"),
@@ -478,7 +475,7 @@ def test_a_field_of_a_projection_of_a_wrong_kind_is_named():
 @pytest.mark.parametrize("op", CALLS)
 def test_what_the_cases_start_from_is_accepted(op, batch):
     for backend in BACKENDS:
-        if op == "conv_batch_norm" and backend == "cpp":
+        if op == "conv_batch_norm" and backend == "cpp" and batch:
             continue
         assert all(part.isfinite().all() for part in pytree.tree_leaves(getattr(ops, op)(**CALLS[op](batch))))
 

@@ -26,13 +26,13 @@ X = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
 def packings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights that were packed, in order."""
     packed: list[Tensor] = []
-    pack = _packing._pack
+    pack = _packing.pack
 
     def count(weight: Tensor) -> Tensor:
         packed.append(weight.clone())
         return pack(weight)
 
-    monkeypatch.setattr(_packing, "_pack", count)
+    monkeypatch.setattr(_packing, "pack", count)
     monkeypatch.setattr(_packing, "_kept", {})
     return packed
 

@@ -97,7 +97,7 @@ def test_strict_counts_what_could_be_fused(slow_attention):
 def test_nothing_wins_warns(monkeypatch):
     monkeypatch.setattr(table.AttentionSeam, "attend", _slowed(table.AttentionSeam.attend))
     monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
-    monkeypatch.setattr(table.PatchEmbedSeam, "project", _slowed(table.PatchEmbedSeam.project))
+    monkeypatch.setattr(table.EmbeddingSeam, "project", _slowed(table.EmbeddingSeam.project))
     told = (
         r"nothing to fuse in ViT:\s+patch_embed: slower here.*\s+blocks.0: attn is not fused, mlp is not fused\s+blocks"
     )

@@ -77,7 +77,7 @@ def test_a_block_whose_parts_stay_plain_stays_plain_too(model):
     patch(model, filter_fn=lambda module, name: name != "blocks.0.mlp")
     assert fused_names(model) == ["patch_embed", "blocks.0.attn", "blocks.1", "blocks.1.attn", "blocks.1.mlp"]
     assert {row.name: row.reasons for row in report(model).rows}["blocks.0"] == ("mlp is not fused",)
-    assert fused_names(patch(model, ops="linear")) == ["patch_embed"]
+    assert fused_names(patch(model, ops=["linear", "conv_batch_norm"])) == ["patch_embed"]
     rows = {row.name: row for row in report(model).rows}
     assert rows["blocks.1"].status == "skipped" and rows["blocks.1"].reasons == (
         "attn is not fused",

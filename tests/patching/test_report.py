@@ -42,7 +42,7 @@ def test_rows_say_what_is_and_what_could_be():
     assert rows["blocks.0.leff"].backend is None
     assert report(model).totals() == {
         "class_attention": (0, 1),
-        "conv_batch_norm": (0, 1),
+        "conv_batch_norm": (0, 2),
         "leff": (0, 2),
         "linear": (0, 2),
         "masked_attention": (2, 2),
