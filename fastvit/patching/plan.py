@@ -16,9 +16,6 @@ from fastvit.patching.recognise import ATTENTION, LINEAR, MLP, Match, kind_of, l
 
 FilterFn = Callable[[nn.Module, str], bool]
 
-NOT_INSISTED_ON = frozenset({MLP, LINEAR})
-"""Blocks that are neither attention nor convolution: ``strict`` lets them be plain."""
-
 PATCHED, PLAIN, SKIPPED, UNSUPPORTED, UNRECOGNISED = "patched", "plain", "skipped", "unsupported", "unrecognised"
 """PLAIN: fused, but nothing faster than the plain form runs here."""
 
@@ -38,6 +35,11 @@ class Finding(NamedTuple):
     fused: type[nn.Module] | None = None
     reasons: tuple[str, ...] = ()
     wanted: bool = False
+
+
+def is_slow(finding: Finding) -> bool:
+    """Whether it is attention or a depthwise convolution; ``strict`` lets others be plain: the library's are fast."""
+    return finding.kind not in (MLP, LINEAR) and finding.op != "conv_batch_norm"
 
 
 def check_model(model: object) -> None:
@@ -241,5 +243,5 @@ def explain_failure(findings: Iterable[Finding]) -> list[str]:
     return [
         f"{finding.name or '(the model itself)'} ({plain_class(finding.module).__name__}): {', '.join(finding.reasons)}"
         for finding in findings
-        if finding.status != PATCHED and not finding.wanted and finding.kind not in NOT_INSISTED_ON
+        if finding.status != PATCHED and not finding.wanted and is_slow(finding)
     ]

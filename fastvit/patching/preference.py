@@ -7,6 +7,7 @@ gets.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -131,10 +132,15 @@ def nothing_faster(op: str, backend: str, dtype: torch.dtype, device: torch.devi
     """Why a call of ``op`` runs plain though nobody asked for it; None where it does not, or somebody did."""
     if backend != _operator.AUTO or backends.REQUESTED is not None:
         return None
+    return _runs_plain(op, dtype, device)
+
+
+@functools.cache
+def _runs_plain(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     *faster, _ = ops.OPERATORS[op].implementations
     if any(_select(op, each.name, dtype, device) is not None for each in faster):
         return None  # though it may be measured not to be the fastest for some sizes, which explain tells
-    selection = _select(op, backend, dtype, device)
+    selection = _select(op, _operator.AUTO, dtype, device)
     if selection is None or not selection.turned_down:
         return None
     native = "cpp" if device.type == "cpu" else "triton"

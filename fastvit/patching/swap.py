@@ -27,7 +27,6 @@ from fastvit.patching.folding import unfold
 from fastvit.patching.freezing import unfreeze
 from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
 from fastvit.patching.plan import (
-    NOT_INSISTED_ON,
     PATCHED,
     UNRECOGNISED,
     FilterFn,
@@ -39,6 +38,7 @@ from fastvit.patching.plan import (
     dtype_of,
     explain_failure,
     is_open,
+    is_slow,
     survey,
     targets,
     with_open_question,
@@ -266,7 +266,7 @@ def _lacking(slow: dict[str, str]) -> str | None:
 
 def _insist(model: nn.Module, findings: list[Finding], slow: dict[str, str]) -> None:
     failures = explain_failure(findings)
-    insisted = {finding.name for finding in findings if finding.kind not in NOT_INSISTED_ON}
+    insisted = {finding.name for finding in findings if is_slow(finding)}
     failures += [f"{name or '(the model itself)'}: {reason}" for name, reason in slow.items() if name in insisted]
     if failures:
         raise RuntimeError("strict: not every block can be fused:\n  " + "\n  ".join(failures))
@@ -276,7 +276,7 @@ def _insist(model: nn.Module, findings: list[Finding], slow: dict[str, str]) -> 
 
 def _is_in_vain(findings: list[Finding]) -> bool:
     """Whether nothing is fused, or of what was meant to be nothing but linear layers and MLPs."""
-    slow = [finding for finding in findings if finding.kind not in NOT_INSISTED_ON]
+    slow = [finding for finding in findings if is_slow(finding)]
     if any(finding.fused for finding in slow) or any(finding.wanted for finding in slow):
         return not any(finding.fused for finding in findings)
     return bool(slow) or not any(finding.fused for finding in findings)
@@ -301,7 +301,7 @@ def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:
     if all(finding.status == UNRECOGNISED for finding in findings):
         nearest = ", ".join(_nearest_supported(classes))
         told.append(f"the nearest supported are: {nearest}; fastvit.register teaches your own")
-    what = "nothing but MLPs" if but_mlps else "nothing"
+    what = "nothing but MLPs and products" if but_mlps else "nothing"
     return f"fastvit: {what} to fuse in {name}:\n  " + "\n  ".join(told)
 
 

@@ -199,7 +199,7 @@ def test_warnings_as_errors_leave_the_model_as_it_was():
     before, of_modules = classes(model), attributes(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="nothing but MLPs to fuse"):
+        with pytest.raises(UserWarning, match="nothing but MLPs and products to fuse"):
             patch(model)
     assert classes(model) == before and attributes(model) == of_modules and reporting.recall(model) is None
 

@@ -147,7 +147,9 @@ def test_the_librarys_recorder_gets_its_maps(name):
             if hasattr(module, "attend")
         ]
         if first == "hook":
-            warns = pytest.warns(UserWarning, match=r"nothing but MLPs to fuse in [\s\S]*attend has forward")
+            warns = pytest.warns(
+                UserWarning, match=r"nothing but MLPs and products to fuse in [\s\S]*attend has forward"
+            )
             with contextlib.nullcontext() if name == "cvt" else warns:
                 patch(model)
             assert "attend has forward hooks" in recognise(attention_of(model)).reasons[0]
