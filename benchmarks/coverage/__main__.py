@@ -28,6 +28,8 @@ from benchmarks.coverage import models
 from benchmarks.runner import ROOT, interrupts
 
 SECONDS = 120.0
+START_SECONDS = 600.0
+"""For the import of a library, which takes most of a minute where the machine is busy."""
 NAME = "coverage"
 JUDGING = [sys.executable, "-m", "benchmarks.coverage.judging"]
 
@@ -38,30 +40,36 @@ class Judge:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.process: subprocess.Popen[str] | None = None
+        self.library = ""
         self.answers: queue.Queue[str] = queue.Queue()
 
     def row(self, each: models.Class) -> dict[str, Any]:
         """The row of a class."""
-        process = self.process or self._started()
-        answer = ""
+        library = each.name.partition("/")[0]
+        if library != self.library:
+            self.close()
+        answer = reason = ""
         try:
+            process = self.process or self._started(library)
             assert process.stdin is not None
             process.stdin.write(f"{each.name}\n")
             process.stdin.flush()
             answer = self.answers.get(timeout=self.seconds)
             reason = f"its process ended with status {process.wait()}" if not answer else ""
-        except (queue.Empty, BrokenPipeError):
-            reason = f"it took more than {self.seconds:g} seconds" if process.poll() is None else "its process ended"
+        except queue.Empty:
+            reason = f"it took more than {self.seconds:g} seconds"
+        except BrokenPipeError:
+            reason = "its process ended"
         if answer:
             return json.loads(answer)
         self.close()
         return {"name": each.name, "class": each.cls, "status": "failed", "reason": reason}
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self, library: str) -> subprocess.Popen[str]:
         # One thread, and kernels chosen by rule: what is counted must not hang on what was faster just now.
         settings = {**os.environ, "OMP_NUM_THREADS": "1", "FASTVIT_AUTOTUNE": "0", "PYTHONWARNINGS": "ignore"}
         self.process = process = subprocess.Popen(
-            JUDGING,
+            [*JUDGING, library],
             cwd=ROOT,
             env=settings,
             text=True,
@@ -80,6 +88,8 @@ class Judge:
             answers.put("")
 
         threading.Thread(target=read, daemon=True).start()
+        self.library = library
+        answers.get(timeout=START_SECONDS)
         return process
 
     def close(self) -> None:

@@ -141,12 +141,10 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
-    known: dict[str, models.Class] = {}
+    known = {row.name: row for row in models.classes(sys.argv[1])}
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
-        name = line.strip()
-        if name not in known:
-            known = {row.name: row for row in models.classes(name.partition("/")[0])}
-        print(json.dumps(row_of(known[name])), file=out, flush=True)
+        print(json.dumps(row_of(known[line.strip()])), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ pixels, as far as a class takes that; what is then still larger than 40 million 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -40,14 +41,17 @@ Attempt = Callable[[], tuple[nn.Module, Any]]
 
 def _small(make: Callable[[], nn.Module]) -> nn.Module:
     """The model in eval mode, its weights moved from their initial values; ValueError for one too large."""
-    try:
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in make().parameters())
-    except Exception:  # somebody's constructor, which looks at its tensors
-        size = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError, TypeError), torch.device("meta"):
+        _check_size(make())  # before time and memory are spent on it; some constructors look at their tensors
+    model = make()
+    _check_size(model)
+    return randomize(model).eval()
+
+
+def _check_size(model: nn.Module) -> None:
+    size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters are more than {LARGEST / 1e6:.0f} million")
-    return randomize(make()).eval()
 
 
 class Class(NamedTuple):
@@ -245,7 +249,7 @@ def _shrink(config: Any, pixels: int | None, narrow: bool) -> None:
     )
     for name, value in vars(config).items():
         if name in _STAGES and isinstance(value, (tuple, list)) and all(isinstance(each, int) for each in value):
-            changes[name] = [min(each, DEPTH) for each in value]
+            changes[name] = _cut(value)
         elif name in ("image_size", "img_size") and pixels is not None and value is not None:
             patch = getattr(config, "patch_size", 1) or 1
             patch = patch[0] if isinstance(patch, (tuple, list)) else patch

@@ -140,6 +140,7 @@ def test_every_library_has_rows_of_distinct_names():
 
 STUB = """
 import json, os, sys, time
+print("ready", flush=True)
 for line in sys.stdin:
     name = line.strip()
     if name.endswith("MultiheadAttention"): os._exit(7)
@@ -169,11 +170,12 @@ def test_a_crash_or_a_hang_loses_its_own_row_alone(jobs, monkeypatch, tmp_path):
 
 
 def test_what_was_judged_before_an_interrupt_is_kept(monkeypatch, tmp_path):
-    write = command.write
+    write, written = command.write, []
 
     def interrupting(path: Path, head: dict, rows: list) -> None:
         write(path, head, rows)
-        if len(rows) == 1:
+        if not written:
+            written.append(rows)
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(command, "write", interrupting)
