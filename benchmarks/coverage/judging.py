@@ -42,18 +42,27 @@ def row_of(row: models.Class) -> dict[str, Any]:
             plain, before = _counted(model, example)
             if not _floating(plain):
                 raise ValueError("it returns no floating-point tensor")
+        except models.TooLarge as error:
+            reason = str(error)
+            break
         except Exception as error:  # somebody's model
             reason = reason or f"{type(error).__name__}: {error}".partition("\n")[0][:160]
             continue
         try:
-            return {**found, **_judged(model, example, before)}
+            exact = float64_copy(model)
+            _run(exact, _doubled(example))
+        except Exception as error:
+            reason = reason or f"in float64: {type(error).__name__}: {error}".partition("\n")[0][:160]
+            continue
+        try:
+            return {**found, **_judged(model, exact, example, before)}
         except Exception as error:
             return {**found, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
     return {**found, "status": "not run", "reason": reason}
 
 
-def _judged(model: nn.Module, example: Any, before: Counter[str]) -> dict[str, Any]:
-    plain, exact = copy.deepcopy(model), float64_copy(model)
+def _judged(model: nn.Module, exact: nn.Module, example: Any, before: Counter[str]) -> dict[str, Any]:
+    plain = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fastvit.patch(model, example=example)
@@ -62,8 +71,7 @@ def _judged(model: nn.Module, example: Any, before: Counter[str]) -> dict[str, A
     found = NONE
     for draw in range(DRAWS):
         example = pytree.tree_map_only(Tensor, _jittered, example) if draw else example
-        double = pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
-        found = found.pooled(_deviation(_run(model, example), _run(plain, example), _run(exact, double)))
+        found = found.pooled(_deviation(_run(model, example), _run(plain, example), _run(exact, _doubled(example))))
         if found.is_accurate:
             break
     attention, mlps, depthwise = sum(before[kind] for kind in ("torch", "plain")), before["mlp"], before["depthwise"]
@@ -118,6 +126,12 @@ def _jittered(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return tensor * (1.0 + JITTER * torch.randn_like(tensor))
+
+
+def _doubled(example: Any) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, example
+    )
 
 
 def _floating(output: Any) -> list[Tensor]:

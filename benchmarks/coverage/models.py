@@ -3,7 +3,7 @@
 timm: for every model class, first word of a model's name and set of layer classes asked for, the smallest
 configuration. transformers: every model class whose main input is an image, and that holds no language model. torch:
 its own attention modules. Depths are cut to two blocks a stage, widths with the number of heads, and images to 64
-pixels, as far as a class takes that; what is then still larger than 40 million parameters is left out.
+pixels, as far as a class takes that; what is then still larger than 80 million parameters is left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIBRARIES = ("timm", "transformers", "torch")
 BATCH = 2
 DEPTH = 2
 PIXELS = 64
-LARGEST = 40e6
+LARGEST = 80e6
 LABELS = 32
 """Logits are judged together: of two alone, one may be right by luck."""
 _SIZES = ("test", "atto", "femto", "pico", "zepto", "nano", "micro", "mini", "xxt", "xt", "tiny", "xxs", "xs", "small")
@@ -40,7 +40,7 @@ Attempt = Callable[[], tuple[nn.Module, Any]]
 
 
 def _small(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model in eval mode, its weights moved from their initial values; ValueError for one too large."""
+    """The model in eval mode, its weights moved from their initial values; TooLarge where it is."""
     with contextlib.suppress(RuntimeError, NotImplementedError, TypeError), torch.device("meta"):
         _check_size(make())  # before time and memory are spent on it; some constructors look at their tensors
     model = make()
@@ -48,10 +48,14 @@ def _small(make: Callable[[], nn.Module]) -> nn.Module:
     return randomize(model).eval()
 
 
+class TooLarge(Exception):  # noqa: N818 (no error: the model is left out)
+    """The model has too many parameters; further attempts are larger."""
+
+
 def _check_size(model: nn.Module) -> None:
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGEST:
-        raise ValueError(f"{size / 1e6:.0f} million parameters are more than {LARGEST / 1e6:.0f} million")
+        raise TooLarge(f"{size / 1e6:.0f} million parameters are more than {LARGEST / 1e6:.0f} million")
 
 
 class Class(NamedTuple):
@@ -209,17 +213,17 @@ def _takes_images(cls: Any) -> bool:
 
 
 def _attempts_of_transformers(cls: Any) -> Callable[[], Iterator[Attempt]]:
-    def made(pixels: int | None, narrow: bool, which: str) -> tuple[nn.Module, Any]:
+    def made(pixels: int | None, narrow: bool, shallow: bool, which: str) -> tuple[nn.Module, Any]:
         config = cls.config_class()
         config.num_labels = LABELS
         for each in _configurations(config):
-            _shrink(each, pixels, narrow)
+            _shrink(each, pixels, narrow, shallow)
         example = _examples(config, pixels)[which]
         if not example.keys() <= inspect.signature(cls.forward).parameters.keys():
             raise TypeError(f"{cls.__name__} takes no {', '.join(example)}")
         return _small(lambda: cls(copy.deepcopy(config))), example
 
-    settings = ((PIXELS, True), (PIXELS, False), (None, False))
+    settings = ((PIXELS, True, True), (PIXELS, True, False), (PIXELS, False, True), (None, False, False))
     return lambda: (functools.partial(made, *each, which) for each in settings for which in _CALLS)
 
 
@@ -240,15 +244,21 @@ def _configurations(config: Any) -> list[Any]:
     return list(found.values())
 
 
-def _shrink(config: Any, pixels: int | None, narrow: bool) -> None:
-    """Fewer layers, smaller images where ``pixels`` are given, and fewer heads."""
+def _shrink(config: Any, pixels: int | None, narrow: bool, shallow: bool) -> None:
+    """Smaller images where ``pixels`` are given, fewer heads and fewer layers."""
     sizes = {name: value for name, value in vars(config).items() if type(value) is int}
-    changes: dict[str, Any] = {name: min(value, DEPTH) for name, value in sizes.items() if _LAYERS.search(name)}
+    layers = {name: min(value, DEPTH) for name, value in sizes.items() if _LAYERS.search(name)}
+    changes: dict[str, Any] = layers if shallow else {}
     changes |= (
         _narrowed({name: value for name, value in sizes.items() if value and _WIDTHS.match(name)}) if narrow else {}
     )
     for name, value in vars(config).items():
-        if name in _STAGES and isinstance(value, (tuple, list)) and all(isinstance(each, int) for each in value):
+        if (
+            shallow
+            and name in _STAGES
+            and isinstance(value, (tuple, list))
+            and all(type(each) is int for each in value)
+        ):
             changes[name] = _cut(value)
         elif name in ("image_size", "img_size") and pixels is not None and value is not None:
             patch = getattr(config, "patch_size", 1) or 1
