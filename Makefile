@@ -1,7 +1,8 @@
 # make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
 # make test   the whole test suite                              (ARGS="-k cvt")
 # make bench  models beside other runtimes and libraries, hours; ARGS=--quick is a sample in less than 5 minutes;
-#             make bench SUITE=ops: operators;  make bench-zentorch adds AMD's compiler, which has a torch of its own
+#             make bench SUITE=ops: operators; SUITE=coverage: what is fused in timm's and transformers' models;
+#             make bench-zentorch adds AMD's compiler, which has a torch of its own
 # make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
 # make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
 # make fuzz   thousands of random calls of every operator, with each instruction set   (SEEDS=0:10000 ARGS="--op leff")

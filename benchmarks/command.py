@@ -166,6 +166,17 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def head_of(name: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What stands above the rows of a result: the suite, the command, the day and the machine."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return {
+        "suite": name,
+        "command": " ".join([f"python -m benchmarks.{name}", *given]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+    }
+
+
 def write(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**head, "rows": "ROWS"}, indent=1, default=str)
@@ -252,14 +263,7 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     settings = Settings(rounds=options.rounds, deadline=deadline, slot_seconds=0.15 if options.quick else 0.3)
     console = report.console_of_a_command()
     out = options.json or Path(__file__).parent / "out" / f"{suite.name}.json"
-    head: dict[str, Any] = {
-        "suite": suite.name,
-        "command": " ".join(
-            [f"python -m benchmarks.{suite.name}", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-    }
+    head = head_of(suite.name, arguments)
     all_races = races(suite, options, settings, lambda what, steps: None)
 
     def rows() -> list[dict[str, Any]]:

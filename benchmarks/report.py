@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,47 @@ def _range(values: Sequence[float]) -> str:
     return f"{min(values):.2f}x to {max(values):.2f}x" if values else ""
 
 
-BLOCKS = {"models": models_block, "ops": ops_block}
+COVERAGE = ("fused", "with torch", "partly", "not", "wrong", "no attention", "failed", "not run")
+"""What becomes of a model in ``benchmarks.coverage``, in the order of the columns."""
+
+
+def coverage_counts(rows: Sequence[Row]) -> list[list[Any]]:
+    """For each library: rows, those that ran, and how many came to each of ``COVERAGE``."""
+    counts: list[list[Any]] = []
+    for library in dict.fromkeys(row["name"].partition("/")[0] for row in rows):
+        found = Counter(row["status"] for row in rows if row["name"].startswith(f"{library}/"))
+        ran = found.total() - found["not run"] - found["failed"]
+        counts.append([library, found.total(), ran, *(found[status] for status in COVERAGE)])
+    return counts
+
+
+def coverage_table(rows: Sequence[Row]) -> Table:
+    """A line for each library."""
+    table = Table("library", "models", "ran", *COVERAGE, box=box.SIMPLE_HEAD)
+    for line in coverage_counts(rows):
+        table.add_row(*map(str, line))
+    return table
+
+
+def coverage_block(result: Mapping[str, Any]) -> str:
+    """The same, with what was counted in all of them."""
+    lines = [
+        f"| library | models | ran | {' | '.join(COVERAGE)} | attention: ours, torch's, plain | MLPs | depthwise |"
+    ]
+    lines.append("|---" * (len(COVERAGE) + 6) + "|")
+    for line in coverage_counts(result["rows"]):
+        total: Counter[str] = Counter()
+        for row in result["rows"]:
+            if row["name"].startswith(f"{line[0]}/"):
+                total.update({key: value for key, value in row.items() if isinstance(value, int)})
+        cells = [*line, f"{total['fused']}, {total['by_torch']}, {total['plain']}"]
+        cells += [f"{total[f'{kind}_fused']} of {total[kind]}" for kind in ("mlps", "depthwise")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+BLOCKS = {"models": models_block, "ops": ops_block, "coverage": coverage_block}
+PLOTTED = ("models", "ops")
 
 
 def newest(suite: str, folder: Path) -> Path | None:
@@ -211,8 +252,9 @@ def block(suite: str, folder: Path) -> str:
     path = newest(suite, folder)
     if path is None:
         return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
+    text = BLOCKS[suite](json.loads(path.read_text(encoding="utf-8")))
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"{BLOCKS[suite](json.loads(path.read_text(encoding='utf-8')))}\n\n![{suite}]({name.with_suffix('.svg')})"
+    return f"{text}\n\n![{suite}]({name.with_suffix('.svg')})" if suite in PLOTTED else text
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
@@ -275,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.files:
         readme = ROOT / "README.md"
         readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
-        for suite in BLOCKS:
+        for suite in PLOTTED:
             path = newest(suite, RESULTS)
             if path is not None:
                 plot(json.loads(path.read_text(encoding="utf-8"))["rows"], path.with_suffix(".svg"))

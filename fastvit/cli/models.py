@@ -93,7 +93,7 @@ def _shape(model: nn.Module, size: int | None) -> tuple[int, int, int]:
     return (channels, height, width) if size is None else (channels, size, size)
 
 
-def _randomize_like_trained(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Move fresh weights away from the values that hide errors: LayerScale near 0, heads of zeros, identity norms."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +113,7 @@ def _from_fastvit(name: str, size: int | None) -> _Loaded:
         model = create_model(name, fused=False, img_size=size)
     except ValueError as error:
         raise CannotLoad(f"fastvit/{name}: {error}") from error
-    return _randomize_like_trained(model), _images(model, size)
+    return randomize(model), _images(model, size)
 
 
 def _from_timm(name: str, size: int | None) -> _Loaded:
@@ -125,7 +125,7 @@ def _from_timm(name: str, size: int | None) -> _Loaded:
         model = timm.create_model(name, pretrained=False, **options)
     except TypeError as error:
         raise CannotLoad(f"timm/{name} cannot be made for images of another size: {error}") from error
-    return _randomize_like_trained(model), _images(model, size)
+    return randomize(model), _images(model, size)
 
 
 def _from_torchvision(name: str, size: int | None) -> _Loaded:
@@ -135,7 +135,7 @@ def _from_torchvision(name: str, size: int | None) -> _Loaded:
         raise CannotLoad(f"torchvision has no model {name!r}{_nearest(name, known)}")
     options = {} if size is None or not name.startswith("vit") else {"image_size": size}
     model = models.get_model(name, weights=None, **options)
-    return _randomize_like_trained(model), _images(model, size)
+    return randomize(model), _images(model, size)
 
 
 def _from_transformers(name: str, size: int | None) -> _Loaded:
@@ -151,7 +151,7 @@ def _from_transformers(name: str, size: int | None) -> _Loaded:
             )
         options = {} if size is None else {"image_size": size}
         config = getattr(transformers, name)(num_labels=CLASSES, **options)  # two logits are too few to judge by
-        model = _randomize_like_trained(_of_config(transformers, config))
+        model = randomize(_of_config(transformers, config))
     shape = _shape(model, size)
     return model, lambda batch: {"pixel_values": torch.randn(batch, *shape)}
 
@@ -205,7 +205,7 @@ def _from_vit_pytorch(name: str, size: int | None) -> _Loaded:
         )
     model = _with_usual_arguments(cls, size)
     pixels = size or _VIT_PYTORCH_ARGUMENTS["image_size"]
-    return _randomize_like_trained(model), lambda batch: torch.randn(batch, 3, pixels, pixels)
+    return randomize(model), lambda batch: torch.randn(batch, 3, pixels, pixels)
 
 
 def _with_usual_arguments(cls: type[nn.Module], size: int | None) -> nn.Module:

@@ -48,8 +48,11 @@ def float64_copy(model: nn.Module, hooks: bool = True) -> nn.Module:
 def _copied(model: nn.Module, hooks: bool, shared: dict[int, Any]) -> nn.Module:
     shared |= {id(hook): hook for each in _hooks(model) for hook in each.values()}
     twin = copy.deepcopy(model, shared)
-    for each in () if hooks else _hooks(twin):
-        each.clear()
+    if not hooks:
+        for each in _hooks(twin):
+            each.clear()
+        for module in twin.modules():  # transformers' own, which collect hidden states, are put on anew by a call
+            vars(module).pop("_output_capturing_hooks_installed", None)
     return twin
 
 

@@ -21,6 +21,7 @@ from fastvit.patching import (
     register,
     research,
     timm,
+    torch_nn,
     torchvision,
     transformers,
     transformers_cvt,
@@ -30,7 +31,10 @@ from fastvit.patching.deferral import SEAMS, Recognised
 from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, parts_of, plain_class
 from fastvit.reference.overrides import is_own, obstacles
 
-TABLES = (reference.ROWS, timm.ROWS, transformers.ROWS, transformers_cvt.ROWS, torchvision.ROWS, vit_pytorch.ROWS)
+TABLES = (
+    *(reference.ROWS, timm.ROWS, transformers.ROWS, transformers_cvt.ROWS, torchvision.ROWS, torch_nn.ROWS),
+    vit_pytorch.ROWS,
+)
 """The rows of every library; a further library is a file with ``ROWS`` and its name here."""
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)

@@ -11,34 +11,19 @@ import functools
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
 from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.parts import (
     activation_name,
-    backend_of_linears,
     check_activation,
     check_attributes,
     check_parameters,
     dropout_p,
 )
+from fastvit.patching.torch_nn import attend, attends_plainly
 from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
-from fastvit.reference.overrides import is_plain
-
-
-def _attends_plainly(attention: nn.Module) -> bool:
-    """Whether the block's attention is torch's own, self-attention over (B, N, C) tokens, without hooks."""
-    return (
-        is_plain(attention, nn.MultiheadAttention)
-        and attention.batch_first
-        and attention._qkv_same_embed_dim
-        and attention.bias_k is None
-        and attention.bias_v is None
-        and not attention.add_zero_attn
-        and is_plain(attention.out_proj, NonDynamicallyQuantizableLinear)
-    )
 
 
 class EncoderBlockSeam(Fused):
@@ -51,18 +36,9 @@ class EncoderBlockSeam(Fused):
         if backend is not None and input.dim() == 3 and _runs_whole(self, backend):
             return _run_whole(self, input, backend)
         attention, backend = self.self_attention, fused_backend(self)
-        if backend is None or not _attends_plainly(attention) or input.dim() != 3:
+        if backend is None or not attends_plainly(attention) or input.dim() != 3:
             return plain_class(self).forward(self, input)
-        batch, tokens, _ = input.shape
-        linears = backend_of_linears(backend)
-        packed = ops.linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias, backend=linears)
-        q, k, v = (
-            packed.view(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        )
-        out = ops.masked_attention(q, k, v, dropout_p=attention.dropout if attention.training else 0.0, backend=backend)
-        out = ops.linear(
-            out.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias, backend=linears
-        )
+        out = attend(attention, self.ln_1(input), backend)
         x = self.dropout(out) + input
         return x + self.mlp(self.ln_2(x))
 
@@ -81,7 +57,7 @@ def _runs_whole(block: Any, backend: str) -> bool:
         and activation_name(layers[1]) is not None
         and len(block.ln_1.normalized_shape) == len(block.ln_2.normalized_shape) == 1
         and all(dropout_p(dropout) == 0.0 for dropout in (block.dropout, layers[2], layers[4]))
-        and _attends_plainly(attention)
+        and attends_plainly(attention)
         and not attention.training
     )
 
@@ -91,9 +67,9 @@ _AROUND = parts_of({"ln_1": nn.LayerNorm, "ln_2": nn.LayerNorm, "dropout": nn.Dr
 
 def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
     attention = block.self_attention
-    attend = functools.partial(ops.masked_attention, backend=backend)
+    fused = functools.partial(ops.masked_attention, backend=backend)
     layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
-    x = add_attention(x, block.ln_1, layers, heads, attend, layer_of(attention.out_proj), backend)
+    x = add_attention(x, block.ln_1, layers, heads, fused, layer_of(attention.out_proj), backend)
     return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
@@ -121,7 +97,7 @@ def _check_mlp(module: Any) -> list[str]:
 def _check_block(module: nn.Module) -> list[str]:
     found = check_attributes(module, "ln_1", "self_attention", "dropout", "ln_2", "mlp")
     found = found or check_parameters(module, "input")
-    if not found and not _attends_plainly(module.self_attention):
+    if not found and not attends_plainly(module.self_attention):
         found = ["self_attention is not a plain nn.MultiheadAttention(batch_first=True) without hooks"]
     return found
 

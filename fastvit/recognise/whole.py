@@ -34,15 +34,19 @@ def scaled_dot_product(
         break_off("causal masks and grouped heads are left to torch")
     if dropout_p:
         break_off("attention dropout is active, which is drawn as the plain code draws it")
-    if query.shape[-1] != value.shape[-1] or key.shape != value.shape or query.dim() != key.dim() or query.dim() < 3:
+    if query.shape[-1] != key.shape[-1] or key.shape[:-1] != value.shape[:-1] or not 3 <= query.dim() == key.dim():
         break_off(f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype or 0 in query.shape or 0 in key.shape:
         break_off("queries, keys and values differ in dtype, or are empty")
-    if query.shape[:-2] != key.shape[:-2] or not query.is_floating_point():
-        break_off(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} differ in batch or heads")
     lead = query.shape[:-2]
-    if len(lead) != 2 and attn_mask is not None and attn_mask.dim() > 2:
-        break_off(f"a mask of shape {tuple(attn_mask.shape)} for queries {tuple(query.shape)}")
+    if any(size not in (1, of_query) for size, of_query in zip(key.shape[:-2], lead, strict=True)):
+        break_off(f"queries {tuple(query.shape)} and keys {tuple(key.shape)} differ in batch or heads")
+    if not query.is_floating_point():
+        break_off(f"queries of {query.dtype}")
+    front = () if attn_mask is None else attn_mask.shape[:-2]
+    sizes = zip(reversed(front), reversed(lead), strict=False)
+    if len(front) > (2 if len(lead) == 2 else 1) or any(size not in (1, of_query) for size, of_query in sizes):
+        break_off(f"a mask of {len(front) + 2} axes for queries {tuple(query.shape)}")
     if not _all_kernels_allowed():
         break_off("sdpa_kernel chooses among torch's own kernels")
     mask, bias = _mask_and_bias(attn_mask, query)
@@ -51,9 +55,16 @@ def scaled_dot_product(
 
     def run(backend: str) -> Tensor:
         q, k, v = query, key, value
+        if k.shape[:-2] != lead:
+            k, v = (each.expand(*lead, *each.shape[-2:]) for each in (k, v))
         if len(lead) != 2:
             q, k, v = (tensor.reshape(-1, *tensor.shape[-3:]) for tensor in (q, k, v))
-        out = attention(q, k, v, mask=mask, bias=bias, scale=scale, backend=backend)
+        width, values = q.shape[-1], v.shape[-1]
+        if width != values:
+            q, k, v = (F.pad(each, (0, max(width, values) - each.shape[-1])) for each in (q, k, v))
+        factor = width**-0.5 if scale is None else scale
+        out = attention(q, k, v, mask=mask, bias=bias, scale=factor, backend=backend)
+        out = out[..., :values] if values < width else out
         return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
     return "class_attention" if few else "masked_attention", run

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvit import backends
 from fastvit.patching import explain, patch, report, unpatch
+from fastvit.patching.copies import plain_copy
 from fastvit.patching.fusion import Fused
 from fastvit.patching.recognise import recognise
 from tests.helpers import assert_as_accurate
@@ -118,6 +119,18 @@ def test_output_hidden_states():
         torch.testing.assert_close(got, expected)
         attended = [row for row in explain(model, {"x": x}).rows if row.op == "masked_attention"]
         assert len(attended) == 2
+
+
+@only_5
+def test_a_copy_without_hooks_has_those_by_which_the_library_collects_hidden_states():
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Dinov2Config(**sizes, out_features=["stage1", "stage2"])
+    model, x = shake(transformers.Dinov2Backbone(config)).eval(), images("vit")
+    expected = model(x).feature_maps  # puts them on
+    got = plain_copy(model, hooks=False)(x).feature_maps
+    assert len(got) == len(expected) == 2
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("first", ["hook", "patch"])

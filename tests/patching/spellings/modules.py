@@ -879,3 +879,40 @@ class MultiheadFunction(nn.Module):
             x, x, x, WIDTH, HEADS, None, self.bias, None, None, False, 0.0, out, None, self.training,
             need_weights=False, use_separate_proj_weight=True, q_proj_weight=q, k_proj_weight=k, v_proj_weight=v,
         )[0].transpose(0, 1)  # fmt: skip
+
+
+@spelling()
+class ScaledDotProductOfWiderValues(Heads):
+    """iFormer: the values have more channels than queries and keys."""
+
+    def weigh(self, q, k, v):
+        return F.scaled_dot_product_attention(q[..., :4], k[..., :4], v)
+
+
+@spelling()
+class ScaledDotProductOfNarrowerValues(Heads):
+    """Conditional DETR: queries and keys hold positions beside what the values hold."""
+
+    def weigh(self, q, k, v):
+        q, k = (torch.cat((t, t.sin()), -1) for t in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, scale=0.2)
+
+
+@spelling()
+class ScaledDotProductOfSharedKeys(Heads):
+    """MobileNetV4: all heads have the same keys and values."""
+
+    def weigh(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])
+
+
+@spelling(shape=(1, TOKENS, WIDTH))
+class ScaledDotProductBiasedOfFlatHeads(Heads):
+    """SAM: batch and heads are one axis, of the biases too."""
+
+    def make(self):
+        self.table = nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+
+    def weigh(self, q, k, v):
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.table).unflatten(0, (-1, HEADS))

@@ -1,0 +1,133 @@
+"""torch's own encoder layers: parity with the plain ones, which at inference never call their parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit.patching import explain, patch, report, unpatch
+from fastvit.patching.fusion import Fused
+from tests.patching.fused_and_plain import check_inference, check_training
+from tests.tiny import shake
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+LAYERS: dict[str, dict[str, Any]] = {
+    "post-norm": {},
+    "pre-norm": {"norm_first": True, "activation": "gelu"},
+    "activation module": {"activation": nn.GELU()},
+    "activation of its own": {"activation": F.hardswish},
+}
+VARIANTS = pytest.mark.parametrize("variant", LAYERS)
+
+
+def build(dropout: float = 0.0, **options: Any) -> nn.Module:
+    sizes = {"d_model": 48, "nhead": 4, "dim_feedforward": 96, "batch_first": True, "dropout": dropout}
+    layer = nn.TransformerEncoderLayer(**sizes, **options)
+    return shake(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+
+
+def tokens(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 17, 48, generator=torch.Generator().manual_seed(0))
+
+
+def same(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The patched model gives what it gives unpatched."""
+    with torch.no_grad():
+        got = model(*args, **kwargs)
+        torch.testing.assert_close(got, unpatch(copy.deepcopy(model))(*args, **kwargs))
+
+
+def test_every_layer_is_fused_and_called():
+    model = patch(build(), strict=True, verify=tokens())
+    assert [(row.cls, row.status) for row in report(model).rows] == [("TransformerEncoderLayer", "patched")] * 2
+    called = [(row.name, row.op) for row in explain(model, tokens()).rows]
+    assert called == [(f"layers.{i}", op) for i in range(2) for op in ("linear", "masked_attention", "linear", "mlp")]
+
+
+@VARIANTS
+@DTYPES
+def test_inference(dtype, variant):
+    check_inference(build(**LAYERS[variant]), tokens(), dtype)
+
+
+@VARIANTS
+@DTYPES
+def test_training(dtype, variant):
+    check_training(build(**LAYERS[variant]), tokens(3), dtype)
+
+
+def test_dropout_drops_in_training_only():
+    model, x = patch(build(dropout=0.5)), tokens()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_masks_are_torchs():
+    model, x = patch(build()), tokens()
+    mask = torch.ones(17, 17, dtype=torch.bool).triu(1)
+    padding = torch.arange(17).expand(2, -1) > 12
+    same(model, x, mask=mask)
+    same(model, x, mask=mask, is_causal=True)
+    same(model, x, src_key_padding_mask=padding)
+
+
+def test_a_gelu_by_tanh_which_torch_computes_exactly_at_inference_is_torchs():
+    model = patch(build())
+    model.layers[1].activation = nn.GELU("tanh")
+    same(model, tokens())
+
+
+def test_one_sequence_and_nested_ones_are_torchs():
+    layer = patch(build()).layers[0]
+    same(layer, tokens()[0])
+    with torch.no_grad():
+        ragged = torch.nested.nested_tensor([tokens()[0, :5], tokens()[1]])
+        got = layer(ragged)
+        expected = unpatch(copy.deepcopy(layer))(ragged)
+    for one, other in zip(got.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.out_proj", "linear1", "dropout1"])
+def test_hooks_on_parts_are_called_as_in_a_plain_layer(part):
+    model, x, called = patch(build()), tokens(), []
+    model.layers[0].get_submodule(part).register_forward_hook(lambda module, args, output: called.append(part))
+    model(x)
+    fused, called[:] = list(called), []
+    unpatch(model)(x)
+    assert fused == called
+
+
+def test_a_half_of_ones_own_is_run():
+    class Halved(nn.TransformerEncoderLayer):
+        def _ff_block(self, x: Tensor) -> Tensor:
+            return super()._ff_block(x) / 2
+
+    layer = shake(Halved(48, 4, 96, batch_first=True)).eval()
+    with pytest.warns(UserWarning, match="Halved overrides _ff_block"):
+        patch(layer)
+    assert not isinstance(layer, Fused)
+    model = patch(build())
+    model.layers[0]._sa_block = lambda x, *args, **kwargs: x / 2
+    same(model.train(), tokens())
+
+
+def test_a_layer_over_sequences_first_is_known_by_what_it_computes():
+    layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0)
+    model = shake(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
+    patch(model, example=tokens())
+    assert [(row.cls, row.status) for row in report(model).rows] == [("MultiheadAttention", "patched")]
+    same(model, tokens())
+
+
+def test_compile_without_graph_breaks():
+    layer, x = patch(build()).layers[0], tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    torch._dynamo.reset()
