@@ -3,7 +3,7 @@
 Such a forward is called through a :class:`Region`, a module, of which Dynamo notes in every operation's metadata that
 it ran within it. Tracing one also announces the pass that searches (``graph.py``) to Inductor, chained to the one that
 the user has, for as long as this compilation lasts: what else is compiled has nothing of it, and nothing is left behind
-in Inductor's configuration.
+in Inductor's configuration. One given in ``torch.compile(options=...)`` stands in its place: then all runs plain.
 """
 
 from __future__ import annotations

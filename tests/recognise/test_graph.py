@@ -64,8 +64,7 @@ def test_mutated(name, mutate, x):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(name, x):
-    if name != "ChannelsAttend":  # attention to channels, which a kernel may take
-        left_as_written(OTHERS[name]().eval(), x)
+    left_as_written(OTHERS[name]().eval(), x)
 
 
 class Returned(Heads):
