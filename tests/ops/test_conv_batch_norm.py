@@ -161,6 +161,22 @@ def test_the_fastest_by_measurement_is_taken(monkeypatch):
         assert [selection.backend for selection in seen] == [winner]
 
 
+@needs_cpp
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_registered_operators(layout):
+    x, weight = torch.randn(2, 3, 9, 11).contiguous(memory_format=layout), torch.randn(16, 3, 3, 2)
+    norm = BatchNorm.of(_norm(16))
+    behind = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, 1)
+    sizes, pixels = (3, 2, 2, 1, 1, 0), layout == torch.channels_last
+    matrix = (weight.permute(0, 2, 3, 1) if pixels else weight).flatten(1)
+    registered = torch.ops.fastvit
+    tests = ("test_schema", "test_faketensor")
+    arguments = (x, weight, None, *sizes, *behind)
+    torch.library.opcheck(registered.conv_batch_norm.default, arguments, test_utils=tests)
+    arguments = (x, matrix, None, registered.pack_weight(matrix), *sizes, pixels, *behind)
+    torch.library.opcheck(registered.packed_conv_batch_norm.default, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_takes_the_reference_and_moves_the_statistics(backend) -> None:
     x, conv, norm = _stem(torch.float32)
