@@ -199,20 +199,20 @@ COVERAGE = ("fused", "with torch", "partly", "not", "wrong", "no attention", "fa
 """What becomes of a model in ``benchmarks.coverage``, in the order of the columns."""
 
 
-def coverage_counts(rows: Sequence[Row]) -> list[list[Any]]:
-    """For each library: rows, those that ran, and how many came to each of ``COVERAGE``."""
+def coverage_counts(rows: Sequence[Row], asked: Mapping[str, int]) -> list[list[Any]]:
+    """For each library: rows asked for, those that ran, and how many came to each of ``COVERAGE``."""
     counts: list[list[Any]] = []
     for library in dict.fromkeys(row["name"].partition("/")[0] for row in rows):
         found = Counter(row["status"] for row in rows if row["name"].startswith(f"{library}/"))
         ran = found.total() - found["not run"] - found["failed"]
-        counts.append([library, found.total(), ran, *(found[status] for status in COVERAGE)])
+        counts.append([library, asked.get(library, found.total()), ran, *(found[status] for status in COVERAGE)])
     return counts
 
 
 def coverage_table(rows: Sequence[Row]) -> Table:
     """A line for each library."""
     table = Table("library", "models", "ran", *COVERAGE, box=box.SIMPLE_HEAD)
-    for line in coverage_counts(rows):
+    for line in coverage_counts(rows, {}):
         table.add_row(*map(str, line))
     return table
 
@@ -223,7 +223,7 @@ def coverage_block(result: Mapping[str, Any]) -> str:
         f"| library | models | ran | {' | '.join(COVERAGE)} | attention: ours, torch's, plain | MLPs | depthwise |"
     ]
     lines.append("|---" * (len(COVERAGE) + 6) + "|")
-    for line in coverage_counts(result["rows"]):
+    for line in coverage_counts(result["rows"], result.get("asked", {})):
         total: Counter[str] = Counter()
         for row in result["rows"]:
             if row["name"].startswith(f"{line[0]}/"):
@@ -239,10 +239,10 @@ PLOTTED = ("models", "ops")
 
 
 def newest(suite: str, folder: Path) -> Path | None:
-    """The newest complete result of a suite."""
+    """The newest complete result of a suite, or one that tells how much was asked for."""
     for path in sorted(folder.glob("*.json"), reverse=True):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("suite") == suite and found.get("complete"):
+        if found.get("suite") == suite and (found.get("complete") or "asked" in found):
             return path
     return None
 

@@ -16,6 +16,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at once, of one thread each (default 1)")
     add("--timeout", type=float, default=SECONDS, metavar="SECONDS", help=f"for a class (default {SECONDS:g})")
     add("--json", type=Path, metavar="FILE", help=f"all rows; default benchmarks/out/{NAME}.json")
+    add("--resume", action="store_true", help="keep the rows that are in that file, but for failed and wrong ones")
     add("--csv", type=Path, metavar="FILE", help="the same")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -176,8 +178,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for text in options.only or ():
         if not models.selected(chosen, [text]):
             parser.error(f"--only: no row of {', '.join(options.library)} has {text!r} in its name")
-    options.rows = chosen
+    options.chosen = chosen
     return options
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """Those of an earlier run, if there was one."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,9 +193,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = report.console_of_a_command()
     head = head_of(NAME, arguments)
     out = options.json or ROOT / "benchmarks" / "out" / f"{NAME}.json"
-    rows = judge_all(options.rows, options, console, lambda rows: write(out, {**head, "complete": False}, rows))
-    complete = len(rows) == len(options.rows)
-    head["complete"] = complete and not options.only and set(options.library) == set(models.LIBRARIES)
+    names = [each.name for each in options.rows]
+    before = {row["name"]: row for row in (_rows_of(out) if options.resume else ())}
+    head["asked"] = Counter(name.partition("/")[0] for name in names)
+
+    def together(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        known = {**before, **{row["name"]: row for row in rows}}
+        return [known[name] for name in dict.fromkeys([*names, *known]) if name in known]
+
+    def finished(rows: Sequence[dict[str, Any]]) -> None:
+        write(out, {**head, "complete": False}, together(rows))
+
+    done = {name for name, row in before.items() if row["status"] not in ("failed", "wrong")}
+    missing = [each for each in options.chosen if each.name not in done]
+    found = judge_all(missing, options, console, finished)
+    rows = together(found)
+    head["complete"] = len(rows) >= len(names) and set(options.library) == set(models.LIBRARIES)
     write(out, head, rows)
     if options.csv:
         write_csv(options.csv, rows)
@@ -197,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{row['name']}: {row['status']}; {row['reason']}", markup=False, soft_wrap=True)
     console.print(report.coverage_table(rows))
     console.print("written:", str(out), soft_wrap=True)
-    if not complete:
+    if len(found) < len(missing):
         return INTERRUPTED
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 

@@ -183,6 +183,20 @@ def test_what_was_judged_before_an_interrupt_is_kept(monkeypatch, tmp_path):
     assert status == command.INTERRUPTED
     assert [row["name"] for row in result["rows"]] == ["torch/nn.MultiheadAttention"]
     assert result["complete"] is False
+    assert result["asked"] == {"torch": len(models.classes("torch"))}
+
+
+def test_a_run_is_resumed_with_what_is_missing_or_failed(monkeypatch, tmp_path):
+    rows = [
+        {"name": "torch/nn.TransformerDecoder", "class": "D", "status": "fused", "reason": "kept"},
+        {"name": "torch/nn.Transformer", "class": "T", "status": "failed", "reason": "tried again"},
+    ]
+    (tmp_path / "out.json").write_text(json.dumps({"rows": rows}))
+    _, result = run(monkeypatch, tmp_path, "--resume")
+    found = {row["name"]: row for row in result["rows"]}
+    assert list(found) == [row.name for row in models.classes("torch")]
+    assert found["torch/nn.TransformerDecoder"] == rows[0]
+    assert found["torch/nn.Transformer"]["status"] == "no attention"
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,10 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
     assert stopped.value.code == 2
     message = f"CHECKOUT: {tmp_path} is no checkout of transformers: it has no tests/models/vit/test_modeling_vit.py"
     assert message in capsys.readouterr().err
+
+
+def test_no_test_that_passes_is_no_success(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_models.py").write_text("import no_such_library")
+    with pytest.raises(SystemExit, match="no test of timm in .* passes plain"):
+        upstream.main(["timm", str(tmp_path)])
