@@ -170,9 +170,9 @@ def _without_bias(norm: BatchNorm | None, bias: Tensor | None) -> tuple[BatchNor
     return norm if mean is None else norm._replace(running_mean=mean.clone()), bias * 0.0
 
 
-def _move_mean(norm: BatchNorm | None, moved: BatchNorm | None, bias: Tensor | None) -> None:
-    """The running mean by that of a norm that has not seen the bias."""
-    if norm is moved or norm is None or moved is None or norm.running_mean is None or bias is None:
+def _move_mean(norm: BatchNorm | None, moved: BatchNorm | None, bias: Tensor | None, values: int) -> None:
+    """The running mean by that of a norm that has not seen the bias, of so many values."""
+    if norm is moved or norm is None or moved is None or norm.running_mean is None or bias is None or not values:
         return
     with torch.no_grad():
         assert moved.running_mean is not None
@@ -195,8 +195,8 @@ def _train(call: Call, kernels: Implementation) -> Tensor:
         if out.dtype.itemsize == 2:  # but it rounds between the steps of their gradients, of (B, C, h, w) not
             image = image.unflatten(2, c.grid)
         out = norm(image).flatten(2).transpose(1, 2).contiguous()
-    _move_mean(c.pre_norm, pre_norm, call.up_bias)
-    _move_mean(call.down_norm, norm, call.down_bias)
+    _move_mean(c.pre_norm, pre_norm, call.up_bias, hidden.numel())
+    _move_mean(call.down_norm, norm, call.down_bias, out.numel())
     if call.form == "paper":
         out, prefix = F.gelu(out), torch.zeros_like(prefix)
     return torch.cat((prefix, out), dim=1) if c.prefix_tokens else out

@@ -567,10 +567,9 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         weight, bias = cast_like(x, weight, bias)
     call, requested, traced = Linear(x, weight, bias), backends.REQUESTED, is_dynamo_compiling()
-    each = LINEAR.implementations[-1]
-    small = weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]
-    if small and not traced and type(weight) is not PackedWeight:  # asked first, as small calls are short
-        return each.run(call)
+    asks = not traced and type(weight) is not PackedWeight  # first, as small calls are short; a guard while tracing
+    if asks and (weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]):
+        return LINEAR.implementations[-1].run(call)
     for each in LINEAR.implementations:
         if requested is not None and each.name not in requested and each.name != REFERENCE:
             continue

@@ -22,9 +22,12 @@ from fastvit.patching import recognise
 from fastvit.patching.fusion import Fused, give
 
 LIBRARIES = tuple(
-    sorted({row.path.partition(".")[0] for row in itertools.chain(*recognise.TABLES)} - {__name__.partition(".")[0]})
+    sorted(
+        {row.path.partition(".")[0] for row in itertools.chain(*recognise.TABLES)}
+        - {__name__.partition(".")[0], "torch"}
+    )
 )
-"""The libraries whose classes stand in a table."""
+"""The libraries whose classes stand in a table; torch's own are parts of anybody's models."""
 
 log = logging.getLogger("fastvit")
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.libraries import declare_torchvision_nms
 from fastvit.patching import patch, unpatch
 from fastvit.patching.fusion import Fused
+from fastvit.reference.cvt import Stage
 from tests.helpers import spawned
 from tests.tiny import FAMILIES, build, images
 
@@ -74,7 +75,7 @@ def _sharded(model: nn.Module) -> nn.Module:
         module
         for module in model.modules()
         if any(isinstance(child, Fused) for child in module.children())
-        and not isinstance(module, (Fused, nn.ModuleList))  # FSDP2 shards nothing that is not called
+        and not isinstance(module, (Fused, nn.ModuleList, Stage))  # FSDP2 shards nothing that is not called
     ]
     for module in reversed(list(dict.fromkeys([model, *holders]))):  # from the inside out
         fully_shard(module)

@@ -110,6 +110,10 @@ def _conv_of_any_size(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Te
         return _conv_of_the_map(x, weight, *rest, **named)
 
 
+def _conv_in_channels_last(x: Tensor, *rest: Any) -> Tensor:
+    return _conv2d(x.contiguous(memory_format=torch.channels_last), *rest)
+
+
 def _conv_of_the_map(
     x: Tensor,
     weight: Tensor,
@@ -350,6 +354,8 @@ def _deviations(case: Case, redraw: int, threads: Sequence[int], backend: str | 
             same += wider.values()
         if backend == "reference":  # on the strides of the call, in whose order torch's products add
             same.append(plain(plain.first, as_given=True))
+        elif backend == "channels_last":  # torch's own kernel for that layout
+            same.append(plain(plain.first, convolution=_conv_in_channels_last))
         elif backend == "sdpa":  # torch's own kernel, which is not ours to mend
             same.append(plain.by_sdpa())
     except Exception as error:  # it is torch's, of any kind
