@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from fastvit import accuracy, backends, ops
 from fastvit.patching import patch
 from fastvit.reference import functional
 from fastvit.reference.functional import LayerNorm
-from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.helpers import assert_as_accurate, on_pooled_draws, on_thread_counts
 from tests.ops.calls import CALLS, HEADS, batch_norm
 from tests.patching.fused_and_plain import joined
 from tests.tiny import FAMILIES, build, images
@@ -123,14 +123,15 @@ def penalty(
     return found | {name: value for name, value in named.items() if "running" in name and isinstance(value, Tensor)}
 
 
-def judge(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    assert got.keys() == plain.keys() == exact.keys()
+def judge(got: dict[str, Tensor], plain: Sequence[dict[str, Tensor]], exact: dict[str, Tensor]) -> None:
+    """``plain``: on several numbers of threads, whose sums differ."""
+    assert all(each.keys() == exact.keys() for each in (got, *plain))
     kinds = [("out", "running"), ("d ",), ("dd ",)]
     for kind in kinds:
         names = [name for name in exact if name.startswith(kind) or any(each in name for each in kind[1:])]
-        parts = [{name: each[name] for name in names} for each in (got, plain, exact)]
-        one, other, oracle = (joined(part, parts[2]) for part in parts)
-        assert_as_accurate(one.float(), other.float(), oracle, ulps=ULPS[kind[0]], name=kind[0])
+        parts = [{name: each[name] for name in names} for each in (exact, got, *plain)]
+        oracle, one, *others = (joined(part, parts[0]) for part in parts)
+        assert_as_accurate(one.float(), [other.float() for other in others], oracle, ulps=ULPS[kind[0]], name=kind[0])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,8 +141,8 @@ def test_as_accurate_as_the_plain_form(case):
     def check() -> None:
         arguments = randomized(make())
         got = penalty(getattr(ops, op), arguments, torch.float32, backend="cpp")
-        plain, exact = (penalty(getattr(functional, op), arguments, dtype) for dtype in (torch.float32, torch.float64))
-        judge(got, plain, exact)
+        plain = on_thread_counts(lambda: penalty(getattr(functional, op), arguments, torch.float32))
+        judge(got, plain, penalty(getattr(functional, op), arguments, torch.float64))
 
     on_pooled_draws(check)
 
@@ -162,10 +163,8 @@ def test_one_tensor_as_queries_keys_and_values(op):
             others["bias"] = torch.randn(HEADS, 7, 7)
         arguments = {"x": x, **others}
         got = penalty(shared(getattr(ops, op)), arguments, torch.float32, backend="cpp")
-        plain, exact = (
-            penalty(shared(getattr(functional, op)), arguments, dtype) for dtype in (torch.float32, torch.float64)
-        )
-        judge(got, plain, exact)
+        plain = on_thread_counts(lambda: penalty(shared(getattr(functional, op)), arguments, torch.float32))
+        judge(got, plain, penalty(shared(getattr(functional, op)), arguments, torch.float64))
 
     on_pooled_draws(check)
 
