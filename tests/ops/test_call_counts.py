@@ -56,6 +56,7 @@ def assert_few_calls(run: Callable[[], Any], bound: int) -> None:
         pytest.fail("\n".join([f"{len(entered)} Python calls, at most {bound} are allowed:", *lines]), pytrace=False)
 
 
+@pytest.mark.usefixtures("kernels_first")
 @pytest.mark.parametrize("way", ["default", "named", "requested", "logged"])
 @pytest.mark.parametrize("op", CALLS)
 def test_calls_of_an_operator(op, way, monkeypatch, caplog):

@@ -580,6 +580,7 @@ def _chosen(*args: Tensor) -> str:
     return seen[0]
 
 
+@pytest.mark.usefixtures("kernels_first")
 @needs_cpp
 def test_the_library_does_what_it_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []

@@ -276,6 +276,7 @@ def chosen(op: str, arguments: dict[str, Any]) -> str:
     return seen[0].backend
 
 
+@pytest.mark.usefixtures("kernels_first")
 @needs_cpp
 @pytest.mark.parametrize("way", WAYS[1:], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -467,6 +468,7 @@ def test_compiles_whole_for_any_batch(op, training):
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("kernels_first")
 @pytest.mark.parametrize("op", CALLS)
 def test_compiles_whole_for_the_sizes_it_sees(op):
     torch._dynamo.reset()
