@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastvit.accuracy import FACTOR, NONE, ULPS, Deviation, deviation
 from fastvit.patching.copies import float64_copy, plain_copy
+from fastvit.patching.deferral import listening
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import Finding, apply
 from fastvit.reference.base import VisionModel
@@ -241,7 +242,8 @@ def _to_float64(tensor: Tensor) -> Tensor:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """What runs in the block leaves nothing on the model: eval mode, no gradients, no compiling, random state kept."""
     eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)), _evaluating(model):
+    fused = listening(lambda _: None)  # what is deferred is, whose turn it may be
+    with eager, fused, torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)), _evaluating(model):
         yield
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 from torch._inductor import config
 
 from fastvit import backends
@@ -16,7 +15,7 @@ from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.patching.fused_and_plain import joined
 from tests.patching.spellings.calls import gradients, in_float64
 from tests.patching.spellings.compiling import compiled
-from tests.patching.spellings.modules import SPELLINGS, Spelling
+from tests.patching.spellings.modules import SPELLINGS
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="kernels in C++ are not built")
 
@@ -30,17 +29,6 @@ def nothing_compiled_yet() -> Iterator[None]:
     yield
     assert config.pre_grad_custom_pass is None
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=SPELLINGS)
-def spelling(request) -> Spelling:
-    return SPELLINGS[request.param]
-
-
-@pytest.fixture
-def module(spelling) -> nn.Module:
-    torch.manual_seed(2)
-    return spelling.cls().eval()
 
 
 def with_dynamic_batch(x: torch.Tensor) -> torch.Tensor:

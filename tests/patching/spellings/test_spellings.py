@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from fastvit.patching import patch, report, unpatch
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.patching.fused_and_plain import joined
 from tests.patching.spellings.calls import gradients, in_float64, operators_in
-from tests.patching.spellings.modules import SPELLINGS, Spelling
+from tests.patching.spellings.modules import SPELLINGS
 
 TORCH_S_OWN = ("Multihead",)
 """Those whose plain path at inference is not the one that is watched: torch has a kernel of its own for them."""
@@ -20,17 +19,6 @@ TORCH_S_OWN = ("Multihead",)
 
 def test_there_are_enough():
     assert len(SPELLINGS) >= 60
-
-
-@pytest.fixture(params=SPELLINGS)
-def spelling(request) -> Spelling:
-    return SPELLINGS[request.param]
-
-
-@pytest.fixture
-def module(spelling) -> nn.Module:
-    torch.manual_seed(2)
-    return spelling.cls().eval()
 
 
 @pytest.fixture
