@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -59,3 +60,12 @@ def gradient_mode_stays() -> Iterator[None]:
     left_on = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert left_on, "the test left gradients switched off"
+
+
+@pytest.fixture
+def kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is measured our own products are taken, as on CPUs with vectors, on others too."""
+    for name in ("linear", "conv_batch_norm"):
+        module = sys.modules[f"fastvit.ops.{name}"]
+        monkeypatch.setattr(module, "HAS_VECTORS", True)
+        monkeypatch.setattr(module, "_FASTER", {})

@@ -45,6 +45,7 @@ def test_an_operator_is_in_no_other_file() -> None:
     """But where libraries' modules are recognised."""
     stem = getattr(ops, UNCALLED).__module__.rpartition(".")[2]
     named = [*places("an operator", stem), *places("an implementation", stem), "fastvit/patching/", "tests/patching/"]
+    named += ["fastvit/recognise/", "tests/recognise/"]
     own = Path(__file__).relative_to(ROOT).as_posix()
     for folder in ("fastvit", "csrc", "kernels", "benchmarks", "tests"):
         for file in (ROOT / folder).rglob("*.*"):

@@ -282,7 +282,7 @@ def _run_linear_cpp(call: Linear, traced: bool = False) -> Tensor:
         return functional.add_scaled(functional.activate(out if x.dim() > 1 else out[0], activation), scale, residual)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
-    if traced:
+    if traced or torch.compiler._is_compiling_flag:
         return _linear(x, weight, bias, *norm_arguments, *behind)
     packing = packed(weight)
     if type(weight) is PackedWeight:
@@ -298,7 +298,7 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
         return _run_linear_cpp(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), traced)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
-    if traced:
+    if traced or torch.compiler._is_compiling_flag:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
     return _packed_mlp(x, *_with_packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias)), *norm_arguments, *behind)
 
@@ -309,7 +309,7 @@ def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
         return _run_glu_mlp_by_layers(call, partial(_run_linear_cpp, traced=traced))
     norms = (*(NO_NORM if norm is None else (True, *norm)), *(NO_NORM if hidden_norm is None else (True, *hidden_norm)))
     behind = (GATE_CODES[activation], scale, residual)
-    if traced:
+    if traced or torch.compiler._is_compiling_flag:
         return _glu_mlp(x, *layers, *norms, *behind)
     return _packed_glu_mlp(x, *_with_packed(layers), *norms, *behind)
 
@@ -424,7 +424,7 @@ def _reasons(
     for weight in weights:
         if weight.shape[0] < CPP_MIN_COLUMNS:
             yield f"fewer than {CPP_MIN_COLUMNS} columns leave the vectors empty"
-    if is_dynamo_compiling() if traced is None else traced:
+    if is_dynamo_compiling() or torch.compiler._is_compiling_flag if traced is None else traced:
         if is_grad_enabled() and gradients_needed(x, *weights):
             yield "the compiler differentiates the library's products"
         return  # what is asked of x would be a guard on the batch size
@@ -449,7 +449,7 @@ def _untaken(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     """What MKL and oneDNN do not take, and our own products do."""
     if type(x) not in _PLAIN:
         yield f"x is a {type(x).__name__}"
-    if is_dynamo_compiling():
+    if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
         yield "the compiler chooses the library's products itself"
     if is_grad_enabled() and gradients_needed(x, *weights, *biases):
         yield "it has no gradients"

@@ -81,12 +81,17 @@ _MLP = parts_of(
 )
 
 
+def _known(block: Any, name: str) -> tuple[type, ...]:
+    """The classes that a block's seam knows of a part; another thread may unpatch, then it is none."""
+    return getattr(block, name, (type(None),))
+
+
 def adds_attention(block: Any, backend: str, parts: Parts = _ATTENTION) -> bool:
     """Whether the attention, and all around it, is known and does nothing more than its tensors tell."""
     modules = block._modules
     attention = modules.get("attn")
     return (
-        is_fused(attention, backend, *block.attentions)
+        is_fused(attention, backend, *_known(block, "attentions"))
         and not attention.training
         and are_plain(block, parts)
         and len(modules["norm1"].normalized_shape) == 1
@@ -101,7 +106,7 @@ def adds_mlp(block: Any, backend: str) -> bool:
     modules = block._modules
     mlp = modules.get("mlp")
     return (
-        is_fused(mlp, backend, *block.mlps)
+        is_fused(mlp, backend, *_known(block, "mlps"))
         and not mlp.training
         and are_plain(block, _MLP)
         and len(modules["norm2"].normalized_shape) == 1

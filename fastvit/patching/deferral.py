@@ -1,6 +1,7 @@
-"""Modules of no known class whose own forward holds attention: found by what they compute, then run deferred.
+"""Modules of no known class whose own forward holds attention, an MLP or a depthwise convolution of tokens: found by
+what they compute, then run deferred.
 
-``patch`` gives the model the class of :class:`Undecided` where no row knows its attention. Its first call runs as it is
+``patch`` gives the model the class of :class:`Undecided` where no row knows its blocks. Its first call runs as it is
 written, watched; the smallest modules that hold a whole chain then get a class of :class:`Recognised`, and the model
 its own back. An example given to ``patch`` is that first call.
 
@@ -27,6 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._device import DeviceContext
 
 from fastvit import autotune, backends, ops
@@ -58,10 +60,18 @@ _modes = torch._C._len_torch_function_stack
 
 
 def _seen_by_others() -> bool:
-    """Whether a compiler, a tracer, a transform or somebody's mode sees every operation."""
+    """Whether a compiler, a tracer, a transform or somebody's mode sees every operation.
+
+    One of ours that deferred nothing yet does not count: it belongs to the forward of a module around.
+    """
     if _tracing_state() is not None or symbolically_traced() or transformed():
         return True
-    return any(not isinstance(_mode(place), (DeviceContext, Observing)) for place in range(_modes()))
+    top = _modes() - 1
+    return any(
+        not isinstance(mode, (DeviceContext, Observing))
+        and not (place == top and isinstance(mode, Deferring) and mode.is_idle())
+        for place, mode in ((place, _mode(place)) for place in range(top + 1))
+    )
 
 
 def _mode(place: int) -> Any:
@@ -114,6 +124,9 @@ def _as_written(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: di
 class Recognised(_Wrapping):
     """Runs the plain forward deferred."""
 
+    fastvit_yields = True
+    fastvit_looks_for: ClassVar[str] = "attention"
+    """One of ``recognise.deferred.KINDS``."""
     fastvit_kinds: ClassVar[dict[Any, bool | int | str | autotune.Race]]
     """By kind of call, whether to defer it; SLOWER, or a race, says whether that is faster; a number: after so many
     plain calls it is tried again."""
@@ -146,12 +159,31 @@ class RecognisedMixed(Recognised):
     fastvit_op = "head_mixed_attention"
 
 
+class RecognisedMlp(Recognised):
+    fastvit_op, fastvit_looks_for = "mlp", "mlp"
+
+
+class RecognisedGluMlp(Recognised):
+    fastvit_op, fastvit_looks_for = "glu_mlp", "mlp"
+
+
+class RecognisedConvolution(Recognised):
+    fastvit_op, fastvit_looks_for = "token_depthwise_conv", "convolution"
+
+
 TRIED_AGAIN_AFTER = 64
 """Plain calls of a kind in which nothing was gained: what broke its chains may have been switched off since."""
 
 SLOWER = "the plain code is faster at this size"
 
-SEAMS = {seam.fastvit_op: seam for seam in (RecognisedMasked, RecognisedClass, RecognisedMixed)}
+SEAMS: dict[str, type[Recognised]] = {
+    "masked_attention": RecognisedMasked,
+    "class_attention": RecognisedClass,
+    "head_mixed_attention": RecognisedMixed,
+    "mlp": RecognisedMlp,
+    "glu_mlp": RecognisedGluMlp,
+    "token_depthwise_conv": RecognisedConvolution,
+}
 
 
 def _plain_alone() -> bool:
@@ -181,11 +213,28 @@ def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return (
         gradients,
         gradients and saves_through_hooks(),
+        _structure(module),
         torch._C._is_any_autocast_enabled(),
         tuple([value for value in vars(module).values() if value is True or value is False]),
         tuple([_kind_of(value) for value in args]),
         tuple([(name, _kind_of(value)) for name, value in kwargs.items()]) if kwargs else (),
     )
+
+
+_structures: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_numbers: dict[Any, int] = {}
+
+
+def _structure(module: nn.Module) -> int:
+    """A number for the classes and sizes of a module's parts: one class, as nn.Sequential, may be many things."""
+    found = _structures.get(module)
+    if found is None:
+        key = tuple(
+            (plain_class(part), *(None if each is None else each.shape for each in part._parameters.values()))
+            for part in module.modules()
+        )
+        found = _structures[module] = _numbers.setdefault(key, len(_numbers))
+    return found
 
 
 def _kind_of(value: Any) -> Any:
@@ -239,8 +288,11 @@ def _may_race(fused: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 
 def _deferred(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Deferring]:
-    mode = Deferring(fused.fastvit_backend, _taking(fused.fastvit_backend), _listener.get())
-    with mode:
+    backend = fused.fastvit_backend
+    mode = Deferring(backend, _taking(backend), _listener.get(), fused.fastvit_looks_for)
+    top = _modes() - 1
+    within = top >= 0 and isinstance(_mode(top), Deferring)
+    with _pop_mode_temporarily() if within else contextlib.nullcontext(), mode:
         out = fused.fastvit_plain.forward(module, *args, **kwargs)
     return mode.finish(out), mode
 
@@ -248,7 +300,7 @@ def _deferred(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
     """The plain forward; decides about its kind of call."""
     seen: list[Seen] = []
-    with Observing(seen.append, fused.fastvit_backend) as mode:
+    with Observing(seen.append, fused.fastvit_backend, fused.fastvit_looks_for) as mode:
         out = fused.fastvit_plain.forward(module, *args, **kwargs)
     held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
     gains = any(each.operator is not None for each in seen)
@@ -355,7 +407,8 @@ def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dic
             return out
         options = options or Options(EVERY_OPERATOR)
         give(model, plain_class(model))
-        verdicts = judge(model, seen, options, backend)
+        known = {part for each in model.modules() if has_fused_class(each) for part in each.modules()}
+        verdicts = judge(model, seen, options, backend, known)
         for verdict in verdicts.values():
             if verdict.op is not None:
                 give(verdict.module, recognised_class(verdict), backend)
@@ -363,8 +416,8 @@ def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dic
         options.decided(model, verdicts)
     if options.warns and not any(verdict.op for verdict in verdicts.values()):
         told = [f"{name or '(the model itself)'}: {verdict.reason}" for name, verdict in verdicts.items()]
-        what = "\n  ".join(told[:8]) or "no attention was computed in this call"
-        warnings.warn(f"fastvit: no attention to fuse in {type(model).__name__}:\n  {what}", UserWarning, stacklevel=3)
+        what = "\n  ".join(told[:8]) or "no attention, MLP or depthwise convolution of tokens was computed in this call"
+        warnings.warn(f"fastvit: nothing to fuse in {type(model).__name__}:\n  {what}", UserWarning, stacklevel=3)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -52,6 +53,29 @@ class Layers(NamedTuple):
         """The operator on them; only where they are fusible."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return ops.mlp(x, *weights, self.named_activation(), backend=backend)
+
+
+class Found(NamedTuple):
+    """An MLP among modules that are called one after the other: from ``begin`` up to ``end``."""
+
+    begin: int
+    layers: Layers
+    end: int
+
+
+def first_of(parts: Sequence[nn.Module]) -> Found | None:
+    """The first linear layer with one module, beside dropouts, between it and the next linear layer."""
+    begin = None
+    for end, part in enumerate(parts):
+        if not isinstance(part, nn.Linear):
+            continue
+        between: Sequence[nn.Module] = () if begin is None else parts[begin + 1 : end]
+        dropouts = tuple(each for each in between if isinstance(each, (nn.Dropout, nn.Identity)))
+        if begin is not None and len(between) == len(dropouts) + 1:
+            activation = next(each for each in between if each not in dropouts)
+            return Found(begin, Layers(parts[begin], activation, part, dropouts), end + 1)
+        begin = end
+    return None
 
 
 def in_sequence(module: nn.Module, start: int = 0) -> Layers | None:

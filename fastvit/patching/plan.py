@@ -123,10 +123,14 @@ def survey(
     """
     chosen_ops = operators() if chosen_ops is None else chosen_ops
     findings: list[Finding] = []
+    covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         match = recognise(module)
-        if match is not None:
-            findings.append(_judge(name, module, match, chosen_ops, backend, filter_fn))
+        if match is not None and not (module in covered and match.row.seam.fastvit_yields):
+            finding = _judge(name, module, match, chosen_ops, backend, filter_fn)
+            findings.append(finding)
+            if finding.fused is not None and not finding.fused.fastvit_yields:
+                covered |= {part for part in module.modules() if part is not module}
             continue
         kind = looks_like(module)
         if kind is not None:
@@ -136,20 +140,19 @@ def survey(
 
 
 def is_open(model: nn.Module, findings: Collection[Finding]) -> bool:
-    """Whether only a call would show what attention is in the model: some is of no known class, or none is known."""
-    attention = [finding for finding in findings if finding.kind == ATTENTION]
-    if attention:
-        return any(finding.status == UNRECOGNISED for finding in attention)
+    """Whether only a call would show what is in the model: a block is of no known class, or no attention is known."""
+    if any(finding.status == UNRECOGNISED for finding in findings):
+        return True
+    if any(finding.kind == ATTENTION for finding in findings):
+        return False
     forwards = (plain_class(module).forward for module in model.modules())
     return any(not str(getattr(forward, "__module__", "")).startswith("torch.nn.") for forward in forwards)
 
 
 def with_open_question(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings; attention of no known class says when it is decided."""
+    """The findings; those of no known class say when they are decided."""
     return [
-        finding._replace(reasons=(*finding.reasons, AT_THE_FIRST_CALL))
-        if finding.status == UNRECOGNISED and finding.kind == ATTENTION
-        else finding
+        finding._replace(reasons=(*finding.reasons, AT_THE_FIRST_CALL)) if finding.status == UNRECOGNISED else finding
         for finding in findings
     ]
 
@@ -161,7 +164,7 @@ def with_verdicts(model: nn.Module, findings: Iterable[Finding], verdicts: Mappi
         before = merged.get(name)
         if op is not None:
             fused = recognised_class(verdicts[name])
-            merged[name] = Finding(name, module, ATTENTION, op, PATCHED, fused)
+            merged[name] = Finding(name, module, kind_of(op), op, PATCHED, fused)
         elif before is not None and before.status == UNRECOGNISED:
             merged[name] = before._replace(reasons=(reason,))
     ordered = [merged[name] for name, _ in model.named_modules() if name in merged]

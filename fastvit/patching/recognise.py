@@ -67,8 +67,8 @@ def supported() -> list[str]:
 
 
 def operators() -> list[str]:
-    """The operators that some row calls."""
-    return sorted({row.op for row in itertools.chain(*TABLES)})
+    """The operators that some row calls, or that take what is recognised."""
+    return sorted({*SEAMS, *(row.op for row in itertools.chain(*TABLES))})
 
 
 def recognise(module: nn.Module) -> Match | None:
@@ -159,7 +159,9 @@ ATTENTION, CONVOLUTION, MLP, LINEAR = "attention", "convolution", "mlp", "linear
 
 def kind_of(op: str) -> str:
     """What the blocks are that an operator stands in."""
-    if op in (MLP, LINEAR):
+    if op.endswith(MLP):
+        return MLP
+    if op == LINEAR:
         return op
     return ATTENTION if ATTENTION in op else CONVOLUTION
 
@@ -171,6 +173,8 @@ def looks_like(module: nn.Module) -> str | None:
     name = plain_class(module).__name__
     if _LOOKS_LIKE_ATTENTION.search(name) or _projects_heads(module):
         return ATTENTION
+    if isinstance(module, nn.Sequential):
+        return MLP if sum(isinstance(part, nn.Linear) for part in module) > 1 else None
     layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
     return MLP if len(layers) > 1 and _LOOKS_LIKE_MLP.search(name) else None
 

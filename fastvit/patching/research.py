@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fastvit.patching import research_seams as seams
 from fastvit.patching import timm, vit_pytorch
 from fastvit.patching.fusion import Row, names_used, plain_class
-from fastvit.patching.mlps import in_sequence
 from fastvit.patching.parts import check_parameters
 from fastvit.patching.trial import tried
 
@@ -116,11 +115,6 @@ def _looks_like_mlp(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
     holds = _holds(module, "fc1", "act", "fc2") and parts <= {"fc1", "act", "fc2", *seams.DROPOUTS}
     return holds and not isinstance(module.fc1, nn.Conv2d) and len(_parameters(module)) == 1
-
-
-def _looks_like_feed_forward(module: nn.Module) -> bool:
-    alone = {name for name, _ in module.named_children()} == {"net"}
-    return alone and in_sequence(module.net, 1) is not None and len(_parameters(module)) == 1
 
 
 def _looks_like_conv_projection(module: nn.Module) -> bool:
@@ -279,14 +273,6 @@ PATTERNS = (
         frozenset({"fc1", "act", "fc2", *seams.DROPOUTS}),
         lambda module: (_tokens(module.fc1.in_features),),
         lambda module: seams.layers_of(module).reasons("fc1", "act", "fc2"),
-    ),
-    Pattern(
-        "vit-pytorch's FeedForward",
-        vit_pytorch.FeedForwardSeam,
-        _looks_like_feed_forward,
-        frozenset({"net"}),
-        lambda module: (_tokens(module.net[1].in_features),),
-        vit_pytorch.check_feed_forward,
     ),
 )
 

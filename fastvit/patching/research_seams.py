@@ -17,7 +17,7 @@ from fastvit.patching.parts import check_depthwise, dropout_p, is_rearrangement,
 from fastvit.reference import functional
 from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.functional import BatchNorm, Projection
-from fastvit.reference.overrides import is_plain
+from fastvit.reference.overrides import is_plain, obstacles
 
 
 def _packed_heads(module: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,8 +235,8 @@ def convolution(module: nn.Module) -> Any:
 
 
 def check_generator(module: nn.Module) -> list[str]:
-    found = check_depthwise("proj", convolution(module))
-    return found if is_plain(module.proj, nn.Sequential, nn.Conv2d) else [*found, "proj has forward hooks"]
+    around = [f"proj {obstacle}" for obstacle in obstacles(module.proj, nn.Sequential, nn.Conv2d)]
+    return [*check_depthwise("proj", convolution(module)), *around]
 
 
 class LeFFSeam(Fused):

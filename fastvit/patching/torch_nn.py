@@ -1,4 +1,4 @@
-"""torch's own ``nn.TransformerEncoderLayer``, whose inference path writes the N x N maps.
+"""torch's own ``nn.TransformerEncoderLayer``, whose inference path writes the N x N maps; MLPs in ``nn.Sequential``.
 
 That path looks at the layer's tensors and calls none of its parts, so the layer is what is fused. Attention over one
 tensor by ``nn.MultiheadAttention`` alone, and in a decoder, is known by what it computes.
@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
+from fastvit.patching.mlps import first_of
 from fastvit.patching.parts import activation_name, backend_of_linears, dropout_p
 from fastvit.reference.overrides import is_plain
 
@@ -89,6 +90,7 @@ def _add_attention(layer: Any, x: Tensor, normed: Tensor, backend: str) -> Tenso
     return attend(layer.self_attn, normed, backend, residual=x)
 
 
+_NAMES = "the first linear", "the activation", "the second linear"
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 
@@ -99,6 +101,32 @@ def _add_mlp(layer: Any, x: Tensor, normed: Tensor, backend: str) -> Tensor:
         return x + layer._ff_block(normed)
     layers = (layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias)
     return ops.mlp(normed, *layers, activation, residual=x, backend=backend_of_linears(backend))
+
+
+class SequentialSeam(Fused):
+    """An ``nn.Sequential`` with linear layer, activation and linear layer: these as one, what is around is called."""
+
+    fastvit_op = "mlp"
+    fastvit_yields = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
+        backend = fused_backend(self)
+        parts: Any = list(self._modules.values())
+        found = None if backend is None else first_of(parts)
+        if backend is None or found is None or not found.layers.fusible():
+            return plain_class(self).forward(self, input)
+        x = input
+        for part in parts[: found.begin]:
+            x = part(x)
+        x = found.layers.run(x, backend)
+        for part in parts[found.end :]:
+            x = part(x)
+        return x
+
+
+def _holds_mlp(module: nn.Module) -> bool:
+    found = first_of(list(module.children())) if plain_class(module).forward is nn.Sequential.forward else None
+    return found is not None and found.layers.named_activation() is not None
 
 
 def _check_layer(module: nn.Module) -> list[str]:
@@ -120,5 +148,11 @@ ROWS = (
         EncoderLayerSeam,
         _check_layer,
         applies=lambda module: getattr(getattr(module, "self_attn", None), "batch_first", False),
+    ),
+    Row(
+        "torch.nn.modules.container.Sequential",
+        SequentialSeam,
+        lambda module: first_of(list(module.children())).layers.reasons(*_NAMES),  # type: ignore[union-attr]
+        applies=_holds_mlp,
     ),
 )

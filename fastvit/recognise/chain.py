@@ -40,6 +40,7 @@ __all__ = [
     "Mix",
     "Normalise",
     "Permute",
+    "Product",
     "Reshape",
     "Scale",
     "Softmax",
@@ -131,6 +132,20 @@ class Normalise(NamedTuple):
 Step = Scale | Bias | Fill | Softmax | Permute | Reshape | Cast | Mix | Normalise
 
 
+class Product(NamedTuple):
+    """The map times the values.
+
+    Attributes:
+        values: (*lead, Nk, Dv), leading axes that broadcast.
+        places: the axis of (*lead, Nq, Dv) at each place of the result; None: as they are counted.
+        name: how it is spelled.
+    """
+
+    values: Tensor
+    places: Axes | None
+    name: str
+
+
 class Operand(NamedTuple):
     """A tensor that broadcasts over (*lead, Nq, Nk), and the leading axes the map had when it was applied."""
 
@@ -199,6 +214,11 @@ class Chain(NamedTuple):
         return sizes if self.in_order else tuple([sizes[axis] for axis in self.order])
 
     @property
+    def device(self) -> torch.device:
+        """Of the map."""
+        return self.q.device
+
+    @property
     def in_order(self) -> bool:
         """Whether the axes lie as they are counted."""
         return self.order == _IN_ORDER[len(self.order)]
@@ -208,6 +228,17 @@ class Chain(NamedTuple):
         if self.pre is not None or self.post is not None or self.norm is not None:
             return "head_mixed_attention"
         return "class_attention" if self.q.shape[-2] <= FEW_QUERIES < self.k.shape[-2] else "masked_attention"
+
+    def meeting(self, product: Product, autocast: torch.dtype | None) -> Chain:
+        """The chain as autocast, where it is on, brings its map to the values' dtype."""
+        brought = autocast is not None and self.dtype != product.values.dtype == self.q.dtype
+        return self._replace(dtype=product.values.dtype) if brought else self
+
+    def finished(self, product: Product, backend: str = "auto") -> Tensor:
+        """The product of the whole with the values; BreaksOff unless it is attention."""
+        self.check_values(product.values)
+        out = self.attend(product.values, backend)
+        return out if product.places is None else out.permute(product.places)
 
     def check_values(self, v: Tensor) -> None:
         """BreaksOff unless the map times v (*lead, Nk, Dv) is attention."""

@@ -1,9 +1,10 @@
 """Eager front end: within :class:`Deferring`, maps are not computed but recorded, until an operator takes the whole.
 
-A product that may be an attention map gives a :class:`DeferredMap`: a tensor with its shape and dtype and no contents.
-What follows is read as a step of its chain (``vocabulary.py``) and recorded beside it as it was called. At the product
-with the values the operator computes the result; at anything else the calls recorded are made, once, and the plain code
-goes on with their result. So nothing is guessed: what is not understood runs as it is written.
+A product that may be an attention map, or the hidden values of an MLP, gives a :class:`DeferredMap`: a tensor with its
+shape and dtype and no contents. What follows is read as a step of its chain (``vocabulary.py``, ``hidden.py``) and
+recorded beside it as it was called. At the product with the values, or the second linear layer, the operator computes
+the result; at anything else the calls recorded are made, once, and the plain code goes on with their result. So nothing
+is guessed: what is not understood runs as it is written.
 
 What makes that exact:
 
@@ -29,19 +30,29 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastvit.recognise.chain import BreaksOff, Chain, break_off
-from fastvit.recognise.maps import METADATA, Ambient, DeferredMap, Node, computed, make, plainly
-from fastvit.recognise.mutation import may_change, storages
-from fastvit.recognise.products import STARTS, Product, flat_einsum
+from fastvit.recognise.chain import BreaksOff, Product, break_off
+from fastvit.recognise.hidden import GATES, HIDDEN_READERS, LAYERS, Hidden, Parts, Second, gated
+from fastvit.recognise.maps import METADATA, Ambient, DeferredMap, Node, computed, make, part, plainly
+from fastvit.recognise.mutation import asks_in_place, may_change, storages
+from fastvit.recognise.products import STARTS, flat_einsum
 from fastvit.recognise.transitions import follow
-from fastvit.recognise.vocabulary import IN_PLACE, READERS, SAME
-from fastvit.recognise.whole import WHOLE
+from fastvit.recognise.vocabulary import IN_PLACE, READERS, SAME, UNCHANGED
+from fastvit.recognise.whole import CONVOLUTIONS, WHOLE
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["Deferring", "Event", "advance", "finished", "ordinary"]
+__all__ = ["ENDS", "KINDS", "Deferring", "Event", "advance", "advance_both", "begun", "ordinary", "steps_of"]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
-_OF_INTEREST = frozenset((*STARTS, *WHOLE))
+ENDS = (Product, Second)
+"""What a reader gives where an operator computes the whole."""
+
+KINDS: dict[str, tuple[dict[Any, Any], dict[Any, Any]]] = {
+    "attention": (STARTS, WHOLE),
+    "mlp": (LAYERS, {}),
+    "convolution": ({}, CONVOLUTIONS),
+    "all": ({**STARTS, **LAYERS}, {**WHOLE, **CONVOLUTIONS}),
+}
+"""By what is looked for: the readers of calls that may begin a chain, and of those that are one by themselves."""
 _einsum = torch.einsum
 _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -56,15 +67,32 @@ class Event(NamedTuple):
     reason: str
 
 
-def advance(chain: Chain, func: Callable[..., Any], place: int, args: Any, kwargs: Any) -> Any:
-    """SAME, a Product, or the chain after a call in which the map is ``args[place]``; BreaksOff says why none."""
-    reader = READERS.get(func)
+def begun(readers: dict[Any, Any], func: Any, args: Any, kwargs: Any) -> Any:
+    """The chain that a call begins, or None."""
+    try:
+        return readers[func](args, kwargs)
+    except Exception:  # BreaksOff, or the call's own error, which it raises itself
+        return None
+
+
+def advance(chain: Any, func: Callable[..., Any], place: int, args: Any, kwargs: Any) -> Any:
+    """What a call makes of a chain whose map is ``args[place]``; BreaksOff says why nothing.
+
+    Returns:
+        SAME, one of ENDS, Parts, or the chain behind the call.
+    """
+    if type(chain) is Hidden:
+        reader: Any = HIDDEN_READERS.get(func) or UNCHANGED.get(func)
+    else:
+        reader = READERS.get(func)
     if reader is None:
-        break_off(f"{name_of(func)} is none of the operations of attention")
+        break_off(f"{name_of(func)} is none of the operations of {'an MLP' if type(chain) is Hidden else 'attention'}")
     try:
         read = reader(chain, place, args, kwargs)
-        if not isinstance(read, tuple) or isinstance(read, Product):
+        if type(read) is not tuple:
             return read
+        if read and type(chain) is Hidden:
+            break_off("hidden values are brought to another dtype")
         for step in read:
             chain = follow(chain, step)
         return chain
@@ -74,11 +102,22 @@ def advance(chain: Chain, func: Callable[..., Any], place: int, args: Any, kwarg
         raise BreaksOff(f"{name_of(func)}: {error}") from None
 
 
-def finished(chain: Chain, product: Product, backend: str) -> Tensor:
-    """The product of the whole chain with the values; BreaksOff unless it is attention."""
-    chain.check_values(product.values)
-    out = chain.attend(product.values, backend)
-    return out if product.places is None else out.permute(product.places)
+def advance_both(chain: Any, other: Any, func: Callable[..., Any]) -> Hidden:
+    """The chain behind a call on two maps."""
+    if not (type(chain) is type(other) is Hidden and func in GATES):
+        break_off(f"{name_of(func)} takes two maps")
+    return gated(chain, other)
+
+
+def steps_of(func: Callable[..., Any], chains: dict[int, Any]) -> list[int]:
+    """Of chains by their place among a call's arguments, the places of those of which the call may be a step.
+
+    A linear layer's output that meets an attention map is queries, keys or values, and not an MLP's.
+    """
+    if len(chains) > 1 and func not in GATES:
+        maps = [place for place, chain in chains.items() if type(chain) is not Hidden]
+        return maps or list(chains)
+    return list(chains)
 
 
 def ordinary(args: Iterable[Any], device: torch.device, classes: tuple[type, ...] = _ORDINARY) -> bool:
@@ -118,6 +157,7 @@ class Deferring(TorchFunctionMode):
         backend: of the operators.
         wanted: the operators that may take a chain.
         tell: called with each Event.
+        kind: what is looked for, one of KINDS.
 
     Attributes:
         fused: how many chains operators took.
@@ -125,10 +165,15 @@ class Deferring(TorchFunctionMode):
     """
 
     def __init__(
-        self, backend: str, wanted: frozenset[str] | None = None, tell: Callable[[Event], None] | None = None
+        self,
+        backend: str,
+        wanted: frozenset[str] | None = None,
+        tell: Callable[[Event], None] | None = None,
+        kind: str = "attention",
     ) -> None:
         super().__init__()
         self.backend, self.wanted, self.tell = backend, wanted, tell
+        self.starts, self.wholes = KINDS[kind]
         self.maps: list[weakref.ref[DeferredMap]] = []
         self.effects: list[Node] = []
         self.fused = self.left = 0
@@ -137,7 +182,7 @@ class Deferring(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         takes_map = DeferredMap in types
-        if not (takes_map or self.maps or func in _OF_INTEREST):
+        if not (takes_map or self.maps or func in self.starts or func in self.wholes):
             return func(*args, **kwargs)
         if func is _einsum:  # torch does not tell of the types in a list
             args = flat_einsum(args)
@@ -148,28 +193,27 @@ class Deferring(TorchFunctionMode):
             return self._go_on(func, args, kwargs)
         if self.maps and may_change(func, args, kwargs):
             self._settle(storages((args, kwargs)))
-        start = STARTS.get(func)
-        if start is not None and not transformed():
-            begun = self._begun(start, func, args, kwargs)
-            if begun is not None:
-                return begun
-        read = WHOLE.get(func)
+        return self._start(func, args, kwargs)
+
+    def _start(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call without maps: the map that it begins, what an operator makes of the whole, or what it gives."""
+        if func in self.starts and not transformed():
+            made = self._begin(func, args, kwargs)
+            if made is not None:
+                return made
+        read = self.wholes.get(func)
         if read is not None and not transformed():
             return self._whole(read, func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _begun(self, start: Any, func: Any, args: Any, kwargs: Any) -> DeferredMap | None:
+    def _begin(self, func: Any, args: Any, kwargs: Any) -> DeferredMap | None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not given or not ordinary(given, given[0].device):
             return None
-        try:
-            chain = start(args, kwargs)
-        except BreaksOff:
-            return None
+        chain = begun(self.starts, func, args, kwargs)
         if chain is None:
             return None
-        ambient = Ambient.now(chain.q.device.type)
-        return self._map(Node(None, func, args, kwargs, chain, ambient, tuple(given)))
+        return self._map(Node(None, func, args, kwargs, chain, Ambient.now(chain.device.type), tuple(given)))
 
     def _map(self, node: Node) -> DeferredMap:
         made = make(node)
@@ -182,7 +226,10 @@ class Deferring(TorchFunctionMode):
         try:
             if not ordinary(given, given[0].device):
                 break_off("its tensors are not ordinary ones of one device")
-            operator, run = read(args, kwargs)
+            taken = read(args, kwargs)
+            if taken is None:
+                return func(*args, **kwargs)
+            operator, run = taken
             self._check_wanted(operator)
         except BreaksOff as reason:
             self._tell(told, None, str(reason))
@@ -221,54 +268,69 @@ class Deferring(TorchFunctionMode):
             return self._next(node, func, place, args, kwargs, others)
         except BreaksOff as reason:
             self._tell(node.chain.told, None, str(reason))
-            if func in IN_PLACE:
-                for each in node.family():
-                    each.compute()
-            return plainly(func, args, kwargs)
+            if func not in self.starts:
+                return plainly(func, args, kwargs)
+            return self._start(func, *pytree.tree_map_only(DeferredMap, computed, (tuple(args), kwargs)))
 
     def _next(self, node: Node, func: Any, place: int, args: Any, kwargs: Any, others: list[Any]) -> Any:
         map_, chain = args[place], node.chain
-        if not ordinary(others, chain.q.device):
+        other: Node | None = None
+        if DeferredMap in map(type, others):
+            other = self._other(node, others)
+        if not ordinary(others, chain.device):
             break_off("its other tensors are other maps, or not ordinary ones of one device")
         if transformed() or not node.ambient.holds():
             break_off("gradients, autocast or a transform were switched since the map began")
-        before = node.parent
-        while before is not None:
-            if before.value is not None:
-                break_off("a map it was made of has been computed")
-            before = before.parent
-        read = advance(chain, func, place, args, kwargs)
+        if node.is_stale() or (other is not None and other.is_stale()):
+            break_off("a map it was made of has been computed")
+        read = advance(chain, func, place, args, kwargs) if other is None else advance_both(chain, other.chain, func)
         if read is SAME:
             return map_
-        if isinstance(read, Product):
+        if isinstance(read, ENDS):
             return self._finish_chain(node, read)
         tensors = tuple([value for value in others if isinstance(value, Tensor)])
-        if func in IN_PLACE:
+        if isinstance(read, Parts):
+            calls = enumerate(read.chains)
+            nodes = (
+                Node(node, part, (map_, func, args[1:], kwargs, at), {}, each, node.ambient, node.tensors, map_)
+                for at, each in calls
+            )
+            return tuple(map(self._map, nodes))
+        in_place = func in IN_PLACE or asks_in_place(func, args, kwargs)
+        if in_place:
             if node.is_view or any(node.living()):
                 break_off("a map that other tensors were made of is changed in place")
             if node.ambient.gradients and any(tensor.requires_grad for tensor in tensors):
                 break_off("a map is changed in place by a tensor that needs a gradient")
-        following = Node(node, func, args, kwargs, read, node.ambient, node.tensors + tensors, map_)
-        if func in IN_PLACE:
+        following = Node(node, func, args, kwargs, read, node.ambient, node.tensors + tensors, map_, other)
+        if in_place:
             map_.cell[0] = following
             return map_
         if following.effect is not node.effect:
             self.effects.append(following)
         return self._map(following)
 
-    def _finish_chain(self, node: Node, product: Product) -> Tensor:
-        chain: Chain = node.chain
-        if chain.dtype != product.values.dtype == chain.q.dtype and node.ambient.autocast is not None:
-            chain = chain._replace(dtype=product.values.dtype)  # as autocast brings the map to it
+    @staticmethod
+    def _other(node: Node, others: list[Any]) -> Node:
+        """The node of the second map among a call's arguments, which is taken from ``others``."""
+        maps = [value for value in others if type(value) is DeferredMap]
+        others[:] = [value for value in others if type(value) is not DeferredMap]
+        other = maps[0].cell[0]
+        if len(maps) > 1 or other.value is not None or other.ambient != node.ambient:
+            break_off("its other maps were computed, or made under other settings")
+        return other
+
+    def _finish_chain(self, node: Node, end: Any) -> Tensor:
+        chain = node.chain.meeting(end, node.ambient.autocast)
         operator = chain.operator()
         self._check_wanted(operator)
         if node.effect is not None and node.effect.done and isinstance(chain.norm, BatchNorm):
             chain = chain._replace(norm=chain.norm._replace(momentum=0.0))
-        out = finished(chain, product, self.backend)
+        out = chain.finished(end, self.backend)
         if node.effect is not None:
             node.effect.done = True
         self.fused += 1
-        self._tell((*chain.told, product.name), operator, "")
+        self._tell((*chain.told, end.name), operator, "")
         return out
 
     def _living(self) -> Iterator[DeferredMap]:
@@ -289,12 +351,20 @@ class Deferring(TorchFunctionMode):
             if node.effect is not None and not node.effect.done and not node.effect.memory.isdisjoint(touched):
                 node.compute()
 
+    def is_idle(self) -> bool:
+        """Whether nothing is deferred now."""
+        return not any(True for _ in self._living()) and not any(
+            node.effect is not None and not node.effect.done for node in self.effects
+        )
+
     def finish(self, output: Any) -> Any:
         """What the code returned, with maps computed; so are those that it stored, and effects not yet had."""
         for map_ in self._living():
-            self.left += 1
-            self.kept = self.kept or map_.node.needs_gradient
-            map_.node.compute()
+            node = map_.node
+            if node.parent is not None or node.children:  # else it is a product that was no map
+                self.left += 1
+                self.kept = self.kept or node.needs_gradient
+            node.compute()
         for node in self.effects:
             if node.effect is not None and not node.effect.done:
                 node.compute()

@@ -32,14 +32,14 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fastvit import autotune, backends, ops
 from fastvit.ops import _operator
-from fastvit.recognise.chain import BreaksOff, Chain, break_off
-from fastvit.recognise.deferred import advance, finished, name_of, ordinary
+from fastvit.recognise.chain import BreaksOff, break_off
+from fastvit.recognise.deferred import ENDS, KINDS, advance, advance_both, begun, name_of, ordinary, steps_of
+from fastvit.recognise.hidden import Parts
 from fastvit.recognise.maps import Ambient
-from fastvit.recognise.mutation import may_change
-from fastvit.recognise.products import STARTS, Product, flat_einsum
+from fastvit.recognise.mutation import asks_in_place, may_change
+from fastvit.recognise.products import flat_einsum
 from fastvit.recognise.regions import Region
 from fastvit.recognise.vocabulary import IN_PLACE, SAME
-from fastvit.recognise.whole import WHOLE
 from fastvit.reference.functional import BatchNorm
 
 __all__ = ["Fusing", "fuse"]
@@ -92,6 +92,7 @@ _METHODS: dict[Any, Callable[..., Any]] = {
 
 _ENTER = (torch.amp.autocast_mode._enter_autocast, grad_mode._enter_inference_mode)
 _EXIT = (torch.amp.autocast_mode._exit_autocast, grad_mode._exit_inference_mode)
+_STARTS, _WHOLE = KINDS["all"]
 _PURE = ("torch", "_operator", "builtins", "math", "einops")
 """Packages whose functions change their arguments only where ``may_change`` says so."""
 
@@ -254,13 +255,13 @@ class _Map(NamedTuple):
     """A map that a node gives.
 
     Attributes:
-        chain: what has been applied to it.
+        chain: what has been applied to it; Parts where the node gives a tuple.
         nodes: those that made it, the first product in front.
         ambient: of all of them.
         region: of all of them.
     """
 
-    chain: Chain
+    chain: Any
     nodes: tuple[fx.Node, ...]
     ambient: Ambient
     region: type[Region]
@@ -320,48 +321,74 @@ class _Walk:
         told: tuple[str, ...] = ()
         try:
             call = _Read.of(node)
-            places = [place for place, each in enumerate(call.nodes) if isinstance(each, fx.Node) and each in self.maps]
-            if places:
-                map_ = self.maps[call.nodes[places[0]]]
-                told = map_.chain.told
-                self._go_on(node, call, map_, places, region)
-            elif call.func in STARTS:
+            found = {place: self.maps.get(each) for place, each in enumerate(call.nodes) if isinstance(each, fx.Node)}
+            places = steps_of(call.func, {place: each.chain for place, each in found.items() if each is not None})
+            if places and self._goes_on(node, call, self.maps[call.nodes[places[0]]], places, region):
+                return
+            if call.func in _STARTS:
                 self._begin(node, call, region)
-            elif call.func in WHOLE:
+            if call.func in _WHOLE:
                 told = (name_of(call.func),)
                 _check_ordinary(call)
-                taken, run = WHOLE[call.func](call.args, call.kwargs)
-                _check_taken(taken, region.backend)
-                self._replace(node, (), lambda: run(region.backend))
+                taken = _WHOLE[call.func](call.args, call.kwargs)
+                if taken is None:
+                    return
+                _check_taken(taken[0], region.backend)
+                self._replace(node, (), lambda: taken[1](region.backend))
         except BreaksOff as reason:
-            if told:
-                _operator.log.debug("left plain in a compiled graph: %s; %s", ", ".join(told), reason)
+            _log(told, reason)
+
+    def _goes_on(self, node: fx.Node, call: _Read, map_: _Map, places: list[int], region: type[Region]) -> bool:
+        """Whether a call on a map is a step of its chain, or its end."""
+        if isinstance(map_.chain, Parts):
+            return self._pick(node, map_)
+        try:
+            self._go_on(node, call, map_, places, region)
+        except BreaksOff as reason:
+            _log(map_.chain.told, reason)
+            return False
+        return True
 
     def _begin(self, node: fx.Node, call: _Read, region: type[Region]) -> None:
         _check_ordinary(call)
-        chain = STARTS[call.func](call.args, call.kwargs)
+        chain = begun(_STARTS, call.func, call.args, call.kwargs)
         if chain is not None:
-            self.maps[node] = _Map(chain, (node,), Ambient.now(chain.q.device.type), region)
+            self.maps[node] = _Map(chain, (node,), Ambient.now(chain.device.type), region)
+
+    def _pick(self, node: fx.Node, map_: _Map) -> bool:
+        """One of the pieces of a map."""
+        index = node.args[1]
+        if node.target is operator.getitem and isinstance(index, int):
+            self.maps[node] = map_._replace(nodes=(*map_.nodes, node), chain=map_.chain.chains[index])
+        return node in self.maps
 
     def _go_on(self, node: fx.Node, call: _Read, map_: _Map, places: list[int], region: type[Region]) -> None:
         chain = map_.chain
         _check_ordinary(call)
-        if len(places) > 1:
-            break_off(f"{name_of(call.func)} takes two maps")
-        if Ambient.now(chain.q.device.type) != map_.ambient or region is not map_.region:
+        if Ambient.now(chain.device.type) != map_.ambient or region is not map_.region:
             break_off("gradients or autocast were switched, or the module left, since the map began")
-        read = advance(chain, call.func, places[0], call.args, call.kwargs)
-        if isinstance(read, Product):
-            if chain.dtype != read.values.dtype == chain.q.dtype and map_.ambient.autocast is not None:
-                chain = chain._replace(dtype=read.values.dtype)
+        if len(places) == 1:
+            read = advance(chain, call.func, places[0], call.args, call.kwargs)
+        else:
+            map_, read = self._both(call, map_, places)
+        if isinstance(read, ENDS):
+            chain = chain.meeting(read, map_.ambient.autocast)
             _check_taken(chain.operator(), region.backend)
             self._check_alone(node, map_)
-            self._replace(node, map_.nodes, lambda: finished(chain, read, region.backend))
+            self._replace(node, map_.nodes, lambda: chain.finished(read, region.backend))
             return
         made = map_._replace(nodes=(*map_.nodes, node), chain=chain if read is SAME else read)
         self.maps[node] = made
-        if call.func in IN_PLACE:
+        if call.func in IN_PLACE or asks_in_place(call.func, call.args, call.kwargs):
             self.maps[call.nodes[places[0]]] = made
+
+    def _both(self, call: _Read, map_: _Map, places: list[int]) -> tuple[_Map, Any]:
+        """A map with the nodes of two, in their order, and the chain behind a call on both."""
+        other = self.maps[call.nodes[places[1]]]
+        if len(places) > 2 or isinstance(other.chain, Parts) or other[2:] != map_[2:]:
+            break_off(f"{name_of(call.func)} takes several maps")
+        nodes = sorted({*map_.nodes, *other.nodes}, key=self.order.__getitem__)
+        return map_._replace(nodes=tuple(nodes)), advance_both(map_.chain, other.chain, call.func)
 
     def _check_alone(self, node: fx.Node, map_: _Map) -> None:
         """BreaksOff where something beside the chain uses its maps, changes its operands, or reads what it moves."""
@@ -440,6 +467,11 @@ class _Walk:
 
 def _strides(value: Any) -> Any:
     return map_aggregate(value, lambda each: each.stride() if isinstance(each, Tensor) else None)
+
+
+def _log(told: tuple[str, ...], reason: BreaksOff) -> None:
+    if told:
+        _operator.log.debug("left plain in a compiled graph: %s; %s", ", ".join(told), reason)
 
 
 def _check_taken(operator: str, backend: str) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastvit.recognise.chain import Chain
+from fastvit.recognise.hidden import Hidden
 from fastvit.recognise.mutation import may_change, storages
 from fastvit.recognise.vocabulary import VIEWS
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["METADATA", "Ambient", "DeferredMap", "Node", "computed", "make", "plainly"]
+__all__ = ["METADATA", "Ambient", "DeferredMap", "Node", "computed", "make", "part", "plainly"]
 
 
 class Ambient(NamedTuple):
@@ -72,11 +73,16 @@ _HERE = object()
 """Stands for the parent's map among the arguments."""
 
 
+def part(map_: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Tensor:
+    """One of the pieces into which func(map_, *args) cuts a map."""
+    return func(map_, *args, **kwargs)[index]
+
+
 class Node:
     """One recorded call.
 
     Attributes:
-        parent: whose map the call takes; None for the first.
+        parent: whose map the call takes; None for the first. other: that of a second map it takes.
         chain: what has been applied up to here.
         tensors: every tensor that the map is made of.
         value: the map, once it was computed.
@@ -84,7 +90,7 @@ class Node:
     """
 
     __slots__ = (
-        *("parent", "func", "args", "kwargs", "chain", "ambient", "tensors"),
+        *("parent", "other", "func", "args", "kwargs", "chain", "ambient", "tensors"),
         *("value", "needs_gradient", "children", "effect", "__weakref__"),
     )
 
@@ -94,16 +100,21 @@ class Node:
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        chain: Chain,
+        chain: Chain | Hidden,
         ambient: Ambient,
         tensors: tuple[Tensor, ...],
         map_: Tensor | None = None,
+        other: Node | None = None,
     ) -> None:
         self.parent, self.func, self.chain, self.ambient, self.tensors = parent, func, chain, ambient, tensors
+        self.other = other
+        if other is not None:
+            self.tensors += other.tensors
+            other.children.append(weakref.ref(self))
         self.args = args if map_ is None else tuple([_HERE if value is map_ else value for value in args])
         self.kwargs = kwargs
         self.value: Tensor | None = None
-        self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in tensors)
+        self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in self.tensors)
         self.children: list[weakref.ref[Node]] = []
         self.effect: Effect | None = None if parent is None else parent.effect
         if parent is not None:
@@ -114,14 +125,25 @@ class Node:
     @property
     def is_view(self) -> bool:
         """Whether the map shares its parent's memory."""
-        return self.func in VIEWS
+        return self.func in VIEWS or self.func is part
+
+    def is_stale(self) -> bool:
+        """Whether a map that it is made of has been computed, and may have been changed since."""
+        node: Node | None = self
+        while node is not None:
+            if node.other is not None and (node.other.value is not None or node.other.is_stale()):
+                return True
+            node = node.parent
+            if node is not None and node.value is not None:
+                return True
+        return False
 
     def ancestors(self) -> Iterator[Node]:
-        """The parent, its parent and so on."""
-        node = self.parent
-        while node is not None:
-            yield node
-            node = node.parent
+        """All that it is made of, parents behind their children."""
+        for node in (self.parent, self.other):
+            if node is not None:
+                yield node
+                yield from node.ancestors()
 
     def living(self) -> Iterator[Node]:
         """The nodes made of this one that somebody still holds."""
@@ -131,10 +153,10 @@ class Node:
                 yield child
 
     def family(self) -> list[Node]:
-        """All living nodes of the same first call."""
-        found = [self, *self.ancestors()][-1:]
+        """All living nodes of the same first calls."""
+        found = [node for node in (self, *self.ancestors()) if node.parent is None]
         for node in found:
-            found.extend(node.living())
+            found.extend(child for child in node.living() if child not in found)
         return found
 
     def shares(self, memory: set[int]) -> bool:
@@ -154,7 +176,7 @@ class Node:
                 for each in self.parent.living():
                     each.compute()
             if not self.needs_gradient:  # else a gradient may yet be asked of the calls
-                self.parent, self.args, self.kwargs, self.tensors = None, (), {}, ()
+                self.parent, self.other, self.args, self.kwargs, self.tensors = None, None, (), {}, ()
         return self.value
 
     def again(self, instead: Mapping[int, Tensor]) -> Tensor:
@@ -163,6 +185,8 @@ class Node:
 
     def _call(self, before: Tensor | None, instead: Mapping[int, Tensor]) -> Tensor:
         def given(value: Any) -> Any:
+            if type(value) is DeferredMap:
+                return value.node.again(instead) if instead else value.node.compute()
             return before if value is _HERE else instead.get(id(value), value)
 
         args, kwargs = pytree.tree_map(given, (self.args, self.kwargs)) if instead else (self.args, self.kwargs)
@@ -184,7 +208,7 @@ class DeferredMap(Tensor):
         chain = cell[0].chain
         shape = chain.shape
         made = Tensor._make_wrapper_subclass(
-            cls, shape, _strides(shape, chain.order), dtype=chain.dtype, device=chain.q.device
+            cls, shape, _strides(shape, chain.order), dtype=chain.dtype, device=chain.device
         )
         made.cell = cell
         return made

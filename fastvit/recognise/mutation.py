@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["may_change", "storages"]
+__all__ = ["asks_in_place", "may_change", "storages"]
 
 _CHANGES = frozenset({"__setitem__", "__set__", "__delitem__", "__setstate__"})
 _LAYS_OPEN = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "_typed_storage"})
@@ -43,13 +43,16 @@ _INPLACE = _places_of_inplace()
 """By function, where its argument ``inplace`` stands."""
 
 
+def asks_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether its argument ``inplace`` has a function change the first of its tensors."""
+    place = _INPLACE.get(func)
+    return bool(kwargs.get("inplace")) or (place is not None and len(args) > place and bool(args[place]))
+
+
 def may_change(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call may change, or lay open, the memory of one of its tensors."""
-    if _by_name(func) or kwargs.get("out") is not None or kwargs.get("inplace"):
+    if _by_name(func) or kwargs.get("out") is not None or asks_in_place(func, args, kwargs):
         return True
-    place = _INPLACE.get(func)
-    if place is not None:
-        return len(args) > place and bool(args[place])
     if func is F.batch_norm:  # running statistics
         return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
     return False

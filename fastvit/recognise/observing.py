@@ -13,13 +13,24 @@ from torch.overrides import TorchFunctionMode
 
 from fastvit import autotune
 from fastvit.ops import _operator
-from fastvit.recognise.chain import BreaksOff, Chain, break_off
-from fastvit.recognise.deferred import advance, finished, name_of, ordinary, transformed
+from fastvit.recognise.chain import BreaksOff, break_off
+from fastvit.recognise.deferred import (
+    ENDS,
+    KINDS,
+    advance,
+    advance_both,
+    begun,
+    name_of,
+    ordinary,
+    steps_of,
+    transformed,
+)
+from fastvit.recognise.hidden import Parts
 from fastvit.recognise.maps import METADATA, Ambient
+from fastvit.recognise.mutation import asks_in_place
 from fastvit.recognise.places import modules_running, user_line
-from fastvit.recognise.products import STARTS, Product, flat_einsum
+from fastvit.recognise.products import flat_einsum
 from fastvit.recognise.vocabulary import IN_PLACE, SAME
-from fastvit.recognise.whole import WHOLE
 
 __all__ = ["Observing", "Seen", "saves_through_hooks"]
 
@@ -46,21 +57,24 @@ class Seen(NamedTuple):
 
 
 class _Followed(NamedTuple):
-    chain: Chain
+    chain: Any
     ambient: Ambient
     modules: tuple[nn.Module, ...]
+    goes_on: bool = False
+    """Whether a chain was made of the value. A product or linear layer of which none is, is no map."""
 
 
 class Observing(TorchFunctionMode):
-    """Tells of each chain in the code that runs within it.
+    """Tells of each chain of a kind (one of ``deferred.KINDS``) in the code that runs within it.
 
     Attributes:
         kept: whether the gradient of a map was asked for, or a map stood in what :meth:`keeps` was shown.
     """
 
-    def __init__(self, tell: Callable[[Seen], None], backend: str = "auto") -> None:
+    def __init__(self, tell: Callable[[Seen], None], backend: str = "auto", kind: str = "all") -> None:
         super().__init__()
         self.tell, self.backend = tell, backend
+        self.starts, self.wholes = KINDS[kind]
         self.followed: dict[int, tuple[weakref.ref[Tensor], _Followed]] = {}
         self.kept = False
 
@@ -77,7 +91,8 @@ class Observing(TorchFunctionMode):
     def keeps(self, value: Any) -> bool:
         """Whether a map stands in a value: an output, or the attributes of a module."""
         if isinstance(value, Tensor):
-            return self._of(value) is not None
+            followed = self._of(value)
+            return followed is not None and (len(followed.chain.told) > 1 or followed.goes_on)
         if isinstance(value, dict):
             return any(map(self.keeps, value.values()))
         return isinstance(value, (tuple, list)) and any(map(self.keeps, value))
@@ -89,26 +104,26 @@ class Observing(TorchFunctionMode):
     def _look(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
-        places = [place for place, value in enumerate(args) if self.followed and self._of(value) is not None]
-        if places:
-            self._look_on(func, places, args, kwargs, out)
+        found = {place: self._of(value) for place, value in enumerate(args) if self.followed}
+        places = steps_of(func, {place: each.chain for place, each in found.items() if each is not None})
+        if places and self._look_on(func, places, args, kwargs, out):
             return
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not given or not ordinary(given, given[0].device):
             return
-        if func in WHOLE:
+        if func in self.wholes:
             self._look_at_whole(func, args, kwargs)
-        elif func in STARTS:
-            chain = STARTS[func](args, kwargs)
-            if chain is not None:
-                self._follow(out, _Followed(chain, Ambient.now(chain.q.device.type), modules_running()))
+        chain = begun(self.starts, func, args, kwargs) if func in self.starts else None
+        if chain is not None:
+            self._follow(out, _Followed(chain, Ambient.now(chain.device.type), modules_running()))
 
     def _follow(self, out: Any, followed: _Followed) -> None:
         if isinstance(out, Tensor) and tuple(out.shape) == followed.chain.shape and out.dtype == followed.chain.dtype:
             key = id(out)
             self.followed[key] = (weakref.ref(out, lambda _: self.followed.pop(key, None)), followed)
 
-    def _look_on(self, func: Any, places: list[int], args: Any, kwargs: Any, out: Any) -> None:
+    def _look_on(self, func: Any, places: list[int], args: Any, kwargs: Any, out: Any) -> bool:
+        """Whether the chain goes on, or ends with an operator, in a call on a map."""
         place = places[0]
         followed = self._of(args[place])
         assert followed is not None
@@ -117,51 +132,68 @@ class Observing(TorchFunctionMode):
             self.kept = True
         try:
             others = [value for position, value in enumerate((*args, *kwargs.values())) if position != place]
-            if len(places) > 1 or not ordinary(others, chain.q.device):
+            if len(places) > 2 or not ordinary(others, chain.device):
                 break_off("its other tensors are maps too, or not ordinary ones of one device")
-            if Ambient.now(chain.q.device.type) != followed.ambient:
+            if Ambient.now(chain.device.type) != followed.ambient:
                 break_off("gradients or autocast were switched since the map began")
-            read = advance(chain, func, place, args, kwargs)
+            if len(places) == 1:
+                read = advance(chain, func, place, args, kwargs)
+            else:
+                read = advance_both(chain, self._of(args[places[1]]).chain, func)  # type: ignore[union-attr]
         except BreaksOff as reason:
             self._ended(followed, chain.told, None, str(reason))
             self.followed.pop(id(args[place]), None)
-            return
-        if isinstance(read, Product):
-            self._look_at_product(followed, read)
+            return False
+        for at in places:
+            self._goes_on(args[at])
+        if isinstance(read, ENDS):
+            return self._look_at_end(followed, read)
+        if isinstance(read, Parts):
+            for each, of_piece in zip(out, read.chains, strict=True):
+                self._follow(each, followed._replace(chain=of_piece))
         elif read is not SAME:
-            if func in IN_PLACE:
+            if func in IN_PLACE or asks_in_place(func, args, kwargs):
                 self.followed.pop(id(args[place]), None)
             self._follow(out, followed._replace(chain=read))
+        return True
 
-    def _look_at_product(self, followed: _Followed, product: Product) -> None:
-        chain = followed.chain
-        if chain.dtype != product.values.dtype == chain.q.dtype and followed.ambient.autocast is not None:
-            chain = chain._replace(dtype=product.values.dtype)
-        told = (*chain.told, product.name)
+    def _goes_on(self, value: Tensor) -> None:
+        reference, followed = self.followed[id(value)]
+        self.followed[id(value)] = reference, followed._replace(goes_on=True)
+
+    def _look_at_end(self, followed: _Followed, end: Any) -> bool:
+        """Whether an operator takes the chain."""
+        chain = followed.chain.meeting(end, followed.ambient.autocast)
+        told = (*chain.told, end.name)
         try:
-            backend = chosen(lambda: finished(chain, product, self.backend))
+            backend = chosen(lambda: chain.finished(end, self.backend))
             if backend == _operator.REFERENCE and self.backend == _operator.AUTO:
                 break_off(f"no kernel of {chain.operator()} takes it here")
-            self._ended(followed, told, chain.operator(), "", backend)
         except BreaksOff as reason:
             self._ended(followed, told, None, str(reason))
+            return False
+        self._ended(followed, told, chain.operator(), "", backend)
+        return True
 
     def _look_at_whole(self, func: Any, args: Any, kwargs: Any) -> None:
-        begun = _Followed(None, None, modules_running())  # type: ignore[arg-type]
+        here = _Followed(None, None, modules_running())  # type: ignore[arg-type]
         told = (name_of(func),)
         try:
-            operator, run = WHOLE[func](args, kwargs)
+            taken = self.wholes[func](args, kwargs)
+            if taken is None:
+                return
+            operator, run = taken
             backend = chosen(lambda: run(self.backend))
             if backend == _operator.REFERENCE and self.backend == _operator.AUTO:
                 break_off(f"no kernel of {operator} takes it here")
-            self._ended(begun, told, operator, "", backend)
+            self._ended(here, told, operator, "", backend)
         except BreaksOff as reason:
-            self._ended(begun, told, None, str(reason))
+            self._ended(here, told, None, str(reason))
 
     def _ended(
         self, followed: _Followed, told: tuple[str, ...], operator: str | None, reason: str, backend: str | None = None
     ) -> None:
-        """Tell of it; a product of which nothing more was made was no map."""
+        """Tell of it; a product of which nothing more was made was no map, and a linear layer no MLP."""
         if operator is None and not set(told) - _SHAPING:
             return
         common = [one for one, other in zip(followed.modules, modules_running(), strict=False) if one is other]
@@ -170,7 +202,7 @@ class Observing(TorchFunctionMode):
 
 
 _OF_GRADIENTS = frozenset({"register_hook", "retain_grad", "grad", "register_post_accumulate_grad_hook"})
-_SHAPING = frozenset({"q@k^T", "permute", "reshape"})
+_SHAPING = frozenset({"q@k^T", "permute", "reshape", "linear", "conv2d 1x1"})
 
 
 class _Chosen(Exception):  # noqa: N818 (no error: it ends the call where the choice is made)

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit.recognise.chain import Axes, Bias, Cast, Chain, Mix, Step, break_off
+from fastvit.recognise.chain import Axes, Bias, Cast, Chain, Mix, Product, Step, break_off
 from fastvit.recognise.transitions import follow
 
 __all__ = [
     "STARTS",
-    "Product",
     "arguments",
     "flat_einsum",
     "is_number",
@@ -32,20 +31,6 @@ LARGEST_HEAD_DIM = 256
 
 Args = Sequence[Any]
 Kwargs = dict[str, Any]
-
-
-class Product(NamedTuple):
-    """The map times the values.
-
-    Attributes:
-        values: (*lead, Nk, Dv), leading axes that broadcast.
-        places: the axis of (*lead, Nq, Dv) at each place of the result; None: as they are counted.
-        name: how it is spelled.
-    """
-
-    values: Tensor
-    places: Axes | None
-    name: str
 
 
 def multiplied_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -23,16 +23,17 @@ from fastvit.recognise.chain import (
     Fill,
     Normalise,
     Permute,
+    Product,
     Reshape,
     Scale,
     Softmax,
     Step,
     break_off,
 )
-from fastvit.recognise.products import Args, Kwargs, Product, arguments, is_number, mixed, read_einsum, read_product
+from fastvit.recognise.products import Args, Kwargs, arguments, is_number, mixed, read_einsum, read_product
 from fastvit.reference.functional import BatchNorm, LayerNorm
 
-__all__ = ["IN_PLACE", "READERS", "SAME", "VIEWS"]
+__all__ = ["IN_PLACE", "READERS", "SAME", "UNCHANGED", "VIEWS"]
 
 
 class _Same:
@@ -134,7 +135,7 @@ def _cast_to(chain: Chain, place: int, args: Args, kwargs: Kwargs) -> Read:
             dtype, value = value.dtype, value.device
         if isinstance(value, torch.dtype):
             dtype = value
-        elif not isinstance(value, bool) and value is not None and value != chain.q.device:
+        elif not isinstance(value, bool) and value is not None and value != chain.device:
             break_off(f"the map is brought to {value}")
     if kwargs.get("copy") or len(args) > 3 or "memory_format" in kwargs:
         return (Cast(dtype),)
@@ -296,9 +297,25 @@ VIEWS: dict[Callable[..., Any], Reader] = _table(
 )
 """Those whose result shares the map's memory."""
 
+UNCHANGED: dict[Callable[..., Any], Reader] = _table(
+    (_dropped, (F.dropout,)),
+    (_by(_dropped, names="input p train"), (torch.dropout,)),
+    (_copied, (_T.clone, torch.clone)),
+    (_contiguous, (_T.contiguous,)),
+    (_cast_to, (_T.to,)),
+    (_of_type, (_T.type,)),
+    (_as_type, (_T.type_as,)),
+    (_cast(torch.float32), (_T.float,)),
+    (_cast(torch.float16), (_T.half,)),
+    (_cast(torch.bfloat16), (_T.bfloat16,)),
+    (_cast(torch.float64), (_T.double,)),
+)
+"""Those that leave the numbers as they are, but for rounding."""
+
 READERS: dict[Callable[..., Any], Reader] = {
     **IN_PLACE,
     **VIEWS,
+    **UNCHANGED,
     **_table(
         (_times, (torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.multiply, _T.multiply)),
         (_divided, (torch.div, _T.div, _T.__truediv__, torch.divide, _T.divide, torch.true_divide, _T.true_divide)),
@@ -309,17 +326,6 @@ READERS: dict[Callable[..., Any], Reader] = {
         (_by(_chosen, names="input condition other"), (_T.where,)),
         (_softmaxed, (torch.softmax, _T.softmax, torch.special.softmax)),
         (_by(_softmaxed, names="input dim _stacklevel dtype"), (F.softmax,)),
-        (_dropped, (F.dropout,)),
-        (_by(_dropped, names="input p train"), (torch.dropout,)),
-        (_copied, (_T.clone, torch.clone)),
-        (_contiguous, (_T.contiguous,)),
-        (_cast_to, (_T.to,)),
-        (_of_type, (_T.type,)),
-        (_as_type, (_T.type_as,)),
-        (_cast(torch.float32), (_T.float,)),
-        (_cast(torch.float16), (_T.half,)),
-        (_cast(torch.bfloat16), (_T.bfloat16,)),
-        (_cast(torch.float64), (_T.double,)),
         (_linear, (F.linear,)),
         (_conv2d, (F.conv2d, torch.conv2d)),
         (_layer_norm, (F.layer_norm, torch.layer_norm)),

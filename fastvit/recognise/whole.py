@@ -1,4 +1,4 @@
-"""Torch's own attention functions, of which one call holds the whole chain, handed to the operators."""
+"""Torch's own functions of which one call holds a whole chain, handed to the operators: attention, depthwise conv2d."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvit import ops
 from fastvit.recognise.chain import FEW_QUERIES, BreaksOff, break_off
 
-__all__ = ["WHOLE"]
+__all__ = ["CONVOLUTIONS", "WHOLE"]
 
 Whole = Callable[[str], Any]
 """Computes the call by an operator with this backend."""
@@ -165,16 +165,59 @@ def multi_head(
     return "masked_attention", run
 
 
+def depthwise(
+    input: Tensor,  # noqa: A002 (as torch names it)
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[str, Whole] | None:
+    """The operator and the call for a depthwise ``F.conv2d`` of tokens seen as an image; None for any other."""
+    if groups == 1 or input.dim() != 4 or not groups == input.shape[1] == weight.shape[0]:
+        return None
+    channels, (height, width) = groups, input.shape[2:]
+    stride, dilation = _only(stride), _only(dilation)
+    padding = weight.shape[-1] // 2 if padding == "same" else 0 if padding == "valid" else _only(padding)
+    if stride is None or padding is None or dilation != 1 or weight.shape[2] != weight.shape[3]:
+        break_off("a depthwise convolution that is dilated, or not the same along both axes")
+    if 0 in input.shape or input.dtype != weight.dtype:
+        break_off(f"an input of {input.dtype} {tuple(input.shape)} for a weight of {weight.dtype}")
+    if torch.is_autocast_enabled(input.device.type):
+        break_off("autocast")
+    along_w = input.stride(3)
+    if input.stride(1) != 1 or along_w != channels or input.stride(2) != width * along_w:
+        break_off("its input lies channel by channel, for which torch's own is made")
+    rows, columns = ((size + 2 * padding - weight.shape[2]) // stride + 1 for size in (height, width))
+    if rows < 1 or columns < 1:
+        break_off(f"a kernel {tuple(weight.shape[2:])} is larger than its input {(height, width)}")
+
+    def run(backend: str) -> Tensor:
+        tokens, grid = input.flatten(2).transpose(1, 2), (height, width)
+        out = ops.token_depthwise_conv(tokens, weight, bias, grid=grid, stride=stride, padding=padding, backend=backend)
+        return out.transpose(1, 2).unflatten(2, (rows, columns))
+
+    return "token_depthwise_conv", run
+
+
+def _only(value: Any) -> int | None:
+    """The number that stands for both axes; None where they differ."""
+    if isinstance(value, int):
+        return value
+    return value[0] if len(set(value)) == 1 else None
+
+
 _SIGNATURES: dict[Callable[..., Any], Callable[..., tuple[str, Whole]]] = {
     F.scaled_dot_product_attention: scaled_dot_product,
     F.multi_head_attention_forward: multi_head,
 }
 
 
-def _reader(read: Callable[..., tuple[str, Whole]]) -> Callable[[Any, Any], tuple[str, Whole]]:
+def _reader(read: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     names = inspect.signature(read)
 
-    def bound(args: Any, kwargs: Any) -> tuple[str, Whole]:
+    def bound(args: Any, kwargs: Any) -> Any:
         try:
             names.bind(*args, **kwargs)
         except TypeError as error:
@@ -185,4 +228,7 @@ def _reader(read: Callable[..., tuple[str, Whole]]) -> Callable[[Any, Any], tupl
 
 
 WHOLE = {function: _reader(read) for function, read in _SIGNATURES.items()}
-"""By function, how its arguments are read."""
+"""Attention: by function, how its arguments are read, as the operator's name and the call."""
+
+CONVOLUTIONS = dict.fromkeys((F.conv2d, torch.conv2d), _reader(depthwise))
+"""The same of convolutions; None where it is not depthwise."""

@@ -107,11 +107,13 @@ def obstacles(part: Any, *expected: type) -> list[str]:
     """Why the tensors and settings of a part may not be used without calling it (none: they may).
 
     Each follows its name: "is ParametrizedLinear, ...", "has forward hooks, ...". Hooks for all modules, which come and
-    go, are left out.
+    go, are left out, and so is a fused class that yields to a row for the whole.
     """
     if symbolically_traced():
         return ["is traced by torch.fx, which records the modules that are called"]
-    cls = type(part)
+    cls: Any = type(part)
+    if getattr(cls, "fastvit_yields", False):
+        cls = cls.fastvit_plain
     if cls not in expected:
         return [f"is {cls.__name__}, expected is exactly {' or '.join(each.__name__ for each in expected)}"]
     if part is None:

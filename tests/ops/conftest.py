@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,12 +19,3 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C._set_cpu_capability(request.param)
     yield request.param
     _C._set_cpu_capability(before)
-
-
-@pytest.fixture
-def kernels_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is measured our own products are taken, as on CPUs with vectors, on others too."""
-    for name in ("linear", "conv_batch_norm"):
-        module = sys.modules[f"fastvit.ops.{name}"]
-        monkeypatch.setattr(module, "HAS_VECTORS", True)
-        monkeypatch.setattr(module, "_FASTER", {})

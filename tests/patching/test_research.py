@@ -258,7 +258,7 @@ class TwiceDropped(Perceptron):
 
 
 class Forward(nn.Module):
-    """As vit-pytorch's FeedForward."""
+    """As vit-pytorch's FeedForward, whose Sequential is fused."""
 
     def __init__(self, drop: float = 0.0):
         super().__init__()

@@ -122,7 +122,10 @@ def test_a_layer_over_sequences_first_is_known_by_what_it_computes():
     layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0)
     model = shake(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
     patch(model, example=tokens())
-    assert [(row.cls, row.status) for row in report(model).rows] == [("MultiheadAttention", "patched")]
+    assert [(row.cls, row.status) for row in report(model).rows] == [
+        ("TransformerEncoderLayer", "patched"),
+        ("MultiheadAttention", "patched"),
+    ]
     same(model, tokens())
 
 
@@ -131,3 +134,67 @@ def test_compile_without_graph_breaks():
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     torch._dynamo.reset()
+
+
+# --- MLPs in nn.Sequential ------------------------------------------------------------------------------------------
+
+
+class Named(nn.Sequential):
+    pass
+
+
+def layers(drop: float = 0.0) -> list[nn.Module]:
+    return [nn.Linear(48, 96), nn.GELU(), nn.Dropout(drop), nn.Linear(96, 48), nn.Dropout(drop)]
+
+
+SEQUENCES = {
+    "alone": lambda: nn.Sequential(*layers()[:4]),
+    "behind a norm": lambda: nn.Sequential(nn.LayerNorm(48), *layers()),
+    "of a class of its own": lambda: Named(nn.Linear(48, 96), nn.Dropout(0.0), nn.SiLU(), nn.Linear(96, 48)),
+    "behind another layer": lambda: nn.Sequential(nn.Linear(48, 48), nn.LayerNorm(48), nn.Tanh(), *layers()),
+    "three layers": lambda: nn.Sequential(*layers(), nn.Tanh(), nn.Linear(48, 48)),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@DTYPES
+def test_sequences(name, dtype):
+    model = nn.Sequential(shake(SEQUENCES[name]()).eval())
+    check_inference(model, tokens(), dtype)
+    check_training(model, tokens(), dtype)
+    patch(model, verify=tokens().to(dtype))
+    assert [(row.name, row.op) for row in report(model).rows] == [("0", "mlp")]
+    assert [row.op for row in explain(model, tokens().to(dtype)).rows] == ["mlp"]
+
+
+def test_a_sequence_that_was_changed_or_is_heard_is_called():
+    heard: list[Tensor] = []
+    model = shake(nn.Sequential(nn.LayerNorm(48), *layers())).eval()
+    patch(model)
+    model[2].register_forward_hook(lambda *args: heard.append(args[2]))
+    same(model, tokens())
+    assert len(heard) == 2
+    model[2] = nn.Tanh()
+    same(model, tokens())
+    assert not [row for row in explain(model, tokens()).rows if row.op == "mlp"]
+    model.append(nn.Linear(48, 8))
+    same(model, tokens())
+    assert type(unpatch(model)) is nn.Sequential
+
+
+def test_dropout_in_a_sequence_is_drawn():
+    model = nn.Sequential(*layers(0.5)).train()
+    torch.manual_seed(1)
+    expected = model(tokens())
+    torch.manual_seed(1)
+    torch.testing.assert_close(patch(model)(tokens()), expected, rtol=0.0, atol=0.0)
+
+
+def test_a_sequence_that_overrides_its_forward_runs_it():
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = patch(shake(nn.Sequential(Doubled(*layers()))).eval())
+    for _ in range(2):  # the first call decides
+        same(model, tokens())

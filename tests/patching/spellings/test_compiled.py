@@ -15,12 +15,13 @@ from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.patching.fused_and_plain import joined
 from tests.patching.spellings.calls import gradients, in_float64
 from tests.patching.spellings.compiling import compiled
+from tests.patching.spellings.mlps import CONVOLUTION, MLPS
 from tests.patching.spellings.modules import SPELLINGS
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="kernels in C++ are not built")
 
-NO_KERNEL = ("NormWithoutMix",)
-"""Those whose gradients no kernel computes."""
+NO_KERNEL = ("NormWithoutMix", *(name for name, spelling in MLPS.items() if spelling.operator != CONVOLUTION))
+"""Those whose gradients no kernel computes; those of MLPs are the compiler's, which makes products of its own."""
 
 
 @pytest.fixture(autouse=True)

@@ -674,7 +674,7 @@ def test_nothing_to_gain_is_put_back_with_a_warning():
 
     model = NoMap()
     patch(model)
-    with pytest.warns(UserWarning, match="no attention to fuse in NoMap"):
+    with pytest.warns(UserWarning, match="nothing to fuse in NoMap"):
         model(draw())
     assert type(model) is NoMap
 
