@@ -15,8 +15,8 @@ import fastvit
 from fastvit import __main__
 from fastvit.cli import bench as bench_command
 from fastvit.cli import models
-from fastvit.patching import reference as table
 from fastvit.patching import timing
+from fastvit.patching.rows import reference as table
 
 SMALL = ("--size", "32", "--batch", "2")
 OWN = """
@@ -70,8 +70,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own attention, fused, is off by a thousandth."""
-    right = table.AttentionSeam.attend
-    monkeypatch.setattr(table.AttentionSeam, "attend", lambda self, *args: right(self, *args) * 1.001)
+    right = table.AttentionOverride.attend
+    monkeypatch.setattr(table.AttentionOverride, "attend", lambda self, *args: right(self, *args) * 1.001)
 
 
 def patched_ops(candidate: models.Candidate) -> set[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastvit
-from fastvit.patching import recognise
+from fastvit.patching.rows import reference
 from fastvit.reference import registry
 
 SIZE = {"img_size": 32, "num_classes": 5}
@@ -80,7 +80,7 @@ def test_a_users_subclass_of_a_family_is_fused_as_it_is_built():
 
 
 def test_every_row_names_a_class_that_exists():
-    for row in recognise.reference.ROWS:
+    for row in reference.ROWS:
         module, _, name = row.path.rpartition(".")
         assert inspect.isclass(getattr(sys.modules[module], name)), row.path
         assert row.op in fastvit.ops.OPERATORS

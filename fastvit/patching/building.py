@@ -18,14 +18,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fastvit import backends
-from fastvit.patching import recognise
+from fastvit.patching import matching
 from fastvit.patching.fusion import Fused, give
+from fastvit.patching.rows import TABLES
 
 LIBRARIES = tuple(
-    sorted(
-        {row.path.partition(".")[0] for row in itertools.chain(*recognise.TABLES)}
-        - {__name__.partition(".")[0], "torch"}
-    )
+    sorted({row.path.partition(".")[0] for row in itertools.chain(*TABLES)} - {__name__.partition(".")[0], "torch"})
 )
 """The libraries whose classes stand in a table; torch's own are parts of anybody's models."""
 
@@ -72,7 +70,7 @@ def _is_of(module: nn.Module, libraries: frozenset[str]) -> bool:
 def _fuse(module: nn.Module) -> None:
     try:
         with torch.device("cpu"):  # a model may be under construction on "meta", and a block be tried on small inputs
-            match = recognise.recognise(module)
+            match = matching.recognise(module)
     except Exception as error:  # building somebody's model must not fail because of what we make of a block
         log.warning("%s is left alone: %s: %s", type(module).__name__, type(error).__name__, error)
         return

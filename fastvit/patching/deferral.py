@@ -95,7 +95,7 @@ def _untouched(module: nn.Module) -> bool:
 
 
 class _Wrapping(Fused):
-    """A seam whose forward is made for each plain class, so that it has that one's signature."""
+    """An override whose forward is made for each plain class, so that it has that one's signature."""
 
     fastvit_region: ClassVar[Region | None] = None
     """What the plain forward runs in where Dynamo traces it."""
@@ -176,7 +176,7 @@ TRIED_AGAIN_AFTER = 64
 
 SLOWER = "the plain code is faster at this size"
 
-SEAMS: dict[str, type[Recognised]] = {
+OVERRIDES: dict[str, type[Recognised]] = {
     "masked_attention": RecognisedMasked,
     "class_attention": RecognisedClass,
     "head_mixed_attention": RecognisedMixed,
@@ -424,7 +424,7 @@ def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dic
 def recognised_class(verdict: Verdict) -> type[nn.Module]:
     """The class to give the module."""
     assert verdict.op is not None
-    return fused_class(SEAMS[verdict.op], plain_class(verdict.module))
+    return fused_class(OVERRIDES[verdict.op], plain_class(verdict.module))
 
 
 def judge(

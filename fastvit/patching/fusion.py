@@ -1,8 +1,9 @@
 """Fused classes: a plain class with its slow methods replaced, and nothing added to the instance.
 
-A *seam* is a subclass of :class:`Fused` that holds only the methods to replace. ``fused_class(seam, plain)`` puts it in
-front of the plain class, so ``module.__class__ = fused_class(seam, type(module))`` fuses a module in place and
-``module.__class__ = plain_class(module)`` undoes it exactly. The same works for a user's own subclass of a known class.
+An *override* is a subclass of :class:`Fused` that holds only the methods to replace. ``fused_class(override, plain)``
+puts it in front of the plain class, so ``module.__class__ = fused_class(override, type(module))`` fuses a module in
+place and ``module.__class__ = plain_class(module)`` undoes it exactly. The same works for a user's own subclass of a
+known class.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Parts = tuple[tuple[tuple[str, ...], tuple[type, ...]], ...]
 class Fused:
     """What every fused class carries. The attributes live on the class.
 
-    No ``__slots__`` here or in seams: a seam must have the memory layout of an ``nn.Module``, or Python refuses the
-    change of class.
+    No ``__slots__`` here or in overrides: an override must have the memory layout of an ``nn.Module``, or Python
+    refuses the change of class.
     """
 
     fastvit_op: ClassVar[str]
@@ -57,7 +58,7 @@ class Fused:
         def __getattr__(self, name: str) -> Any: ...
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and deepcopy by (seam, plain class), since the class itself is made at run time."""
+        """Pickle and deepcopy by (override, plain class), since the class itself is made at run time."""
         rebuild, args, *rest = tuple(super().__reduce_ex__(max(2, protocol)))
         cls = type(self)
         if args and args[0] is cls:  # what object gives: (copyreg.__newobj__, (cls, ...), state, ...)
@@ -72,30 +73,30 @@ class Fused:
         )
 
 
-def _rebuild(seam: type[Fused], plain: type[nn.Module], backend: str = "auto", *new_args: Any) -> nn.Module:
-    cls = fused_class(seam, plain, backend)
+def _rebuild(override: type[Fused], plain: type[nn.Module], backend: str = "auto", *new_args: Any) -> nn.Module:
+    cls = fused_class(override, plain, backend)
     return cls.__new__(cls, *new_args)
 
 
 _classes: dict[tuple[type[Fused], type[nn.Module], str, Parts], type[nn.Module]] = {}
 
 
-def fused_class(seam: type[Fused], plain: type[nn.Module], backend: str = "auto") -> type[nn.Module]:
-    """The subclass of ``plain`` whose methods ``seam`` replaces; always the same object for the same arguments."""
+def fused_class(override: type[Fused], plain: type[nn.Module], backend: str = "auto") -> type[nn.Module]:
+    """The subclass of ``plain`` whose methods ``override`` replaces; always the same object for the same arguments."""
     keep_pages_mapped()
-    parts = parts_of(seam.fastvit_reads)  # which another registration may have changed
-    key = seam, plain, backend, parts
+    parts = parts_of(override.fastvit_reads)  # which another registration may have changed
+    key = override, plain, backend, parts
     if key not in _classes:
         attributes = {
             "__module__": plain.__module__,
-            "__doc__": seam.__doc__,
+            "__doc__": override.__doc__,
             "fastvit_plain": plain,
             "fastvit_backend": backend,
             "fastvit_parts": parts,
         }
-        cls: Any = type(f"Fused{plain.__name__}", (seam, plain), attributes)
+        cls: Any = type(f"Fused{plain.__name__}", (override, plain), attributes)
         names = {name: cls for known in plain.__mro__[: plain.__mro__.index(nn.Module)] for name in vars(known)}
-        looked_up = [*names.items(), *((name, plain) for name in names if name in vars(seam))]
+        looked_up = [*names.items(), *((name, plain) for name in names if name in vars(override))]
         cls.fastvit_methods = tuple(
             (owner, name, getattr(owner, name))
             for name, owner in looked_up
@@ -233,7 +234,7 @@ class Row:
 
     Attributes:
         path: where the class is defined, ``"timm.models.cait.ClassAttn"``.
-        seam: the methods that replace its own.
+        override: the methods that replace its own.
         check: attributes and shapes; gives the reasons why a module is not as expected.
         known_names: every global and attribute name the forward of the versions read uses; None where the class is
             our own. A forward that uses any other name has changed under us.
@@ -241,19 +242,19 @@ class Row:
     """
 
     path: str
-    seam: type[Fused]
+    override: type[Fused]
     check: Callable[[nn.Module], list[str]] = field(default=lambda module: [])
     known_names: frozenset[str] | None = None
     applies: Callable[[nn.Module], bool] = field(default=lambda module: True)
 
     @property
     def op(self) -> str:
-        """The operator the seam calls."""
-        return self.seam.fastvit_op
+        """The operator the override calls."""
+        return self.override.fastvit_op
 
     def methods(self) -> set[str]:
         """Names of the methods that fusing replaces."""
-        return {name for name, value in vars(self.seam).items() if callable(value) and not name.startswith("__")}
+        return {name for name, value in vars(self.override).items() if callable(value) and not name.startswith("__")}
 
 
 def names_used(code: CodeType) -> set[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from fastvit import backends, ops
 from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, recognised_class
 from fastvit.patching.fusion import for_backend, give, plain_class
-from fastvit.patching.recognise import ATTENTION, LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
+from fastvit.patching.matching import ATTENTION, LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -126,7 +126,7 @@ def survey(
     covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         match = recognise(module)
-        if match is not None and not (module in covered and match.row.seam.fastvit_yields):
+        if match is not None and not (module in covered and match.row.override.fastvit_yields):
             finding = _judge(name, module, match, chosen_ops, backend, filter_fn)
             findings.append(finding)
             if finding.fused is not None and not finding.fused.fastvit_yields:

@@ -11,7 +11,7 @@ from torch import nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
 
-Seam = TypeVar("Seam", bound=type[Fused])
+Override = TypeVar("Override", bound=type[Fused])
 Check = Callable[[nn.Module], list[str]]
 
 REGISTERED: dict[type[nn.Module], Row] = {}
@@ -28,7 +28,7 @@ def register(
     op: str,
     reads: Mapping[str, type | tuple[type, ...]] | None = None,
     check: Check = _no_reasons,
-) -> Callable[[Seam], Seam]:
+) -> Callable[[Override], Override]:
     """Teach ``patch`` to fuse a class of your own.
 
     The decorated class, a subclass of ``fastvit.Fused`` at module level (so that patched models can be pickled), holds
@@ -67,20 +67,20 @@ def register(
     if op not in ops.OPERATORS:
         raise ValueError(f"op: expected one of {sorted(ops.OPERATORS)}, got {op!r}")
 
-    def decorate(seam: Seam) -> Seam:
-        if not (isinstance(seam, type) and issubclass(seam, Fused)):
-            raise TypeError(f"register decorates a class of methods derived from fastvit.Fused, got {seam!r}")
-        seam.fastvit_op = op
-        seam.fastvit_reads = dict(reads or {})
-        row = Row(f"{cls.__module__}.{cls.__qualname__}", seam, check)
+    def decorate(override: Override) -> Override:
+        if not (isinstance(override, type) and issubclass(override, Fused)):
+            raise TypeError(f"register decorates a class of methods derived from fastvit.Fused, got {override!r}")
+        override.fastvit_op = op
+        override.fastvit_reads = dict(reads or {})
+        row = Row(f"{cls.__module__}.{cls.__qualname__}", override, check)
         unknown = sorted(name for name in row.methods() if not hasattr(cls, name))
         if unknown or not row.methods():
-            raise ValueError(f"{seam.__name__}: expected methods of {cls.__name__}, got {unknown or 'none'}")
+            raise ValueError(f"{override.__name__}: expected methods of {cls.__name__}, got {unknown or 'none'}")
         for name in row.methods():
-            if not hasattr(vars(seam)[name], "fastvit_checks"):  # from an earlier registration
-                setattr(seam, name, _checking(vars(seam)[name], name))
+            if not hasattr(vars(override)[name], "fastvit_checks"):  # from an earlier registration
+                setattr(override, name, _checking(vars(override)[name], name))
         REGISTERED[cls] = row
-        return seam
+        return override
 
     return decorate
 

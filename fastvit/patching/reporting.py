@@ -20,6 +20,7 @@ from fastvit.patching.coverage import estimate_share, share_of_flops
 from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, has_fused_class
 from fastvit.patching.fusion import Fused, plain_class
 from fastvit.patching.images import Shape
+from fastvit.patching.matching import ATTENTION, CONVOLUTION, LINEAR, MLP
 from fastvit.patching.plan import (
     PATCHED,
     PLAIN,
@@ -33,7 +34,6 @@ from fastvit.patching.plan import (
     survey,
 )
 from fastvit.patching.preference import backend_for, backends_by_dtype, nothing_faster
-from fastvit.patching.recognise import ATTENTION, CONVOLUTION, LINEAR, MLP
 from fastvit.patching.timing import Times, readable
 from fastvit.patching.verification import END_TO_END, Error
 

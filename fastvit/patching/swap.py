@@ -26,6 +26,7 @@ from fastvit.patching.deferral import (
 from fastvit.patching.folding import unfold
 from fastvit.patching.freezing import unfreeze
 from fastvit.patching.fusion import Fused, check_uncovered, give, is_ours, plain_class, plain_of
+from fastvit.patching.matching import supported
 from fastvit.patching.plan import (
     PATCHED,
     UNRECOGNISED,
@@ -44,7 +45,6 @@ from fastvit.patching.plan import (
     with_open_question,
     with_verdicts,
 )
-from fastvit.patching.recognise import supported
 from fastvit.recognise.observing import Observing, Seen
 
 Model = TypeVar("Model", bound=nn.Module)

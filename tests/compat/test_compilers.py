@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching import explain, is_patched, patch, report, unpatch
-from fastvit.patching import reference as table
 from fastvit.patching.fusion import Fused
+from fastvit.patching.rows import reference as table
 from tests.helpers import assert_as_accurate
 from tests.tiny import FAMILIES, build, images
 
@@ -155,7 +155,7 @@ def test_a_compiled_model_runs_what_patch_put_there(monkeypatch):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         plain = compiled(x)
-        monkeypatch.setattr(table.AttentionSeam, "attend", lambda self, q, k, v, mask: q)
+        monkeypatch.setattr(table.AttentionOverride, "attend", lambda self, q, k, v, mask: q)
         patch(compiled)
         assert not torch.allclose(compiled(x), plain)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastvit import backends, reference
 from fastvit.patching import explain, patch, report, unpatch
-from fastvit.patching.parts import activation_name
+from fastvit.patching.rows.parts import activation_name
 from fastvit.reference import functional
 from tests.patching.fused_and_plain import Logits, check_inference, check_training
 from tests.tiny import ISOTROPIC, shake

@@ -249,7 +249,7 @@ def test_a_block_that_cannot_be_judged_does_not_stop_the_model(monkeypatch, capl
     def fails(module: nn.Module) -> None:
         raise LookupError("new internals")
 
-    monkeypatch.setattr(building.recognise, "recognise", fails)
+    monkeypatch.setattr(building.matching, "recognise", fails)
     fastvit.auto.enable()
     with caplog.at_level(logging.WARNING, "fastvit"):
         assert fused(_timm()) == []

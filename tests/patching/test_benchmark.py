@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastvit.patching import fusion, is_patched, patch, report, timing, unpatch
-from fastvit.patching import reference as table
 from fastvit.patching.fusion import Fused
+from fastvit.patching.rows import reference as table
 from fastvit.patching.timing import Times, interleaved, readable
 from fastvit.reference import ceit
 from tests.tiny import build, images
@@ -57,7 +57,7 @@ def own_clock(monkeypatch):
 @pytest.fixture
 def slow_attention(monkeypatch):
     """Fused attention loses by far, fused convolution wins by far."""
-    monkeypatch.setattr(table.AttentionSeam, "attend", _slowed(table.AttentionSeam.attend))
+    monkeypatch.setattr(table.AttentionOverride, "attend", _slowed(table.AttentionOverride.attend))
     monkeypatch.setattr(ceit, "leff_arguments", _slowed(ceit.leff_arguments))  # the table has its own
 
 
@@ -95,9 +95,9 @@ def test_strict_counts_what_could_be_fused(slow_attention):
 
 
 def test_nothing_wins_warns(monkeypatch):
-    monkeypatch.setattr(table.AttentionSeam, "attend", _slowed(table.AttentionSeam.attend))
-    monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
-    monkeypatch.setattr(table.EmbeddingSeam, "project", _slowed(table.EmbeddingSeam.project))
+    monkeypatch.setattr(table.AttentionOverride, "attend", _slowed(table.AttentionOverride.attend))
+    monkeypatch.setattr(table.MlpOverride, "forward", _slowed(table.MlpOverride.forward))
+    monkeypatch.setattr(table.EmbeddingOverride, "project", _slowed(table.EmbeddingOverride.project))
     told = (
         r"nothing to fuse in ViT:\s+patch_embed: slower here.*\s+blocks.0: attn is not fused, mlp is not fused\s+blocks"
     )
@@ -107,20 +107,20 @@ def test_nothing_wins_warns(monkeypatch):
 
 def test_a_block_is_judged_around_what_its_parts_turned_out_to_be(monkeypatch):
     """Its plain run has the parts that won; where one lost there is nothing to time."""
-    run = table.ReferenceBlockSeam.forward
+    run = table.ReferenceBlockOverride.forward
     parts: set[tuple[bool, ...]] = set()
 
     def recording(self, *args):
         parts.add((isinstance(self.attn, Fused), isinstance(self.mlp, Fused)))
         return run(self, *args)
 
-    monkeypatch.setattr(table.ReferenceBlockSeam, "forward", recording)
+    monkeypatch.setattr(table.ReferenceBlockOverride, "forward", recording)
     model = patch(build("vit"), benchmark=images("vit"))
     assert parts == {(True, True)} and len(fused_names(model)) == 7
-    monkeypatch.setattr(table.ReferenceBlockSeam, "forward", _slowed(recording))
+    monkeypatch.setattr(table.ReferenceBlockOverride, "forward", _slowed(recording))
     rows = {row.name: row for row in report(patch(model, benchmark=images("vit"))).rows}
     assert re.match("slower here", rows["blocks.0"].reasons[0]) and rows["blocks.0.attn"].status == "patched"
-    monkeypatch.setattr(table.MlpSeam, "forward", _slowed(table.MlpSeam.forward))
+    monkeypatch.setattr(table.MlpOverride, "forward", _slowed(table.MlpOverride.forward))
     rows = {row.name: row for row in report(patch(model, benchmark=images("vit"))).rows}
     assert rows["blocks.0"].reasons == ("mlp is not fused",) and rows["blocks.0"].seconds is None
     assert fused_names(model) == ["patch_embed", "blocks.0.attn", "blocks.1.attn"]
@@ -136,7 +136,7 @@ def test_inputs_are_the_real_ones(monkeypatch):
 
         return recording
 
-    monkeypatch.setattr(table.AttentionSeam, "attend", record(table.AttentionSeam.attend))
+    monkeypatch.setattr(table.AttentionOverride, "attend", record(table.AttentionOverride.attend))
     patch(build("vit"), benchmark=images("vit", batch=3))
     (shapes,) = seen.values()
     class_token_alone = (3, 4, 1, 12)  # in the last block, where the whole model is timed

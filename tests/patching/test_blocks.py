@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops._operator import recording
-from fastvit.patching import blocks, is_patched, patch, unpatch
-from fastvit.patching import reference as table
+from fastvit.patching import is_patched, patch, unpatch
 from fastvit.patching.fusion import Fused, give
+from fastvit.patching.rows import blocks
+from fastvit.patching.rows import reference as table
 from fastvit.reference.deepvit import ReAttentionBlock
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.ops.test_call_counts import python_calls

@@ -189,7 +189,7 @@ def test_strict_raises_every_reason_at_once(model):
     patch(build("vit"), strict=True, filter_fn=lambda module, name: "0" in name)
 
 
-def test_a_subclass_with_its_own_forward_around_the_seam_is_fused():
+def test_a_subclass_with_its_own_forward_around_the_override_is_fused():
     block = _AroundAttend(48, 4)
     x = torch.randn(2, 5, 48)
     expected = block(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
-from fastvit.patching.recognise import recognise, supported
+from fastvit.patching.matching import recognise, supported
 from fastvit.patching.register import REGISTERED, register, unregister
 from tests.helpers import assert_as_accurate
 
@@ -146,4 +146,4 @@ def test_bad_use():
         register(Mine, op="masked_attention")(Misspelt)
     with pytest.raises(ValueError, match="Empty: expected methods of Mine, got none"):
         register(Mine, op="masked_attention")(Empty)
-    assert REGISTERED[Mine].seam is FusedMine
+    assert REGISTERED[Mine].override is FusedMine

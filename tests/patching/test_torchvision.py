@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.fusion import Fused
-from fastvit.patching.recognise import recognise
+from fastvit.patching.matching import recognise
 from tests.patching.fused_and_plain import check_inference, check_training
 from tests.tiny import CLASSES, shake
 

@@ -12,7 +12,7 @@ from fastvit import backends
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.copies import plain_copy
 from fastvit.patching.fusion import Fused
-from fastvit.patching.recognise import recognise
+from fastvit.patching.matching import recognise
 from tests.helpers import assert_as_accurate
 from tests.patching.fused_and_plain import Logits, check_inference, check_training, exactly
 from tests.tiny import CLASSES, shake

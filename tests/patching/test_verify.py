@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvit import accuracy
 from fastvit.patching import is_patched, patch, report, verification
-from fastvit.patching import reference as table
+from fastvit.patching.rows import reference as table
 from fastvit.patching.verification import Error, compare
 from tests.tiny import build, images
 
@@ -43,12 +43,12 @@ def test_another_example_is_refused():
 
 @pytest.mark.parametrize("wrong_by", [1e-3, float("nan")])
 def test_a_wrong_fused_class_is_caught_and_the_model_untouched(monkeypatch, wrong_by):
-    right = table.AttentionSeam.attend
+    right = table.AttentionOverride.attend
 
     def wrong(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return right(self, q, k, v, mask) * (1 + wrong_by)
 
-    monkeypatch.setattr(table.AttentionSeam, "attend", wrong)
+    monkeypatch.setattr(table.AttentionOverride, "attend", wrong)
     model = build("vit")
     before = [type(module) for module in model.modules()]
     with pytest.raises(RuntimeError, match=r"verify: less accurate.*\n  blocks.0.attn: relative error") as error:
@@ -74,8 +74,8 @@ def test_an_error_that_was_bad_luck_is_drawn_again(monkeypatch):
 
 
 def test_a_wrong_kernel_is_refused_at_two_logits_too(monkeypatch):
-    right = table.AttentionSeam.attend
-    monkeypatch.setattr(table.AttentionSeam, "attend", lambda self, *qkv: right(self, *qkv) * (1 + 2e-5))
+    right = table.AttentionOverride.attend
+    monkeypatch.setattr(table.AttentionOverride, "attend", lambda self, *qkv: right(self, *qkv) * (1 + 2e-5))
     model = build("vit")
     model.head = nn.Linear(48, 2)
     with pytest.raises(RuntimeError, match=r"blocks.1.attn: relative error [\s\S]*the whole model: relative error"):
@@ -95,7 +95,7 @@ def test_a_block_inside_a_block_is_measured_once_and_in_its_own_dtype():
 
 
 def test_a_fused_class_of_another_shape_is_caught(monkeypatch):
-    monkeypatch.setattr(table.AttentionSeam, "forward", lambda self, x, mask=None: x[:, :1], raising=False)
+    monkeypatch.setattr(table.AttentionOverride, "forward", lambda self, x, mask=None: x[:, :1], raising=False)
     with pytest.raises(RuntimeError, match="blocks.0.attn: relative error inf"):
         patch(build("vit"), verify=images("vit"))
 

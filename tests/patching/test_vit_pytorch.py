@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.patching import explain, patch, report, unpatch
-from fastvit.patching.recognise import recognise
+from fastvit.patching.matching import recognise
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.patching.fused_and_plain import check_inference, check_training
 from tests.tiny import CLASSES, shake

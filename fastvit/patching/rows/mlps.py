@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.parts import activation_name, check_activation, dropout_p, project
+from fastvit.patching.rows.parts import activation_name, check_activation, dropout_p, project
 from fastvit.reference.overrides import is_plain, must_call, obstacles
 
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit.patching import research_seams as seams
-from fastvit.patching import timm, vit_pytorch
 from fastvit.patching.fusion import Row, names_used, plain_class
-from fastvit.patching.parts import check_parameters
-from fastvit.patching.trial import tried
+from fastvit.patching.rows import research_overrides as overrides
+from fastvit.patching.rows import timm, vit_pytorch
+from fastvit.patching.rows.parts import check_parameters
+from fastvit.patching.rows.trial import tried
 
 
 class Pattern(NamedTuple):
@@ -28,16 +28,16 @@ class Pattern(NamedTuple):
 
     Attributes:
         name: the class there.
-        seam: what replaces its forward.
+        override: what replaces its forward.
         looks: whether a module could be one, by its attributes.
         uses: the attributes its forward uses.
         example: positional arguments to try a module on.
         check: reasons why a module that looks like one would always run its plain forward.
-        parts: sub-modules that are blocks of their own, by name, and their seams.
+        parts: sub-modules that are blocks of their own, by name, and their overrides.
     """
 
     name: str
-    seam: Any
+    override: Any
     looks: Callable[[nn.Module], bool]
     uses: frozenset[str]
     example: Callable[[nn.Module], tuple[Any, ...]]
@@ -104,16 +104,20 @@ def _looks_like_known_conv_attention(module: nn.Module) -> bool:
 
 def _fusible_convolutions(module: nn.Module) -> dict[str, Any]:
     names = (f"conv_proj_{name}" for name in "qkv")
-    return {name: seams.ConvProjectionSeam for name in names if _is_fusible_projection(getattr(module, name, None))}
+    return {
+        name: overrides.ConvProjectionOverride for name in names if _is_fusible_projection(getattr(module, name, None))
+    }
 
 
 def _is_fusible_projection(part: Any) -> bool:
-    return isinstance(part, nn.Module) and _looks_like_conv_projection(part) and not seams.check_conv_projection(part)
+    return (
+        isinstance(part, nn.Module) and _looks_like_conv_projection(part) and not overrides.check_conv_projection(part)
+    )
 
 
 def _looks_like_mlp(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
-    holds = _holds(module, "fc1", "act", "fc2") and parts <= {"fc1", "act", "fc2", *seams.DROPOUTS}
+    holds = _holds(module, "fc1", "act", "fc2") and parts <= {"fc1", "act", "fc2", *overrides.DROPOUTS}
     return holds and not isinstance(module.fc1, nn.Conv2d) and len(_parameters(module)) == 1
 
 
@@ -126,7 +130,7 @@ def _looks_like_conv_projection(module: nn.Module) -> bool:
 
 
 def _looks_like_generator(module: nn.Module) -> bool:
-    conv = seams.convolution(module)
+    conv = overrides.convolution(module)
     depthwise = isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels
     alone = {name for name, _ in module.named_children()} == {"proj"} and not list(module.parameters(recurse=False))
     return depthwise and alone and len(_parameters(module)) == 3
@@ -161,7 +165,7 @@ def _example_conv_projection(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _example_generator(module: nn.Module) -> tuple[Any, ...]:
-    return _tokens(seams.convolution(module).in_channels, 30 + _keeps_class_token(module)), 5, 6
+    return _tokens(overrides.convolution(module).in_channels, 30 + _keeps_class_token(module)), 5, 6
 
 
 def _example_leff(module: nn.Module) -> tuple[Any, ...]:
@@ -180,42 +184,42 @@ _CONVOLUTIONS = frozenset({"with_cls_token", *(f"conv_proj_{name}" for name in "
 PATTERNS = (
     Pattern(
         "DeiT's Attention",
-        seams.AttentionSeam,
+        overrides.AttentionOverride,
         _looks_like_attention,
         _HEADS | _SDPA_NAMES | {"qkv"},
         _example_packed,
     ),
     Pattern(
         "CaiT's Attention_talking_head",
-        timm.TalkingHeadSeam,
+        timm.TalkingHeadOverride,
         _looks_like_talking_heads,
         _HEADS | {"qkv", "proj_l", "proj_w"},
         _example_packed,
     ),
     Pattern(
         "CaiT's Class_Attention",
-        timm.ClassAttentionSeam,
+        timm.ClassAttentionOverride,
         _looks_like_class_attention,
         _HEADS | {"q", "k", "v"},
         lambda module: (_tokens(module.q.in_features),),
     ),
     Pattern(
         "DeepViT's ReAttention",
-        seams.ReAttentionSeam,
+        overrides.ReAttentionOverride,
         _looks_like_re_attention,
         _HEADS | {"qkv", "apply_transform", "reatten_matrix", "var_norm", "reatten_scale"},
         _example_packed,
     ),
     Pattern(
         "DeepViT's ReAttention without transform",
-        seams.UntransformedReAttentionSeam,
+        overrides.UntransformedReAttentionOverride,
         _looks_untransformed,
         _HEADS | {"qkv", "apply_transform", "reatten_matrix", "var_norm", "reatten_scale"},
         _example_packed,
     ),
     Pattern(
         "vit-pytorch's DeepViT Attention",
-        vit_pytorch.ReAttentionSeam,
+        vit_pytorch.ReAttentionOverride,
         _looks_like_layer_normed_re_attention,
         vit_pytorch.RE_ATTENTION_NAMES | {"map"},
         lambda module: (_tokens(module.to_qkv.in_features),),
@@ -224,70 +228,74 @@ PATTERNS = (
     *(
         Pattern(
             name,
-            seam,
+            override,
             looks,
             _HEADS | {"forward_conv"} | {f"{kind}_{name}" for kind in ("proj", "conv_proj") for name in "qkv"},
             _example_conv_attention,
             parts=_fusible_convolutions,
         )
-        for name, seam, looks in (
-            ("CvT's Attention", seams.ConvAttentionSeam, _looks_like_known_conv_attention),
-            ("CvT's Attention with a forward_conv of its own", seams.OwnConvAttentionSeam, _looks_like_conv_attention),
+        for name, override, looks in (
+            ("CvT's Attention", overrides.ConvAttentionOverride, _looks_like_known_conv_attention),
+            (
+                "CvT's Attention with a forward_conv of its own",
+                overrides.OwnConvAttentionOverride,
+                _looks_like_conv_attention,
+            ),
         )
     ),
     Pattern(
         "CvT's conv_proj Sequential",
-        seams.ConvProjectionSeam,
+        overrides.ConvProjectionOverride,
         _looks_like_conv_projection,
         frozenset(),
         _example_conv_projection,
-        seams.check_conv_projection,
+        overrides.check_conv_projection,
     ),
     Pattern(
         "CPVT's PEG",
-        seams.PEGSeam,
+        overrides.PEGOverride,
         lambda module: _looks_like_generator(module) and _keeps_class_token(module),
         frozenset({"proj"}),
         _example_generator,
-        seams.check_generator,
+        overrides.check_generator,
     ),
     Pattern(
         "Twins' PosCNN",
-        seams.PosConvSeam,
+        overrides.PosConvOverride,
         _looks_like_generator,
         frozenset({"proj", "s", "stride"}),
         _example_generator,
     ),
     Pattern(
         "CeiT's LocallyEnhancedFeedForward",
-        seams.LeFFSeam,
+        overrides.LeFFOverride,
         _looks_like_leff,
         frozenset({"with_bn", "act", "gelu"}) | {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)},
         _example_leff,
-        seams.check_leff,
+        overrides.check_leff,
     ),
     Pattern(
         "DeiT's Mlp",
-        seams.MlpSeam,
+        overrides.MlpOverride,
         _looks_like_mlp,
-        frozenset({"fc1", "act", "fc2", *seams.DROPOUTS}),
+        frozenset({"fc1", "act", "fc2", *overrides.DROPOUTS}),
         lambda module: (_tokens(module.fc1.in_features),),
-        lambda module: seams.layers_of(module).reasons("fc1", "act", "fc2"),
+        lambda module: overrides.layers_of(module).reasons("fc1", "act", "fc2"),
     ),
 )
 
 
 def _check(module: nn.Module, pattern: Pattern) -> list[str]:
     # The same names, since a caller may pass arguments by them.
-    expected = tuple(inspect.signature(pattern.seam.forward).parameters)[1:]
+    expected = tuple(inspect.signature(pattern.override.forward).parameters)[1:]
     found = check_parameters(module, *expected) + pattern.check(module)
-    return found or tried(module, pattern.seam, pattern.example, pattern.parts(module))
+    return found or tried(module, pattern.override, pattern.example, pattern.parts(module))
 
 
 def _row(pattern: Pattern) -> Row:
     return Row(
         f"{pattern.name} under any name",
-        pattern.seam,
+        pattern.override,
         functools.partial(_check, pattern=pattern),
         _NAMES | pattern.uses if pattern.uses else None,
         pattern.looks,

@@ -1,8 +1,8 @@
 """Which modules can be fused, and why a module that looks like one cannot.
 
 A module is known by the class it is an instance of (itself, or the nearest base class that was registered or stands in
-a library's table), else by what it holds and computes (:mod:`fastvit.patching.research`); and then by its structure: a
-changed, overridden or hooked class is left alone with a reason, never fused by guess.
+a library's table), else by what it holds and computes (:mod:`fastvit.patching.rows.research`); and then by its
+structure: a changed, overridden or hooked class is left alone with a reason, never fused by guess.
 """
 
 from __future__ import annotations
@@ -16,26 +16,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastvit.patching import (
-    reference,
-    register,
-    research,
-    timm,
-    torch_nn,
-    torchvision,
-    transformers,
-    transformers_cvt,
-    vit_pytorch,
-)
-from fastvit.patching.deferral import SEAMS, Recognised
+from fastvit.patching import register
+from fastvit.patching.deferral import OVERRIDES, Recognised
 from fastvit.patching.fusion import Row, fused_class, holds_own_method, names_used, parts_of, plain_class
+from fastvit.patching.rows import TABLES, research
 from fastvit.reference.overrides import is_own, obstacles
-
-TABLES = (
-    *(reference.ROWS, timm.ROWS, transformers.ROWS, transformers_cvt.ROWS, torchvision.ROWS, torch_nn.ROWS),
-    vit_pytorch.ROWS,
-)
-"""The rows of every library; a further library is a file with ``ROWS`` and its name here."""
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _LOOKS_LIKE_MLP = re.compile(r"mlp|glu$|feed_?forward|ffn", re.IGNORECASE)
@@ -68,7 +53,7 @@ def supported() -> list[str]:
 
 def operators() -> list[str]:
     """The operators that some row calls, or that take what is recognised."""
-    return sorted({*SEAMS, *(row.op for row in itertools.chain(*TABLES))})
+    return sorted({*OVERRIDES, *(row.op for row in itertools.chain(*TABLES))})
 
 
 def recognise(module: nn.Module) -> Match | None:
@@ -76,7 +61,7 @@ def recognise(module: nn.Module) -> Match | None:
     plain = plain_class(module)
     if isinstance(module, Recognised):  # by what it computes, since an example or a call told
         return Match(
-            Row(plain.__qualname__, SEAMS[module.fastvit_op]), fused_class(SEAMS[module.fastvit_op], plain), []
+            Row(plain.__qualname__, OVERRIDES[module.fastvit_op]), fused_class(OVERRIDES[module.fastvit_op], plain), []
         )
     for known in plain.__mro__:
         for row in _rows_of(known):
@@ -95,7 +80,7 @@ def _rows_of(known: type) -> list[Row]:
 
 def _match(module: nn.Module, plain: type[nn.Module], known: type, row: Row) -> Match:
     reasons = list(_reasons(module, plain, known, row))
-    return Match(row, None if reasons else fused_class(row.seam, plain), reasons)
+    return Match(row, None if reasons else fused_class(row.override, plain), reasons)
 
 
 def _definer(plain: type, name: str) -> type:
@@ -110,7 +95,7 @@ def _reasons(module: nn.Module, plain: type, known: type, row: Row) -> Iterator[
     if changed:
         return
     found = []
-    for path, expected in parts_of(row.seam.fastvit_reads):
+    for path, expected in parts_of(row.override.fastvit_reads):
         part: Any = module
         for name in path:
             part = getattr(part, "_modules", {}).get(name)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
-from fastvit.patching.mlps import in_sequence, project_in_sequence
-from fastvit.patching.parts import (
+from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
+from fastvit.patching.rows.mlps import in_sequence, project_in_sequence
+from fastvit.patching.rows.parts import (
     check_attributes,
     check_depthwise,
     check_linear,
@@ -28,7 +29,6 @@ from fastvit.patching.parts import (
     is_rearrangement,
     project,
 )
-from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 from fastvit.reference.overrides import is_plain, obstacles
 
@@ -58,7 +58,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, drop: fl
     return ops.masked_attention(q, k, v, scale=module.scale, dropout_p=drop, backend=backend)
 
 
-class AttentionSeam(Fused):
+class AttentionOverride(Fused):
     """ViT's attention, which DistillableViT shares."""
 
     fastvit_op = "masked_attention"
@@ -71,7 +71,7 @@ class AttentionSeam(Fused):
         return _packed_attention(self, x, dropout_p(self.dropout), backend)
 
 
-class SimpleAttentionSeam(Fused):
+class SimpleAttentionOverride(Fused):
     """SimpleViT's attention, which has no dropout."""
 
     fastvit_op = "masked_attention"
@@ -84,7 +84,7 @@ class SimpleAttentionSeam(Fused):
         return _packed_attention(self, x, 0.0, backend)
 
 
-class TalkingHeadSeam(Fused):
+class TalkingHeadOverride(Fused):
     """CaiT's attention: talking heads without bias, dropout before the second mix, in the class stage too."""
 
     fastvit_op = "head_mixed_attention"
@@ -110,7 +110,7 @@ class TalkingHeadSeam(Fused):
         return _projected(self, out, backend)
 
 
-class FeedForwardSeam(Fused):
+class FeedForwardOverride(Fused):
     """The norm, and the MLP behind it with its activation inside the first product."""
 
     fastvit_op = "mlp"
@@ -123,7 +123,7 @@ class FeedForwardSeam(Fused):
         return layers.run(self.net[0](x), backend)
 
 
-class TransformerSeam(Fused):
+class TransformerOverride(Fused):
     """The blocks of ViT, SimpleViT, DistillableViT and DeepViT, each at inference on the CPU in four calls."""
 
     fastvit_op = "linear"
@@ -143,7 +143,7 @@ class TransformerSeam(Fused):
 def _is_read(attention: Any, backend: str) -> bool:
     """Whether an attention, its norm and its projections do nothing more at inference than their tensors tell."""
     return (
-        isinstance(attention, (AttentionSeam, SimpleAttentionSeam, ReAttentionSeam))
+        isinstance(attention, (AttentionOverride, SimpleAttentionOverride, ReAttentionOverride))
         and is_fused(attention, backend)
         and are_plain(attention, attention.fastvit_parts)
         and are_plain(attention, _NORM_AND_QKV)
@@ -151,7 +151,7 @@ def _is_read(attention: Any, backend: str) -> bool:
         and _layers_behind(attention._modules.get("to_out")) is not None
         and not attention.training
         and not ("dropout" in attention._modules and dropout_p(attention.dropout) > 0.0)
-        and not (isinstance(attention, ReAttentionSeam) and _check_head_norm(attention))
+        and not (isinstance(attention, ReAttentionOverride) and _check_head_norm(attention))
     )
 
 
@@ -168,7 +168,7 @@ def _layers_behind(out: Any) -> list[nn.Linear] | None:
 
 
 def _add_attention(attention: Any, x: Tensor, backend: str) -> Tensor:
-    behind, mixes = _layers_behind(attention.to_out), isinstance(attention, ReAttentionSeam)
+    behind, mixes = _layers_behind(attention.to_out), isinstance(attention, ReAttentionOverride)
     heads = Heads(attention.heads, attention.to_qkv.out_features // (3 * attention.heads))
     attend = functools.partial(_re_attend if mixes else _attend, attention, backend=backend)
     out = layer_of(behind[0]) if behind else None
@@ -177,7 +177,7 @@ def _add_attention(attention: Any, x: Tensor, backend: str) -> Tensor:
 
 def _is_read_mlp(feed_forward: Any, backend: str) -> bool:
     """The same of the norm and the MLP behind it."""
-    if not (isinstance(feed_forward, FeedForwardSeam) and is_fused(feed_forward, backend)):
+    if not (isinstance(feed_forward, FeedForwardOverride) and is_fused(feed_forward, backend)):
         return False
     layers = in_sequence(feed_forward._modules.get("net"), 1)
     return (
@@ -216,7 +216,7 @@ def check_feed_forward(module: nn.Module) -> list[str]:
     return layers.reasons("the first linear", "the activation", "the second linear")
 
 
-class ConvProjectionSeam(Fused):
+class ConvProjectionOverride(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens; the 1x1 convolution behind them gets a view as its map."""
 
     fastvit_op = "conv_projection"
@@ -242,7 +242,7 @@ class ConvProjectionSeam(Fused):
         return self.net[2](tokens.transpose(1, 2).unflatten(2, (height, -1)))
 
 
-class PEGSeam(Fused):
+class PEGOverride(Fused):
     """Twins' position encoding generator: convolution and residual in one, the map left in the order it came in."""
 
     fastvit_op = "token_depthwise_conv"
@@ -269,7 +269,7 @@ def _adds_plainly(residual: nn.Module) -> bool:
     return is_plain_of(residual, "vit_pytorch") and is_plain(residual._modules.get("fn"), nn.Conv2d)
 
 
-class ConvAttentionSeam(Fused):
+class ConvAttentionOverride(Fused):
     """CvT's attention behind its projections; where they are fused as well, q, k and v are views of their tokens."""
 
     fastvit_op = "masked_attention"
@@ -299,12 +299,12 @@ def _conv_projections(module: Any, x: Tensor, backend: str) -> tuple[Tensor, ...
     return ops.conv_projection(tokens, query, key, value, grid=grid, backend=backend)
 
 
-_PROJECTION = parts_of({**ConvProjectionSeam.fastvit_reads, "net.2": nn.Conv2d})
+_PROJECTION = parts_of({**ConvProjectionOverride.fastvit_reads, "net.2": nn.Conv2d})
 
 
 def _is_projection(part: Any, backend: str) -> bool:
     """Whether a projection does no more than its tensors tell, and is fused as the attention is."""
-    if not (isinstance(part, ConvProjectionSeam) and is_fused(part, backend) and are_plain(part, _PROJECTION)):
+    if not (isinstance(part, ConvProjectionOverride) and is_fused(part, backend) and are_plain(part, _PROJECTION)):
         return False
     pointwise = part.net[2]
     return (pointwise.kernel_size, pointwise.padding, pointwise.groups) == ((1, 1), (0, 0), 1)
@@ -326,7 +326,7 @@ def _with_adjacent_channels(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
-class ReAttentionSeam(Fused):
+class ReAttentionOverride(Fused):
     """DeepViT's re-attention: a mix without bias, and a LayerNorm over heads between two rearrangements."""
 
     fastvit_op = "head_mixed_attention"
@@ -453,19 +453,19 @@ RE_ATTENTION_NAMES = frozenset(
 _CONV_ATTENTION_NAMES = _COMMON_NAMES | {"shape", "to_q", "to_kv", "einsum", "dropout"}
 
 ROWS = (
-    Row("vit_pytorch.vit.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
-    Row("vit_pytorch.simple_vit.Attention", SimpleAttentionSeam, _check_attention, _COMMON_NAMES | {"to_qkv"}),
-    Row("vit_pytorch.cait.Attention", TalkingHeadSeam, _check_talking_heads, _TALKING_HEAD_NAMES),
-    Row("vit_pytorch.cvt.Attention", ConvAttentionSeam, _check_conv_attention, _CONV_ATTENTION_NAMES),
-    Row("vit_pytorch.cvt.DepthWiseConv2d", ConvProjectionSeam, _check_conv_projection, frozenset({"net"})),
-    Row("vit_pytorch.twins_svt.PEG", PEGSeam, _check_peg, frozenset({"proj"})),
+    Row("vit_pytorch.vit.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
+    Row("vit_pytorch.simple_vit.Attention", SimpleAttentionOverride, _check_attention, _COMMON_NAMES | {"to_qkv"}),
+    Row("vit_pytorch.cait.Attention", TalkingHeadOverride, _check_talking_heads, _TALKING_HEAD_NAMES),
+    Row("vit_pytorch.cvt.Attention", ConvAttentionOverride, _check_conv_attention, _CONV_ATTENTION_NAMES),
+    Row("vit_pytorch.cvt.DepthWiseConv2d", ConvProjectionOverride, _check_conv_projection, frozenset({"net"})),
+    Row("vit_pytorch.twins_svt.PEG", PEGOverride, _check_peg, frozenset({"proj"})),
     *(
-        Row(f"vit_pytorch.{name}.FeedForward", FeedForwardSeam, check_feed_forward, frozenset({"net"}))
+        Row(f"vit_pytorch.{name}.FeedForward", FeedForwardOverride, check_feed_forward, frozenset({"net"}))
         for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
     ),
     *(
-        Row(f"vit_pytorch.{name}.Transformer", TransformerSeam, _check_transformer, frozenset({"layers", "norm"}))
+        Row(f"vit_pytorch.{name}.Transformer", TransformerOverride, _check_transformer, frozenset({"layers", "norm"}))
         for name in ("vit", "simple_vit", "deepvit")
     ),
-    Row("vit_pytorch.deepvit.Attention", ReAttentionSeam, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
+    Row("vit_pytorch.deepvit.Attention", ReAttentionOverride, check_re_attention, RE_ATTENTION_NAMES | _FREE_NAMES),
 )

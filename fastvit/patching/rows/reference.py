@@ -1,4 +1,4 @@
-"""Our own models' blocks. Each does its slow part in one method, and that method is all a seam replaces."""
+"""Our own models' blocks. Each does its slow part in one method, and that method is all an override replaces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.ops._operator import is_dynamo_compiling
-from fastvit.patching.blocks import (
-    BlockSeam,
+from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
+from fastvit.patching.normalization import NormalizingConv2d
+from fastvit.patching.rows.blocks import (
+    BlockOverride,
     add_attention,
     add_attention_to_first,
     add_mlp,
@@ -22,9 +24,7 @@ from fastvit.patching.blocks import (
     split_heads,
     whole_backend,
 )
-from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
-from fastvit.patching.normalization import NormalizingConv2d
-from fastvit.patching.parts import activation_name, check_activation, project
+from fastvit.patching.rows.parts import activation_name, check_activation, project
 from fastvit.reference.cait import TalkingHeadAttention
 from fastvit.reference.ceit import LeFF, leff_arguments
 from fastvit.reference.cpvt import SpatialReductionAttention
@@ -36,7 +36,7 @@ from fastvit.reference.overrides import is_plain
 from fastvit.reference.pyramid import tokens_to_map
 
 
-class ProjectingSeam(Fused):
+class ProjectingOverride(Fused):
     """The linear layers around an attention."""
 
     def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class ProjectingSeam(Fused):
         return plain_class(self).linear(self, layer, x) if backend is None else project(layer, x, backend)
 
 
-class AttentionSeam(ProjectingSeam):
+class AttentionOverride(ProjectingOverride):
     """Attention without its N x N map."""
 
     fastvit_op = "masked_attention"
@@ -59,7 +59,7 @@ class AttentionSeam(ProjectingSeam):
         )
 
 
-class ConvProjectionSeam(Fused):
+class ConvProjectionOverride(Fused):
     """CvT's depthwise convolution and BatchNorm on tokens as they lie."""
 
     fastvit_op = "conv_projection"
@@ -80,13 +80,13 @@ class ConvProjectionSeam(Fused):
         )
 
 
-class ConvAttentionSeam(ProjectingSeam):
+class ConvAttentionOverride(ProjectingOverride):
     """CvT's attention; its three projections read their tokens once where their convolutions are fused as well."""
 
     fastvit_op = "masked_attention"
     fastvit_reads: ClassVar = {"attn_drop": nn.Dropout}
 
-    attend = AttentionSeam.attend
+    attend = AttentionOverride.attend
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         backend = fused_backend(self)
@@ -114,7 +114,7 @@ def _are_projections(attention: Any, backend: str) -> bool:
 _PROJECTIONS = parts_of({"proj_q": nn.Linear, "proj_k": nn.Linear, "proj_v": nn.Linear})
 
 
-class LeFFSeam(Fused):
+class LeFFOverride(Fused):
     """CeiT's feed-forward whole, or its BN, GELU, depthwise convolution, BN, GELU where its linears must be called."""
 
     fastvit_op = "leff"
@@ -144,7 +144,7 @@ class LeFFSeam(Fused):
         )
 
 
-class ReAttentionSeam(ProjectingSeam):
+class ReAttentionOverride(ProjectingOverride):
     """DeepViT's attention with mixed and normalised maps."""
 
     fastvit_op = "head_mixed_attention"
@@ -169,7 +169,7 @@ class ReAttentionSeam(ProjectingSeam):
         )
 
 
-class TalkingHeadSeam(ProjectingSeam):
+class TalkingHeadOverride(ProjectingOverride):
     """CaiT's talking heads without their N x N maps."""
 
     fastvit_op = "head_mixed_attention"
@@ -194,7 +194,7 @@ class TalkingHeadSeam(ProjectingSeam):
         )
 
 
-class ClassAttentionSeam(ProjectingSeam):
+class ClassAttentionOverride(ProjectingOverride):
     """CaiT's class attention, which has no dropout."""
 
     fastvit_op = "class_attention"
@@ -206,7 +206,7 @@ class ClassAttentionSeam(ProjectingSeam):
         return ops.class_attention(q, k, v, mask, scale=self.scale, backend=backend)
 
 
-class LastQueryAttentionSeam(Fused):
+class LastQueryAttentionOverride(Fused):
     """CeiT's attention of the last class token to those of all layers."""
 
     fastvit_op = "class_attention"
@@ -221,10 +221,10 @@ class LastQueryAttentionSeam(Fused):
         )
 
 
-class ReferenceBlockSeam(BlockSeam):
+class ReferenceBlockOverride(BlockOverride):
     """A block of ViT, DeiT, DeepViT, CaiT or CPVT in four calls."""
 
-    forward = BlockSeam.forward  # a row is judged by the methods that its own class replaces
+    forward = BlockOverride.forward  # a row is judged by the methods that its own class replaces
     attentions = (Attention, ReAttention, TalkingHeadAttention)
     mlps = (Mlp,)
 
@@ -235,7 +235,7 @@ class ReferenceBlockSeam(BlockSeam):
         return add_mlp(self, add_attention_to_first(self, x, mask, backend, count), backend)
 
 
-class ConvBlockSeam(Fused):
+class ConvBlockOverride(Fused):
     """A block of CvT: the norm, the projections, and then as other blocks."""
 
     fastvit_op = "linear"
@@ -276,7 +276,7 @@ def _passes_first(attention: Any, count: int, backend: str) -> bool:
 _CONV_ATTENTION = parts_of_attention("proj_q", "proj_k", "proj_v")
 
 
-class LeFFBlockSeam(Fused):
+class LeFFBlockOverride(Fused):
     """A block of CeiT: its attention as in other blocks, then the LeFF."""
 
     fastvit_op = "linear"
@@ -328,7 +328,7 @@ _NORM_2 = parts_of({"norm2": nn.LayerNorm})
 _CONVOLUTIONS = parts_of({"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv3": nn.Conv2d})
 
 
-class PyramidBlockSeam(Fused):
+class PyramidBlockOverride(Fused):
     """A block of PCPVT: its attention, by parts where it must be, then the MLP as in other blocks."""
 
     fastvit_op = "linear"
@@ -394,7 +394,7 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x.as_strided((batch, rows * columns, channels), (of_batch, of_column, of_channel))
 
 
-class EmbeddingSeam(Fused):
+class EmbeddingOverride(Fused):
     """The convolution of a patch embedding as a product that gives tokens, at inference on the CPU."""
 
     fastvit_op = "conv_batch_norm"
@@ -417,7 +417,7 @@ def _is_usual(conv: Any, x: Tensor) -> bool:
     return x.dim() == 4 and settings == ((1, 1), 1, "zeros", x.shape[1]) and not isinstance(conv.padding, str)
 
 
-class MlpSeam(Fused):
+class MlpOverride(Fused):
     """The MLP with its activation inside the first product."""
 
     fastvit_op = "mlp"
@@ -432,7 +432,7 @@ class MlpSeam(Fused):
         return ops.mlp(x, *layers, activation, backend=backend)
 
 
-class StemSeam(Fused):
+class StemOverride(Fused):
     """A stem's convolutions with the norms folded in, at inference."""
 
     fastvit_op = "conv_batch_norm"
@@ -454,7 +454,7 @@ class StemSeam(Fused):
         )
 
 
-class PEGSeam(Fused):
+class PEGOverride(Fused):
     """CPVT's position encoding generator on tokens as they lie."""
 
     fastvit_op = "token_depthwise_conv"
@@ -499,26 +499,26 @@ def _check_re_attention_block(module: nn.Module) -> list[str]:
 
 
 ROWS = (
-    Row("fastvit.reference.layers.Block", ReferenceBlockSeam),
-    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockSeam, _check_re_attention_block),
-    Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockSeam),
-    Row("fastvit.reference.cvt.Block", ConvBlockSeam),
-    Row("fastvit.reference.ceit.Block", LeFFBlockSeam),
-    Row("fastvit.reference.cpvt.PyramidBlock", PyramidBlockSeam),
-    Row("fastvit.reference.layers.PatchEmbed", EmbeddingSeam),
-    Row("fastvit.reference.cvt.ConvEmbed", EmbeddingSeam),
-    Row("fastvit.reference.ceit.ImageToTokens", EmbeddingSeam),
-    Row("fastvit.reference.layers.Attention", AttentionSeam),
-    Row("fastvit.reference.layers.Mlp", MlpSeam, _check_mlp),
-    Row("fastvit.reference.deepvit.ReAttention", ReAttentionSeam, applies=_mixes_heads),
-    Row("fastvit.reference.deepvit.ReAttention", AttentionSeam, applies=_leaves_heads_alone),
-    Row("fastvit.reference.cait.TalkingHeadAttention", TalkingHeadSeam),
-    Row("fastvit.reference.cait.ClassAttention", ClassAttentionSeam),
-    Row("fastvit.reference.cpvt.SpatialReductionAttention", AttentionSeam),
-    Row("fastvit.reference.cpvt.PEG", PEGSeam),
-    Row("fastvit.reference.cvt.ConvAttention", ConvAttentionSeam),
-    Row("fastvit.reference.cvt.ConvProjection", ConvProjectionSeam),
-    Row("fastvit.reference.ceit.LastQueryAttention", LastQueryAttentionSeam),
-    Row("fastvit.reference.ceit.Stem", StemSeam),
-    Row("fastvit.reference.ceit.LeFF", LeFFSeam),
+    Row("fastvit.reference.layers.Block", ReferenceBlockOverride),
+    Row("fastvit.reference.deepvit.ReAttentionBlock", ReferenceBlockOverride, _check_re_attention_block),
+    Row("fastvit.reference.cait.LayerScaleBlock", ReferenceBlockOverride),
+    Row("fastvit.reference.cvt.Block", ConvBlockOverride),
+    Row("fastvit.reference.ceit.Block", LeFFBlockOverride),
+    Row("fastvit.reference.cpvt.PyramidBlock", PyramidBlockOverride),
+    Row("fastvit.reference.layers.PatchEmbed", EmbeddingOverride),
+    Row("fastvit.reference.cvt.ConvEmbed", EmbeddingOverride),
+    Row("fastvit.reference.ceit.ImageToTokens", EmbeddingOverride),
+    Row("fastvit.reference.layers.Attention", AttentionOverride),
+    Row("fastvit.reference.layers.Mlp", MlpOverride, _check_mlp),
+    Row("fastvit.reference.deepvit.ReAttention", ReAttentionOverride, applies=_mixes_heads),
+    Row("fastvit.reference.deepvit.ReAttention", AttentionOverride, applies=_leaves_heads_alone),
+    Row("fastvit.reference.cait.TalkingHeadAttention", TalkingHeadOverride),
+    Row("fastvit.reference.cait.ClassAttention", ClassAttentionOverride),
+    Row("fastvit.reference.cpvt.SpatialReductionAttention", AttentionOverride),
+    Row("fastvit.reference.cpvt.PEG", PEGOverride),
+    Row("fastvit.reference.cvt.ConvAttention", ConvAttentionOverride),
+    Row("fastvit.reference.cvt.ConvProjection", ConvProjectionOverride),
+    Row("fastvit.reference.ceit.LastQueryAttention", LastQueryAttentionOverride),
+    Row("fastvit.reference.ceit.Stem", StemOverride),
+    Row("fastvit.reference.ceit.LeFF", LeFFOverride),
 )

@@ -1,4 +1,4 @@
-"""Does a seam give what a class of unknown origin gives? Found out by running both on a small input in float64.
+"""Does an override give what a class of unknown origin gives? Found out by running both on a small input in float64.
 
 A class may carry the attributes of a known one and still compute something else with them. The trial runs a copy of the
 module with random weights, plain and fused (reference backend), in eval and in training mode, and compares outputs and
@@ -26,18 +26,19 @@ _known: dict[object, list[str]] = {}
 """What trials gave; equal blocks of a model are tried once."""
 
 
-def tried(module: nn.Module, seam: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
-    """Reasons why the seam does not give what the module's own forward gives.
+def tried(module: nn.Module, override: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
+    """Reasons why the override does not give what the module's own forward gives.
 
     Args:
         module: plain, or fused already.
-        seam: what is to replace its methods.
+        override: what is to replace its methods.
         example: gives positional arguments for the forward, tensors in float64 on the CPU, for a module.
-        parts: sub-modules that may be fused as well, by name, and their seams; it is tried with them plain and fused.
+        parts: sub-modules that may be fused as well, by name, and their overrides; it is tried with them plain and
+            fused.
     """
-    key = (seam, *parts.items(), *map(_settings, module.modules()))
+    key = (override, *parts.items(), *map(_settings, module.modules()))
     if key not in _known:
-        _known[key] = _try(module, seam, example, parts)
+        _known[key] = _try(module, override, example, parts)
     return _known[key]
 
 
@@ -53,14 +54,14 @@ def _settings(part: nn.Module) -> tuple[object, ...]:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _try(module: nn.Module, seam: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
+def _try(module: nn.Module, override: type[Fused], example: Example, parts: Mapping[str, type[Fused]]) -> list[str]:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             plain = _random_copy(module)
             args = example(plain)
             for mode in _modes(plain):
-                if not all(_agree(plain, seam, args, fused_too) for fused_too in ({}, parts)):
+                if not all(_agree(plain, override, args, fused_too) for fused_too in ({}, parts)):
                     return [f"{type(plain).__name__}.forward computes something else than the known one {mode}"]
     except Exception as error:  # the code under trial is not ours: whatever it raises is a reason to leave it alone
         return [f"{plain_class(module).__name__}.forward could not be tried: {type(error).__name__}: {error}"]
@@ -100,10 +101,10 @@ def _random_copy(module: nn.Module) -> nn.Module:
     return double
 
 
-def _agree(plain: nn.Module, seam: type[Fused], args: tuple[Any, ...], parts: Mapping[str, type[Fused]]) -> bool:
+def _agree(plain: nn.Module, override: type[Fused], args: tuple[Any, ...], parts: Mapping[str, type[Fused]]) -> bool:
     fused, expected = copy.deepcopy(plain), copy.deepcopy(plain)
-    for part, seam_of_part in ((fused, seam), *((fused.get_submodule(name), of) for name, of in parts.items())):
-        give(part, fused_class(seam_of_part, type(part)), "reference")
+    for part, override_of_part in ((fused, override), *((fused.get_submodule(name), of) for name, of in parts.items())):
+        give(part, fused_class(override_of_part, type(part)), "reference")
     results = [_tensors((module(*args), list(module.buffers()))) for module in (expected, fused)]
     return len(results[0]) == len(results[1]) and all(map(_equal, *results))
 

@@ -14,8 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
-from fastvit.patching.mlps import first_of
-from fastvit.patching.parts import activation_name, backend_of_linears, dropout_p
+from fastvit.patching.rows.mlps import first_of
+from fastvit.patching.rows.parts import activation_name, backend_of_linears, dropout_p
 from fastvit.reference.overrides import is_plain
 
 
@@ -43,7 +43,7 @@ def attend(attention: nn.MultiheadAttention, x: Tensor, backend: str, residual: 
     return ops.linear(out, projection.weight, projection.bias, residual=residual, backend=linears)
 
 
-class EncoderLayerSeam(Fused):
+class EncoderLayerOverride(Fused):
     """``nn.TransformerEncoderLayer`` without masks; with one it is torch's."""
 
     fastvit_op = "masked_attention"
@@ -103,7 +103,7 @@ def _add_mlp(layer: Any, x: Tensor, normed: Tensor, backend: str) -> Tensor:
     return ops.mlp(normed, *layers, activation, residual=x, backend=backend_of_linears(backend))
 
 
-class SequentialSeam(Fused):
+class SequentialOverride(Fused):
     """An ``nn.Sequential`` with linear layer, activation and linear layer: these as one, what is around is called."""
 
     fastvit_op = "mlp"
@@ -145,13 +145,13 @@ def _check_layer(module: nn.Module) -> list[str]:
 ROWS = (
     Row(
         "torch.nn.modules.transformer.TransformerEncoderLayer",
-        EncoderLayerSeam,
+        EncoderLayerOverride,
         _check_layer,
         applies=lambda module: getattr(getattr(module, "self_attn", None), "batch_first", False),
     ),
     Row(
         "torch.nn.modules.container.Sequential",
-        SequentialSeam,
+        SequentialOverride,
         lambda module: first_of(list(module.children())).layers.reasons(*_NAMES),  # type: ignore[union-attr]
         applies=_holds_mlp,
     ),

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastvit import ops
 from fastvit.ops._operator import any_autocast, is_dynamo_compiling
 from fastvit.patching.fusion import Fused, Parts, are_plain, fused_backend, is_fused, is_ours, parts_of, plain_class
-from fastvit.patching.parts import activation_name, dropout_p
+from fastvit.patching.rows.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
 from fastvit.reference.layers import DropPath
 
@@ -47,7 +47,7 @@ def first_backend(block: Any, x: Tensor) -> str | None:
     return None if listened else whole_backend(block, x)
 
 
-class BlockSeam(Fused):
+class BlockOverride(Fused):
     """A block of self-attention with one product for queries, keys and values, and an MLP."""
 
     fastvit_op = "linear"
@@ -82,7 +82,7 @@ _MLP = parts_of(
 
 
 def _known(block: Any, name: str) -> tuple[type, ...]:
-    """The classes that a block's seam knows of a part; another thread may unpatch, then it is none."""
+    """The classes that a block's override knows of a part; another thread may unpatch, then it is none."""
     return getattr(block, name, (type(None),))
 
 

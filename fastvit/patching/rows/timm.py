@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
-from fastvit.patching.parts import (
+from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
+from fastvit.patching.rows.parts import (
     activation_name,
     backend_of_linears,
     check_activation,
@@ -28,7 +29,6 @@ from fastvit.patching.parts import (
     is_plain_of,
     project,
 )
-from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 from fastvit.reference.overrides import is_plain
 
 
@@ -40,7 +40,7 @@ def _as_mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor |
     return (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
 
 
-class AttentionSeam(Fused):
+class AttentionOverride(Fused):
     """timm's ``Attention`` with its softmax(q k^T) v fused; ``is_causal`` takes timm's own path."""
 
     fastvit_op = "masked_attention"
@@ -80,7 +80,7 @@ def _given(attn_mask: Tensor | None, is_causal: bool) -> tuple:
     return (attn_mask, is_causal) if is_causal is not False else (attn_mask,) if attn_mask is not None else ()
 
 
-class TalkingHeadSeam(Fused):
+class TalkingHeadOverride(Fused):
     """timm's CaiT ``TalkingHeadAttn`` without its N x N maps."""
 
     fastvit_op = "head_mixed_attention"
@@ -113,7 +113,7 @@ class TalkingHeadSeam(Fused):
         return self.proj_drop(project(self.proj, out, backend))
 
 
-class ClassAttentionSeam(Fused):
+class ClassAttentionOverride(Fused):
     """timm's CaiT ``ClassAttn``: the class token attends to all tokens."""
 
     fastvit_op = "class_attention"
@@ -134,7 +134,7 @@ class ClassAttentionSeam(Fused):
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, 1, dim)))
 
 
-class BeitAttentionSeam(Fused):
+class BeitAttentionOverride(Fused):
     """timm's BEiT ``Attention``: a bias over query and key positions, of its own or shared between the blocks."""
 
     fastvit_op = "masked_attention"
@@ -163,7 +163,7 @@ class BeitAttentionSeam(Fused):
         return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), backend))
 
 
-class RelPosAttentionSeam(Fused):
+class RelPosAttentionOverride(Fused):
     """timm's ``RelPosAttention``: a bias of relative positions, of its own or shared between the blocks."""
 
     fastvit_op = "masked_attention"
@@ -187,7 +187,7 @@ class RelPosAttentionSeam(Fused):
         return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2), backend))
 
 
-class GlobalAttentionSeam(Fused):
+class GlobalAttentionOverride(Fused):
     """timm's Twins ``GlobalSubSampleAttn``: keys and values from a coarser map."""
 
     fastvit_op = "masked_attention"
@@ -210,7 +210,7 @@ class GlobalAttentionSeam(Fused):
         return self.proj_drop(project(self.proj, out, backend))
 
 
-class LocalAttentionSeam(Fused):
+class LocalAttentionOverride(Fused):
     """timm's Twins ``LocallyGroupedAttn``: attention within windows, the map padded with zeros to whole ones."""
 
     fastvit_op = "masked_attention"
@@ -233,7 +233,7 @@ class LocalAttentionSeam(Fused):
         return self.proj_drop(project(self.proj, out, backend))
 
 
-class MlpSeam(Fused):
+class MlpOverride(Fused):
     """timm's ``Mlp`` with its activation inside the first product."""
 
     fastvit_op = "mlp"
@@ -254,8 +254,8 @@ class MlpSeam(Fused):
         return ops.mlp(x, *layers, activation, backend=backend)
 
 
-class BlockSeam(Fused):
-    """timm's ``Block`` of ViT, DeiT and their kin in four calls, see :mod:`fastvit.patching.blocks`."""
+class BlockOverride(Fused):
+    """timm's ``Block`` of ViT, DeiT and their kin in four calls, see :mod:`fastvit.patching.rows.blocks`."""
 
     fastvit_op = "linear"
     fastvit_needs = ("attn", "mlp")
@@ -322,7 +322,7 @@ def _adds_attention(block: Any, backend: str) -> bool:
     attention = block._modules.get("attn")
     return (
         is_fused(attention, backend)
-        and isinstance(attention, AttentionSeam)
+        and isinstance(attention, AttentionOverride)
         and not attention.training
         and _path(plain_class(attention)) in _ATTENTIONS
         and are_plain(attention, _ATTENTION)
@@ -337,7 +337,7 @@ def _adds_mlp(block: Any, backend: str) -> bool:
     mlp = block._modules.get("mlp")
     return (
         is_fused(mlp, backend)
-        and isinstance(mlp, MlpSeam)
+        and isinstance(mlp, MlpOverride)
         and not mlp.training
         and _path(plain_class(mlp)) == "timm.layers.mlp.Mlp"
         and are_plain(mlp, _MLP)
@@ -348,10 +348,10 @@ def _adds_mlp(block: Any, backend: str) -> bool:
 
 
 _ATTENTION = parts_of({"qkv": nn.Linear, "proj": nn.Linear, "proj_drop": nn.Dropout, "attn_drop": nn.Dropout})
-_MLP = parts_of(MlpSeam.fastvit_reads)
+_MLP = parts_of(MlpOverride.fastvit_reads)
 
 
-class PosConvSeam(Fused):
+class PosConvOverride(Fused):
     """timm's Twins ``PosConv`` (PEG) on tokens as they lie."""
 
     fastvit_op = "token_depthwise_conv"
@@ -513,15 +513,17 @@ _MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
 
 ROWS = (
-    Row("timm.models.vision_transformer.Block", BlockSeam, known_names=_BLOCK_NAMES, applies=_is_usual_block),
-    Row("timm.layers.attention.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
-    Row("timm.models.vision_transformer.Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES),
-    Row("timm.models.cait.TalkingHeadAttn", TalkingHeadSeam, _check_talking_heads, _CAIT_NAMES),
-    Row("timm.models.cait.ClassAttn", ClassAttentionSeam, _check_class_attention, _CAIT_NAMES),
-    Row("timm.models.beit.Attention", BeitAttentionSeam, _check_beit, _BEIT_NAMES),
-    Row("timm.models.vision_transformer_relpos.RelPosAttention", RelPosAttentionSeam, _check_rel_pos, _REL_POS_NAMES),
-    Row("timm.models.twins.GlobalSubSampleAttn", GlobalAttentionSeam, _check_global_attention, _TWINS_NAMES),
-    Row("timm.models.twins.LocallyGroupedAttn", LocalAttentionSeam, _check_local_attention, _TWINS_NAMES),
-    Row("timm.layers.mlp.Mlp", MlpSeam, _check_mlp, _MLP_NAMES, applies=_is_of_linears),
-    Row("timm.models.twins.PosConv", PosConvSeam, _check_pos_conv, _POS_CONV_NAMES),
+    Row("timm.models.vision_transformer.Block", BlockOverride, known_names=_BLOCK_NAMES, applies=_is_usual_block),
+    Row("timm.layers.attention.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
+    Row("timm.models.vision_transformer.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
+    Row("timm.models.cait.TalkingHeadAttn", TalkingHeadOverride, _check_talking_heads, _CAIT_NAMES),
+    Row("timm.models.cait.ClassAttn", ClassAttentionOverride, _check_class_attention, _CAIT_NAMES),
+    Row("timm.models.beit.Attention", BeitAttentionOverride, _check_beit, _BEIT_NAMES),
+    Row(
+        "timm.models.vision_transformer_relpos.RelPosAttention", RelPosAttentionOverride, _check_rel_pos, _REL_POS_NAMES
+    ),
+    Row("timm.models.twins.GlobalSubSampleAttn", GlobalAttentionOverride, _check_global_attention, _TWINS_NAMES),
+    Row("timm.models.twins.LocallyGroupedAttn", LocalAttentionOverride, _check_local_attention, _TWINS_NAMES),
+    Row("timm.layers.mlp.Mlp", MlpOverride, _check_mlp, _MLP_NAMES, applies=_is_of_linears),
+    Row("timm.models.twins.PosConv", PosConvOverride, _check_pos_conv, _POS_CONV_NAMES),
 )

@@ -1,4 +1,4 @@
-"""What replaces the forwards of research code's blocks; :mod:`fastvit.patching.research` says of which."""
+"""What replaces the forwards of research code's blocks; :mod:`fastvit.patching.rows.research` says of which."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, fused_backend, is_fused, plain_class
 from fastvit.patching.later import Later
-from fastvit.patching.mlps import Layers
-from fastvit.patching.parts import check_depthwise, dropout_p, is_rearrangement, project
+from fastvit.patching.rows.mlps import Layers
+from fastvit.patching.rows.parts import check_depthwise, dropout_p, is_rearrangement, project
 from fastvit.reference import functional
 from fastvit.reference.ceit import leff_arguments
 from fastvit.reference.functional import BatchNorm, Projection
@@ -30,7 +30,7 @@ def _merged(module: nn.Module, out: Tensor, backend: str) -> Tensor:
     return module.proj_drop(project(module.proj, out.transpose(1, 2).flatten(2), backend))
 
 
-class AttentionSeam(Fused):
+class AttentionOverride(Fused):
     """The attention of DeiT, CaiT and CeiT."""
 
     fastvit_op = "masked_attention"
@@ -51,7 +51,7 @@ def _later(compute: Callable[[], Tensor]) -> Tensor:
     return compute() if in_a_graph else Later(compute)
 
 
-class UntransformedReAttentionSeam(Fused):
+class UntransformedReAttentionOverride(Fused):
     """DeepViT's attention in its first blocks, where maps are not mixed; the map it returns is computed on demand."""
 
     fastvit_op = "masked_attention"
@@ -66,7 +66,7 @@ class UntransformedReAttentionSeam(Fused):
         return _merged(self, out, backend), _later(functools.partial(_finished_map, q, k, scale=self.scale))
 
 
-class ReAttentionSeam(Fused):
+class ReAttentionOverride(Fused):
     """DeepViT's re-attention; the map it returns is computed on demand, with gradients where the block has them."""
 
     fastvit_op = "head_mixed_attention"
@@ -119,7 +119,7 @@ def _called_projections(module: nn.Module, x: Tensor, h: int, w: int, backend: s
         yield project(getattr(module, f"proj_{name}"), tokens, backend)
 
 
-class OwnConvAttentionSeam(Fused):
+class OwnConvAttentionOverride(Fused):
     """CvT's attention behind a ``forward_conv`` of its own, which is called."""
 
     fastvit_op = "masked_attention"
@@ -132,7 +132,7 @@ class OwnConvAttentionSeam(Fused):
         return _conv_attention(self, _called_projections(self, x, h, w, backend), backend)
 
 
-class ConvAttentionSeam(Fused):
+class ConvAttentionOverride(Fused):
     """CvT's attention; its three projections read their tokens once where their convolutions are fused as well."""
 
     fastvit_op = "masked_attention"
@@ -152,7 +152,7 @@ class ConvAttentionSeam(Fused):
 
 def _is_projection(convolution: Any, linear: nn.Module, backend: str) -> bool:
     """Whether a projection's parts do no more than their tensors tell, and are fused as the attention is."""
-    fused = isinstance(convolution, ConvProjectionSeam) and is_fused(convolution, backend)
+    fused = isinstance(convolution, ConvProjectionOverride) and is_fused(convolution, backend)
     return fused and not check_conv_projection(convolution) and is_plain(linear, nn.Linear)
 
 
@@ -162,7 +162,7 @@ def _as_projection(convolution: Any, linear: Any) -> Projection:
     return Projection(*weights, conv.stride[0], conv.padding[0], conv.bias)
 
 
-class ConvProjectionSeam(Fused):
+class ConvProjectionOverride(Fused):
     """CvT's (convolution, BatchNorm, rearrangement to tokens), of the tokens that the map given is a view of."""
 
     fastvit_op = "conv_projection"
@@ -204,7 +204,7 @@ def check_conv_projection(module: nn.Module) -> list[str]:
     return found if is_rearrangement(rearrange) else [*found, "its rearrangement has forward hooks"]
 
 
-class PosConvSeam(Fused):
+class PosConvOverride(Fused):
     """Twins' ``PosCNN``: a position encoding generator for tokens without a class token."""
 
     fastvit_op = "token_depthwise_conv"
@@ -216,7 +216,7 @@ class PosConvSeam(Fused):
         return _position_encoding(convolution(self), x, (H, W), 0, backend)
 
 
-class PEGSeam(Fused):
+class PEGOverride(Fused):
     """CPVT's position encoding generator, which lets the class token in front pass."""
 
     fastvit_op = "token_depthwise_conv"
@@ -239,7 +239,7 @@ def check_generator(module: nn.Module) -> list[str]:
     return [*check_depthwise("proj", convolution(module)), *around]
 
 
-class LeFFSeam(Fused):
+class LeFFOverride(Fused):
     """CeiT's feed-forward whole: on the patch tokens as they lie, the class token in front passing."""
 
     fastvit_op = "leff"
@@ -269,7 +269,7 @@ def check_leff(module: nn.Module) -> list[str]:
     return found if found or keeps else ["conv2 does not keep the size of the map"]
 
 
-class MlpSeam(Fused):
+class MlpOverride(Fused):
     """The ``Mlp`` of all these repositories; QuickGELU, which CvT's brings along, is known by its name."""
 
     fastvit_op = "mlp"

@@ -13,20 +13,20 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
-from fastvit.patching.parts import (
+from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
+from fastvit.patching.rows.parts import (
     activation_name,
     check_activation,
     check_attributes,
     check_parameters,
     dropout_p,
 )
-from fastvit.patching.torch_nn import attend, attends_plainly
-from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
+from fastvit.patching.rows.torch_nn import attend, attends_plainly
 
 
-class EncoderBlockSeam(Fused):
+class EncoderBlockOverride(Fused):
     """torchvision's ``EncoderBlock`` with q, k and v left where the projection puts them."""
 
     fastvit_op = "masked_attention"
@@ -46,7 +46,7 @@ class EncoderBlockSeam(Fused):
 def _runs_whole(block: Any, backend: str) -> bool:
     """Whether a block is of known parts that do nothing more at inference than their tensors tell."""
     mlp, attention = block._modules.get("mlp"), block._modules.get("self_attention")
-    if not isinstance(mlp, MlpSeam):
+    if not isinstance(mlp, MlpOverride):
         return False
     layers: Any = mlp
     return (
@@ -73,7 +73,7 @@ def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
     return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
-class MlpSeam(Fused):
+class MlpOverride(Fused):
     """torchvision's ``MLPBlock`` (linear, activation, dropout, linear, dropout), activation inside the product."""
 
     fastvit_op = "mlp"
@@ -106,6 +106,6 @@ def _check_block(module: nn.Module) -> list[str]:
 _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_attention", "dropout", "ln_2", "mlp"})
 
 ROWS = (
-    Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockSeam, _check_block, _BLOCK_NAMES),
-    Row("torchvision.models.vision_transformer.MLPBlock", MlpSeam, _check_mlp),
+    Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockOverride, _check_block, _BLOCK_NAMES),
+    Row("torchvision.models.vision_transformer.MLPBlock", MlpOverride, _check_mlp),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, fused_backend, is_fused, plain_class
-from fastvit.patching.parts import (
+from fastvit.patching.rows.parts import (
     check_attributes,
     check_depthwise,
     check_linear,
@@ -22,7 +22,7 @@ from fastvit.patching.parts import (
     is_plain_of,
     project,
 )
-from fastvit.patching.transformers import (
+from fastvit.patching.rows.transformers import (
     LAYER_NAMES,
     SELF_OUTPUT_NAMES,
     check_layer,
@@ -34,7 +34,7 @@ from fastvit.reference.functional import BatchNorm, Projection
 from fastvit.reference.overrides import is_plain
 
 
-class CvtSelfOutputSeam(Fused):
+class CvtSelfOutputOverride(Fused):
     """The same under CvT's names."""
 
     fastvit_op = "linear"
@@ -47,7 +47,7 @@ class CvtSelfOutputSeam(Fused):
         return self.dropout(project(self.dense, hidden_state, backend))
 
 
-class CvtLayerSeam(Fused):
+class CvtLayerOverride(Fused):
     """``CvtLayer``, likewise."""
 
     fastvit_op = "mlp"
@@ -63,7 +63,7 @@ class CvtLayerSeam(Fused):
         return self.drop_path(out)
 
 
-class CvtProjectionSeam(Fused):
+class CvtProjectionOverride(Fused):
     """CvT's depthwise convolution and BatchNorm, of the tokens that the map given is a view of."""
 
     fastvit_op = "conv_projection"
@@ -85,7 +85,7 @@ class CvtProjectionSeam(Fused):
         )
 
 
-class CvtAttentionSeam(Fused):
+class CvtAttentionOverride(Fused):
     """CvT's attention behind its projections, without the maps; logits are scaled by the full width ** -0.5."""
 
     fastvit_op = "masked_attention"
@@ -125,7 +125,7 @@ def _cvt_projections(module: Any, hidden_state: Tensor, height: int, width: int,
 
 def _is_projection(convolution: Any, linear: nn.Module, backend: str) -> bool:
     """Whether a projection's parts do no more than their tensors tell, and are fused as the attention is."""
-    fused = isinstance(convolution, CvtProjectionSeam) and is_fused(convolution, backend)
+    fused = isinstance(convolution, CvtProjectionOverride) and is_fused(convolution, backend)
     return fused and _projects_plainly(convolution) and is_plain(linear, nn.Linear)
 
 
@@ -216,16 +216,16 @@ _CVT = "transformers.models.cvt.modeling_cvt"
 ROWS = (
     Row(
         f"{_CVT}.CvtSelfAttentionProjection",
-        CvtProjectionSeam,
+        CvtProjectionOverride,
         _check_projection,
         _CVT_PROJECTION_NAMES,
     ),
     Row(
         f"{_CVT}.CvtLayer",
-        CvtLayerSeam,
+        CvtLayerOverride,
         functools.partial(check_layer, parameters=("hidden_state", "height", "width")),
         LAYER_NAMES,
     ),
-    Row(f"{_CVT}.CvtSelfOutput", CvtSelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
-    Row(f"{_CVT}.CvtSelfAttention", CvtAttentionSeam, _check_cvt_attention, _CVT_ATTENTION_NAMES),
+    Row(f"{_CVT}.CvtSelfOutput", CvtSelfOutputOverride, check_self_output, SELF_OUTPUT_NAMES),
+    Row(f"{_CVT}.CvtSelfAttention", CvtAttentionOverride, _check_cvt_attention, _CVT_ATTENTION_NAMES),
 )

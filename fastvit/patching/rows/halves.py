@@ -1,5 +1,5 @@
 """The two halves of a pre-norm block by the tensors it is made of: for the blocks of libraries, whose parts have names
-of their own. When a block may run so is for its seam to say.
+of their own. When a block may run so is for its override to say.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import merge_heads, split_heads
+from fastvit.patching.rows.blocks import merge_heads, split_heads
 from fastvit.reference.functional import LayerNorm
 
 Layer = tuple[Tensor, Tensor | None]

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastvit import ops
-from fastvit.patching.blocks import whole_backend
 from fastvit.patching.fusion import (
     Fused,
     Row,
@@ -26,8 +25,10 @@ from fastvit.patching.fusion import (
     parts_of,
     plain_class,
 )
-from fastvit.patching.mlps import Layers
-from fastvit.patching.parts import (
+from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
+from fastvit.patching.rows.mlps import Layers
+from fastvit.patching.rows.parts import (
     activation_name,
     as_mask_and_bias,
     check_attributes,
@@ -38,7 +39,6 @@ from fastvit.patching.parts import (
     is_plain_of,
     project,
 )
-from fastvit.patching.whole import Heads, add_attention, add_mlp, layer_of
 
 INTERFACES = ("eager", "sdpa")
 """The attention interfaces whose numbers the fused path gives."""
@@ -70,7 +70,7 @@ def _runs_plain(module: nn.Module) -> bool:
     )
 
 
-class AttentionSeam(Fused):
+class AttentionOverride(Fused):
     """``ViTAttention`` and ``DeiTAttention`` of transformers 5: q, k, v, softmax(q k^T) v and the output projection."""
 
     fastvit_op = "masked_attention"
@@ -114,7 +114,7 @@ def _is_usual_mask(module: nn.Module, mask: Tensor | None) -> bool:
     return mask.dim() == 4 and (mask.is_floating_point() or module.config._attn_implementation == "sdpa")
 
 
-class SelfAttentionSeam(Fused):
+class SelfAttentionOverride(Fused):
     """``ViTSelfAttention`` and ``DeiTSelfAttention`` of transformers 4; ``head_mask`` takes the plain path."""
 
     fastvit_op = "masked_attention"
@@ -140,7 +140,7 @@ class SelfAttentionSeam(Fused):
         return out.transpose(1, 2).reshape(batch, tokens, self.all_head_size), None
 
 
-class SelfOutputSeam(Fused):
+class SelfOutputOverride(Fused):
     """The linear layer behind an attention whose module ends before it (transformers 4; CvT in both)."""
 
     fastvit_op = "linear"
@@ -153,7 +153,7 @@ class SelfOutputSeam(Fused):
         return self.dropout(project(self.dense, hidden_states, backend))
 
 
-class MlpSeam(Fused):
+class MlpOverride(Fused):
     """``ViTMLP`` and ``DeiTMLP`` of transformers 5, and SigLIP's."""
 
     fastvit_op = "mlp"
@@ -165,7 +165,7 @@ class MlpSeam(Fused):
         return layers.run(hidden_states, backend)
 
 
-class BlockSeam(Fused):
+class BlockOverride(Fused):
     """``ViTLayer`` and ``DeiTLayer`` of transformers 5, at inference on the CPU in a few calls."""
 
     fastvit_op = "linear"
@@ -190,8 +190,8 @@ def _runs_whole(block: Any, mask: Tensor | None, backend: str) -> bool:
     attention, mlp = block._modules.get("attention"), block._modules.get("mlp")
     return (
         are_plain(block, _OF_BLOCK)
-        and isinstance(attention, AttentionSeam)
-        and isinstance(mlp, MlpSeam)
+        and isinstance(attention, AttentionOverride)
+        and isinstance(mlp, MlpOverride)
         and is_fused(attention, backend)
         and is_fused(mlp, backend)
         and not attention.training
@@ -214,7 +214,7 @@ _OF_BLOCK = parts_of(
 )
 
 
-class LayerSeam(Fused):
+class LayerOverride(Fused):
     """``ViTLayer`` and ``DeiTLayer`` of transformers 4, whose MLP is two modules, the residual within the second."""
 
     fastvit_op = "mlp"
@@ -419,23 +419,36 @@ ROWS = (
         for name, path in (("ViT", "vit.modeling_vit"), ("DeiT", "deit.modeling_deit"))
         for row in (
             Row(
-                f"{_MODELS}.{path}.{name}Attention", AttentionSeam, _check_attention, _ATTENTION_NAMES, _is_of_version_5
+                f"{_MODELS}.{path}.{name}Attention",
+                AttentionOverride,
+                _check_attention,
+                _ATTENTION_NAMES,
+                _is_of_version_5,
             ),
             Row(
-                f"{_MODELS}.{path}.{name}SelfAttention", SelfAttentionSeam, _check_self_attention, _SELF_ATTENTION_NAMES
+                f"{_MODELS}.{path}.{name}SelfAttention",
+                SelfAttentionOverride,
+                _check_self_attention,
+                _SELF_ATTENTION_NAMES,
             ),
-            Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputSeam, check_self_output, SELF_OUTPUT_NAMES),
-            Row(f"{_MODELS}.{path}.{name}Layer", BlockSeam, _check_block, _WRAPPED_NAMES, _has_one_module_for_its_mlp),
-            Row(f"{_MODELS}.{path}.{name}MLP", MlpSeam, _check_mlp, _MLP_NAMES),
+            Row(f"{_MODELS}.{path}.{name}SelfOutput", SelfOutputOverride, check_self_output, SELF_OUTPUT_NAMES),
             Row(
                 f"{_MODELS}.{path}.{name}Layer",
-                LayerSeam,
+                BlockOverride,
+                _check_block,
+                _WRAPPED_NAMES,
+                _has_one_module_for_its_mlp,
+            ),
+            Row(f"{_MODELS}.{path}.{name}MLP", MlpOverride, _check_mlp, _MLP_NAMES),
+            Row(
+                f"{_MODELS}.{path}.{name}Layer",
+                LayerOverride,
                 functools.partial(check_layer, parameters=("hidden_states", "head_mask")),
                 LAYER_NAMES,
                 _has_two_modules_for_its_mlp,
             ),
         )
     ),
-    Row(f"{_MODELS}.siglip.modeling_siglip.SiglipMLP", MlpSeam, _check_mlp, _MLP_NAMES),
-    Row(f"{_MODELS}.siglip2.modeling_siglip2.Siglip2MLP", MlpSeam, _check_mlp, _MLP_NAMES),
+    Row(f"{_MODELS}.siglip.modeling_siglip.SiglipMLP", MlpOverride, _check_mlp, _MLP_NAMES),
+    Row(f"{_MODELS}.siglip2.modeling_siglip2.Siglip2MLP", MlpOverride, _check_mlp, _MLP_NAMES),
 )
