@@ -72,6 +72,17 @@ def test_create_model_takes_what_the_reference_takes():
         fastvit.create_model("deit_small")
 
 
+def test_pretrained_says_where_weights_are():
+    with pytest.raises(
+        ValueError, match=r"fastvit.load_weights.* are at https://dl.fbaipublicfiles.com/deit/XXS24_224"
+    ):
+        fastvit.create_model("cait_xxs24_224", pretrained=True)
+    with pytest.raises(ValueError, match=r"there are none of cpvt_tiny \(fastvit list --weights\)"):
+        fastvit.create_model("cpvt_tiny", pretrained=True)
+    fastvit.create_model("cait_xxs24_224", pretrained=False, depth=1, **SIZE)
+    assert fastvit.reference.weights.official.OFFICIAL.keys() < set(fastvit.list_models())
+
+
 def test_a_users_subclass_of_a_family_is_fused_as_it_is_built():
     class Mine(fastvit.reference.ViT):
         pass

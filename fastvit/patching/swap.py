@@ -112,6 +112,9 @@ def patch(
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
+    for name, value in (("example", example), ("verify", verify), ("benchmark", benchmark)):
+        if value is not None:
+            verification.as_call(value, name)
     options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, decided=reporting.decided)
     given = next((each for each in (example, verify, benchmark) if each is not None), None)
     with _lock:
@@ -297,7 +300,7 @@ def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:
     modules = [finding.module for finding in findings] or model.modules()
     classes = sorted({plain_class(module).__name__ for module in modules})
     if not findings:
-        told = [f"no attention, depthwise convolution or MLP among its classes: {', '.join(classes)}"]
+        return f"fastvit: nothing to fuse in {name}: it holds no attention, depthwise convolution of tokens or MLP"
     if all(finding.status == UNRECOGNISED for finding in findings):
         nearest = ", ".join(_nearest_supported(classes))
         told.append(f"the nearest supported are: {nearest}; fastvit.register teaches your own")

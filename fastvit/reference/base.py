@@ -50,6 +50,14 @@ class Variant:
         }
 
 
+def check_module(model: object) -> None:
+    """TypeError where ``model`` is no ``nn.Module``."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got the class {model.__name__}: give an instance of it")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 class _BuiltModel(type):
     """Runs :data:`on_build` after the outermost ``__init__``, so that subclasses users write are fused too."""
 

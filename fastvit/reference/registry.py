@@ -9,6 +9,7 @@ from typing import Any
 from fastvit.reference import cait, ceit, cpvt, cvt, deepvit, deit, vit
 from fastvit.reference.base import Variant, VisionModel
 from fastvit.reference.layers import to_pair
+from fastvit.reference.weights.official import OFFICIAL
 
 VARIANTS: dict[str, Variant] = {
     name: variant for family in (vit, deit, deepvit, cait, cpvt, cvt, ceit) for name, variant in family.VARIANTS.items()
@@ -65,6 +66,12 @@ def create_model(
         TypeError: an option the family does not know.
     """
     variant = find_variant(name)
+    if options.pop("pretrained", False):
+        where = f"those of {name} are at {OFFICIAL[name]}" if name in OFFICIAL else f"there are none of {name}"
+        raise ValueError(
+            "pretrained: expected False, since nothing is downloaded: weights come by fastvit.load_weights(model, "
+            f"source), and {where} (fastvit list --weights)"
+        )
     config = dict(variant.config)
     if img_size is not None:
         config["img_size"] = img_size

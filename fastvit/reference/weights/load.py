@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit.reference.base import check_module
 from fastvit.reference.weights.convert import Converted, Format, Stored
 from fastvit.reference.weights.files import MAX_NESTING, Contents, first_sentence, read_source, without_wrappers
 from fastvit.reference.weights.fit import compare_tensors, fit_pos_embed, skip_heads
@@ -66,8 +67,7 @@ def load_weights(
         TypeError: ``model`` is not a module, or ``source`` none of the above. FileNotFoundError: no such file.
         ImportError: a .safetensors file without the package safetensors, a hub's model without huggingface_hub.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if head not in ("load", "skip"):
         raise ValueError(f"head: expected 'load' or 'skip', got {head!r}")
     bare = unwrapped(model)
