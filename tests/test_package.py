@@ -45,6 +45,37 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert len(beside) < 50, beside  # of the standard library, which torch had not imported
 
 
+def test_torch_comes_with_the_first_name_that_is_used():
+    """Not with the import, and whichever of our modules comes first, reference models are fused as they are built."""
+    code = """
+import sys
+import fastvit
+assert "torch" not in sys.modules and not hasattr(fastvit, "__wrapped__") and "torch" not in sys.modules
+%s
+model = ViT(img_size=32, embed_dim=16, depth=1, num_heads=2)
+print(fastvit.is_patched(model), fastvit.__version__)
+import torch
+print(len(dir(torch.ops.fastvit)) > 3, sorted(fastvit.__all__) == dir(fastvit))
+"""
+    spellings = (
+        "ViT = fastvit.reference.ViT",
+        "from fastvit.reference import ViT",
+        "from fastvit.reference.vit import ViT; import fastvit.ops",
+        "from fastvit import *; ViT = reference.ViT",
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTVIT_")}
+    for spelling in spellings:
+        result = subprocess.run(
+            [sys.executable, "-c", code % spelling], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.stdout.split() == ["True", fastvit.__version__, "True", "True"], (spelling, result.stderr)
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError, match="module 'fastvit' has no attribute 'patched_model'"):
+        fastvit.patched_model  # noqa: B018
+
+
 def test_public_names_are_there_and_documented():
     for name in fastvit.__all__:
         value = getattr(fastvit, name)

@@ -9,18 +9,13 @@ from torch import nn
 from fastvit import backends
 from fastvit.patching.plan import apply, survey
 from fastvit.patching.swap import unpatch
-from fastvit.reference import VisionModel, base, registry
+from fastvit.reference import VisionModel, registry
 
 
-def _fuse(model: nn.Module) -> None:
-    apply(survey(model), "auto")
-
-
-def fuse_reference_models() -> None:
-    """Fuse every reference model as it is built from now on, unless FASTVIT_BACKEND asks for the reference alone."""
-    requested = backends.REQUESTED
-    if requested != {"reference"} and _fuse not in base.on_build:
-        base.on_build.append(_fuse)
+def fuse(model: nn.Module) -> None:
+    """Fuse a reference model that has just been built, unless FASTVIT_BACKEND asks for the reference alone."""
+    if {"reference"} != backends.REQUESTED:
+        apply(survey(model), "auto")
 
 
 def create_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from fastvit.reference.layers import TokenBlock
 from fastvit.reference.overrides import calls_everything, is_plain, is_untouched
 
-on_build: list[Callable[[nn.Module], object]] = []
-"""Called with every family model once it is built, in order. ``import fastvit`` adds the swap to fused blocks."""
+on_build: list[Callable[[nn.Module], object]] = [*getattr(sys.modules[__name__.partition(".")[0]], "_on_build", ())]
+"""Called with every family model once it is built, in order. The package around has the swap to fused blocks here."""
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Collection
 from typing import Any
 
 from fastvit.reference import cait, ceit, cpvt, cvt, deepvit, deit, vit
@@ -21,13 +22,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 
 
-def nearest_names(name: str, count: int = 3) -> list[str]:
-    """The model names most like ``name``, best first. Beginnings count: people leave endings out, not families."""
+def nearest_names(name: str, known: Collection[str] = VARIANTS, count: int = 3) -> list[str]:
+    """The known names most like ``name``, best first. Beginnings count: people leave endings out, not families."""
 
     def likeness(candidate: str) -> float:
         return difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
 
-    return [near for near in sorted(VARIANTS, key=likeness, reverse=True)[:count] if likeness(near) >= 0.6]
+    return [near for near in sorted(known, key=likeness, reverse=True)[:count] if likeness(near) >= 0.6]
 
 
 def find_variant(name: str) -> Variant:
