@@ -23,6 +23,7 @@ from fastvit.patching import (
     unregister,
 )
 from fastvit.reference import list_models
+from fastvit.reference.transform import transform
 from fastvit.reference.weights import LoadReport, load_weights
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "register",
     "release_memory",
     "report",
+    "transform",
     "unfreeze",
     "unpatch",
     "unregister",

@@ -37,6 +37,7 @@ class Variant:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 0.875
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     source: str = ""
 
@@ -47,6 +48,7 @@ class Variant:
             "mean": self.mean,
             "std": self.std,
             "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
             "interpolation": self.interpolation,
         }
 
@@ -87,8 +89,13 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
     ``img_size`` and ``patch_size``, and provide :meth:`forward_features` and :meth:`forward_head`.
 
     ``default_cfg`` says how images are prepared for published weights: ``input_size`` (3, h, w), ``mean``, ``std``,
-    ``crop_pct``, ``interpolation``; :func:`fastvit.reference.registry.create_model` fills it in.
+    ``crop_pct``, ``crop_mode`` ("center", or "squash" to a square), ``interpolation``;
+    :func:`fastvit.reference.registry.create_model` fills it in.
     """
+
+    layer_groups: Sequence[tuple[str, tuple[int, ...] | None]] = ((r"^(?:blocks|pos_block)\.(\d+)", None),)
+    """Patterns of names, and numbers of layers where the pattern has none: for :meth:`group_matcher`."""
+    coarse_layer_groups: Sequence[tuple[str, tuple[int, ...] | None]] | None = None
 
     num_classes: int
     num_features: int
@@ -157,6 +164,24 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the official training recipe excludes from weight decay."""
         return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer each parameter belongs to, in timm's manner: for ``timm.optim.param_groups_layer_decay``.
+
+        The stem comes first, then block by block (``coarse``: stage by stage, where there are stages), the norm with
+        what precedes it, and heads last.
+        """
+        return {
+            "stem": r"^(?:cls_token|dist_token|pos_embed|patch_embed\.|i2t\.|patch_embeds\.0\.|stage0\.patch_embed\.)",
+            "blocks": list((coarse and self.coarse_layer_groups) or self.layer_groups),
+            "class_blocks": [(r"^blocks_token_only\.(\d+)", None), (r"^(?:lca\.|pos_layer_embed)", (0,))],
+            "norm": [(r"^(?:norm|fc_norm)\.", (99999,))],  # timm's number for the layer in front
+        }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """``default_cfg``, by the name that ``timm.data.resolve_model_data_config`` reads."""
+        return self.default_cfg
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training mode only)."""
