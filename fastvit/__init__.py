@@ -1,9 +1,12 @@
 """Seven vision transformer families with custom kernels, and ``patch`` for the models you have already.
 
 >>> import fastvit
->>> model = fastvit.patch(model)          # in place; same outputs, same state_dict
->>> print(fastvit.report(model))          # what was fused, what was not, and why
->>> model = fastvit.unpatch(model)        # exactly as before
+>>> model = fastvit.create_model("cait_xxs24_224", depth=2, fused=False)  # or a model of timm, transformers, your own
+>>> model = fastvit.patch(model)                     # in place; same outputs, same state_dict
+>>> report = fastvit.report(model)                   # print it: what was fused, what was not, and why
+>>> [row.status for row in report.rows if row.op == "head_mixed_attention"]
+['patched', 'patched']
+>>> model = fastvit.unpatch(model)                   # exactly as before
 
 ``fastvit.create_model("deepvit_s")`` builds a reference model that is fused from the start.
 """

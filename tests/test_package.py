@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import json
 import os
@@ -80,6 +81,28 @@ def test_public_names_are_there_and_documented():
     for name in fastvit.__all__:
         value = getattr(fastvit, name)
         assert name == "__version__" or value.__doc__, name
+
+
+def test_completion_shows_public_names_alone():
+    for module in (fastvit, fastvit.ops, fastvit.patching, fastvit.reference):
+        assert sorted(module.__all__) == dir(module)
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert {"BatchNorm", "LayerNorm", "Projection"} < set(dir(fastvit.ops))
+
+
+def test_examples_in_docstrings():
+    """What public docstrings show is run."""
+    pytest.importorskip("PIL", reason="the example of transform makes an image by Pillow")
+    finder, runner, shown = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(), set()
+    for name, value in {"fastvit": fastvit, **{name: getattr(fastvit, name) for name in fastvit.__all__}}.items():
+        for test in (
+            [] if isinstance(value, str) else finder.find(value, name, globs=dict(vars(inspect.getmodule(value))))
+        ):
+            runner.run(test)
+            shown |= {name} if test.examples else set()
+    assert runner.failures == 0
+    expected = "fastvit create_model list_models load_weights patch patched register transform"
+    assert shown >= set(expected.split())
 
 
 def test_create_model_fuses_unless_told_not_to():

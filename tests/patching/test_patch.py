@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import numpy as np
 import pytest
@@ -155,6 +156,11 @@ def test_inference_mode_around_the_call(argument, model):
     with torch.inference_mode():
         patch(model, **{argument: images("vit")})
     assert is_patched(model)
+
+
+def test_patched_takes_the_arguments_of_patch():
+    theirs, ours = (inspect.signature(function).parameters for function in (patch, patched))
+    assert list(ours.values()) == list(theirs.values())
 
 
 def test_nothing_to_fuse_warns_without_a_list_of_classes():
