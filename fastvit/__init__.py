@@ -26,7 +26,7 @@ else:
         """Import a sub-module, or all of the public names, when one is asked for: torch takes seconds."""
         if not name.startswith("__") and importlib.util.find_spec(f"fastvit.{name}"):
             return importlib.import_module(f"fastvit.{name}")
-        if not name.startswith("__") or name == "__all__":
+        if not name.startswith("_") or name == "__all__":
             public = importlib.import_module("fastvit._public")
             if hasattr(public, name):
                 return globals().setdefault(name, getattr(public, name))

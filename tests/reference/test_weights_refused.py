@@ -101,6 +101,13 @@ class TestNamesAndShapes:
         words = r"(?s)nothing was loaded\n  .*\n  and \d+ more$"
         assert_refused(build("vit"), build("vit", embed_dim=64, num_heads=2), words)
 
+    def test_other_shapes_behind_a_prefix(self):
+        weights = {f"module.{name}": torch.ones(3, 3, 3, 3) for name in build("vit").state_dict()}
+        assert_refused(build("vit"), weights, r"cls_token: \(3, 3, 3, 3\) in the source, \(1, 1, 32\) in the model")
+
+    def test_model_without_parameters(self):
+        assert_refused(nn.Identity(), build("vit"), "none of its 32 names .* belongs to Identity")
+
     def test_class_for_an_instance(self):
         words = r"source: expected .*, got <class .*ViT'>: give an instance of it"
         assert_refused(build("vit"), type(build("vit")), words, TypeError)

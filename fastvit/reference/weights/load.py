@@ -146,9 +146,9 @@ def _destinations(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"model: {name} is an expanded tensor, whose elements share memory: clone it first")
     clean = without_wrappers(state)
-    while any(all(name.startswith(f"{word}.") for name in clean.values()) for word in WRAPPERS):
+    while clean and any(all(name.startswith(f"{word}.") for name in clean.values()) for word in WRAPPERS):
         clean = {name: inner.partition(".")[2] for name, inner in clean.items()}
-    return {short: name for name, short in clean.items()}, {clean[name]: tensor for name, tensor in state.items()}
+    return {official: name for name, official in clean.items()}, {clean[name]: tensor for name, tensor in state.items()}
 
 
 def _convert(contents: Contents, wanted: Mapping[str, Tensor]) -> tuple[Format, Converted]:
@@ -159,14 +159,14 @@ def _convert(contents: Contents, wanted: Mapping[str, Tensor]) -> tuple[Format, 
         layout, converted = _convert_names(inner, wanted, contents.source)
         shapes = {name: tensor.meta.shape for name, tensor in converted.tensors.items()}
         fitting = sum(shapes.get(name) == tensor.shape for name, tensor in wanted.items())
-        found[prefix] = fitting, layout, converted
+        found[prefix] = (fitting, len(shapes.keys() & wanted.keys())), layout, converted
     best = max(found, key=lambda prefix: found[prefix][0])
-    fitting, layout, converted = found[best]
+    score, layout, converted = found[best]
     for name in contents.tensors:
         if not name.startswith(best):
             converted.dropped[name] = f"not under {best!r}, as the model's weights are"
     for prefix in found:
-        if prefix != best and fitting and found[prefix][0] == fitting:
+        if prefix != best and any(score) and found[prefix][0] == score:
             contents.notes.append(f"what is under {prefix!r} would fit as well as what is under {best!r}")
     return layout, converted
 
