@@ -183,7 +183,7 @@ class TestTerminal:
         monkeypatch.setenv("COLUMNS", "40")
         _, text = cli("list", "cvt_13")
         assert text.splitlines() == [
-            "1 models", "cvt_13", "  family: cvt", "  image: 224", "  parameters: 20.00 M", "  GMACs: 4.57"
+            "1 models", "model: cvt_13", "  family: cvt", "  image: 224", "  parameters: 20.00 M", "  GMACs: 4.57"
         ]  # fmt: skip
 
 

@@ -38,10 +38,9 @@ class _Rows(Table):
         for row in zip(*(column.cells for column in self.columns), strict=True):
             for position, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
                 value = cell if isinstance(cell, Text) else Text.from_markup(str(cell))
-                if position == 0:
-                    yield Text.assemble((value.plain, TITLE))
-                elif value.plain:
-                    yield Text("  ") + (Text(f"{column.header}: ") if column.header else Text()) + value
+                if value.plain:
+                    label = f"{column.header}: " if column.header else ""
+                    yield Text("  " if position else "") + Text(label, TITLE if position == 0 else "") + value
 
 
 def table(*columns: str, title: str | None = None) -> Table:
