@@ -43,7 +43,7 @@ def _fuse(model: Any) -> None:
 _on_build = [_fuse]
 """What ``fastvit.reference`` does with every model it builds, whichever of our modules is imported first."""
 
-if any(name.startswith("FASTVIT_") for name in os.environ):  # what they hold is judged at import
+if any(name.startswith(("FASTVIT_", "TRITON_INTERPRET")) for name in os.environ):  # what they hold is judged at import
     importlib.import_module("fastvit._public")
 if os.environ.get("FASTVIT_AUTO"):
     importlib.import_module("fastvit.auto")

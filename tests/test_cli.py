@@ -115,7 +115,7 @@ except SystemExit as error:
 print("torch" in sys.modules, file=sys.stderr)
 sys.exit(status)
 """
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("FASTVIT_")}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("FASTVIT_", "TRITON_"))}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         env={**plain, **environment},
