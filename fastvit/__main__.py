@@ -1,20 +1,28 @@
-"""The command line: ``python -m fastvit info | list | verify | bench``."""
+"""The command line: ``fastvit info | list | verify | bench``, or ``python -m fastvit``.
+
+Torch is imported by the commands, not by ``--help``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.text import Text
+from fastvit._version import __version__
+from fastvit.cli import CannotLoad
+from fastvit.cli.show import make_console
 
-from fastvit.cli import bench, facts, models, verify
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+LIBRARIES = ("fastvit", "timm", "torchvision", "transformers", "vit_pytorch")
+DTYPES = ("float32", "bfloat16", "float16")
 BAD_USE = 2  # argparse's exit status for it
+INTERRUPTED = 130  # the shell's for Ctrl-C
 WIDTH_OF_A_FILE = 130
 
 
@@ -25,6 +33,8 @@ def _positive(text: str) -> int:
 
 
 def _device(text: str) -> torch.device:
+    import torch
+
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
@@ -35,26 +45,33 @@ def _device(text: str) -> torch.device:
 def _dtype(text: str) -> torch.dtype:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
-    return DTYPES[text]
+    import torch
+
+    return getattr(torch, text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    """One sub-parser a command; ``run`` is the function that does it."""
-    parser = argparse.ArgumentParser(prog="python -m fastvit", description="Vision transformers, accelerated in place.")
+    """One sub-parser a command; ``run`` names the function that does it."""
+    parser = argparse.ArgumentParser(prog="fastvit", description="Vision transformers, accelerated in place.")
+    parser.add_argument("--version", action="version", version=f"fastvit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def add(name: str, run: Callable[[argparse.Namespace, Console], int]) -> argparse.ArgumentParser:
-        text = (run.__doc__ or "").splitlines()[0]
+    def add(name: str, run: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return command
 
-    add("info", facts.info)
-    listing = add("list", facts.list_variants)
+    add("info", "facts.info", "versions, devices, backends (with the reasons why one cannot run) and the build")
+    listing = add("list", "facts.list_variants", "the models that match a pattern, with their sizes")
     listing.add_argument("pattern", nargs="?", default="*", help="shell-style, e.g. 'cait_*_384'")
-    _add_model(add("verify", verify.verify), batch=2)
-    benching = _add_model(add("bench", bench.bench), batch=8)
+    listing.add_argument("--weights", action="store_true", help="where the official weights of each are")
+    verifying = (
+        "hold a patched model to the accuracy of the plain one, block by block; fails where one is over its budget"
+    )
+    _add_model(add("verify", "verify.verify", verifying), batch=2)
+    timing = "time a model plain and patched, in turn, once the patched one has proved accurate"
+    benching = _add_model(add("bench", "bench.bench", timing), batch=8)
     benching.add_argument("--rounds", type=_positive, default=11, help="timed rounds of each (default 11)")
     benching.add_argument("--compile", action="store_true", help="both under torch.compile")
     return parser
@@ -62,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser, batch: int) -> argparse.ArgumentParser:
     """The arguments of a command that runs a model."""
-    where = ", ".join(f"{library}/NAME" for library in models.LOADERS)
+    where = ", ".join(f"{library}/NAME" for library in LIBRARIES)
     command.add_argument("model", help=f"{where}, or package.module:factory; nothing is downloaded")
     command.add_argument("--batch", type=_positive, default=batch, help=f"images in a batch (default {batch})")
     command.add_argument("--dtype", type=_dtype, default="float32", help=", ".join(DTYPES))
@@ -74,14 +91,21 @@ def _add_model(command: argparse.ArgumentParser, batch: int) -> argparse.Argumen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDTH_OF_A_FILE
+    errors = make_console(stderr=True, soft_wrap=True)
+    command = "fastvit"
     try:
-        return arguments.run(arguments, console)
-    except models.CannotLoad as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"python -m fastvit {arguments.command}: {error}", "red"))
+        arguments = _parser().parse_args(argv)
+        command = f"fastvit {arguments.command}"
+        console = make_console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = WIDTH_OF_A_FILE
+        module, function = arguments.run.split(".")
+        return getattr(importlib.import_module(f"fastvit.cli.{module}"), function)(arguments, console)
+    except KeyboardInterrupt:
+        errors.print(f"{command}: interrupted", style="red", markup=False)
+        return INTERRUPTED
+    except CannotLoad as error:
+        errors.print(f"{command}: {error}", style="red", markup=False, highlight=False)
         return BAD_USE
 
 

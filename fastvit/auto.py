@@ -1,8 +1,8 @@
 """``import fastvit.auto``: every timm, transformers, torchvision and vit-pytorch model built from now on is patched.
 
->>> import fastvit.auto
->>> model = timm.create_model("cait_xxs24_224")   # its blocks are fused; fastvit.unpatch(model) restores them
->>> fastvit.auto.disable()                        # models built from now on are plain again
+    import fastvit.auto
+    model = timm.create_model("cait_xxs24_224")   # its blocks are fused; fastvit.unpatch(model) restores them
+    fastvit.auto.disable()                        # models built from now on are plain again
 
 The order of imports does not matter, and this module imports none of the libraries. Models built before stay as they
 are. ``FASTVIT_AUTO=timm,transformers`` does the same at ``import fastvit``, for the libraries it names;

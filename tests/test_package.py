@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import json
 import os
@@ -45,10 +46,63 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert len(beside) < 50, beside  # of the standard library, which torch had not imported
 
 
+def test_torch_comes_with_the_first_name_that_is_used():
+    """Not with the import, and whichever of our modules comes first, reference models are fused as they are built."""
+    code = """
+import sys
+import fastvit
+assert "torch" not in sys.modules and not hasattr(fastvit, "__wrapped__") and "torch" not in sys.modules
+%s
+model = ViT(img_size=32, embed_dim=16, depth=1, num_heads=2)
+print(fastvit.is_patched(model), fastvit.__version__)
+import torch
+print(len(dir(torch.ops.fastvit)) > 3, sorted(fastvit.__all__) == dir(fastvit))
+"""
+    spellings = (
+        "ViT = fastvit.reference.ViT",
+        "from fastvit.reference import ViT",
+        "from fastvit.reference.vit import ViT; import fastvit.ops",
+        "from fastvit import *; ViT = reference.ViT",
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FASTVIT_", "TRITON_"))}
+    for spelling in spellings:
+        result = subprocess.run(
+            [sys.executable, "-c", code % spelling], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.stdout.split() == ["True", fastvit.__version__, "True", "True"], (spelling, result.stderr)
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError, match="module 'fastvit' has no attribute 'patched_model'"):
+        fastvit.patched_model  # noqa: B018
+
+
 def test_public_names_are_there_and_documented():
     for name in fastvit.__all__:
         value = getattr(fastvit, name)
         assert name == "__version__" or value.__doc__, name
+
+
+def test_completion_shows_public_names_alone():
+    for module in (fastvit, fastvit.ops, fastvit.patching, fastvit.reference):
+        assert sorted(module.__all__) == dir(module)
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert {"BatchNorm", "LayerNorm", "Projection"} < set(dir(fastvit.ops))
+
+
+def test_examples_in_docstrings():
+    """What public docstrings show is run."""
+    pytest.importorskip("PIL", reason="the example of transform makes an image by Pillow")
+    finder, runner, shown = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(), set()
+    for name, value in {"fastvit": fastvit, **{name: getattr(fastvit, name) for name in fastvit.__all__}}.items():
+        for test in (
+            [] if isinstance(value, str) else finder.find(value, name, globs=dict(vars(inspect.getmodule(value))))
+        ):
+            runner.run(test)
+            shown |= {name} if test.examples else set()
+    assert runner.failures == 0
+    expected = "fastvit create_model list_models load_weights patch patched register transform"
+    assert shown >= set(expected.split())
 
 
 def test_create_model_fuses_unless_told_not_to():
@@ -70,6 +124,17 @@ def test_create_model_takes_what_the_reference_takes():
     }
     with pytest.raises(ValueError, match="did you mean"):
         fastvit.create_model("deit_small")
+
+
+def test_pretrained_says_where_weights_are():
+    with pytest.raises(
+        ValueError, match=r"fastvit.load_weights.* are at https://dl.fbaipublicfiles.com/deit/XXS24_224"
+    ):
+        fastvit.create_model("cait_xxs24_224", pretrained=True)
+    with pytest.raises(ValueError, match=r"there are none of cpvt_tiny \(fastvit list --weights\)"):
+        fastvit.create_model("cpvt_tiny", pretrained=True)
+    fastvit.create_model("cait_xxs24_224", pretrained=False, depth=1, **SIZE)
+    assert fastvit.reference.weights.official.OFFICIAL.keys() < set(fastvit.list_models())
 
 
 def test_a_users_subclass_of_a_family_is_fused_as_it_is_built():

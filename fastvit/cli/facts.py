@@ -13,6 +13,7 @@ from rich.text import Text
 from fastvit import backends
 from fastvit.cli.show import print_json, table
 from fastvit.reference.registry import VARIANTS, list_models
+from fastvit.reference.weights.official import OFFICIAL
 
 
 def info(arguments: argparse.Namespace, console: Console) -> int:
@@ -35,10 +36,16 @@ def list_variants(arguments: argparse.Namespace, console: Console) -> int:
     """The models that match the pattern, with their sizes."""
     names = list_models(arguments.pattern)
     if not names:
-        console.print(f"no model matches {arguments.pattern!r}; python -m fastvit list shows all {len(VARIANTS)}")
+        console.print(f"no model matches {arguments.pattern!r}; fastvit list shows all {len(VARIANTS)}")
         return 1
     if arguments.json:
         print_json({name: _facts(name) for name in names})
+        return 0
+    if arguments.weights:
+        for name in names:  # whole lines, so that addresses can be copied
+            console.print(
+                f"{name}  {OFFICIAL.get(name, 'none published')}", soft_wrap=True, highlight=False, markup=False
+            )
         return 0
     shown = table("model", "family", ">image", ">parameters", ">GMACs", title=f"{len(names)} models")
     for name in names:
@@ -56,6 +63,7 @@ def _facts(name: str) -> dict[str, Any]:
         "img_size": variant.config.get("img_size", 224),
         "params": variant.params,
         "gmacs": variant.gmacs,
+        "weights": OFFICIAL.get(name),
     }
 
 

@@ -5,7 +5,6 @@ Nothing is downloaded. Models that come without weights get random ones that beh
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import pkgutil
@@ -17,16 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastvit.cli import CannotLoad
 from fastvit.patching import create_model
 from fastvit.patching.images import own_shape
-from fastvit.reference.registry import list_models
+from fastvit.reference.registry import list_models, nearest_names
 
 CLASSES = 1000
 DEFAULT_SIZE = 224
-
-
-class CannotLoad(Exception):  # noqa: N818
-    """The model cannot be loaded; the message is for the user."""
 
 
 class Candidate(NamedTuple):
@@ -59,14 +55,15 @@ def load(name: str, *, size: int | None = None, seed: int = 0) -> Candidate:
         model, inputs = _from_fastvit(name, size)
     else:
         known = ", ".join(f"{library}/NAME" for library in LOADERS)
-        raise CannotLoad(f"model: expected {known}, or package.module:factory for your own, got {name!r}")
+        near = _nearest(name, list_models())
+        raise CannotLoad(f"model: expected {known}, or package.module:factory for your own, got {name!r}{near}")
     return Candidate(name, model.eval(), inputs)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message: the names most like one that does not exist, or nothing."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=4, cutoff=0.4)
+    near = nearest_names(name.lower(), by_lower)
     return f"; did you mean {', '.join(by_lower[match] for match in near)}?" if near else ""
 
 

@@ -18,6 +18,7 @@ from fastvit.ops.head_mixed_attention import head_mixed_attention, re_attention,
 from fastvit.ops.leff import leff
 from fastvit.ops.linear import glu_mlp, linear, mlp
 from fastvit.ops.token_depthwise_conv import token_depthwise_conv
+from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
 
 OPERATORS = {
     operator.name: operator
@@ -40,6 +41,9 @@ _flops.register_when_imported()
 
 __all__ = [
     "OPERATORS",
+    "BatchNorm",
+    "LayerNorm",
+    "Projection",
     "class_attention",
     "conv_batch_norm",
     "conv_projection",
@@ -54,3 +58,7 @@ __all__ = [
     "talking_heads_attention",
     "token_depthwise_conv",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

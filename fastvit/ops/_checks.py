@@ -33,6 +33,8 @@ def fail(name: str, expected: str, value: object) -> NoReturn:
     """Raise the ValueError; a tensor is described by its shape, dtype and device."""
     if isinstance(value, Tensor):
         got = f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    elif type(value).__name__ == "ndarray":
+        got = f"a numpy array {value.shape}: torch.from_numpy(...) makes a tensor of it"  # type: ignore[attr-defined]
     else:
         got = f"{value!r:.200} ({type(value).__name__})"
     raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -4,7 +4,7 @@ from fastvit.patching.explanation import Explanation, explain
 from fastvit.patching.folding import FoldedNormalization, fold_normalization
 from fastvit.patching.freezing import freeze, unfreeze
 from fastvit.patching.fusion import Fused
-from fastvit.patching.models import create_model, fuse_reference_models
+from fastvit.patching.models import create_model
 from fastvit.patching.register import register, unregister
 from fastvit.patching.reporting import Report, ReportRow, report
 from fastvit.patching.swap import is_patched, patch, patched, unpatch
@@ -19,7 +19,6 @@ __all__ = [
     "explain",
     "fold_normalization",
     "freeze",
-    "fuse_reference_models",
     "is_patched",
     "patch",
     "patched",
@@ -29,3 +28,7 @@ __all__ = [
     "unpatch",
     "unregister",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

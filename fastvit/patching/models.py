@@ -9,18 +9,13 @@ from torch import nn
 from fastvit import backends
 from fastvit.patching.plan import apply, survey
 from fastvit.patching.swap import unpatch
-from fastvit.reference import VisionModel, base, registry
+from fastvit.reference import VisionModel, registry
 
 
-def _fuse(model: nn.Module) -> None:
-    apply(survey(model), "auto")
-
-
-def fuse_reference_models() -> None:
-    """Fuse every reference model as it is built from now on, unless FASTVIT_BACKEND asks for the reference alone."""
-    requested = backends.REQUESTED
-    if requested != {"reference"} and _fuse not in base.on_build:
-        base.on_build.append(_fuse)
+def fuse(model: nn.Module) -> None:
+    """Fuse a reference model that has just been built, unless FASTVIT_BACKEND asks for the reference alone."""
+    if {"reference"} != backends.REQUESTED:
+        apply(survey(model), "auto")
 
 
 def create_model(
@@ -37,6 +32,10 @@ def create_model(
     **options: Any,
 ) -> VisionModel:
     """Build a named model of the seven families, with fresh weights and fused blocks.
+
+    >>> import fastvit
+    >>> fastvit.create_model("deit_tiny_patch16_224", num_classes=10).head
+    Linear(in_features=192, out_features=10, bias=True)
 
     Args:
         name: one of :func:`fastvit.list_models`.

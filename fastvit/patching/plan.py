@@ -13,6 +13,7 @@ from fastvit import backends, ops
 from fastvit.patching.deferral import AT_THE_FIRST_CALL, Verdict, recognised_class
 from fastvit.patching.fusion import for_backend, give, plain_class
 from fastvit.patching.matching import ATTENTION, LINEAR, MLP, Match, kind_of, looks_like, operators, recognise
+from fastvit.reference.base import check_module
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -44,8 +45,8 @@ def is_slow(finding: Finding) -> bool:
 
 def check_model(model: object) -> None:
     """TypeError where ``model`` is not an ``nn.Module`` whose Python methods run."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
+    assert isinstance(model, nn.Module)
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(

@@ -75,6 +75,13 @@ def patch(
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
+    >>> import fastvit, torch
+    >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False).eval()
+    >>> fastvit.patch(model, ops="masked_attention", verify=torch.randn(2, 3, 224, 224)) is model
+    True
+    >>> [row.name for row in fastvit.report(model).rows if row.status == "patched"]
+    ['blocks.0.attn']
+
     Args:
         model: any ``nn.Module`` that holds blocks of the families fastvit knows.
         ops: names of the operators to fuse ("masked_attention", "class_attention", "head_mixed_attention",
@@ -112,6 +119,9 @@ def patch(
     check_model(model)
     chosen = check_ops(ops)
     check_backend(backend, model)
+    for name, value in (("example", example), ("verify", verify), ("benchmark", benchmark)):
+        if value is not None:
+            verification.as_call(value, name)
     options = Options(EVERY_OPERATOR if ops is None else chosen, filter_fn, decided=reporting.decided)
     given = next((each for each in (example, verify, benchmark) if each is not None), None)
     with _lock:
@@ -180,8 +190,27 @@ def unpatch(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def patched(model: Model, **options: Any) -> Iterator[Model]:
+def patched(
+    model: Model,
+    *,
+    ops: str | Iterable[str] | None = None,
+    backend: str = "auto",
+    filter_fn: FilterFn | None = None,
+    strict: bool = False,
+    example: Any = None,
+    verify: Any = None,
+    benchmark: Any = None,
+    dry_run: bool = False,
+) -> Iterator[Model]:
     """Patch for the length of a ``with`` block, with the arguments of :func:`patch`.
+
+    >>> import fastvit
+    >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False)
+    >>> with fastvit.patched(model, backend="sdpa"):
+    ...     fastvit.is_patched(model)
+    True
+    >>> fastvit.is_patched(model)
+    False
 
     Afterwards each module that this changed has the class it had before, that of an earlier patch included; where a
     class of one's own was put on it within the block, that class stays.
@@ -195,7 +224,17 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
     remembered = reporting.recall(model)
     after: list[type[nn.Module]] | None = None
     try:
-        patch(model, **options)
+        patch(
+            model,
+            ops=ops,
+            backend=backend,
+            filter_fn=filter_fn,
+            strict=strict,
+            example=example,
+            verify=verify,
+            benchmark=benchmark,
+            dry_run=dry_run,
+        )
         after = [type(module) for module, _ in before]
         yield model
     finally:
@@ -297,7 +336,7 @@ def _nothing_to_do(model: nn.Module, findings: list[Finding]) -> str:
     modules = [finding.module for finding in findings] or model.modules()
     classes = sorted({plain_class(module).__name__ for module in modules})
     if not findings:
-        told = [f"no attention, depthwise convolution or MLP among its classes: {', '.join(classes)}"]
+        return f"fastvit: nothing to fuse in {name}: it holds no attention, depthwise convolution of tokens or MLP"
     if all(finding.status == UNRECOGNISED for finding in findings):
         nearest = ", ".join(_nearest_supported(classes))
         told.append(f"the nearest supported are: {nearest}; fastvit.register teaches your own")

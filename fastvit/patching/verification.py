@@ -142,7 +142,7 @@ def insist(errors: dict[str | None, Error]) -> None:
         )
 
 
-def as_call(example: Any) -> tuple[tuple, dict[str, Any]]:
+def as_call(example: Any, name: str = "example") -> tuple[tuple, dict[str, Any]]:
     """An example input as (args, kwargs): a dict holds keyword arguments, a tuple or list positional ones."""
     if isinstance(example, dict):
         return (), example
@@ -150,8 +150,9 @@ def as_call(example: Any) -> tuple[tuple, dict[str, Any]]:
         return tuple(example), {}
     if isinstance(example, Tensor):
         return (example,), {}
+    hint = ": torch.from_numpy(...) makes a tensor of it" if type(example).__name__ == "ndarray" else ""
     raise TypeError(
-        f"example: expected a tensor, a tuple of arguments or a dict of keyword ones, got {type(example).__name__}"
+        f"{name}: expected a tensor, a tuple of arguments or a dict of keyword ones, got {type(example).__name__}{hint}"
     )
 
 

@@ -26,3 +26,7 @@ __all__ = [
     "find_variant",
     "list_models",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

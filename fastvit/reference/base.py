@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from fastvit.reference.layers import TokenBlock
 from fastvit.reference.overrides import calls_everything, is_plain, is_untouched
 
-on_build: list[Callable[[nn.Module], object]] = []
-"""Called with every family model once it is built, in order. ``import fastvit`` adds the swap to fused blocks."""
+on_build: list[Callable[[nn.Module], object]] = [*getattr(sys.modules[__name__.partition(".")[0]], "_on_build", ())]
+"""Called with every family model once it is built, in order. The package around has the swap to fused blocks here."""
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,6 +37,7 @@ class Variant:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 0.875
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     source: str = ""
 
@@ -46,8 +48,17 @@ class Variant:
             "mean": self.mean,
             "std": self.std,
             "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
             "interpolation": self.interpolation,
         }
+
+
+def check_module(model: object) -> None:
+    """TypeError where ``model`` is no ``nn.Module``."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got the class {model.__name__}: give an instance of it")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 class _BuiltModel(type):
@@ -78,8 +89,13 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
     ``img_size`` and ``patch_size``, and provide :meth:`forward_features` and :meth:`forward_head`.
 
     ``default_cfg`` says how images are prepared for published weights: ``input_size`` (3, h, w), ``mean``, ``std``,
-    ``crop_pct``, ``interpolation``; :func:`fastvit.reference.registry.create_model` fills it in.
+    ``crop_pct``, ``crop_mode`` ("center", or "squash" to a square), ``interpolation``;
+    :func:`fastvit.reference.registry.create_model` fills it in.
     """
+
+    layer_groups: Sequence[tuple[str, tuple[int, ...] | None]] = ((r"^(?:blocks|pos_block)\.(\d+)", None),)
+    """Patterns of names, and numbers of layers where the pattern has none: for :meth:`group_matcher`."""
+    coarse_layer_groups: Sequence[tuple[str, tuple[int, ...] | None]] | None = None
 
     num_classes: int
     num_features: int
@@ -148,6 +164,24 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the official training recipe excludes from weight decay."""
         return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer each parameter belongs to, in timm's manner: for ``timm.optim.param_groups_layer_decay``.
+
+        The stem comes first, then block by block (``coarse``: stage by stage, where there are stages), the norm with
+        what precedes it, and heads last.
+        """
+        return {
+            "stem": r"^(?:cls_token|dist_token|pos_embed|patch_embed\.|i2t\.|patch_embeds\.0\.|stage0\.patch_embed\.)",
+            "blocks": list((coarse and self.coarse_layer_groups) or self.layer_groups),
+            "class_blocks": [(r"^blocks_token_only\.(\d+)", None), (r"^(?:lca\.|pos_layer_embed)", (0,))],
+            "norm": [(r"^(?:norm|fc_norm)\.", (99999,))],  # timm's number for the layer in front
+        }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """``default_cfg``, by the name that ``timm.data.resolve_model_data_config`` reads."""
+        return self.default_cfg
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (training mode only)."""

@@ -310,8 +310,16 @@ _CVT_W24 = {"embed_dim": (192, 768, 1024), "depth": (2, 2, 20), "num_heads": (3,
 
 
 def _variant(config: dict, params: int, gmacs: float, img_size: int = 224) -> Variant:
-    crop_pct = 0.875 if img_size == 224 else 1.0
-    return Variant("cvt", CvT, {"img_size": img_size, **config}, params, gmacs, crop_pct=crop_pct, source=_SOURCE)
+    return Variant(
+        "cvt",
+        CvT,
+        {"img_size": img_size, **config},
+        params,
+        gmacs,
+        crop_pct=0.875 if img_size == 224 else 1.0,
+        crop_mode="center" if img_size == 224 else "squash",  # the official code resizes to 384 x 384
+        source=_SOURCE,
+    )
 
 
 VARIANTS: dict[str, Variant] = {

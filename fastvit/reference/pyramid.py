@@ -67,6 +67,13 @@ class Pyramid(VisionModel):
     earlier stages have those stages' widths and grids.
     """
 
+    layer_groups = (
+        (r"^blocks\.(\d+)\.(\d+)", None),
+        (r"^stage(\d+)\.blocks\.(\d+)", None),
+        (r"^(?:patch_embeds\.|pos_block\.|stage)(\d+)", (0,)),
+    )
+    coarse_layer_groups = ((r"^(?:blocks\.|patch_embeds\.|pos_block\.|stage)(\d+)", None),)
+
     depths: tuple[int, ...]
     norm: nn.LayerNorm
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Collection
 from typing import Any
 
 from fastvit.reference import cait, ceit, cpvt, cvt, deepvit, deit, vit
 from fastvit.reference.base import Variant, VisionModel
 from fastvit.reference.layers import to_pair
+from fastvit.reference.weights.official import OFFICIAL
 
 VARIANTS: dict[str, Variant] = {
     name: variant for family in (vit, deit, deepvit, cait, cpvt, cvt, ceit) for name, variant in family.VARIANTS.items()
@@ -16,17 +18,21 @@ VARIANTS: dict[str, Variant] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell-style pattern (``"cait_*_384"``), family by family."""
+    """Names of the models that match a shell-style pattern, family by family.
+
+    >>> list_models("cait_x*_384")
+    ['cait_xxs24_384', 'cait_xxs36_384', 'cait_xs24_384']
+    """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 
 
-def nearest_names(name: str, count: int = 3) -> list[str]:
-    """The model names most like ``name``, best first. Beginnings count: people leave endings out, not families."""
+def nearest_names(name: str, known: Collection[str] = VARIANTS, count: int = 3) -> list[str]:
+    """The known names most like ``name``, best first. Beginnings count: people leave endings out, not families."""
 
     def likeness(candidate: str) -> float:
         return difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
 
-    return [near for near in sorted(VARIANTS, key=likeness, reverse=True)[:count] if likeness(near) >= 0.6]
+    return [near for near in sorted(known, key=likeness, reverse=True)[:count] if likeness(near) >= 0.6]
 
 
 def find_variant(name: str) -> Variant:
@@ -65,6 +71,12 @@ def create_model(
         TypeError: an option the family does not know.
     """
     variant = find_variant(name)
+    if options.pop("pretrained", False):
+        where = f"those of {name} are at {OFFICIAL[name]}" if name in OFFICIAL else f"there are none of {name}"
+        raise ValueError(
+            "pretrained: expected False, since nothing is downloaded: weights come by fastvit.load_weights(model, "
+            f"source), and {where} (fastvit list --weights)"
+        )
     config = dict(variant.config)
     if img_size is not None:
         config["img_size"] = img_size

@@ -480,6 +480,12 @@ def test_what_the_cases_start_from_is_accepted(op, batch):
         assert all(part.isfinite().all() for part in pytree.tree_leaves(getattr(ops, op)(**CALLS[op](batch))))
 
 
+def test_an_array_is_named_as_one():
+    q = torch.ones(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=r"^q: .*got a numpy array \(1, 2, 4, 8\): torch.from_numpy\(\.\.\.\) makes"):
+        ops.masked_attention(q.numpy(), q, q)
+
+
 def test_tokens_that_overflow():
     """64 bits lose the product of this grid: 0, the number of tokens of x."""
     for change in ({}, {"requires_grad": True}):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,12 +139,33 @@ def test_what_is_not_a_python_module_is_refused():
     for function in (unpatch, report):
         with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
             function("vit")
+    for function in (patch, unpatch, report):
+        with pytest.raises(TypeError, match="got the class Linear: give an instance of it"):
+            function(nn.Linear)
 
 
-def test_nothing_to_fuse_warns_and_names_what_it_saw():
-    with pytest.warns(
-        UserWarning, match=r"nothing to fuse in Sequential:\s.*: Linear, Sequential\s.*nearest supported are: .*Att"
-    ) as log:
+@pytest.mark.parametrize("argument", ["example", "verify", "benchmark"])
+def test_an_array_for_an_example_is_refused_by_the_name_of_its_argument(argument, model):
+    with pytest.raises(TypeError, match=rf"{argument}: expected a tensor, .*got ndarray: torch.from_numpy"):
+        patch(model, **{argument: np.zeros((1, 3, 32, 32), np.float32)})
+    assert not is_patched(model)
+
+
+@pytest.mark.parametrize("argument", ["example", "verify", "benchmark"])
+def test_inference_mode_around_the_call(argument, model):
+    with torch.inference_mode():
+        patch(model, **{argument: images("vit")})
+    assert is_patched(model)
+
+
+def test_patched_takes_the_arguments_of_patch():
+    theirs, ours = (inspect.signature(function).parameters for function in (patch, patched))
+    assert list(ours.values()) == list(theirs.values())
+
+
+def test_nothing_to_fuse_warns_without_a_list_of_classes():
+    words = "nothing to fuse in Sequential: it holds no attention, depthwise convolution of tokens or MLP$"
+    with pytest.warns(UserWarning, match=words) as log:
         patch(nn.Sequential(nn.Linear(2, 2)))
     assert log[0].filename == __file__
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ class TestRoundTrip:
     def test_entries_that_are_no_tensors_are_reported(self):
         source, target = build("vit"), build("vit")
         report = load_weights(target, {**source.state_dict(), "epoch": 7, 3: torch.ones(1)})
-        assert set(report.dropped) == {"epoch", "3"} and "int" in report.dropped["epoch"]
+        assert set(report.dropped) == {"epoch", "<int>"} and "int" in report.dropped["epoch"]
 
     def test_numpy_arrays(self):
         source, target = build("vit"), build("vit")
@@ -146,20 +147,36 @@ class TestPositionEmbedding:
 
 
 class TestHeads:
-    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("options", [{"head": "skip"}, {"strict": False}])
     @pytest.mark.parametrize("family", ["vit", "cait", "cvt", "ceit", "twins"])
-    def test_of_another_class_count_is_left_alone(self, family, strict):
+    def test_of_another_class_count_is_left_alone_where_asked(self, family, options):
         source, target = build(family), build(family, num_classes=7)
         own = {name: value.clone() for name, value in target.head.state_dict().items()}
-        report = load_weights(target, source, strict=strict)
+        report = load_weights(target, source, **options)
         assert report.skipped_heads == [SkippedHead("head", 5, 7)]
         assert report.missing == [] and report.unexpected == [] and not {"head.weight", "head.bias"} & {*report.loaded}
         assert "head, 5 classes in the source, 7 in the model" in str(report)
         others = {name: value for name, value in source.state_dict().items() if not name.startswith("head.")}
         assert_state(target, {**others, **{f"head.{name}": value for name, value in own.items()}})
 
+    @pytest.mark.parametrize("family", ["vit", "deit_distilled", "cvt"])
+    def test_of_another_class_count_is_refused(self, family):
+        """A head left random without a word is the wrong model in production."""
+        words = r"head: 5 classes in the source, 1000 in the model; head='skip' loads the rest"
+        assert_refused(build(family, num_classes=1000), build(family), words)
+
+    def test_skipped_whatever_the_source_holds(self):
+        for source in (build("vit"), build("vit", num_classes=0)):
+            target = build("vit")
+            own = target.head.weight.clone()
+            report = load_weights(target, source, head="skip")
+            assert torch.equal(target.head.weight, own) and [each.name for each in report.skipped_heads] == ["head"]
+
+    def test_another_value(self):
+        assert_refused(build("vit"), build("vit"), "head: expected 'load' or 'skip', got 'drop'", head="drop")
+
     def test_both_heads_of_a_distilled_model(self):
-        report = load_weights(build("deit_distilled", num_classes=3), build("deit_distilled"))
+        report = load_weights(build("deit_distilled", num_classes=3), build("deit_distilled"), head="skip")
         assert report.skipped_heads == [SkippedHead("head", 5, 3), SkippedHead("head_dist", 5, 3)]
 
     def test_model_without_head(self):
@@ -168,8 +185,129 @@ class TestHeads:
 
     def test_source_without_head(self):
         source = build("vit", num_classes=0)
-        assert_refused(build("vit"), source, r"missing \(2\): head.weight, head.bias")
+        assert_refused(build("vit"), source, r"missing \(2\): head.weight, head.bias\n  head='skip' leaves")
         assert load_weights(build("vit"), source, strict=False).missing == ["head.weight", "head.bias"]
+
+
+class TestTrainingCode:
+    """Checkpoints of other people's training code: the network behind a prefix, and things that are not the network."""
+
+    @pytest.mark.parametrize(
+        "prefix", ["student.", "teacher.", "backbone.", "module.model.", "model.student.backbone."]
+    )
+    def test_network_behind_a_prefix_beside_something_else(self, prefix):
+        source, target = build("vit"), build("vit")
+        extra = {"criterion.weight": torch.ones(3), "queue": torch.ones(2, 3)}
+        report = load_weights(
+            target, {**extra, **{prefix + name: value for name, value in source.state_dict().items()}}
+        )
+        assert_state(target, source.state_dict())
+        assert set(report.dropped) == set(extra) and f"not under {prefix!r}" in str(report)
+
+    def test_lightning(self, tmp_path):
+        source, target, path = build("deit"), build("deit"), tmp_path / "last.ckpt"
+        weights = {f"model.{name}": value for name, value in source.state_dict().items()}
+        weights |= {"criterion.alpha": torch.tensor(0.5), "train_metric.total": torch.tensor(3)}
+        torch.save({"epoch": 1, "state_dict": weights, "callbacks": {}, "pytorch-lightning_version": "2.5"}, path)
+        report = load_weights(target, path)
+        assert set(report.dropped) == {"criterion.alpha", "train_metric.total"}
+        assert_state(target, source.state_dict())
+
+    def test_mae(self):
+        source, target = build("vit", num_classes=0), build("vit")
+        decoder = ("mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight")
+        weights = {"model": {**source.state_dict(), **{name: torch.ones(2) for name in decoder}}}
+        assert_refused(target, weights, "head='skip'")
+        report = load_weights(target, weights, head="skip")
+        assert set(report.dropped) == set(decoder) and "MAE" in str(report)
+        assert torch.equal(target.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
+
+    def test_dino(self):
+        """The official file: two networks, each behind DataParallel's prefix and beside its projection head."""
+        teacher, student = build("vit", num_classes=0), build("vit", num_classes=0)
+        head = {"head.mlp.0.weight": torch.ones(4, 4), "head.last_layer.weight_g": torch.ones(4, 1)}
+        networks = {
+            name: {**{f"backbone.{key}": value for key, value in network.state_dict().items()}, **head}
+            for name, network in (("student", student), ("teacher", teacher))
+        }
+        networks["student"] = {f"module.{name}": value for name, value in networks["student"].items()}
+        target = build("vit")
+        report = load_weights(target, {**networks, "epoch": 3}, head="skip")
+        assert report.entry == "teacher" and set(report.dropped) == set(head)
+        assert any("'student' is in the file too" in note for note in report.notes)
+        assert torch.equal(target.cls_token, teacher.cls_token)
+        load_weights(target, networks["student"], head="skip")
+        assert torch.equal(target.cls_token, student.cls_token)
+
+    def test_moco_v3(self):
+        base, momentum, target = build("vit", num_classes=0), build("vit", num_classes=0), build("vit")
+        weights = {f"module.base_encoder.{name}": value for name, value in base.state_dict().items()}
+        weights |= {f"module.momentum_encoder.{name}": value for name, value in momentum.state_dict().items()}
+        weights |= {
+            "module.base_encoder.head.0.weight": torch.ones(2, 2),
+            "module.predictor.0.weight": torch.ones(2, 2),
+        }
+        report = load_weights(target, {"state_dict": weights}, head="skip")
+        assert torch.equal(target.cls_token, base.cls_token) and report.dropped["head.0.weight"].startswith(
+            "the projec"
+        )
+        assert any("'module.momentum_encoder.' would fit as well" in note for note in report.notes)
+
+    def test_teacher_of_another_size(self):
+        student, teacher, target = build("deit"), build("deit", embed_dim=64), build("deit")
+        networks = {"student": student, "teacher": teacher}
+        load_weights(
+            target,
+            {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()},
+        )
+        assert_state(target, student.state_dict())
+
+    def test_numbers_that_are_none_are_noted(self):
+        weights = build("vit").state_dict()
+        weights["norm.bias"][3] = float("nan")
+        weights["cls_token"] = weights["cls_token"] / 0
+        target = build("vit")
+        report = load_weights(target, weights)
+        assert "NaN or infinite values in 2 tensors: cls_token, norm.bias" in str(report)
+        assert load_weights(target, build("vit")).notes == []
+
+
+class TestHub:
+    """Ids of the Hugging Face hub, from its cache on disk."""
+
+    @pytest.fixture
+    def cache(self, tmp_path, monkeypatch):
+        constants = pytest.importorskip("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        return tmp_path / "models--org--name"
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+    @pytest.mark.parametrize("given", ["hf-hub:org/name", "hf_hub:org/name", "hf-hub:org/name@main"])
+    def test_cached(self, cache, name, given):
+        source, target = build("vit"), build("vit")
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text("0" * 40)
+        path = cache / "snapshots" / ("0" * 40) / name
+        path.parent.mkdir(parents=True)
+        if name.endswith("bin"):
+            torch.save(source.state_dict(), path)
+        else:
+            pytest.importorskip("safetensors.torch").save_file(source.state_dict(), path)
+        assert load_weights(target, given).source == given
+        assert_state(target, source.state_dict())
+
+    @pytest.mark.parametrize("given", ["hf-hub:org/name", "hf-hub:not/a/name", "hf-hub:"])
+    def test_absent(self, cache, given):
+        assert_refused(build("vit"), given, rf"no model.safetensors or .* for {given} \(expected hf-hub:org/name")
+
+    def test_without_the_package(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        assert_refused(build("vit"), "hf-hub:org/name", "needs the package huggingface_hub", ImportError)
+
+    def test_url(self):
+        words = "got the URL https://a.b/c.pth: download it first, by torch.hub.download_url_to_file"
+        assert_refused(build("vit"), "https://a.b/c.pth", words)
 
 
 def test_report_reads_well():

@@ -1,4 +1,7 @@
-"""From a file, a mapping or a live model to a flat dict of named tensors. Nothing read here can run code."""
+"""From a file, a mapping or a live model to a flat dict of named tensors, each read when it is asked for.
+
+Nothing here can run code, and no file makes more of memory than it is long before its shapes are known to fit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PLAIN_ENTRIES = ("model", "state_dict", "model_state_dict")
+from fastvit.reference.weights.convert import Stored
+from fastvit.reference.weights.report import short, some
+
+PLAIN_ENTRIES = ("model", "state_dict", "model_state_dict", "teacher", "student")
+"""By preference; of the two networks of self-supervised training, the teacher is the one that DINO publishes."""
 EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema")
 MAX_NESTING = 4
 """Levels of nested entries searched; a hostile file may contain itself."""
 WRAPPING_MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+UNPACKED = 2**24
+"""Bytes that a file of torch.save may unpack into beyond its own length; TorchScript, named later, compresses code."""
+HUB = re.compile(r"hf[-_]hub:")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+ACCEPTED = "a path, 'hf-hub:org/name', a state_dict (mapping of tensors) or a module"
 
 
 @dataclass
 class Contents:
-    """What a source holds: tensors by name, wrappers' prefixes removed."""
+    """What a source holds: tensors by name, without the words that compiling and sharding put between."""
 
     source: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Stored]
     entry: str | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -39,8 +52,8 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
     """Read any source ``load_weights`` takes.
 
     Raises:
-        FileNotFoundError (or another OSError), TypeError: as usual. ValueError: the file cannot be read as what its
-            name says, or holds no tensors.
+        FileNotFoundError (or another OSError), TypeError: as usual. ImportError: a package that reads it is not there.
+        ValueError: it cannot be read as what its name says, or holds no tensors.
     """
     if isinstance(source, nn.Module):
         kind = type(source)
@@ -49,21 +62,23 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module) 
         return contents
     if isinstance(source, Mapping):
         return _contents(source, "state_dict")
+    if isinstance(source, str) and "://" in source:
+        raise ValueError(
+            f"source: expected {ACCEPTED}, got the URL {short(source)}: download it first, by "
+            "torch.hub.download_url_to_file(url, path), and give the path"
+        )
+    if isinstance(source, str) and HUB.match(source):
+        return _contents(_read_file(_from_hub(source)), source)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         return _contents(_read_file(path), str(path))
-    raise TypeError(
-        f"source: expected a path, a state_dict (mapping of tensors) or a module, got {type(source).__name__}"
-    )
+    hint = ": give an instance of it" if isinstance(source, type) else ""
+    raise TypeError(f"source: expected {ACCEPTED}, got {short(repr(source)) if hint else type(source).__name__}{hint}")
 
 
-def strip_wrapping(names: Iterable[str]) -> dict[str, str]:
-    """Each name to what it is without the prefixes that DataParallel, torch.compile, FSDP, ... put in front."""
-    clean = {name: ".".join(part for part in name.split(".") if part not in WRAPPING_MODULES) for name in names}
-    for prefix in ("module.", "model.") * 2:
-        if clean and all(name.startswith(prefix) for name in clean.values()):
-            clean = {name: short.removeprefix(prefix) for name, short in clean.items()}
-    return clean
+def without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Each name to what it is without the words that torch.compile, FSDP and checkpointing put in it."""
+    return {name: ".".join(part for part in name.split(".") if part not in WRAPPING_MODULES) for name in names}
 
 
 def _contents(mapping: Mapping[Any, Any], source: str) -> Contents:
@@ -71,16 +86,18 @@ def _contents(mapping: Mapping[Any, Any], source: str) -> Contents:
     mapping = _unwrap(mapping, contents)
     tensors = {}
     for name, value in mapping.items():
-        tensor = _as_tensor(value)
+        stored = _stored(name, value, source) if isinstance(name, str) else None
         if name == "n_averaged":
             contents.dropped[name] = "the counter of torch.optim.swa_utils.AveragedModel"
-        elif tensor is None or not isinstance(name, str):
-            contents.dropped[str(name)] = f"not a tensor under a name, but {type(value).__name__}"
+        elif stored is not None:
+            tensors[name] = stored
+        elif isinstance(name, str):
+            contents.dropped[name] = f"not a tensor, but {type(value).__name__}"
         else:
-            tensors[name] = tensor.detach()
+            contents.dropped[f"<{type(name).__name__}>"] = "not a name"
     if not tensors:
-        raise ValueError(f"source: {source} holds no tensors (its entries: {some(map(str, mapping))})")
-    contents.tensors = {clean: tensors[name] for name, clean in strip_wrapping(tensors).items()}
+        raise ValueError(f"source: {source} holds no tensors (its entries: {some([*map(short, contents.dropped)])})")
+    contents.tensors = {clean: tensors[name] for name, clean in without_wrappers(tensors).items()}
     return contents
 
 
@@ -92,57 +109,99 @@ def _unwrap(mapping: Mapping[Any, Any], contents: Contents) -> Mapping[Any, Any]
         if not found:
             break
         taken.append(found[0])
-        averaged = [key for key in found[1:] if key in EMA_ENTRIES]
-        if averaged:
-            contents.notes.append(
-                f"{averaged[0]!r} (averaged weights) is in the file too; pass that mapping to load it"
-            )
+        contents.notes += [f"{key!r} is in the file too; pass that mapping to load it" for key in found[1:]]
         inner = mapping[found[0]]
         mapping = inner.state_dict() if isinstance(inner, nn.Module) else inner
     contents.entry = ".".join(taken) or None
     return mapping
 
 
-def _as_tensor(value: Any) -> Tensor | None:
-    """A tensor as it is, a numpy array as a tensor, anything else as None."""
+def _stored(name: str, value: Any, source: str) -> Stored | None:
+    """A tensor, an array, or what a reader has prepared; None for anything else. ValueError without plain numbers."""
     if isinstance(value, Tensor):
-        return value
+        value = value.detach()
+        if type(value) is not Tensor or value.is_meta or value.layout != torch.strided or value.is_quantized:
+            kind = "on the meta device" if value.is_meta else f"{type(value).__name__}, {value.layout}, {value.dtype}"
+            raise ValueError(f"source: {source}: {short(name)} is no plain tensor ({kind})")
+        return Stored.of(value.shape, value.dtype, lambda: value)
     numpy = sys.modules.get("numpy")  # if it was never imported, the value is no array
-    if numpy is None or not isinstance(value, numpy.ndarray):
-        return None
-    if value.dtype.kind == "V" and value.dtype.itemsize == 2:  # how numpy reads bfloat16 back
-        return torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint16)).view(torch.bfloat16)
-    if value.dtype.kind not in "fiub":
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return _stored_array(value.shape, value.dtype, lambda: value)
+    return value if isinstance(value, Stored) else None
+
+
+def _stored_array(shape: tuple[int, ...], dtype: Any, read: Callable[[], Any]) -> Stored | None:
+    """A numpy array; None for a dtype that torch lacks."""
+    import numpy as np
+
+    def tensor(array: Any) -> Tensor:
+        if dtype.kind == "V" and dtype.itemsize == 2:  # how numpy reads bfloat16 back
+            return torch.from_numpy(np.ascontiguousarray(array).view(np.uint16)).view(torch.bfloat16)
+        # The copy makes strides, byte order and writability what torch wants.
+        return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C", copy=True))
+
+    if dtype.kind not in "fiubV":
         return None
     try:
-        # The copy makes strides, byte order and writability what torch wants.
-        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
+        return Stored.of(shape, tensor(np.empty(0, dtype)).dtype, lambda: tensor(read()))
     except TypeError:
-        return None  # a dtype that torch lacks
+        return None
+
+
+def _from_hub(source: str) -> Path:
+    """The weights of a model on the Hugging Face hub: downloaded, or from the local cache where there is no network."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ImportError(f"source: {source} needs the package huggingface_hub: pip install huggingface_hub") from error
+    repository, _, revision = HUB.sub("", source).partition("@")
+    reason: Exception | None = None
+    for name in HUB_FILES:
+        try:
+            return Path(hf_hub_download(repository, name, revision=revision or None))
+        except EntryNotFoundError as error:
+            reason = error
+        except (OSError, ValueError) as error:
+            reason = error
+            break
+    assert reason is not None
+    raise ValueError(
+        f"source: no {' or '.join(HUB_FILES)} for {source} (expected hf-hub:org/name or hf-hub:org/name@revision): "
+        f"{first_sentence(reason)}"
+    ) from reason
 
 
 def _read_file(path: Path) -> Mapping[Any, Any]:
+    if path.is_dir() or (path.exists() and not path.is_file()):  # opening a FIFO waits, and a device may never end
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise ValueError(f"source: expected a file of weights, got {path}, which is {kind}")
     extension = path.suffix.lower()
     if extension not in READERS:
         raise ValueError(f"source: expected one of the extensions {', '.join(READERS)}, got {path}")
-    with path.open("rb") as file:  # a missing file or a directory is named by the OSError of this
-        if not file.read(1):
-            raise ValueError(f"source: {path} is empty")
+    if not path.stat().st_size:  # a missing file is named by the OSError of this
+        raise ValueError(f"source: {path} is empty")
     try:
         loaded = READERS[extension](path)
     except ImportError:
         raise
     except Exception as error:  # a damaged file can make a parser raise anything
-        raise ValueError(f"source: {path} cannot be read, it may be truncated or damaged: {_reason(error)}") from error
+        raise ValueError(f"source: {path} cannot be read{_reason(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"source: expected a dict of tensors in {path}, got {type(loaded).__name__}")
     return loaded
 
 
 def _read_torch(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size + UNPACKED:
+            raise ValueError(f"it is compressed, to unpack into {unpacked} bytes, which torch.save does not do")
     # Training scripts store their arguments beside the weights: a Namespace is data, restoring it runs no code.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -150,17 +209,27 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"source: {path} needs the package safetensors (pip install safetensors)") from error
-    return load_file(path)
+    return load_file(path)  # mapped into memory, not read
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path) -> dict[str, Stored | None]:
     import numpy as np
 
-    with path.open("rb") as file:  # np.load leaves a damaged file open that it opened itself
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("not an archive of arrays")
-        return dict(archive.items())
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+    def stored(archive: zipfile.ZipFile, member: str) -> Stored | None:
+        def read() -> Any:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+
+        with archive.open(member) as file:  # the header alone: a few bytes may unpack into gigabytes of zeros
+            shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+        if dtype.hasobject:
+            raise ValueError(f"{short(member)} holds pickled objects, which may run code")
+        return _stored_array(shape, dtype, read)
+
+    with zipfile.ZipFile(path) as archive:
+        return {member.removesuffix(".npy"): stored(archive, member) for member in archive.namelist()}
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -177,18 +246,20 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def _reason(error: Exception) -> str:
     """Why a file cannot be read: the library's first sentence. What follows may advise to read the file unsafely."""
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL ([\w.]+)", text)
-        if found is None:
-            return "not a file of tensors written by torch.save"
+    asked = re.search(r"GLOBAL ([\w.]+)", text) if isinstance(error, pickle.UnpicklingError) else None
+    if asked is not None:
         return (
-            f"it asks for {found[1]} while being unpickled, and only tensors and plain containers are read "
-            "(of a whole model, save the state_dict)"
+            f": it is a pickled model or other object: it asks for {short(asked[1])} while being unpickled, which may "
+            "run code. Expected tensors and plain containers: save the model's state_dict, by "
+            "torch.save(model.state_dict(), path)"
         )
-    return f"{type(error).__name__}: {text.splitlines()[0].split('. ')[0] if text else 'no further reason'}"
+    if isinstance(error, pickle.UnpicklingError):
+        text = "not a file of tensors written by torch.save"
+    else:
+        text = first_sentence(error)
+    return f", it may be truncated or damaged: {text}"
 
 
-def some(names: Iterable[str], count: int = 5) -> str:
-    """The first few names."""
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "") if names else "none"
+def first_sentence(error: Exception) -> str:
+    """An error by its class and the beginning of its text."""
+    return f"{type(error).__name__}: {short(str(error).split('. ')[0]) or 'no further reason'}"

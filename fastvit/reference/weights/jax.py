@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from fastvit.reference.weights.convert import Converted, Format, pack_qkv, rename
+from fastvit.reference.weights.convert import Converted, Format, Stored, pack_qkv, rename
 from fastvit.reference.weights.native import PRE_LOGITS
 
 _BLOCK = "Transformer.encoderblock_{N}."
@@ -29,13 +30,13 @@ _NAMES = {
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
-def convert(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
+def convert(tensors: Mapping[str, Stored], wanted: Collection[str]) -> Converted:
     """Rename, and turn flax's layouts (inputs first, heads apart) into torch's."""
     converted = rename({_dotted(name): tensor for name, tensor in tensors.items()}, _NAMES, {"pre_logits": PRE_LOGITS})
     native = {}
     for name, tensor in converted.tensors.items():
         stem, dot, leaf = name.rpartition(".")
-        native[stem + dot + _LEAVES.get(leaf, leaf)] = _to_torch_layout(stem, leaf, tensor)
+        native[stem + dot + _LEAVES.get(leaf, leaf)] = tensor.then(functools.partial(_to_torch_layout, stem, leaf))
     converted.tensors = pack_qkv(native)
     return converted
 

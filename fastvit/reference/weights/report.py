@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 SHOWN = 8
-"""Names of a list that ``str(report)`` writes out."""
+"""Names of a list that are written out, in a report and in an error."""
+LONGEST = 200
+
+
+def short(text: str) -> str:
+    """A text from a source on one line, of bounded length."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
+def some(texts: Collection[str], separator: str = ", ") -> str:
+    """The first few of the texts, and how many there are more."""
+    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
+    return separator.join([*islice(texts, SHOWN), *more]) or "none"
 
 
 class ResizedTensor(NamedTuple):
@@ -18,7 +33,7 @@ class ResizedTensor(NamedTuple):
 
 
 class SkippedHead(NamedTuple):
-    """A classifier of another class count: the model's own was left as it is. 0 classes: there is no such head."""
+    """A classifier that was not loaded: the model's own was left as it is. 0 classes: there is no such head."""
 
     name: str
     source_classes: int
@@ -39,7 +54,7 @@ class LoadReport:
         missing: names the model has and the source does not.
         unexpected: names the source has and the model does not.
         resized: position embeddings resampled to the model's grid; these are in ``loaded`` too.
-        skipped_heads: classifiers of another class count, left at the model's own values.
+        skipped_heads: classifiers not loaded, left at the model's own values.
         dropped: name to reason, of what the source holds and no model here has a use for.
         notes: what to know before comparing outputs with the source's library.
     """
@@ -67,9 +82,10 @@ class LoadReport:
             for name, theirs, ours in self.skipped_heads
         ]
         for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            if names:
-                more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"{title} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
-        lines += [f"dropped: {name}: {reason}" for name, reason in self.dropped.items()]
+            lines += [f"{title} ({len(names)}): {some([*map(short, names)])}"] if names else []
+        for reason in dict.fromkeys(self.dropped.values()):
+            lines.append(
+                f"dropped: {some([short(name) for name, why in self.dropped.items() if why == reason])}: {reason}"
+            )
         lines += [f"note: {note}" for note in self.notes]
         return "\n  ".join(lines)

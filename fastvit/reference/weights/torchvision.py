@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from torch import Tensor
-
-from fastvit.reference.weights.convert import Converted, Format, rename
+from fastvit.reference.weights.convert import Converted, Format, Stored, rename
 from fastvit.reference.weights.native import PRE_LOGITS
 
 _LAYER = "encoder.layers.encoder_layer_{N}."
@@ -28,7 +26,7 @@ _NAMES = {
 }
 
 
-def convert(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
+def convert(tensors: Mapping[str, Stored], wanted: Collection[str]) -> Converted:
     """A pure renaming: torchvision packs query, key and value as the native layout does."""
     return rename(tensors, _NAMES, {"heads.pre_logits": PRE_LOGITS})
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from torch import Tensor
-
-from fastvit.reference.weights.convert import Converted, Format, pack_qkv, rename
+from fastvit.reference.weights.convert import Converted, Format, Stored, pack_qkv, rename
 
 _COMMON = {
     "embeddings.cls_token": "cls_token",
@@ -66,7 +64,7 @@ for _part in ("query", "key", "value"):
     _CVT[f"{_conv}normalization"] = f"{_native}conv_proj_{_part[0]}.bn"
 
 
-def convert_vit(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
+def convert_vit(tensors: Mapping[str, Stored], wanted: Collection[str]) -> Converted:
     """ViT and DeiT, with or without the ``vit.`` or ``deit.`` in front that base models lack."""
     tensors = _without_prefix(tensors, ("vit.", "deit."))
     converted = rename(tensors, {**_COMMON, **_LAYERS_4, **_LAYERS_5}, _DROPPED)
@@ -74,12 +72,12 @@ def convert_vit(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Conve
     return converted
 
 
-def convert_cvt(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> Converted:
+def convert_cvt(tensors: Mapping[str, Stored], wanted: Collection[str]) -> Converted:
     """CvT, with or without the ``cvt.`` in front."""
     return rename(_without_prefix(tensors, ("cvt.",)), _CVT)
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+def _without_prefix(tensors: Mapping[str, Stored], prefixes: tuple[str, ...]) -> dict[str, Stored]:
     stripped = {}
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
