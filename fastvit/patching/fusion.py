@@ -42,7 +42,7 @@ class Fused:
     fastvit_needs: ClassVar[tuple[str, ...]] = ()
     """Sub-modules that must be fused as well, or it would only call its parts: then ``patch`` leaves it alone."""
     fastvit_yields: ClassVar[bool] = False
-    """Whether it is left plain within a fused module, which may read it as its own."""
+    """Whether it is left plain within a fused module of its kind, which may read it as its own."""
     fastvit_plain: ClassVar[type[nn.Module]]
     """The class that ``unpatch`` gives back."""
     fastvit_backend: ClassVar[str]

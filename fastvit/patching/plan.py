@@ -124,14 +124,14 @@ def survey(
     """
     chosen_ops = operators() if chosen_ops is None else chosen_ops
     findings: list[Finding] = []
-    covered: set[nn.Module] = set()
+    covered: set[tuple[str, nn.Module]] = set()
     for name, module in model.named_modules():
         match = recognise(module)
-        if match is not None and not (module in covered and match.row.override.fastvit_yields):
+        if match is not None and not (match.row.override.fastvit_yields and (kind_of(match.row.op), module) in covered):
             finding = _judge(name, module, match, chosen_ops, backend, filter_fn)
             findings.append(finding)
-            if finding.fused is not None and not finding.fused.fastvit_yields:
-                covered |= {part for part in module.modules() if part is not module}
+            if finding.fused is not None and not match.row.override.fastvit_yields:
+                covered |= {(finding.kind, part) for part in module.modules() if part is not module}
             continue
         kind = looks_like(module)
         if kind is not None:

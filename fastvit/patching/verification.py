@@ -21,6 +21,7 @@ from fastvit.patching.copies import float64_copy, plain_copy
 from fastvit.patching.deferral import listening
 from fastvit.patching.fusion import give, plain_class
 from fastvit.patching.plan import Finding, apply
+from fastvit.patching.rows.ends import all_tokens
 from fastvit.reference.base import VisionModel
 from fastvit.reference.overrides import WATCHES
 
@@ -122,10 +123,12 @@ def watching(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
         yield
 
 
-def whole_blocks(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it, the last block of our models computes every token, though the head may read few: a hook watches it."""
+@contextlib.contextmanager
+def whole_blocks(model: nn.Module) -> Iterator[None]:
+    """Within it, last blocks compute every token, though the head may read few; a hook watches those of our models."""
     ours = (part for part in model.modules() if isinstance(part, VisionModel) and not part.needs_patches())
-    return watching({part.last_block: lambda *_: None for part in ours if part.last_block is not None})
+    with all_tokens(), watching({part.last_block: lambda *_: None for part in ours if part.last_block is not None}):
+        yield
 
 
 def insist(errors: dict[str | None, Error]) -> None:

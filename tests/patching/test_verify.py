@@ -36,7 +36,7 @@ def test_an_example_is_a_tensor_a_tuple_or_a_dict(example):
 
 def test_another_example_is_refused():
     model = build("vit")
-    with pytest.raises(TypeError, match="example: expected a tensor, .* got str"):
+    with pytest.raises(TypeError, match="verify: expected a tensor, .* got str"):
         patch(model, verify="vit")
     assert not is_patched(model)
 

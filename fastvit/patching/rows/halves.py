@@ -36,6 +36,7 @@ def add_attention(
     out: Layer | None,
     backend: str,
     scale: Tensor | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """x + scale * out(attend(q, k, v)) of norm(x).
 
@@ -44,13 +45,32 @@ def add_attention(
         attend: takes them as (B, H, N, D), and gives the same.
         out: the layer behind; None where there is none.
         scale: a LayerScale.
+        count: so many of the first tokens alone, which attend to all.
     """
     of_x = LayerNorm.of(norm)
-    tokens = [ops.linear(x, *layer, norm=of_x, backend=backend) for layer in projections]
-    attended = merge_heads(attend(*(part for each in tokens for part in split_heads(heads, each, 3 // len(tokens)))))
+    if count is None:
+        tokens = [ops.linear(x, *layer, norm=of_x, backend=backend) for layer in projections]
+    else:
+        whole, x = x, x[:, :count]
+        of_q, *of_kv = _queries_apart(projections)
+        tokens = [ops.linear(x, *of_q, norm=of_x, backend=backend)]
+        tokens += [ops.linear(whole, *layer, norm=of_x, backend=backend) for layer in of_kv]
+    width = heads.num_heads * heads.head_dim
+    attended = merge_heads(attend(*(q for each in tokens for q in split_heads(heads, each, each.shape[2] // width))))
     if out is None:
         return x + (attended if scale is None else scale * attended)
     return ops.linear(attended, *out, scale=scale, residual=x, backend=backend)
+
+
+def _queries_apart(projections: Sequence[Layer]) -> list[Layer]:
+    """The layer of queries, and that of keys and values, or the two."""
+    if len(projections) > 1:
+        return list(projections)
+    (weight, bias), width = projections[0], projections[0][0].shape[0] // 3
+    return [
+        (weight[:width], None if bias is None else bias[:width]),
+        (weight[width:], None if bias is None else bias[width:]),
+    ]
 
 
 def add_mlp(

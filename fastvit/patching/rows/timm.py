@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.ends import check_methods, count_asked, may_ask, run_for_first
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.parts import (
     activation_name,
@@ -268,9 +269,47 @@ class BlockOverride(Fused):
         attention, mlp = self.attn, self.mlp
         attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
         layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
-        scales = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
-        x = add_attention(x, self.norm1, layers, heads, attend, layer_of(attention.proj), backend, next(scales))
-        return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, next(scales))
+        first, second = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
+        out, count = layer_of(attention.proj), count_asked(self)
+        x = add_attention(x, self.norm1, layers, heads, attend, out, backend, first, count)
+        return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, second)
+
+
+class ModelOverride(Fused):
+    """timm's ``VisionTransformer`` and distilled DeiT, whose last block computes the tokens that the head reads."""
+
+    fastvit_op = "linear"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        backend = None if args or kwargs else may_ask(self, x, _METHODS)
+        if backend is None or not _shows_the_head_alone(self, backend):
+            return plain_class(self).forward(self, x, *args, **kwargs)
+        return run_for_first(self, self.blocks[-1], 2 if hasattr(self, "head_dist") else 1, x)
+
+
+_METHODS = ("forward_features", "forward_head", "pool")
+
+
+def _shows_the_head_alone(model: Any, backend: str) -> bool:
+    """Whether nobody but the head, which reads the class tokens, sees what the last block gives."""
+    norm, blocks = model._modules.get("norm"), model._modules.get("blocks")
+    return (
+        model.global_pool == "token"
+        and model.attn_pool is None
+        and not model.grad_checkpointing
+        and _path(type(norm)) in _NORMS
+        and is_plain(norm, type(norm))
+        and is_plain(blocks, nn.Sequential)
+        and is_fused(blocks[-1], backend)
+        and isinstance(blocks[-1], BlockOverride)
+    )
+
+
+def _is_usual_model(module: Any) -> bool:
+    pools = getattr(module, "global_pool", None) == "token" and getattr(module, "attn_pool", None) is None
+    blocks = getattr(module, "blocks", None)
+    usual = isinstance(blocks, nn.Sequential) and len(blocks) > 0 and _is_usual_block(blocks[-1])
+    return pools and usual and _path(plain_class(module)) in _VISION_TRANSFORMERS
 
 
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
@@ -512,7 +551,27 @@ _BLOCK_NAMES = frozenset(
 _MLP_NAMES = frozenset({"fc1", "act", "drop1", "norm", "fc2", "drop2"})
 _POS_CONV_NAMES = frozenset({"shape", "transpose", "view", "proj", "stride", "flatten"})
 
+_VISION_TRANSFORMERS = (
+    "timm.models.vision_transformer.VisionTransformer",
+    "timm.models.deit.VisionTransformerDistilled",
+)
+_MODEL_NAMES = frozenset(
+    "_pos_embed blocks checkpoint_seq grad_checkpointing is_scripting jit norm norm_pre patch_drop patch_embed torch "
+    "fc_norm head head_drop pool attn_pool global_pool global_pool_nlc num_prefix_tokens pool_include_prefix "
+    "distilled_training head_dist training forward_features forward_head mean amax".split()
+)
+
 ROWS = (
+    *(
+        Row(
+            path,
+            ModelOverride,
+            functools.partial(check_methods, methods=_METHODS, known_names=_MODEL_NAMES),
+            _MODEL_NAMES if path == _VISION_TRANSFORMERS[0] else None,
+            _is_usual_model,
+        )
+        for path in _VISION_TRANSFORMERS
+    ),
     Row("timm.models.vision_transformer.Block", BlockOverride, known_names=_BLOCK_NAMES, applies=_is_usual_block),
     Row("timm.layers.attention.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.vision_transformer.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.ends import check_methods, count_asked, may_ask, run_for_first
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.parts import (
     activation_name,
@@ -24,6 +25,7 @@ from fastvit.patching.rows.parts import (
     dropout_p,
 )
 from fastvit.patching.rows.torch_nn import attend, attends_plainly
+from fastvit.reference.overrides import is_plain
 
 
 class EncoderBlockOverride(Fused):
@@ -69,8 +71,23 @@ def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
     attention = block.self_attention
     fused = functools.partial(ops.masked_attention, backend=backend)
     layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
-    x = add_attention(x, block.ln_1, layers, heads, fused, layer_of(attention.out_proj), backend)
+    out, count = layer_of(attention.out_proj), count_asked(block)
+    x = add_attention(x, block.ln_1, layers, heads, fused, out, backend, count=count)
     return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
+
+
+class ModelOverride(Fused):
+    """torchvision's ``VisionTransformer``, whose last block computes the class token that the heads read."""
+
+    fastvit_op = "linear"
+    fastvit_reads: ClassVar = {"encoder.ln": nn.LayerNorm, "encoder.layers": nn.Sequential}
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend = may_ask(self, x, ("_process_input",))
+        encoder = self._modules.get("encoder")
+        if backend is None or not is_plain(encoder, type(encoder)) or not is_fused(encoder.layers[-1], backend):
+            return plain_class(self).forward(self, x)
+        return run_for_first(self, encoder.layers[-1], 1, x)
 
 
 class MlpOverride(Fused):
@@ -105,7 +122,19 @@ def _check_block(module: nn.Module) -> list[str]:
 # Every global and attribute name that the forwards of the versions read (up to torchvision 0.22) use.
 _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_attention", "dropout", "ln_2", "mlp"})
 
+_MODEL_NAMES = frozenset("_process_input cat class_token encoder expand heads shape torch".split())
+_ENCODER_NAMES = frozenset("_assert dim dropout layers ln pos_embedding shape torch".split())
+
+
+def _check_model(module: Any) -> list[str]:
+    encoder = module.encoder
+    if f"{type(encoder).__module__}.{type(encoder).__name__}" != "torchvision.models.vision_transformer.Encoder":
+        return [f"encoder is a {type(encoder).__name__}"]
+    return check_methods(encoder, ("forward",), _ENCODER_NAMES)
+
+
 ROWS = (
+    Row("torchvision.models.vision_transformer.VisionTransformer", ModelOverride, _check_model, _MODEL_NAMES),
     Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockOverride, _check_block, _BLOCK_NAMES),
     Row("torchvision.models.vision_transformer.MLPBlock", MlpOverride, _check_mlp),
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
+from fastvit.patching.rows.ends import count_asked, may_ask, run_for_first
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.mlps import in_sequence, project_in_sequence
 from fastvit.patching.rows.parts import (
@@ -132,12 +133,28 @@ class TransformerOverride(Fused):
         backend = whole_backend(self, x)
         if backend is None or x.dim() != 3:
             return plain_class(self).forward(self, x)
-        for attention, feed_forward in self.layers:
+        count = count_asked(self) if is_plain(self._modules.get("norm"), nn.LayerNorm, type(None)) else None
+        for place, (attention, feed_forward) in enumerate(self.layers, 1 - len(self.layers)):
+            read = _is_read_mlp(feed_forward, backend)
+            first = count if place == 0 and read else None
             whole = _is_read(attention, backend)
-            x = _add_attention(attention, x, backend) if whole else attention(x) + x
-            whole = _is_read_mlp(feed_forward, backend)
-            x = _add_mlp(feed_forward, x, backend) if whole else feed_forward(x) + x
+            x = _add_attention(attention, x, backend, first) if whole else attention(x) + x
+            x = _add_mlp(feed_forward, x, backend) if read else feed_forward(x) + x
         return self.norm(x) if "norm" in self._modules else x
+
+
+class ModelOverride(Fused):
+    """The ``ViT`` whose head reads the class token: in the last block no other is computed."""
+
+    fastvit_op = "linear"
+
+    def forward(self, img: Tensor) -> Tensor:
+        backend = may_ask(self, img, ())
+        transformer = self._modules.get("transformer")
+        reads = self.pool == "cls" and self._modules.get("mlp_head") is not None
+        if backend is None or not reads or not is_fused(transformer, backend):
+            return plain_class(self).forward(self, img)
+        return run_for_first(self, transformer, 1, img)
 
 
 def _is_read(attention: Any, backend: str) -> bool:
@@ -167,12 +184,12 @@ def _layers_behind(out: Any) -> list[nn.Linear] | None:
     return [] if is_plain(out, nn.Identity) else None
 
 
-def _add_attention(attention: Any, x: Tensor, backend: str) -> Tensor:
+def _add_attention(attention: Any, x: Tensor, backend: str, count: int | None = None) -> Tensor:
     behind, mixes = _layers_behind(attention.to_out), isinstance(attention, ReAttentionOverride)
     heads = Heads(attention.heads, attention.to_qkv.out_features // (3 * attention.heads))
     attend = functools.partial(_re_attend if mixes else _attend, attention, backend=backend)
     out = layer_of(behind[0]) if behind else None
-    return add_attention(x, attention.norm, [layer_of(attention.to_qkv)], heads, attend, out, backend)
+    return add_attention(x, attention.norm, [layer_of(attention.to_qkv)], heads, attend, out, backend, count=count)
 
 
 def _is_read_mlp(feed_forward: Any, backend: str) -> bool:
@@ -452,6 +469,11 @@ RE_ATTENTION_NAMES = frozenset(
 )
 _CONV_ATTENTION_NAMES = _COMMON_NAMES | {"shape", "to_q", "to_kv", "einsum", "dropout"}
 
+_MODEL_NAMES = frozenset(
+    "cat cls_token dropout mean mlp_head pool pos_embedding repeat shape to_latent to_patch_embedding torch "
+    "transformer".split()
+)
+
 ROWS = (
     Row("vit_pytorch.vit.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
     Row("vit_pytorch.simple_vit.Attention", SimpleAttentionOverride, _check_attention, _COMMON_NAMES | {"to_qkv"}),
@@ -462,6 +484,12 @@ ROWS = (
     *(
         Row(f"vit_pytorch.{name}.FeedForward", FeedForwardOverride, check_feed_forward, frozenset({"net"}))
         for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
+    ),
+    Row(
+        "vit_pytorch.vit.ViT",
+        ModelOverride,
+        known_names=_MODEL_NAMES,
+        applies=lambda module: plain_class(module).__module__ == "vit_pytorch.vit" and module.pool == "cls",
     ),
     *(
         Row(f"vit_pytorch.{name}.Transformer", TransformerOverride, _check_transformer, frozenset({"layers", "norm"}))
