@@ -122,8 +122,9 @@ def _talking_heads(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
 
 def _re_attention(training: bool) -> Callable[..., Tensor]:
     def call(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
-        # Copies, so that every candidate starts from the same running statistics.
-        statistics = (t["running_mean"].clone(), t["running_var"].clone())
+        statistics = [t["running_mean"], t["running_var"]]
+        if training:  # so that every candidate starts from the same ones
+            statistics = [tensor.clone() for tensor in statistics]
         norm = BatchNorm(*statistics, t["norm_weight"], t["norm_bias"], use_batch_stats=training)
         return namespace.re_attention(t["q"], t["k"], t["v"], t["weight"], t["bias"], norm, **backend)
 
@@ -237,6 +238,7 @@ _GELUS = {"pre_activation": "gelu", "activation": "gelu"}
 
 JOBS = (
     Job("vit_b", "masked_attention", _attention(12, 197, 197, 64), _attend),
+    Job("vit_s", "masked_attention", _attention(6, 197, 197, 64), _attend),
     Job("vit_b_padding", "masked_attention", _attention(12, 197, 197, 64, mask=_padding), _attend),
     Job("vit_b_512_padding", "masked_attention", _attention(12, 1025, 1025, 64, mask=_padding), _attend),
     Job(
