@@ -22,9 +22,6 @@ from benchmarks.gpu_model.multiprocessor import BANDWIDTH, LEAST, predict
 from benchmarks.gpu_model.rows import BATCH, ROWS, Row
 from fastvit import ops
 
-UNKNOWN_TRIPS = 4
-"""Iterations of a loop whose end depends on data, as behind a key padding mask: of 64 keys, all of 197."""
-
 
 def launches_of(row: Row, configuration: int) -> list[Launch]:
     """What a row launches, with one configuration of every kernel, or the last where there are fewer.
@@ -47,14 +44,16 @@ def launches_of(row: Row, configuration: int) -> list[Launch]:
     return found
 
 
-def predict_launch(launch: Launch) -> dict[str, Any]:
-    """One launch's microseconds and what limits them."""
+def predict_launch(launch: Launch, keys: int = 0) -> dict[str, Any]:
+    """One launch's microseconds and what limits them; ``keys`` as in a row."""
     facts = {"kernel": launch.kernel, "limiter": "launch", "microseconds": 1e6 * LEAST}
     if launch.build is None:
         moving = launch.traffic / BANDWIDTH
         return facts if moving <= LEAST else {**facts, "limiter": "memory", "microseconds": 1e6 * moving}
     binary, shared = launch.build()
-    ran = trace(binary.instructions, Warp(launch.parameters, 32 * launch.warps, launch.grid, UNKNOWN_TRIPS))
+    ran = trace(
+        binary.instructions, Warp(launch.parameters, 32 * launch.warps, launch.grid, (max(1, keys // launch.block), 1))
+    )
     found = predict(ran, binary.registers, shared, launch.warps, math.prod(launch.grid), launch.traffic)
     return facts | {
         "limiter": found.limiter,
@@ -73,11 +72,11 @@ def predict_launch(launch: Launch) -> dict[str, Any]:
     }
 
 
-def predict_launches(found: Sequence[Launch]) -> dict[str, Any]:
+def predict_launches(found: Sequence[Launch], keys: int) -> dict[str, Any]:
     """A call's launches, each sort once with how often it is made, the slowest first."""
     times = collections.Counter(launch.key for launch in found)
     each = {launch.key: launch for launch in found}
-    kernels = [{"times": times[key], **predict_launch(launch)} for key, launch in each.items()]
+    kernels = [{"times": times[key], **predict_launch(launch, keys)} for key, launch in each.items()]
     kernels.sort(key=lambda kernel: -kernel["times"] * kernel["microseconds"])
     total = sum(kernel["times"] * kernel["microseconds"] for kernel in kernels)
     return {"launches": len(found), "microseconds": total, "kernels": kernels}
@@ -96,7 +95,7 @@ def predict_row(row: Row) -> dict[str, Any]:
         if (keys := [launch.key for launch in found]) == known:
             break
         known = keys
-        configurations.append(predict_launches(found))
+        configurations.append(predict_launches(found, row.keys))
     best = min(each["microseconds"] for each in configurations)
     return facts | {"first": configurations[0]["microseconds"], "best": best, "configurations": configurations}
 

@@ -3,12 +3,13 @@
 Registers hold a known integer or None. Arguments come from the constant bank, the thread is the first of the block, the
 block the first of the grid; what comes from memory or out of floating-point arithmetic is unknown, except for the
 reciprocals that integer divisions are made of. A branch that depends on something unknown falls through, unless a call
-(the slow path of a division) lies in between; a loop that does so runs a given number of times.
+(the slow path of a division) lies in between; loops that do so run given numbers of times.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ PARAMETERS = 0x210
 WORD = (1 << 32) - 1
 LONGEST = 2_000_000
 """Instructions of a warp, at most."""
+
+SLOW_PATH = 16
+"""Instructions up to the call in a branch to a slow path, at most."""
 
 Value = int | None
 CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]$")
@@ -65,7 +69,7 @@ def as_bits(value: float) -> int:
 class Warp:
     """The first warp of the first block of a launch."""
 
-    def __init__(self, parameters: bytes, threads: int, grid: Sequence[int], trips: int) -> None:
+    def __init__(self, parameters: bytes, threads: int, grid: Sequence[int], trips: Sequence[int]) -> None:
         sizes = (threads, 1, 1, *grid)
         self.constants = struct.pack("<6I", *sizes).ljust(PARAMETERS, b"\0") + parameters
         self.trips = trips
@@ -323,6 +327,15 @@ class Warp:
                 value -= 1 << bits
         self.write(i.operands[0], value)
 
+    def half_constants(self, i: Instruction) -> None:
+        """HFMA2 of zeros: how a compiler writes two halves as a constant."""
+        halves = bytearray()
+        if i.operands[1].lstrip("-") == i.operands[2].lstrip("-") == "RZ":
+            for text in (i.operands[4], i.operands[3]):
+                with contextlib.suppress(ValueError):
+                    halves += struct.pack("<e", float(text))
+        self.write(i.operands[0], int.from_bytes(halves, "little") if len(halves) == 4 else None)
+
     def to_float(self, i: Instruction) -> None:
         value = self.read(i.operands[1])
         if value is not None:
@@ -353,6 +366,7 @@ OPERATIONS: dict[str, Callable[[Warp, Instruction], None]] = {
     **dict.fromkeys(("MOV", "S2R", "S2UR", "CS2R", "LDC", "R2UR"), Warp.move),
     **dict.fromkeys(("IADD3", "IADD", "VIADD"), Warp.add),
     **dict.fromkeys(("IMNMX", "VIMNMX", "VIADDMNMX"), Warp.extreme),
+    "HFMA2": Warp.half_constants,
     "IMAD": Warp.multiply,
     "ISETP": Warp.compare,
     "LOP3": Warp.table,
@@ -399,10 +413,10 @@ def trace(instructions: Sequence[Instruction], warp: Warp) -> Trace:
             )
             backward = i.target <= i.address
             if taken is None and backward:
-                taken = len(ends[i.address]) + 1 < warp.trips
                 unknown += not ends[i.address]
+                taken = len(ends[i.address]) + 1 < warp.trips[min(unknown, len(warp.trips)) - 1]
             elif taken is None:
-                between = instructions[place : place_of[i.target]]
+                between = instructions[place : min(place_of[i.target], place + SLOW_PATH)]
                 taken = any(each.base == "CALL" for each in between)
             if backward:
                 ends[i.address].append(len(ran))

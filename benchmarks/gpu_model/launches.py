@@ -25,7 +25,7 @@ from triton.runtime import jit
 from triton.runtime.driver import driver
 
 from benchmarks.gpu_model.machine_code import Binary, disassemble
-from fastvit import backends, kernels
+from fastvit import backends
 from fastvit.ops._operator import Operator
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -45,6 +45,7 @@ class Launch:
         parameters: as they lie in the kernel's constant bank.
         traffic: bytes of its tensors, each counted once.
         build: compiles it; gives the code, and the bytes of shared memory of a block. None for a kernel of torch's.
+        block: keys in a tile of attention.
         key: equal for launches of the same code with the same sizes.
     """
 
@@ -55,6 +56,7 @@ class Launch:
     warps: int = 0
     parameters: bytes = b""
     build: Callable[[], tuple[Binary, int]] | None = None
+    block: int = 1
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
@@ -154,6 +156,7 @@ def record_triton(function: Any, arguments: Any, keywords: dict[str, Any], grid:
         options.num_warps,
         bytes(parameters),
         build,
+        bound.get("BLOCK_N", 1),
     )
 
 
@@ -178,6 +181,7 @@ def recording(configuration: int = 0) -> Iterator[list[Launch]]:
         return named.get(wanted, self.implementations[-1]).run(call)
 
     with contextlib.ExitStack() as stack:
+        kernels = importlib.import_module("fastvit.kernels")
         names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
         modules = [importlib.import_module(f"fastvit.kernels.{name}") for name in names]
         device = {"chip": lambda *_: 9, "shared_limit": lambda *_: SHARED_LIMIT}

@@ -1,7 +1,7 @@
 """One Hopper multiprocessor, in order, over real machine code with its real control codes (stalls, scoreboards).
 
-Optimistic: no bank conflicts, no instruction cache, equal warps, a fixed latency and bandwidth of the L2. Good to perhaps
-30 % in absolute terms, better between two versions of one kernel.
+Optimistic: no bank conflicts, no instruction cache, equal warps, a fixed latency and bandwidth of the L2. Good to
+perhaps 30 % in absolute terms, better between two versions of one kernel.
 """
 
 from __future__ import annotations

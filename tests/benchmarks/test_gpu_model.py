@@ -43,7 +43,7 @@ def code(*lines: str, stall: int = 1) -> list[Instruction]:
     return found
 
 
-def warp(*numbers: int, trips: int = 4) -> Warp:
+def warp(*numbers: int, trips: tuple[int, ...] = (4,)) -> Warp:
     return Warp(struct.pack(f"<{len(numbers)}i", *numbers), 32, (1, 1, 1), trips)
 
 
@@ -67,7 +67,7 @@ def test_a_loop_runs_as_often_as_its_arguments_say(keys, steps):
 
 def test_a_loop_whose_end_is_data_runs_an_assumed_number_of_times():
     lines = [line.replace("c[0x0][0x210]", "R9") for line in LOOP]
-    ran = trace(code("LDG.E R9, [R2.64]", *(line.replace("0x10", "0x20") for line in lines)), warp(trips=3))
+    ran = trace(code("LDG.E R9, [R2.64]", *(line.replace("0x10", "0x20") for line in lines)), warp(trips=(3, 9)))
     assert [len(loop.ends) for loop in ran.loops] == [3]
     assert ran.unknown == 1
 
