@@ -93,6 +93,9 @@ def _attend(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
     return namespace.masked_attention(t["q"], t["k"], t["v"], t.get("mask"), t.get("bias"), **backend)
 
 
+MEAN = "running_mean"
+
+
 def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
     shapes = {"weight": (heads, heads), "bias": (heads,)}
 
@@ -102,13 +105,19 @@ def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
         def make(*_: int) -> Tensor:
             if name == "running_var":
                 return torch.rand(shape) * 1e-4 + 1e-5
-            if name == "running_mean":
-                return torch.randn(shape) * 1e-3
             return torch.eye(heads) + 0.2 * torch.randn(shape) if len(shape) == 2 else torch.randn(shape) * 0.5 + 1.0
 
         return make
 
-    return _attention(heads, tokens, tokens, dim, **{name: tensor_of(name) for name in names})
+    tensors = _attention(heads, tokens, tokens, dim, **{name: tensor_of(name) for name in names if name != MEAN})
+
+    def make(batch: int, small: bool) -> Tensors:
+        made = tensors(batch, small)
+        if MEAN in names:  # that of maps whose rows sum to 1: without them, nothing but the norm's bias is left
+            made[MEAN] = made["weight"].sum(1) / made["k"].shape[2] + made["bias"]
+        return made
+
+    return make
 
 
 def _attend_few(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:

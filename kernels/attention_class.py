@@ -251,7 +251,8 @@ class Launches:
             "HAS_MASK": operands.mask is not None,
             "HAS_BIAS": operands.bias is not None,
         }
-        self.key = (q.dtype, *q.shape[1:], operands.mask is not None, operands.bias is not None)
+        buckets = map(autotune.token_bucket, (self.num_keys, q.shape[0] * q.shape[2]))
+        self.key = (q.dtype, q.shape[1], q.shape[3], operands.mask is not None, operands.bias is not None, *buckets)
 
     def parts(self, config: Config) -> dict[str, Tensor | int]:
         """Compute the parts of every query."""
@@ -278,7 +279,7 @@ class Launches:
     def choose(self, name: str, run: Callable[[Config], object]) -> Config:
         """The autotuned configuration."""
         candidates = CONFIGS[self.arguments["BLOCK_D"]]
-        return autotune.choose(name, (*self.key, autotune.token_bucket(self.num_keys)), candidates, run)
+        return autotune.choose(name, self.key, candidates, run)
 
 
 def _combine(launches: Launches, config: Config, out: Tensor) -> None:
