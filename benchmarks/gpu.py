@@ -11,6 +11,8 @@
 4. Whole training steps, ``benchmarks/gpu_models.py``: peak memory and time of the fused and the plain model.
 5. The goals, ``benchmarks/gpu_goals.py``.
 
+Rows and steps are measured in a process each, under a time limit, and on a GPU as replays of CUDA graphs.
+
 Writes a dated JSON into ``benchmarks/results/``; exits with 1 if a test failed or a fused result was inaccurate.
 """
 
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +30,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,7 @@ from benchmarks.gpu_goals import describe_goal, judge
 from benchmarks.gpu_models import MODELS, describe_steps, measure_steps, peak_mebibytes
 from benchmarks.gpu_peers import Call, floors, library_peers, traffic
 from benchmarks.jobs import JOBS, Job, Result, Tensors, images, parts, widened
-from fastvit import backends, ops
+from fastvit import autotune, backends, ops
 from fastvit.accuracy import is_accurate
 from fastvit.patching.timing import interleaved
 from fastvit.reference import functional
@@ -60,6 +65,8 @@ COMPILED = {"compile": {}, "compile_max_autotune": {"mode": "max-autotune"}}
 KERNELS = ("triton", "cuda")
 TAIL = 60
 """Lines of a command's output that are kept."""
+
+JOB = {job.name: job for job in JOBS}
 
 PROFILED = 8
 """Kernels listed in a row."""
@@ -166,9 +173,13 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each candidate, in turn, in random order: the median, and the 20th and 80th percentile.
 
-    All are in one process, and on the same tensors, which exceed a GPU's cache.
+    All are in one process, and on the same tensors. On a GPU replays of CUDA graphs are timed, where calls can be
+    captured, so that the host's time is not.
     """
-    seconds = interleaved(list(calls.values()), device, rounds=rounds, warmup=3)
+    timed, repeats = list(calls.values()), 1
+    if device.type == "cuda":
+        timed, repeats = [autotune.replayed(call) for call in timed], autotune.CALLS_A_GRAPH
+    seconds = [[each / repeats for each in rounds] for rounds in interleaved(timed, device, rounds=rounds, warmup=3)]
     times = {}
     for name, each in zip(calls, seconds, strict=True):
         low, high = (1e3 * sorted(each)[round(share * (len(each) - 1))] for share in (0.2, 0.8))
@@ -176,10 +187,39 @@ def compare(
     return times
 
 
+def _send(pipe: Connection, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    try:
+        pipe.send(function(*arguments))
+    except Exception as error:
+        pipe.send({"failed": f"{type(error).__name__}: {error}"[:300]})
+
+
+def apart(function: Callable[..., dict[str, Any]], *arguments: Any, timeout: float) -> dict[str, Any]:
+    """What a function returns in a process of its own, or as "failed" why it does not.
+
+    A crash, a hang or an illegal access, which poisons a process, so cost no more than this result.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sending, function, arguments))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv() if receiving.poll(timeout) else {"failed": f"stopped after {timeout:.0f} s"}
+    except EOFError:
+        process.join()
+        return {"failed": f"its process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
 def measure(
-    job: Job, batch: int, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, training: bool
+    name: str, batch: int, dtype: torch.dtype, device: torch.device, options: argparse.Namespace, training: bool
 ) -> dict[str, Any]:
-    """One row: milliseconds and peak memory of every candidate that can run the job, and why the others cannot."""
+    """A job's row: milliseconds and peak memory of every candidate that can run it, and why the others cannot."""
+    job = JOB[name]
     tensors = job.tensors(batch, dtype, device, small=options.small)
     few = images(tensors, 2)
     with torch.no_grad():
@@ -199,8 +239,8 @@ def measure(
                 accurate = name.startswith("compile") or all(map(is_accurate, parts(call(few)), plain, exact))
             run()
             found = peak_mebibytes(run, device)
-        except (RuntimeError, ValueError) as error:  # unsupported, or out of memory
-            refused[name] = str(error).splitlines()[0][:300]
+        except Exception as error:  # unsupported, out of memory or resources, not to be compiled
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             continue
         peak[name] = None if found is None else found["peak"] - found["held"]
         if not accurate:
@@ -211,11 +251,6 @@ def measure(
     calls |= floors(job, tensors, out, training)
     times = compare(calls, rounds=options.rounds, device=device)
     return {
-        "job": job.name,
-        "op": job.op,
-        "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": "training" if training else "inference",
         "milliseconds": times,
         "peak_mebibytes": peak,
         "refused": refused,
@@ -229,6 +264,8 @@ def measure(
 def describe_row(row: dict[str, Any]) -> str:
     """A line of the report: the fused time, and the others as multiples of it."""
     start = f"{row['job']:<20} {row['batch']:>3} {row['dtype']:<8} {row['mode']:<9}"
+    if "failed" in row:
+        return f"{start} FAILED: {row['failed']}"
     times = {name: measured["median"] for name, measured in row["milliseconds"].items()}
     if "fused" not in times:
         return f"{start} no fused time: {row['refused'].get('fused', 'inaccurate')}"
@@ -250,6 +287,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whole training steps")
     parser.add_argument("--skip", nargs="*", choices=("suite", "sanitizer", "benchmarks", "models"), default=[])
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for the suite, and each sanitizer")
+    parser.add_argument("--row-timeout", type=float, default=600.0, help="seconds for each row")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -283,27 +321,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sanitizer:", result["sanitizer"]["summary"], flush=True)
         save()
     rows = result["rows"] = []
-    torch.manual_seed(0)
     for job in JOBS if "benchmarks" not in options.skip else ():
         for dtype in options.dtype if job.name in options.jobs else ():
             for batch in options.batch:
                 for training in (False, True):
-                    row = measure(job, batch, getattr(torch, dtype), device, options, training)
+                    what = {"job": job.name, "op": job.op, "batch": batch, "dtype": dtype}
+                    row = what | {"mode": "training" if training else "inference"}
+                    settings = (getattr(torch, dtype), device, options, training)
+                    row |= apart(measure, job.name, batch, *settings, timeout=options.row_timeout)
                     rows.append(row)
                     print(describe_row(row), flush=True)
                     save()
     steps = result["steps"] = []
     for model in options.models if "models" not in options.skip else ():
         for batch in options.batch:
-            steps.append(measure_steps(model, batch, device, rounds=options.rounds, small=options.small))
-            print(describe_steps(steps[-1]), flush=True)
+            measuring = functools.partial(measure_steps, rounds=options.rounds, small=options.small)
+            step = apart(measuring, model, batch, device, timeout=options.row_timeout)
+            steps.append({"model": model, "batch": batch, **step})
+            print(f"{model} {batch}: {step['failed']}" if "failed" in step else describe_steps(step), flush=True)
             save()
-    result["goals"] = judge(rows, steps)
+    result["goals"] = judge(*([row for row in found if "failed" not in row] for found in (rows, steps)))
     print(*map(describe_goal, result["goals"]), sep="\n")
     save()
     print("written:", path)
     failed = any(result.get(step, {}).get("status") not in (0, None) for step in ("suite", "sanitizer"))
-    return int(failed or any("fused" in row["inaccurate"] for row in rows))
+    failed = failed or any("failed" in row for row in (*rows, *steps))
+    return int(failed or any("fused" in row["inaccurate"] for row in rows if "failed" not in row))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ def _attend(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
     return namespace.masked_attention(t["q"], t["k"], t["v"], t.get("mask"), t.get("bias"), **backend)
 
 
+MEAN = "running_mean"
+
+
 def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
     shapes = {"weight": (heads, heads), "bias": (heads,)}
 
@@ -102,13 +105,19 @@ def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
         def make(*_: int) -> Tensor:
             if name == "running_var":
                 return torch.rand(shape) * 1e-4 + 1e-5
-            if name == "running_mean":
-                return torch.randn(shape) * 1e-3
             return torch.eye(heads) + 0.2 * torch.randn(shape) if len(shape) == 2 else torch.randn(shape) * 0.5 + 1.0
 
         return make
 
-    return _attention(heads, tokens, tokens, dim, **{name: tensor_of(name) for name in names})
+    tensors = _attention(heads, tokens, tokens, dim, **{name: tensor_of(name) for name in names if name != MEAN})
+
+    def make(batch: int, small: bool) -> Tensors:
+        made = tensors(batch, small)
+        if MEAN in names:  # that of maps whose rows sum to 1: without them, nothing but the norm's bias is left
+            made[MEAN] = made["weight"].sum(1) / made["k"].shape[2] + made["bias"]
+        return made
+
+    return make
 
 
 def _attend_few(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
@@ -122,8 +131,9 @@ def _talking_heads(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
 
 def _re_attention(training: bool) -> Callable[..., Tensor]:
     def call(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
-        # Copies, so that every candidate starts from the same running statistics.
-        statistics = (t["running_mean"].clone(), t["running_var"].clone())
+        statistics = [t["running_mean"], t["running_var"]]
+        if training:  # so that every candidate starts from the same ones
+            statistics = [tensor.clone() for tensor in statistics]
         norm = BatchNorm(*statistics, t["norm_weight"], t["norm_bias"], use_batch_stats=training)
         return namespace.re_attention(t["q"], t["k"], t["v"], t["weight"], t["bias"], norm, **backend)
 
@@ -237,6 +247,7 @@ _GELUS = {"pre_activation": "gelu", "activation": "gelu"}
 
 JOBS = (
     Job("vit_b", "masked_attention", _attention(12, 197, 197, 64), _attend),
+    Job("vit_s", "masked_attention", _attention(6, 197, 197, 64), _attend),
     Job("vit_b_padding", "masked_attention", _attention(12, 197, 197, 64, mask=_padding), _attend),
     Job("vit_b_512_padding", "masked_attention", _attention(12, 1025, 1025, 64, mask=_padding), _attend),
     Job(

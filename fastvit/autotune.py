@@ -25,6 +25,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -53,6 +54,7 @@ __all__ = [
     "fastest",
     "may_measure",
     "multiprocessors",
+    "replayed",
     "token_bucket",
     "unmeasured",
 ]
@@ -72,6 +74,7 @@ Configuration = TypeVar("Configuration", bound="tuple[Any, ...]")
 AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
 
 WARMUP_RUNS = 3
+CALLS_A_GRAPH = 10
 ROUNDS = 9
 PREFERENCE = 0.9
 """Of the first candidate on the CPU: another has to take less than this part of its time."""
@@ -183,7 +186,8 @@ def choose(
     Args:
         kernel_name: letters, digits and underscores.
         key: everything the best configuration depends on except the device: the dtype, heads, head dimension,
-            :func:`token_bucket` and the flags the kernel is specialised on; numbers, strings, bools and dtypes.
+            :func:`token_bucket` of the keys and of all images' queries, and the flags the kernel is specialised on;
+            numbers, strings, bools and dtypes.
         configurations: the candidates, tuples of numbers, bools and strings; the first one is valid everywhere.
         run: launches the kernel with a configuration, on output buffers of its own.
 
@@ -329,8 +333,24 @@ def _resource_errors() -> tuple[type[Exception], ...]:
     return OutOfResources, PTXASError
 
 
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """Makes CALLS_A_GRAPH of these calls as the replay of a CUDA graph, or one by one where they cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+            for _ in range(CALLS_A_GRAPH):
+                call()
+    except RuntimeError:
+        return lambda: [call() for _ in range(CALLS_A_GRAPH)]
+    return graph.replay
+
+
 def _time(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Median device time of each call, interleaved, so that a change of the clock rate affects all of them alike."""
+    """Median device time of each call, interleaved, so that a change of the clock rate affects all of them alike.
+
+    Replays of CUDA graphs are timed, since a launch takes the host longer than many a kernel takes the GPU.
+    """
+    calls = [replayed(call) for call in calls]
     events = [[tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(ROUNDS)] for _ in calls]
     for turn in range(-WARMUP_RUNS, ROUNDS):
         for call, pairs in zip(calls, events, strict=True):
@@ -373,6 +393,15 @@ def _time_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
     return seconds
 
 
+@functools.cache
+def _kernel_sources() -> str:
+    """A digest of the Triton kernels: what was measured of another version of them does not count."""
+    spec = importlib.util.find_spec("fastvit.kernels")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:20]
+
+
 def _record(kernel_name: str, key: tuple[Hashable, ...], device: str) -> tuple[Path, dict[str, Any]]:
     """The file of a key, and the key with all else that identifies a result."""
     identity = {
@@ -380,6 +409,7 @@ def _record(kernel_name: str, key: tuple[Hashable, ...], device: str) -> tuple[P
         "key": [value if isinstance(value, (int, float, str)) else str(value) for value in key],
         "device": device,
         "triton": backends.TRITON_VERSION,
+        "kernels": _kernel_sources(),
         "fastvit": __version__,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

@@ -74,22 +74,22 @@ IRREGULAR_CONFIG = Config(32, 32, 16, 8, 1)
 
 
 def choose_configs(product: str, width: int, *, regular: bool, chip: int) -> tuple[Config, ...]:
-    """The candidates for a GEMM with a convolution in its prologue.
+    """The candidates for a GEMM with a convolution in its prologue, wide ones first: they convolve an input less often.
 
     Args:
         product: the kind of product.
-        width: output channels. Candidates wider than these are dropped, except for the first.
+        width: output channels. Candidates wider than these are dropped, except for the narrowest.
         regular: whether all tensors have aligned rows.
         chip: the major compute capability, 0 for AMD.
     """
     if not regular:
         return (IRREGULAR_CONFIG,)
-    first, *others = CONFIGS[product]
+    narrowest, *others = CONFIGS[product]
     if chip == 0:
         others = [AMD_CONFIG] if product == "half" else []
     elif chip < 9:
         others = others[:1]
-    return (first, *(config for config in others if config.block_n < width))
+    return (*(config for config in reversed(others) if config.block_n < width), narrowest)
 
 
 @triton.jit

@@ -14,6 +14,9 @@ from torch import Tensor
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2
 """How an attention mask is read: not at all, one row for all queries, or a tile of (queries, keys)."""
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(x) is exp2(x * LOG2_E): GPUs compute exp2, and Triton compiles it, unlike exp, without care for denormals."""
+
 MAX_TILE_SIDE = 256
 """No tile of any kernel has a longer side."""
 
@@ -30,18 +33,24 @@ def load_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE_ROWS: tl.constexpr = False,
+    ALL_ROWS: tl.constexpr = False,
 ):
     """The tile [ROWS, COLUMNS] at (first_row, first_column) of a (num_rows, num_columns) matrix, zeros out of bounds.
 
-    WHOLE_ROWS: the tile is exactly as wide as the matrix.
+    WHOLE_ROWS: the tile is exactly as wide as the matrix. ALL_ROWS: all of its rows are rows of the matrix.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    inside = (first_row + rows < num_rows)[:, None]
-    if not WHOLE_ROWS:
-        inside = inside & (first_column + columns < num_columns)[None, :]
     tile = matrix + (tl.cast(first_row, tl.int64) * stride_row + tl.cast(first_column, tl.int64) * stride_column)
-    return tl.load(tile + rows[:, None] * stride_row + columns[None, :] * stride_column, mask=inside, other=0)
+    pointers = tile + rows[:, None] * stride_row + columns[None, :] * stride_column
+    if WHOLE_ROWS and ALL_ROWS:
+        values = tl.load(pointers)
+    elif WHOLE_ROWS:
+        values = tl.load(pointers, mask=(first_row + rows < num_rows)[:, None], other=0)
+    else:
+        inside = (first_row + rows < num_rows)[:, None] & (first_column + columns < num_columns)[None, :]
+        values = tl.load(pointers, mask=inside, other=0)
+    return values
 
 
 @triton.jit
@@ -68,15 +77,17 @@ def load_key_mask(key_mask, first_key, num_keys, stride, KEYS: tl.constexpr):
 
 @triton.jit
 def visible_range(key_mask, num_keys, stride, BLOCK: tl.constexpr):
-    """(first visible key, last visible key + 1) of a key padding mask; an empty range where every key is masked."""
+    """(first visible key, last + 1, number of visible keys) of a key padding mask; an empty range where none is."""
     first = num_keys
     end = 0
+    count = 0
     for start in range(0, num_keys, BLOCK):
         keys = start + tl.arange(0, BLOCK)
         visible = load_key_mask(key_mask, start, num_keys, stride, BLOCK)
         first = tl.minimum(first, tl.min(tl.where(visible, keys, num_keys), axis=0))
         end = tl.maximum(end, tl.max(tl.where(visible, keys + 1, 0), axis=0))
-    return first, end
+        count += tl.sum(visible.to(tl.int32), axis=0)
+    return first, end, count
 
 
 @triton.jit

@@ -26,7 +26,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import empty_heads_last, finite_maximum, inverse_of_sum, load_key_mask, load_tile
+from fastvit.kernels._primitives import (
+    LOG2_E,
+    empty_heads_last,
+    finite_maximum,
+    inverse_of_sum,
+    load_key_mask,
+    load_tile,
+)
 from fastvit.kernels.attention_tiles import Operands, named_strides
 from torch import Tensor
 
@@ -47,7 +54,7 @@ class Config(NamedTuple):
 
 CONFIGS: dict[int, tuple[Config, ...]] = {
     32: (Config(32, 4), Config(64, 4)),
-    64: (Config(32, 4), Config(64, 8)),
+    64: (Config(64, 8), Config(32, 4)),
     128: (Config(16, 4), Config(32, 8)),
 }
 """The candidates, by padded head dimension."""
@@ -170,8 +177,8 @@ def class_attention_parts_kernel(
         )
         new_max = tl.maximum(row_max, tl.max(logits, 0))
         finite_max = finite_maximum(new_max)
-        p = tl.exp(logits - finite_max)
-        rescale = tl.exp(row_max - finite_max)
+        p = tl.exp2((logits - finite_max) * LOG2_E)
+        rescale = tl.exp2((row_max - finite_max) * LOG2_E)
         row_sum = row_sum * rescale + tl.sum(p, 0)
         v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D).to(tl.float32)
         if BACKWARD:
@@ -197,7 +204,7 @@ def weights_of_parts(part_max, part_sum, row, parts, PARTS: tl.constexpr):
     index = tl.arange(0, PARTS)
     maxima = tl.load(part_max + row * parts + index, mask=index < parts, other=float("-inf"))
     row_max = finite_maximum(tl.max(maxima, 0))
-    weights = tl.exp(maxima - row_max)
+    weights = tl.exp2((maxima - row_max) * LOG2_E)
     sums = tl.load(part_sum + row * parts + index, mask=index < parts, other=0.0)
     return weights, row_max, inverse_of_sum(tl.sum(sums * weights, 0))
 
@@ -251,7 +258,8 @@ class Launches:
             "HAS_MASK": operands.mask is not None,
             "HAS_BIAS": operands.bias is not None,
         }
-        self.key = (q.dtype, *q.shape[1:], operands.mask is not None, operands.bias is not None)
+        buckets = map(autotune.token_bucket, (self.num_keys, q.shape[0] * q.shape[2]))
+        self.key = (q.dtype, q.shape[1], q.shape[3], operands.mask is not None, operands.bias is not None, *buckets)
 
     def parts(self, config: Config) -> dict[str, Tensor | int]:
         """Compute the parts of every query."""
@@ -278,7 +286,7 @@ class Launches:
     def choose(self, name: str, run: Callable[[Config], object]) -> Config:
         """The autotuned configuration."""
         candidates = CONFIGS[self.arguments["BLOCK_D"]]
-        return autotune.choose(name, (*self.key, autotune.token_bucket(self.num_keys)), candidates, run)
+        return autotune.choose(name, self.key, candidates, run)
 
 
 def _combine(launches: Launches, config: Config, out: Tensor) -> None:

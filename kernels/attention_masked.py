@@ -14,7 +14,9 @@ and V come from the cache. The program keeps Q [BLOCK_M, BLOCK_D] (BLOCK_D is D 
   out = P V / sum(P). Nothing is rescaled. Vision transformers usually have so few tokens.
 - streaming otherwise: the same for one tile of BLOCK_N keys after another, with a running row maximum m, a running sum
   l and an accumulator; where a tile raises m, the sum and the accumulator are multiplied by exp(m_old - m_new).
-  With a key padding mask the loop runs from the tile of the first visible key to that of the last.
+  With a key padding mask the loop runs from the tile of the first visible key to that of the last. Tiles that hold
+  visible keys alone are attended to without looking at a mask; what is left of keys without a mask is cut into small
+  tiles.
 
 Matrix products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate
 in float32; everything between them is float32.
@@ -30,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._primitives import (
+    LOG2_E,
     MAX_TILE_SIDE,
     empty_heads_last,
     finite_maximum,
@@ -40,7 +43,7 @@ from fastvit.kernels._primitives import (
     store_rows,
     visible_range,
 )
-from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, Operands, logits_tile, padded_head_dim
+from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, Operands, exponentials, logits_tile, padded_head_dim
 from torch import Tensor
 
 from fastvit import autotune
@@ -70,16 +73,16 @@ def one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
     return Config(block_m, block_n, num_warps, one_pass=True)
 
 
-# By kind of product (see product_kind) and BLOCK_D; the one-pass tiles first, by size, then the streaming one. Every
+# By kind of product (see product_kind) and BLOCK_D; the one-pass tiles first, by size, then the streaming ones. Every
 # entry compiles without spills and within 99 kB of shared memory (the limit of sm_86 and sm_89; 64 kB on gfx942) for
 # the inputs of its table: tests/kernels checks that.
 REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("half", 32): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(128, 64, 4, 3)),
-    ("half", 64): (one_pass(64, 64, 4), one_pass(64, 128, 4), one_pass(32, 256, 8), Config(64, 64, 4, 2)),
+    ("half", 64): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(64, 32, 4, 3), Config(128, 64, 8, 2)),
     ("half", 128): (one_pass(64, 64, 4), one_pass(64, 128, 8), Config(64, 32, 4, 2)),
     ("tf32", 32): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 64, 4, 2)),
     ("tf32", 64): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 32, 4, 2)),
-    ("tf32", 128): (one_pass(32, 64, 4), Config(32, 32, 4, 2)),
+    ("tf32", 128): (one_pass(32, 64, 4), Config(32, 16, 4, 2)),
     ("ieee", 32): (Config(64, 32, 4),),
     ("ieee", 64): (Config(32, 32, 8),),
     ("ieee", 128): (Config(16, 16, 8),),
@@ -88,17 +91,20 @@ REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
 
 IRREGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("half", 32): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 16, 4)),
-    ("half", 64): (one_pass(32, 64, 4), one_pass(32, 128, 4), one_pass(32, 256, 8), Config(32, 32, 8)),
+    ("half", 64): (one_pass(32, 64, 4), one_pass(32, 128, 4), Config(32, 32, 8)),
     ("half", 128): (one_pass(64, 64, 8), one_pass(32, 128, 8), Config(32, 16, 4)),
     ("tf32", 32): (one_pass(32, 64, 4), one_pass(32, 128, 4), Config(32, 32, 4)),
     ("tf32", 64): (one_pass(32, 64, 4), one_pass(32, 128, 8), Config(32, 32, 8)),
     ("tf32", 128): (one_pass(32, 64, 8), Config(32, 16, 4)),
     ("ieee", 32): (Config(32, 32, 4),),
-    ("ieee", 64): (Config(16, 32, 8, 2),),
+    ("ieee", 64): (Config(16, 16, 8),),
     ("ieee", 128): (Config(16, 32, 8),),
 }
 """For everything else: rows loaded element by element, a mask of (queries, keys), a bias. One address per element costs
 registers, so tiles are smaller."""
+
+SMALLEST_SCALE = tl.constexpr(1e-30)
+"""In the place of a scale of 0: no logit is told from 0 by it, and -inf times it is -inf."""
 
 AMD_ONE_PASS_KEYS = 128
 """Larger one-pass tiles spill on gfx942, whose matrix instructions take 16 rows per warp."""
@@ -118,6 +124,57 @@ def choose_configs(
     largest = AMD_ONE_PASS_KEYS if amd else MAX_TILE_SIDE
     fitting = [config for config in table if config.one_pass and num_keys <= config.block_n <= largest]
     return (*fitting[:1], *(config for config in table if not config.one_pass))
+
+
+@triton.jit
+def attend_tile(
+    row_max,
+    row_sum,
+    acc,
+    q_tile,
+    k,
+    v,
+    mask,
+    bias,
+    scale,
+    unit,
+    first_query,
+    start,
+    num_queries,
+    num_keys,
+    stride_kn,
+    stride_vn,
+    stride_mq,
+    stride_mk,
+    stride_biasq,
+    stride_biask,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALL_VISIBLE: tl.constexpr,
+):
+    """The running maximum, sum and accumulator behind one more tile of keys."""
+    k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, ALL_VISIBLE)
+    logits = logits_tile(
+        q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys, stride_mq, stride_mk,
+        stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, False, ALL_VISIBLE,
+    )  # fmt: skip
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    finite_max = finite_maximum(new_max)
+    if HAS_BIAS:
+        p = exponentials(logits, finite_max[:, None], True)
+        rescale = exponentials(row_max, finite_max, True)
+    else:
+        shift = finite_max * unit
+        p = tl.exp2(logits * unit - shift[:, None])
+        rescale = tl.exp2(row_max * unit - shift)
+    v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, ALL_VISIBLE)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
+    return new_max, row_sum * rescale + tl.sum(p, 1), acc
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -182,47 +239,55 @@ def masked_attention_kernel(
     EXACT_D: tl.constexpr = BLOCK_D == D
     q_tile = load_tile(q, first_query, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D)
 
+    # Without a bias the maximum is taken of the products alone, and scaling, subtracting the maximum and the change to
+    # base 2 are one multiply-add a logit. So the scale has to be positive.
+    unit = scale
+    if not HAS_BIAS:
+        q_tile = tl.where(scale < 0, -q_tile, q_tile)
+        unit = tl.maximum(tl.abs(scale), SMALLEST_SCALE) * LOG2_E
+        scale = 1.0
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if ONE_PASS:
-        k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-        logits = logits_tile(
-            q_tile, k_tile, scale, mask, bias, first_query, 0, num_queries, num_keys,
-            stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
+        row_max, row_sum, acc = attend_tile(
+            row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, 0, num_queries, num_keys,
+            stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            MASK_KIND, HAS_BIAS, PRECISION, False,
         )  # fmt: skip
-        row_max = tl.max(logits, 1)
-        p = tl.exp(logits - finite_maximum(row_max)[:, None])
-        row_sum = tl.sum(p, 1)
-        v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
     else:
+        first, end = 0, num_keys
+        plain_end = num_keys // BLOCK_N * BLOCK_N  # the end of the tiles that need no mask
         if MASK_KIND == 1:
-            first, end = visible_range(mask, num_keys, stride_mk, 1024)
+            first, end, count = visible_range(mask, num_keys, stride_mk, 256)
+            solid = (count == end - first) & (first % BLOCK_N == 0)
             first = first // BLOCK_N * BLOCK_N
-        else:
-            first, end = 0, num_keys
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(first, end, BLOCK_N):
-            k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-            logits = logits_tile(
-                q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys,
-                stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
+            plain_end = tl.where(solid, end // BLOCK_N * BLOCK_N, first)
+        if MASK_KIND != 2:
+            for start in range(first, plain_end, BLOCK_N):
+                row_max, row_sum, acc = attend_tile(
+                    row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, start, num_queries,
+                    num_keys, stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M,
+                    BLOCK_N, BLOCK_D, MASK_KIND, HAS_BIAS, PRECISION, True,
+                )  # fmt: skip
+            first = tl.maximum(first, plain_end)
+        # Without a mask few keys are left: small tiles compute little that does not exist.
+        REST: tl.constexpr = min(BLOCK_N, 16) if MASK_KIND == 0 else BLOCK_N
+        for start in tl.range(first, end, REST, num_stages=1 if MASK_KIND != 2 else None):
+            row_max, row_sum, acc = attend_tile(
+                row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, start, num_queries, num_keys,
+                stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M, REST, BLOCK_D,
+                MASK_KIND, HAS_BIAS, PRECISION, False,
             )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(logits, 1))
-            finite_max = finite_maximum(new_max)
-            p = tl.exp(logits - finite_max[:, None])
-            rescale = tl.exp(row_max - finite_max)
-            row_sum = row_sum * rescale + tl.sum(p, 1)
-            v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
-            row_max = new_max
 
     # A row without visible keys has sum 0 and accumulator 0.
     acc = acc * inverse_of_sum(row_sum)[:, None]
     store_rows(out, acc, first_query, num_queries, H * D, D, BLOCK_M, BLOCK_D)
     if WRITE_LSE:
         rows = first_query + tl.arange(0, BLOCK_M)
-        row_lse = row_max + tl.log(row_sum)  # -inf + -inf without a key
+        # -inf + -inf without a key
+        row_lse = row_max * (1.0 if HAS_BIAS else unit / LOG2_E) + tl.log(row_sum)
         tl.store(lse + head.to(tl.int64) * num_queries + rows, row_lse, mask=rows < num_queries)
 
 
@@ -278,7 +343,8 @@ def masked_attention_forward(
         if config is None:
             regular = operands.regular
             candidates = choose_configs(product, head_dim, num_keys, regular=regular, amd=torch.version.hip is not None)
-            key = (product, q.dtype, heads, head_dim, autotune.token_bucket(num_keys), operands.mask_kind, regular)
+            buckets = map(autotune.token_bucket, (num_keys, batch * num_queries))
+            key = (product, q.dtype, heads, head_dim, *buckets, operands.mask_kind, regular)
             config = autotune.choose(
                 "masked_attention", key, candidates, lambda config: launch(config, torch.empty_like(out))
             )

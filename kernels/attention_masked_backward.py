@@ -45,11 +45,13 @@ from fastvit.kernels.attention_masked_bias_gradient import bias_gradient
 from fastvit.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Operands,
+    exponentials,
     load_row_values,
     logits_tile,
     named_strides,
     padded_head_dim,
     store_row_values,
+    to_base_2,
     token_rows,
 )
 from torch import Tensor
@@ -146,6 +148,7 @@ def masked_attention_dq_kernel(
 ):
     """dq, shift, factor and delta of one block of BLOCK_M queries of one head."""
     scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
+    logits_scale = to_base_2(scale, HAS_BIAS)
 
     # Adjacent programs share the head.
     blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -172,11 +175,11 @@ def masked_attention_dq_kernel(
         k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
         v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
         logits = logits_tile(
-            q_tile, k_tile, scale, mask, bias, first_query, 0, num_queries, num_keys,
+            q_tile, k_tile, logits_scale, mask, bias, first_query, 0, num_queries, num_keys,
             stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
         )  # fmt: skip
         row_shift = finite_maximum(tl.max(logits, 1))
-        p = tl.exp(logits - row_shift[:, None])
+        p = exponentials(logits, row_shift[:, None], HAS_BIAS)
         row_factor = inverse_of_sum(tl.sum(p, 1))
         p = p * row_factor[:, None]
         dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -188,8 +191,9 @@ def masked_attention_dq_kernel(
         o_tile = load_tile(out, first_query, 0, num_queries, D, stride_on, 1, BLOCK_M, BLOCK_D, EXACT_D)
         forward_delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
         row_shift = finite_maximum(load_row_values(lse + head * num_queries, first_query, num_queries, BLOCK_M))
+        row_shift = to_base_2(row_shift, HAS_BIAS)
         if MASK_KIND == 1:
-            first, end = visible_range(mask, num_keys, stride_mk, 1024)
+            first, end, _count = visible_range(mask, num_keys, stride_mk, 1024)
             first = first // BLOCK_N * BLOCK_N
         else:
             first, end = 0, num_keys
@@ -199,10 +203,10 @@ def masked_attention_dq_kernel(
         for start in range(first, end, BLOCK_N):
             k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
             logits = logits_tile(
-                q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys,
+                q_tile, k_tile, logits_scale, mask, bias, first_query, start, num_queries, num_keys,
                 stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
             )  # fmt: skip
-            p = tl.exp(logits - row_shift[:, None])
+            p = exponentials(logits, row_shift[:, None], HAS_BIAS)
             row_sum += tl.sum(p, 1)
             v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
             dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -266,6 +270,7 @@ def masked_attention_dkv_kernel(
 ):
     """dk and dv of one block of BLOCK_N keys of one head."""
     scale = tl.cast(scale, tl.float32)
+    logits_scale = to_base_2(scale, HAS_BIAS)
 
     blocks = tl.cdiv(num_keys, BLOCK_N)
     program = tl.program_id(0)
@@ -297,12 +302,12 @@ def masked_attention_dkv_kernel(
     for start in range(0, end, BLOCK_M):
         q_tile = load_tile(q, start, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D)
         logits = logits_tile(
-            q_tile, k_tile, scale, mask, bias, start, first_key, num_queries, num_keys, stride_mq, stride_mk,
+            q_tile, k_tile, logits_scale, mask, bias, start, first_key, num_queries, num_keys, stride_mq, stride_mk,
             stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, TRANSPOSED=True,
         )  # fmt: skip
         row_shift = load_row_values(shift + head * num_queries, start, num_queries, BLOCK_M)
         row_factor = load_row_values(factor + head * num_queries, start, num_queries, BLOCK_M)
-        p = tl.exp(logits - row_shift[None, :]) * row_factor[None, :]
+        p = exponentials(logits, row_shift[None, :], HAS_BIAS) * row_factor[None, :]
         g_tile = load_tile(grad, start, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D, EXACT_D)
         dv_acc = tl.dot(p.to(g_tile.dtype), g_tile, dv_acc, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
@@ -390,17 +395,18 @@ def masked_attention_backward(
         if configs is None:
             regular, amd = operands.regular, torch.version.hip is not None
             configs = configurations(product, head_dim, num_keys, regular=regular, amd=amd)
-            key = (q.dtype, product, heads, head_dim, operands.mask_kind, bias is not None, regular)
+            buckets = map(autotune.token_bucket, (num_keys, num_queries, batch * num_queries))
+            key = (q.dtype, product, heads, head_dim, operands.mask_kind, bias is not None, regular, *buckets)
             query_config = autotune.choose(
                 "masked_attention_dq",
-                (*key, autotune.token_bucket(num_keys)),
+                key,
                 configs.queries,
                 lambda config: launch_dq(config, torch.empty_like(dq)),
             )
             launch_dq(query_config, dq)
             key_config = autotune.choose(
                 "masked_attention_dkv",
-                (*key, autotune.token_bucket(num_queries)),
+                key,
                 configs.keys,
                 lambda config: launch_dkv(config, torch.empty_like(dk), torch.empty_like(dv)),
             )

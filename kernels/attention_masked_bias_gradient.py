@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from fastvit.kernels._primitives import load_tile
 from fastvit.kernels.attention_masked import Config
-from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, load_row_values, logits_tile
+from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, exponentials, load_row_values, logits_tile
 from torch import Tensor
 
 from fastvit import autotune
@@ -119,7 +119,7 @@ def masked_attention_dbias_kernel(
         )  # fmt: skip
         row_shift = load_row_values(shift + head * num_queries, first_query, num_queries, BLOCK_M)
         row_factor = load_row_values(factor + head * num_queries, first_query, num_queries, BLOCK_M)
-        p = tl.exp(logits - row_shift[:, None]) * row_factor[:, None]
+        p = exponentials(logits, row_shift[:, None], True) * row_factor[:, None]
         g_tile = load_tile(
             grad + b * stride_gb + h * stride_gh, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D,
             EXACT_D,

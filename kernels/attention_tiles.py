@@ -10,6 +10,7 @@ import triton.language as tl
 from fastvit.kernels._primitives import (
     FULL_MASK,
     KEY_MASK,
+    LOG2_E,
     NO_MASK,
     has_aligned_rows,
     load_key_mask,
@@ -43,10 +44,11 @@ def logits_tile(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr = False,
+    ALL_VISIBLE: tl.constexpr = False,
 ):
     """Logits [QUERIES, KEYS], -inf where a key is masked or out of bounds.
 
-    TRANSPOSED: as [KEYS, QUERIES].
+    TRANSPOSED: as [KEYS, QUERIES]. ALL_VISIBLE: it is known that no key is.
     """
     if TRANSPOSED:
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
@@ -62,6 +64,8 @@ def logits_tile(
                 bias, first_query, first_key, num_queries, num_keys, stride_biasq, stride_biask, QUERIES, KEYS
             )
         logits += tile.to(tl.float32)
+    if ALL_VISIBLE:
+        return logits
     if MASK_KIND == 2:
         if TRANSPOSED:
             tile = load_tile(mask, first_key, first_query, num_keys, num_queries, stride_mk, stride_mq, KEYS, QUERIES)
@@ -75,6 +79,21 @@ def logits_tile(
             keys = first_key + tl.arange(0, KEYS) < num_keys
         visible = keys[:, None] if TRANSPOSED else keys[None, :]
     return tl.where(visible, logits, float("-inf"))
+
+
+@triton.jit
+def to_base_2(factor, HAS_BIAS: tl.constexpr):
+    """A scale or a shift for :func:`exponentials`.
+
+    With a bias logits are in base e: times LOG2_E the lowest number, a usual mask, would overflow.
+    """
+    return factor if HAS_BIAS else factor * LOG2_E
+
+
+@triton.jit
+def exponentials(logits, shift, HAS_BIAS: tl.constexpr):
+    """exp(logits - shift), both in base 2 without a bias."""
+    return tl.exp2((logits - shift) * LOG2_E if HAS_BIAS else logits - shift)
 
 
 @triton.jit

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import triton
 
 AMD_SHARED = 64 * 1024
+LARGE_SHARED = 227 * 1024
+"""Shared memory of sm_90 and later."""
+
 SMALLEST_SHARED = 99 * 1024
 """Shared memory of sm_86 and sm_89, the least of the supported NVIDIA GPUs; sm_80 has 163 kB, sm_90 has 227."""
 
@@ -144,8 +147,13 @@ AMD: dict[tuple[str, int], dict[str, ByPressure]] = {
     },
 }
 
-# Row statistics of single heads, without a pre-mix.
-SINGLE_HEAD = {"half": _resident(64, 32, 16, 4), "tf32": _reloading(32, 32), "ieee": _reloading(32, 32, 16, 4)}
+# Row statistics of single heads, without a pre-mix. One warp on tensor cores: Triton has all warps compute the same of
+# a product with a batch of 1.
+SINGLE_HEAD = {
+    "half": _resident(32, 32, 16, 1, 2),
+    "tf32": _reloading(32, 32, 16, 1),
+    "ieee": _reloading(32, 32, 16, 4),
+}
 
 
 def pressure_of(*, pre_mix: bool, layer_norm: bool, full_mask: bool) -> int:
@@ -172,7 +180,10 @@ def configurations(
         return (SINGLE_HEAD[product],)
     slots = FEW_HEADS if triton.next_power_of_2(heads) <= FEW_HEADS else MANY_HEADS
     if product == "half" and slots == FEW_HEADS and head_dim <= 64 and shared_limit >= SMALLEST_SHARED:
-        return (COMMON[kernel][pressure],)
+        common = COMMON[kernel][pressure]
+        if shared_limit >= LARGE_SHARED and pressure == LIGHT:
+            return common._replace(num_stages=2), common  # the next tile's loads run beside this one's products
+        return (common,)
     table = AMD if shared_limit < SMALLEST_SHARED else GENERAL
     if product == "tf32":
         return (table["ieee", slots][kernel][pressure]._replace(exact=True),)

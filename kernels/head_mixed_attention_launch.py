@@ -41,8 +41,9 @@ def as_operand(tensor: Tensor) -> Heads:
     """
     if not has_aligned_rows(tensor):
         batch, heads, tokens, head_dim = tensor.shape
-        padded = tensor.new_zeros((batch, tokens, heads, padded_dim(head_dim))).transpose(1, 2)
+        padded = tensor.new_empty((batch, tokens, heads, padded_dim(head_dim))).transpose(1, 2)
         padded[..., :head_dim] = tensor
+        padded[..., head_dim:] = 0
         tensor = padded
     return as_heads(with_small_strides(tensor))
 
@@ -145,8 +146,7 @@ class Problem:
                 self.product,
                 heads,
                 self.head_dim,
-                autotune.token_bucket(self.num_queries),
-                autotune.token_bucket(self.num_keys),
+                *map(autotune.token_bucket, (self.num_keys, self.batch * self.num_queries)),
                 self.mask_kind,
                 *(tensor is not None for tensor in self.mixes[:4]),
                 self.layer_norm,

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import finite_maximum, inverse_of_sum
+from fastvit.kernels._primitives import LOG2_E, finite_maximum, inverse_of_sum
 
 
 class Heads(NamedTuple):
@@ -329,7 +329,7 @@ def attention_tile(q, k, mask, mixes, rows, b, first_query, num_queries, first_k
     visible = visible_keys(mask, first_query, num_queries, first_key, num_keys, PLAN)
     maximum = load_row_statistics(rows.maximum, b, first_query, num_queries, PLAN)[:, :, None]
     inverse = load_row_statistics(rows.inverse, b, first_query, num_queries, PLAN)[:, :, None]
-    p = tl.exp(tl.where(visible, logits, float("-inf")) - maximum) * inverse
+    p = tl.exp2((tl.where(visible, logits, float("-inf")) - maximum) * LOG2_E) * inverse
     return scores, p, visible
 
 
@@ -366,7 +366,8 @@ def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_k
         logits = tl.where(visible, logits, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(logits, 2))
         finite = finite_maximum(new_largest)
-        total = total * tl.exp(largest - finite) + tl.sum(tl.exp(logits - finite[:, :, None]), 2)
+        rescale = tl.exp2((largest - finite) * LOG2_E)
+        total = total * rescale + tl.sum(tl.exp2((logits - finite[:, :, None]) * LOG2_E), 2)
         largest = new_largest
     maximum = finite_maximum(largest)
     store_row_statistics(rows.maximum, maximum, b, first_query, num_queries, num_heads, head, PLAN)

@@ -56,8 +56,8 @@ EXPAND: dict[str, tuple[Config, ...]] = {
 
 
 def choose_expand_configs(product: str, *, regular: bool) -> tuple[Config, ...]:
-    """The candidates for the first GEMM; regular: all tensors have aligned rows."""
-    return EXPAND[product] if regular else EXPAND[product][:1]
+    """The candidates for the first GEMM, wide ones first; regular: all tensors have aligned rows."""
+    return EXPAND[product][::-1] if regular else EXPAND[product][:1]
 
 
 @triton.jit

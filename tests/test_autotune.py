@@ -438,3 +438,72 @@ def test_on_the_cpu_the_first_gets_a_second_chance(clock):
     assert seconds[0] < seconds[1]
     seconds = autotune._time_on_cpu([clock(lambda _: 1.2), clock(lambda _: 1.0)])
     assert seconds[1] < seconds[0]
+
+
+class Device:
+    """A GPU's clock beside the host's: a call takes the host long, and the device as long as it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, captures: bool = True) -> None:
+        self.now, self.captured, self.capturing = 0.0, 0.0, False
+        device = self
+
+        class Graph:
+            def replay(self) -> None:
+                device.now += self.seconds
+
+        class Capture:
+            def __init__(self, graph: Graph, capture_error_mode: str) -> None:
+                self.graph = graph
+                assert capture_error_mode == "thread_local"
+
+            def __enter__(self) -> None:
+                if not captures:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                device.capturing, device.captured = True, 0.0
+
+            def __exit__(self, *_: object) -> None:
+                device.capturing, self.graph.seconds = False, device.captured
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.now
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        for name, stand_in in (("CUDAGraph", Graph), ("graph", Capture), ("Event", Event)):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call(self, device_seconds: float, host_seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            if self.capturing:
+                self.captured += device_seconds
+            else:  # with an empty queue the device waits for the host
+                self.now += max(device_seconds, host_seconds)
+
+        return run
+
+
+def test_on_a_gpu_replays_are_timed_and_the_hosts_time_is_not(monkeypatch):
+    device = Device(monkeypatch)
+    seconds = autotune._time([device.call(3.0, 50.0), device.call(1.0, 80.0)])
+    assert seconds == [3.0 * autotune.CALLS_A_GRAPH, 1.0 * autotune.CALLS_A_GRAPH]
+
+
+def test_on_a_gpu_what_cannot_be_captured_is_timed_as_it_is_called(monkeypatch):
+    device = Device(monkeypatch, captures=False)
+    assert autotune._time([device.call(3.0, 50.0)]) == [50.0 * autotune.CALLS_A_GRAPH]
+
+
+def test_a_result_of_other_kernel_sources_does_not_count(machine, monkeypatch):
+    assert len(autotune._kernel_sources()) == 20
+    machine.choose()
+    machine.restart()
+    assert machine.choose() == Config(32) and not machine.ran
+    machine.restart()
+    monkeypatch.setattr(autotune, "_kernel_sources", lambda: "edited")
+    assert machine.choose() == Config(32) and machine.ran

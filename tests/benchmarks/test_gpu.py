@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.gpu_goals import GOALS, MEMORY_GOALS, judge
 from benchmarks.gpu_models import MODELS
 from benchmarks.jobs import JOBS, images, parts, widened
 from fastvit import ops
+from fastvit.accuracy import is_accurate
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate
 
@@ -137,14 +140,74 @@ def test_a_goal_is_met_by_its_own_measurement_alone():
     assert [each["met"] for each in judged(0.26, 1.1)] == [False, False]
 
 
+def here(function, *arguments, timeout):
+    """In the place of ``gpu.apart``: in this process, where names are patched."""
+    return function(*arguments)
+
+
+ROW = ["--batch", "1", "--jobs", "vit_b", "--skip", "suite", "sanitizer", "models"]
+
+
 def test_an_inaccurate_result_has_no_time_and_fails_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "apart", here)
     monkeypatch.setattr(gpu, "is_accurate", lambda *_: False)
-    arguments = ["--batch", "1", "--jobs", "vit_b", "--skip", "suite", "sanitizer", "models"]
-    status, result = run_small(tmp_path, *arguments)
+    status, result = run_small(tmp_path, *ROW)
     assert status == 1
     for row in result["rows"]:
         assert "fused" in row["inaccurate"]
         assert "fused" not in row["milliseconds"]
+
+
+class CompilationError(Exception):
+    """Like Triton's: neither a RuntimeError nor a ValueError."""
+
+
+def test_a_candidate_that_raises_anything_is_refused_and_the_others_are_timed(tmp_path, monkeypatch):
+    def fail(t):
+        raise CompilationError("at 1:2")
+
+    monkeypatch.setattr(gpu, "apart", here)
+    monkeypatch.setattr(gpu, "library_peers", lambda job: {"broken": fail})
+    status, result = run_small(tmp_path, *ROW)
+    assert status == 0
+    for row in result["rows"]:
+        assert row["refused"]["broken"] == "CompilationError: at 1:2"
+        assert {"fused", "plain"} <= set(row["milliseconds"])
+
+
+def crash():
+    os._exit(7)
+
+
+def hang():
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "timeout", "outcome"),
+    [
+        (dict, ([("a", 1)],), 600, {"a": 1}),
+        (int, ("x",), 600, {"failed": "ValueError: invalid literal for int() with base 10: 'x'"}),
+        (crash, (), 600, {"failed": "its process ended with 7"}),
+        (hang, (), 3, {"failed": "stopped after 3 s"}),
+    ],
+    ids=["returns", "raises", "crashes", "hangs"],
+)
+def test_a_step_in_a_process_of_its_own(function, arguments, timeout, outcome):
+    assert gpu.apart(function, *arguments, timeout=timeout) == outcome
+
+
+def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    def sometimes(function, *arguments, timeout):
+        return (
+            {"failed": "its process ended with -6"} if arguments[-1] is True else here(function, *arguments, timeout=0)
+        )
+
+    monkeypatch.setattr(gpu, "apart", sometimes)
+    status, result = run_small(tmp_path, *ROW)
+    assert status == 1
+    assert ["failed" in row for row in result["rows"]] == [False, True]
+    assert "FAILED: its process ended with -6" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -192,3 +255,13 @@ def test_the_suite_is_skipped_with_its_reason_without_a_gpu():
     assert outcome["status"] == 0, outcome
     assert "skipped" in outcome["summary"]
     assert any("torch sees no CUDA device" in line for line in outcome["tail"])
+
+
+@pytest.mark.parametrize("name", ["deepvit_s", "deepvit_16b"])
+def test_uniform_maps_are_told_from_right_ones_in_bfloat16(name):
+    (job,) = (job for job in JOBS if job.name == name)
+    tensors = job.tensors(2, torch.bfloat16, "cpu")
+    plain, exact = (parts(job.call(functional, each))[0] for each in (tensors, widened(tensors)))
+    uniform = parts(job.call(functional, {**tensors, "q": torch.zeros_like(tensors["q"])}))[0]
+    assert is_accurate(plain, plain, exact)
+    assert not is_accurate(uniform, plain, exact)

@@ -201,10 +201,12 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            late = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
             busy = torch.randn(4096, 4096, device="cuda")
             for _ in range(20):
-                busy = busy @ busy / 64  # so that work on the default stream would start too early
-            late = {name: tensor + (busy.sum() * 0).to(tensor.dtype) for name, tensor in tensors.items()}
+                busy = torch.softmax(busy @ busy, 1)  # so that work on the default stream would start too early
+            for name, tensor in tensors.items():
+                late[name].copy_(tensor)
             out = run(job, late, backend)
         torch.cuda.current_stream().wait_stream(side)
     assert equal(out, eager)
