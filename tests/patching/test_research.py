@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.patching import explain, is_patched, patch, report, trial, unpatch
+from fastvit.patching import explain, is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.patching.later import Later
 from fastvit.patching.matching import recognise
+from fastvit.patching.rows import trial
 from tests.patching.fused_and_plain import check_inference, check_training
 from tests.tiny import shake
 

@@ -1,26 +1,45 @@
 """Models of other libraries whose head reads the first tokens alone: their last block computes those at inference.
 
-The model runs as it is written. While it does, its last block is asked for so many tokens; a block that does not run
-whole then gives all of them, which is the same to the head.
+The block finds out who called it: where it stands last in a known model, and nothing but that model's own forward, and
+torch's calls of modules without hooks, lies between the two. So ``forward_features``, a wrapper, a hook on what is
+around the block, and a class of one's own get all tokens, and the model itself keeps its class.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastvit.ops._operator import is_dynamo_compiling
 from fastvit.patching.fusion import names_used, plain_class
-from fastvit.patching.rows.blocks import whole_backend
-
-_asked: contextvars.ContextVar[tuple[nn.Module, int] | None] = contextvars.ContextVar("asked", default=None)
 
 
+class Head(NamedTuple):
+    """What reads the tokens of a model's last block.
+
+    Attributes:
+        methods: of the model's class, as they were when it was first seen.
+        between: the code of those functions that may stand between the model's forward and the block.
+        reads: given the model, the block and its backend, how many tokens are read; None: all may be.
+    """
+
+    methods: dict[str, Any]
+    between: frozenset[CodeType]
+    reads: Callable[[Any, nn.Module, str], int | None]
+
+
+_CALLS = frozenset(
+    function.__code__ for function in (nn.Module._call_impl, nn.Module._wrapped_call_impl, nn.Sequential.forward)
+)
+"""How torch calls a module that has no hooks."""
+_heads: dict[tuple[CodeType, type], Head | None] = {}
+"""By the code of a forward and the plain class of its module: None where that is no known model."""
 _all: contextvars.ContextVar[bool] = contextvars.ContextVar("all", default=False)
 
 
@@ -34,45 +53,53 @@ def all_tokens() -> Iterator[None]:
         _all.reset(token)
 
 
-def count_asked(block: nn.Module) -> int | None:
-    """How many tokens of a block's output are read; None: all may be."""
-    if is_dynamo_compiling():
-        return None
-    asked = _asked.get()
-    return asked[1] if asked is not None and asked[0] is block else None
+def count_read(block: nn.Module, backend: str, know: Callable[[Any], Head | None]) -> int | None:
+    """How many of the first tokens are read of what a block gives, whose forward calls this; None: all may be.
 
-
-def run_for_first(model: Any, block: nn.Module, count: int, *args: Any) -> Tensor:
-    """The model's plain forward, which reads ``count`` tokens of the last block."""
-    token = _asked.set((block, count))
-    try:
-        return plain_class(model).forward(model, *args)
-    finally:
-        _asked.reset(token)
-
-
-def may_ask(model: nn.Module, x: Tensor, methods: tuple[str, ...]) -> str | None:
-    """The backend, where the model may ask its last block for a part: at inference, with its own methods; else None."""
+    Args:
+        know: given a model of any class, its Head; None where it is not known.
+    """
     if is_dynamo_compiling() or _all.get():
         return None
-    plain: Any = plain_class(model)
-    if any(getattr(plain, name) is not method for name, method in zip(methods, _methods(plain, methods), strict=True)):
+    frame: FrameType | None = sys._getframe(2)
+    passed: list[CodeType] = []
+    while frame is not None and len(passed) < 3:
+        code = frame.f_code
+        if code not in _CALLS:
+            model = _module_of(frame)
+            head = None if model is None else _head_of(model, code, know)
+            if head is not None:
+                return _count(head, model, block, backend, passed)
+            passed.append(code)
+        frame = frame.f_back
+    return None
+
+
+def _module_of(frame: FrameType) -> nn.Module | None:
+    """The module whose forward a frame is; None of any other function."""
+    code = frame.f_code
+    model = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "forward" and code.co_varnames else None
+    return model if isinstance(model, nn.Module) else None
+
+
+def _head_of(model: nn.Module, code: CodeType, know: Callable[[Any], Head | None]) -> Head | None:
+    plain = plain_class(model)
+    key = code, plain
+    if key not in _heads:
+        _heads[key] = know(model) if getattr(plain.forward, "__code__", None) is code else None
+    return _heads[key]
+
+
+def _count(head: Head, model: Any, block: nn.Module, backend: str, passed: list[CodeType]) -> int | None:
+    plain = plain_class(model)
+    own = any(getattr(plain, name, None) is not method for name, method in head.methods.items())
+    if own or not model.__dict__.keys().isdisjoint(head.methods) or not head.between.issuperset(passed):
         return None
-    return whole_backend(model, x) if model.__dict__.keys().isdisjoint(methods) else None
+    return None if model.training else head.reads(model, block, backend)
 
 
-@functools.cache
-def _methods(plain: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """As they were when the model was patched, before anybody replaces them."""
-    return tuple(getattr(plain, name) for name in names)
-
-
-def check_methods(model: nn.Module, methods: tuple[str, ...], known_names: frozenset[str]) -> list[str]:
-    """Why a model's methods may read more than the first tokens: they use names that are not known."""
-    plain: Any = plain_class(model)
-    found = []
-    for name, method in zip(methods, _methods(plain, methods), strict=True):
-        unknown = sorted(names_used(method.__code__) - known_names)
-        if unknown:
-            found.append(f"{plain.__name__}.{name} of this version uses {', '.join(unknown)}, which is not known")
-    return found
+def methods_of(plain: Any, names: tuple[str, ...], known_names: frozenset[str]) -> dict[str, Any] | None:
+    """A class's methods of these names; None where one uses other names than those of the versions read."""
+    found = {name: getattr(plain, name) for name in names}
+    known = all(names_used(method.__code__) <= known_names for method in found.values())
+    return found if known else None

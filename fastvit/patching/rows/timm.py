@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
-from fastvit.patching.rows.ends import check_methods, count_asked, may_ask, run_for_first
+from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.parts import (
     activation_name,
@@ -270,46 +270,34 @@ class BlockOverride(Fused):
         attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
         layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
         first, second = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
-        out, count = layer_of(attention.proj), count_asked(self)
+        out, count = layer_of(attention.proj), count_read(self, backend, _head)
         x = add_attention(x, self.norm1, layers, heads, attend, out, backend, first, count)
         return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, second)
 
 
-class ModelOverride(Fused):
-    """timm's ``VisionTransformer`` and distilled DeiT, whose last block computes the tokens that the head reads."""
-
-    fastvit_op = "linear"
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        backend = None if args or kwargs else may_ask(self, x, _METHODS)
-        if backend is None or not _shows_the_head_alone(self, backend):
-            return plain_class(self).forward(self, x, *args, **kwargs)
-        return run_for_first(self, self.blocks[-1], 2 if hasattr(self, "head_dist") else 1, x)
-
-
-_METHODS = ("forward_features", "forward_head", "pool")
-
-
-def _shows_the_head_alone(model: Any, backend: str) -> bool:
-    """Whether nobody but the head, which reads the class tokens, sees what the last block gives."""
+def _reads_class_tokens(model: Any, block: nn.Module, backend: str) -> int | None:
+    """1, or 2 of a distilled DeiT, where nobody but the head sees what the last block gives."""
     norm, blocks = model._modules.get("norm"), model._modules.get("blocks")
-    return (
+    seen_by_head_alone = (
         model.global_pool == "token"
         and model.attn_pool is None
         and not model.grad_checkpointing
         and _path(type(norm)) in _NORMS
         and is_plain(norm, type(norm))
         and is_plain(blocks, nn.Sequential)
-        and is_fused(blocks[-1], backend)
-        and isinstance(blocks[-1], BlockOverride)
+        and blocks[-1] is block
+        and is_fused(block, backend)
     )
+    return (2 if hasattr(model, "head_dist") else 1) if seen_by_head_alone else None
 
 
-def _is_usual_model(module: Any) -> bool:
-    pools = getattr(module, "global_pool", None) == "token" and getattr(module, "attn_pool", None) is None
-    blocks = getattr(module, "blocks", None)
-    usual = isinstance(blocks, nn.Sequential) and len(blocks) > 0 and _is_usual_block(blocks[-1])
-    return pools and usual and _path(plain_class(module)) in _VISION_TRANSFORMERS
+def _head(model: nn.Module) -> Head | None:
+    plain: Any = plain_class(model)
+    if _path(plain) not in _VISION_TRANSFORMERS:
+        return None
+    methods = methods_of(plain, ("forward", "forward_features", "forward_head", "pool"), _MODEL_NAMES)
+    between = frozenset({plain.forward_features.__code__})
+    return None if methods is None else Head(methods, between, _reads_class_tokens)
 
 
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
@@ -562,16 +550,6 @@ _MODEL_NAMES = frozenset(
 )
 
 ROWS = (
-    *(
-        Row(
-            path,
-            ModelOverride,
-            functools.partial(check_methods, methods=_METHODS, known_names=_MODEL_NAMES),
-            _MODEL_NAMES if path == _VISION_TRANSFORMERS[0] else None,
-            _is_usual_model,
-        )
-        for path in _VISION_TRANSFORMERS
-    ),
     Row("timm.models.vision_transformer.Block", BlockOverride, known_names=_BLOCK_NAMES, applies=_is_usual_block),
     Row("timm.layers.attention.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),
     Row("timm.models.vision_transformer.Attention", AttentionOverride, _check_attention, _ATTENTION_NAMES),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
-from fastvit.patching.rows.ends import check_methods, count_asked, may_ask, run_for_first
+from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.parts import (
     activation_name,
@@ -36,7 +36,7 @@ class EncoderBlockOverride(Fused):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
         backend = whole_backend(self, input)
         if backend is not None and input.dim() == 3 and _runs_whole(self, backend):
-            return _run_whole(self, input, backend)
+            return _run_whole(self, input, backend, count_read(self, backend, _head))
         attention, backend = self.self_attention, fused_backend(self)
         if backend is None or not attends_plainly(attention) or input.dim() != 3:
             return plain_class(self).forward(self, input)
@@ -67,27 +67,35 @@ def _runs_whole(block: Any, backend: str) -> bool:
 _AROUND = parts_of({"ln_1": nn.LayerNorm, "ln_2": nn.LayerNorm, "dropout": nn.Dropout})
 
 
-def _run_whole(block: Any, x: Tensor, backend: str) -> Tensor:
+def _run_whole(block: Any, x: Tensor, backend: str, count: int | None) -> Tensor:
     attention = block.self_attention
     fused = functools.partial(ops.masked_attention, backend=backend)
     layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
-    out, count = layer_of(attention.out_proj), count_asked(block)
+    out = layer_of(attention.out_proj)
     x = add_attention(x, block.ln_1, layers, heads, fused, out, backend, count=count)
     return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
-class ModelOverride(Fused):
-    """torchvision's ``VisionTransformer``, whose last block computes the class token that the heads read."""
+def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None:
+    """1 where nobody but the heads sees what the last block gives."""
+    encoder = model._modules.get("encoder")
+    if not is_plain(encoder, type(encoder)) or not are_plain(encoder, _ENDS_OF_ENCODER):
+        return None
+    return 1 if encoder.layers[-1] is block and is_fused(block, backend) else None
 
-    fastvit_op = "linear"
-    fastvit_reads: ClassVar = {"encoder.ln": nn.LayerNorm, "encoder.layers": nn.Sequential}
 
-    def forward(self, x: Tensor) -> Tensor:
-        backend = may_ask(self, x, ("_process_input",))
-        encoder = self._modules.get("encoder")
-        if backend is None or not is_plain(encoder, type(encoder)) or not is_fused(encoder.layers[-1], backend):
-            return plain_class(self).forward(self, x)
-        return run_for_first(self, encoder.layers[-1], 1, x)
+_ENDS_OF_ENCODER = parts_of({"ln": nn.LayerNorm, "layers": nn.Sequential})
+
+
+def _head(model: Any) -> Head | None:
+    plain: Any = plain_class(model)
+    if (plain.__module__, plain.__name__) != ("torchvision.models.vision_transformer", "VisionTransformer"):
+        return None
+    of_encoder = methods_of(type(model.encoder), ("forward",), _ENCODER_NAMES)
+    methods = methods_of(plain, ("forward",), _MODEL_NAMES)
+    if methods is None or of_encoder is None:
+        return None
+    return Head(methods, frozenset({of_encoder["forward"].__code__}), _reads_class_token)
 
 
 class MlpOverride(Fused):
@@ -125,16 +133,7 @@ _BLOCK_NAMES = frozenset({"torch", "_assert", "dim", "shape", "ln_1", "self_atte
 _MODEL_NAMES = frozenset("_process_input cat class_token encoder expand heads shape torch".split())
 _ENCODER_NAMES = frozenset("_assert dim dropout layers ln pos_embedding shape torch".split())
 
-
-def _check_model(module: Any) -> list[str]:
-    encoder = module.encoder
-    if f"{type(encoder).__module__}.{type(encoder).__name__}" != "torchvision.models.vision_transformer.Encoder":
-        return [f"encoder is a {type(encoder).__name__}"]
-    return check_methods(encoder, ("forward",), _ENCODER_NAMES)
-
-
 ROWS = (
-    Row("torchvision.models.vision_transformer.VisionTransformer", ModelOverride, _check_model, _MODEL_NAMES),
     Row("torchvision.models.vision_transformer.EncoderBlock", EncoderBlockOverride, _check_block, _BLOCK_NAMES),
     Row("torchvision.models.vision_transformer.MLPBlock", MlpOverride, _check_mlp),
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
 from fastvit.patching.rows.blocks import whole_backend
-from fastvit.patching.rows.ends import count_asked, may_ask, run_for_first
+from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.mlps import in_sequence, project_in_sequence
 from fastvit.patching.rows.parts import (
@@ -133,7 +133,7 @@ class TransformerOverride(Fused):
         backend = whole_backend(self, x)
         if backend is None or x.dim() != 3:
             return plain_class(self).forward(self, x)
-        count = count_asked(self) if is_plain(self._modules.get("norm"), nn.LayerNorm, type(None)) else None
+        count = count_read(self, backend, _head)
         for place, (attention, feed_forward) in enumerate(self.layers, 1 - len(self.layers)):
             read = _is_read_mlp(feed_forward, backend)
             first = count if place == 0 and read else None
@@ -143,18 +143,20 @@ class TransformerOverride(Fused):
         return self.norm(x) if "norm" in self._modules else x
 
 
-class ModelOverride(Fused):
-    """The ``ViT`` whose head reads the class token: in the last block no other is computed."""
+def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None:
+    """1 where nobody but the head sees what the transformer gives."""
+    norm, transformer = block._modules.get("norm"), model._modules.get("transformer")
+    reads = model.pool == "cls" and model._modules.get("mlp_head") is not None
+    last = transformer is block and is_fused(block, backend) and is_plain(norm, nn.LayerNorm, type(None))
+    return 1 if reads and last else None
 
-    fastvit_op = "linear"
 
-    def forward(self, img: Tensor) -> Tensor:
-        backend = may_ask(self, img, ())
-        transformer = self._modules.get("transformer")
-        reads = self.pool == "cls" and self._modules.get("mlp_head") is not None
-        if backend is None or not reads or not is_fused(transformer, backend):
-            return plain_class(self).forward(self, img)
-        return run_for_first(self, transformer, 1, img)
+def _head(model: nn.Module) -> Head | None:
+    plain = plain_class(model)
+    if (plain.__module__, plain.__name__) != ("vit_pytorch.vit", "ViT"):
+        return None
+    methods = methods_of(plain, ("forward",), _MODEL_NAMES)
+    return None if methods is None else Head(methods, frozenset(), _reads_class_token)
 
 
 def _is_read(attention: Any, backend: str) -> bool:
@@ -484,12 +486,6 @@ ROWS = (
     *(
         Row(f"vit_pytorch.{name}.FeedForward", FeedForwardOverride, check_feed_forward, frozenset({"net"}))
         for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
-    ),
-    Row(
-        "vit_pytorch.vit.ViT",
-        ModelOverride,
-        known_names=_MODEL_NAMES,
-        applies=lambda module: plain_class(module).__module__ == "vit_pytorch.vit" and module.pool == "cls",
     ),
     *(
         Row(f"vit_pytorch.{name}.Transformer", TransformerOverride, _check_transformer, frozenset({"layers", "norm"}))
