@@ -8,7 +8,7 @@ its own back. An example given to ``patch`` is that first call.
 A recognised class defers its forward (``fastvit.recognise.deferred``) where nothing else wants to see its operations:
 not while compiling, exporting or tracing, under a transform or somebody's mode, nor while a part has hooks. Where
 Dynamo traces it, or a model not yet decided, it is a region of the graph instead (``fastvit.recognise.regions``). What
-it found out by calls stands on the class, by the kind of call: whether a chain came off, and, where gradients are
+it found out by calls stands beside the module, by the kind of call: whether a chain came off, and, where gradients are
 wanted, whether the map is kept. A map that is kept may be asked for its gradient, which only the plain code gives; so
 the first call of a kind with gradients is watched, too. Where tensors are saved through hooks, as a checkpoint does, a
 kind of call takes the same way from its first to its last, since the recomputation must do as the forward did.
@@ -34,7 +34,8 @@ from torch.utils._device import DeviceContext
 from fastvit import autotune, backends, ops
 from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
 from fastvit.recognise.deferred import Deferring, Event, transformed
-from fastvit.recognise.observing import Observing, Seen, saves_through_hooks
+from fastvit.recognise.maps import saves_through_hooks
+from fastvit.recognise.observing import Observing, Seen
 from fastvit.recognise.regions import Region, region
 from fastvit.reference.overrides import WATCHES, calls_everything, symbolically_traced
 
@@ -127,13 +128,6 @@ class Recognised(_Wrapping):
     fastvit_yields = True
     fastvit_looks_for: ClassVar[str] = "attention"
     """One of ``recognise.deferred.KINDS``."""
-    fastvit_kinds: ClassVar[dict[Any, bool | int | str | autotune.Race]]
-    """By kind of call, whether to defer it; SLOWER, or a race, says whether that is faster; a number: after so many
-    plain calls it is tried again."""
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.fastvit_kinds = {}
 
     @classmethod
     def fastvit_wrapped(cls, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,6 +163,21 @@ class RecognisedGluMlp(Recognised):
 
 class RecognisedConvolution(Recognised):
     fastvit_op, fastvit_looks_for = "token_depthwise_conv", "convolution"
+
+
+_decisions: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool | int | str | autotune.Race]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def decisions(module: nn.Module) -> dict[Any, bool | int | str | autotune.Race]:
+    """By kind of call, whether to defer it; SLOWER, or a race, says whether that is faster; a number: after so many
+    plain calls it is tried again.
+
+    Of each module its own: of two instances of a class one may keep its map, and one Sequential is not like another.
+    """
+    found = _decisions.get(module)
+    return _decisions.setdefault(module, {}) if found is None else found
 
 
 TRIED_AGAIN_AFTER = 64
@@ -207,34 +216,18 @@ def _taking(backend: str) -> frozenset[str] | None:
     return frozenset(name for name, names in have if backend in names)
 
 
-def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _kind(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What of a call may decide which way the forward takes."""
     gradients = torch.is_grad_enabled()
     return (
         gradients,
         gradients and saves_through_hooks(),
-        _structure(module),
+        fused,
         torch._C._is_any_autocast_enabled(),
         tuple([value for value in vars(module).values() if value is True or value is False]),
         tuple([_kind_of(value) for value in args]),
         tuple([(name, _kind_of(value)) for name, value in kwargs.items()]) if kwargs else (),
     )
-
-
-_structures: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_numbers: dict[Any, int] = {}
-
-
-def _structure(module: nn.Module) -> int:
-    """A number for the classes and sizes of a module's parts: one class, as nn.Sequential, may be many things."""
-    found = _structures.get(module)
-    if found is None:
-        key = tuple(
-            (plain_class(part), *(None if each is None else each.shape for each in part._parameters.values()))
-            for part in module.modules()
-        )
-        found = _structures[module] = _numbers.setdefault(key, len(_numbers))
-    return found
 
 
 def _kind_of(value: Any) -> Any:
@@ -244,8 +237,8 @@ def _kind_of(value: Any) -> Any:
 
 
 def _defer(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plain, kinds = fused.fastvit_plain.forward, fused.fastvit_kinds
-    kind = _kind(module, args, kwargs)
+    plain, kinds = fused.fastvit_plain.forward, decisions(module)
+    kind = _kind(fused, module, args, kwargs)
     gradients, hooked = kind[:2]
     decided = kinds.get(kind)
     if isinstance(decided, autotune.Race):
@@ -304,7 +297,7 @@ def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
         out = fused.fastvit_plain.forward(module, *args, **kwargs)
     held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
     gains = any(each.operator is not None for each in seen)
-    fused.fastvit_kinds[kind] = not held and (gains or TRIED_AGAIN_AFTER)
+    decisions(module)[kind] = not held and (gains or TRIED_AGAIN_AFTER)
     return out
 
 

@@ -20,6 +20,7 @@ What makes that exact:
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -32,7 +33,17 @@ from torch.utils import _pytree as pytree
 
 from fastvit.recognise.chain import BreaksOff, Product, break_off
 from fastvit.recognise.hidden import GATES, HIDDEN_READERS, LAYERS, Hidden, Parts, Second, gated
-from fastvit.recognise.maps import METADATA, Ambient, DeferredMap, Node, computed, make, part, plainly
+from fastvit.recognise.maps import (
+    METADATA,
+    Ambient,
+    DeferredMap,
+    Node,
+    computed,
+    make,
+    part,
+    plainly,
+    saves_through_hooks,
+)
 from fastvit.recognise.mutation import asks_in_place, may_change, storages
 from fastvit.recognise.products import STARTS, flat_einsum
 from fastvit.recognise.transitions import follow
@@ -40,7 +51,18 @@ from fastvit.recognise.vocabulary import IN_PLACE, READERS, SAME, UNCHANGED
 from fastvit.recognise.whole import CONVOLUTIONS, WHOLE
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["ENDS", "KINDS", "Deferring", "Event", "advance", "advance_both", "begun", "ordinary", "steps_of"]
+__all__ = [
+    "ENDS",
+    "KINDS",
+    "OF_GRADIENTS",
+    "Deferring",
+    "Event",
+    "advance",
+    "advance_both",
+    "begun",
+    "ordinary",
+    "steps_of",
+]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 ENDS = (Product, Second)
@@ -139,6 +161,14 @@ def transformed() -> bool:
     return count > 0 and any(not hasattr(_dispatch_mode(place), COUNTS_OPERATORS) for place in range(count))
 
 
+OF_GRADIENTS = frozenset({"register_hook", "retain_grad", "grad", "register_post_accumulate_grad_hook"})
+"""What asks for the gradient of a tensor, by name."""
+_TAKEN = (
+    "fastvit: the gradient of a tensor is asked for behind the operator that computed without it, and is lost in this "
+    "call; calls like it run as they are written from now on. Ask for it in front of the tensor's last use"
+)
+
+
 COUNTS_OPERATORS = "counts_operators"
 """The attribute of a dispatch mode to which an operator means as much as what it stands for."""
 
@@ -178,6 +208,7 @@ class Deferring(TorchFunctionMode):
         self.effects: list[Node] = []
         self.fused = self.left = 0
         self.kept = False
+        self.hooked = saves_through_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,6 +228,8 @@ class Deferring(TorchFunctionMode):
 
     def _start(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call without maps: the map that it begins, what an operator makes of the whole, or what it gives."""
+        if self.hooked is not saves_through_hooks():
+            return func(*args, **kwargs)
         if func in self.starts and not transformed():
             made = self._begin(func, args, kwargs)
             if made is not None:
@@ -264,6 +297,9 @@ class Deferring(TorchFunctionMode):
             return plainly(func, args, kwargs)
         others.extend(kwargs.values())
         node = args[place].cell[0]
+        if node.taken and node.needs_gradient and name_of(func) in OF_GRADIENTS:
+            self.kept = True
+            warnings.warn(_TAKEN, UserWarning, stacklevel=3)
         try:
             return self._next(node, func, place, args, kwargs, others)
         except BreaksOff as reason:
@@ -280,7 +316,7 @@ class Deferring(TorchFunctionMode):
         if not ordinary(others, chain.device):
             break_off("its other tensors are other maps, or not ordinary ones of one device")
         if transformed() or not node.ambient.holds():
-            break_off("gradients, autocast or a transform were switched since the map began")
+            break_off("gradients, autocast, hooks of saved tensors or a transform were switched since the map began")
         if node.is_stale() or (other is not None and other.is_stale()):
             break_off("a map it was made of has been computed")
         read = advance(chain, func, place, args, kwargs) if other is None else advance_both(chain, other.chain, func)
@@ -327,6 +363,8 @@ class Deferring(TorchFunctionMode):
         if node.effect is not None and node.effect.done and isinstance(chain.norm, BatchNorm):
             chain = chain._replace(norm=chain.norm._replace(momentum=0.0))
         out = chain.finished(end, self.backend)
+        for each in (node, *node.ancestors()):
+            each.taken = True
         if node.effect is not None:
             node.effect.done = True
         self.fused += 1

@@ -15,20 +15,45 @@ from torch.utils import _pytree as pytree
 
 from fastvit.recognise.chain import Chain
 from fastvit.recognise.hidden import Hidden
-from fastvit.recognise.mutation import may_change, storages
+from fastvit.recognise.mutation import ANY, may_change, storages
 from fastvit.recognise.vocabulary import VIEWS
 from fastvit.reference.functional import BatchNorm
 
-__all__ = ["METADATA", "Ambient", "DeferredMap", "Node", "computed", "make", "part", "plainly"]
+__all__ = ["METADATA", "Ambient", "DeferredMap", "Node", "computed", "make", "part", "plainly", "saves_through_hooks"]
+
+_hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def saves_through_hooks() -> bool:
+    """Whether tensors saved for the backward pass go through hooks, as in a checkpoint that recomputes them."""
+    return bool(_hooks_of_saved_tensors(True))
+
+
+@contextlib.contextmanager
+def _saving_directly() -> Iterator[None]:
+    """Within it tensors saved for the backward pass go through no hooks."""
+    taken = []
+    while (hooks := _hooks_of_saved_tensors(True)) is not None:
+        taken.append(hooks)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for hooks in reversed(taken):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 class Ambient(NamedTuple):
-    """What a call's result depends on beside its arguments; ``autocast`` is None where it is off."""
+    """What a call's result depends on beside its arguments; ``autocast`` is None where it is off.
+
+    ``hooked`` is whether gradients are recorded, and tensors are saved for them through hooks.
+    """
 
     gradients: bool
     inference: bool
     autocast: torch.dtype | None
     device: str
+    hooked: bool
 
     @classmethod
     def now(cls, device: str) -> Ambient:
@@ -36,13 +61,16 @@ class Ambient(NamedTuple):
         dtype = None
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype, device)
+        gradients = torch.is_grad_enabled()
+        hooked = gradients and saves_through_hooks()
+        return cls(gradients, torch.is_inference_mode_enabled(), dtype, device, hooked)
 
     def holds(self) -> bool:
         """Whether it is so now."""
         return (
             torch.is_grad_enabled() is self.gradients
             and torch.is_inference_mode_enabled() is self.inference
+            and (not self.gradients or saves_through_hooks() is self.hooked)
             and (Ambient.now(self.device) == self if torch._C._is_any_autocast_enabled() else self.autocast is None)
         )
 
@@ -55,6 +83,8 @@ class Ambient(NamedTuple):
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.gradients))
+            if not self.hooked:
+                stack.enter_context(_saving_directly())
             if torch.amp.is_autocast_available(self.device):
                 on = self.autocast is not None
                 stack.enter_context(torch.autocast(self.device, dtype=self.autocast, enabled=on))
@@ -87,11 +117,12 @@ class Node:
         tensors: every tensor that the map is made of.
         value: the map, once it was computed.
         effect: of this call or one before it.
+        taken: whether an operator computed something of the map.
     """
 
     __slots__ = (
         *("parent", "other", "func", "args", "kwargs", "chain", "ambient", "tensors"),
-        *("value", "needs_gradient", "children", "effect", "__weakref__"),
+        *("value", "needs_gradient", "children", "effect", "taken", "__weakref__"),
     )
 
     def __init__(
@@ -114,6 +145,7 @@ class Node:
         self.args = args if map_ is None else tuple([_HERE if value is map_ else value for value in args])
         self.kwargs = kwargs
         self.value: Tensor | None = None
+        self.taken = False
         self.needs_gradient = ambient.gradients and any(tensor.requires_grad for tensor in self.tensors)
         self.children: list[weakref.ref[Node]] = []
         self.effect: Effect | None = None if parent is None else parent.effect
@@ -162,7 +194,7 @@ class Node:
     def shares(self, memory: set[int]) -> bool:
         """Whether the map, not yet computed, is made of tensors in this memory."""
         values = [each.value for each in self.ancestors() if each.value is not None]
-        return not memory.isdisjoint(storages([*self.tensors, *values]))
+        return ANY in memory or not memory.isdisjoint(storages([*self.tensors, *values]))
 
     def compute(self) -> Tensor:
         """The map, by the calls recorded, made once."""
@@ -201,6 +233,8 @@ class DeferredMap(Tensor):
 
     cell: list[Node]
     """Its node, shared with the autograd node that made it: a step in place gives the map another."""
+    history: Any = None
+    """The autograd node that made it."""
 
     @classmethod
     def of(cls, cell: list[Node]) -> DeferredMap:
@@ -306,12 +340,35 @@ def make(node: Node) -> DeferredMap:
     if not node.needs_gradient:
         return DeferredMap.of([node])
     distinct = {id(tensor): tensor for tensor in node.tensors if tensor.requires_grad}
-    return _Recorded.apply([node], *distinct.values())
+    made = _Recorded.apply([node], *distinct.values())
+    made.history = _history(made)
+    return made
+
+
+def _history(map_: Tensor) -> Any:
+    with torch._C.DisableTorchFunction():
+        return map_.grad_fn
+
+
+class _Shown(torch.autograd.Function):
+    """A map's numbers behind a node that autograd put behind it since, as one that changed it in place does."""
+
+    @staticmethod
+    def forward(ctx: Any, map_: DeferredMap) -> Tensor:
+        return map_.node.compute().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def computed(value: Any) -> Any:
     """A map computed; anything else as it is."""
-    return value.node.compute() if type(value) is DeferredMap else value
+    if type(value) is not DeferredMap:
+        return value
+    if value.history is not None and _history(value) is not value.history:
+        return _Shown.apply(value)
+    return value.node.compute()
 
 
 def plainly(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -58,8 +58,12 @@ def may_change(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return False
 
 
+ANY = -1
+"""Among addresses: memory of which it is not known where it lies."""
+
+
 def storages(values: Any) -> set[int]:
-    """Addresses of the memory behind all tensors among nested arguments."""
+    """Addresses of the memory behind all tensors among nested arguments; ANY for one that does not tell."""
     found: set[int] = set()
     _gather(values, found)
     found.discard(0)
@@ -70,7 +74,10 @@ def _gather(value: Any, found: set[int]) -> None:
     if isinstance(value, Tensor):
         if type(value) in (Tensor, torch.nn.Parameter):
             with torch._C.DisableTorchFunction():
-                found.add(value.untyped_storage().data_ptr())
+                try:
+                    found.add(value.untyped_storage().data_ptr())
+                except (NotImplementedError, RuntimeError):  # sparse, or a wrapper of torch.func
+                    found.add(ANY)
     elif isinstance(value, (tuple, list)):
         for each in value:
             _gather(each, found)

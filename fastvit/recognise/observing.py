@@ -17,6 +17,7 @@ from fastvit.recognise.chain import BreaksOff, break_off
 from fastvit.recognise.deferred import (
     ENDS,
     KINDS,
+    OF_GRADIENTS,
     advance,
     advance_both,
     begun,
@@ -26,13 +27,13 @@ from fastvit.recognise.deferred import (
     transformed,
 )
 from fastvit.recognise.hidden import Parts
-from fastvit.recognise.maps import METADATA, Ambient
+from fastvit.recognise.maps import METADATA, Ambient, saves_through_hooks
 from fastvit.recognise.mutation import asks_in_place
 from fastvit.recognise.places import modules_running, user_line
 from fastvit.recognise.products import flat_einsum
 from fastvit.recognise.vocabulary import IN_PLACE, SAME
 
-__all__ = ["Observing", "Seen", "saves_through_hooks"]
+__all__ = ["Observing", "Seen"]
 
 
 class Seen(NamedTuple):
@@ -128,7 +129,7 @@ class Observing(TorchFunctionMode):
         followed = self._of(args[place])
         assert followed is not None
         chain = followed.chain
-        if name_of(func) in _OF_GRADIENTS:
+        if name_of(func) in OF_GRADIENTS:
             self.kept = True
         try:
             others = [value for position, value in enumerate((*args, *kwargs.values())) if position != place]
@@ -201,7 +202,6 @@ class Observing(TorchFunctionMode):
         self.tell(Seen(module, told, operator, backend, reason, user_line(), saves_through_hooks()))
 
 
-_OF_GRADIENTS = frozenset({"register_hook", "retain_grad", "grad", "register_post_accumulate_grad_hook"})
 _SHAPING = frozenset({"q@k^T", "permute", "reshape", "linear", "conv2d 1x1"})
 
 
@@ -220,8 +220,3 @@ def chosen(call: Callable[[], Any]) -> str:
     with torch.no_grad(), autotune.unmeasured(), _operator.recording(stop), contextlib.suppress(_Chosen):
         call()
     return found[0] if found else _operator.REFERENCE
-
-
-def saves_through_hooks() -> bool:
-    """Whether tensors saved for the backward pass go through hooks, as in a checkpoint that recomputes them."""
-    return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))

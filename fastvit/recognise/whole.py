@@ -179,6 +179,8 @@ def depthwise(
         return None
     channels, (height, width) = groups, input.shape[2:]
     stride, dilation = _only(stride), _only(dilation)
+    if padding == "same" and weight.shape[-1] % 2 == 0:
+        break_off("an even kernel is padded more on one side")
     padding = weight.shape[-1] // 2 if padding == "same" else 0 if padding == "valid" else _only(padding)
     if stride is None or padding is None or dilation != 1 or weight.shape[2] != weight.shape[3]:
         break_off("a depthwise convolution that is dilated, or not the same along both axes")

@@ -13,6 +13,7 @@ from fastvit import backends, reference
 from fastvit.patching import explain, patch, report, unpatch
 from fastvit.patching.rows.parts import activation_name
 from fastvit.reference import functional
+from tests.helpers import on_pooled_draws
 from tests.patching.fused_and_plain import Logits, check_inference, check_training
 from tests.tiny import ISOTROPIC, shake
 
@@ -79,12 +80,17 @@ def _own_products(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_the_tanh_form(name, dtype):
-    model, x = MODELS[name](), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = MODELS[name]()
     assert report(patch(model)).totals()["mlp"] == (2, 2)
-    called = {row.op for row in explain(model, x).rows}
+    called = {row.op for row in explain(model, torch.randn(2, 3, 32, 32)).rows}
     assert called & {"mlp", "linear"}
-    check_inference(MODELS[name](), x, dtype)
-    check_training(MODELS[name](), x, dtype)
+
+    def check() -> None:
+        x = torch.randn(2, 3, 32, 32)
+        check_inference(MODELS[name](), x, dtype)
+        check_training(MODELS[name](), x, dtype)
+
+    on_pooled_draws(check)
 
 
 @pytest.mark.parametrize("name", ["Siglip", "Siglip2"])

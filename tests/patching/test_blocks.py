@@ -128,6 +128,7 @@ PYTHON_CALLS = {
 
 
 @needs_cpp
+@pytest.mark.usefixtures("kernels_first")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_block_is_few_python_calls(name):
     case = make(name)

@@ -209,3 +209,43 @@ def test_another_model_called_within_computes_all_tokens(name):
     with torch.no_grad():
         model(images())
     assert seen and set(seen) == {9}
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_a_block_that_stands_twice_computes_all_tokens(name):
+    """As where layers share their weights: only what the last of them gives is read by the head alone."""
+    model, x = build(name), images()
+    holder = model.blocks if name == "timm" else model.encoder.layers
+    holder[0] = holder[1]
+    fused = patch(copy.deepcopy(model))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformer_called_twice_computes_all_tokens():
+    model, x = build("vit_pytorch"), images()
+    model.dropout = nn.Sequential(model.transformer)
+    fused = patch(copy.deepcopy(model))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", ["pool", "forward_head"])
+def test_steps_replaced_before_the_model_was_ever_seen_are_taken(step, monkeypatch):
+    """What replaces them uses no other names than theirs, and reads every token."""
+    plain = type(build("timm"))
+    before = getattr(plain, step)
+
+    def of_all(self, x, *args):
+        return before(self, x, *args) + x.mean(1).mean()
+
+    def of_the_mean(self, x, *args):
+        return x.mean(1) if step == "pool" else self.head(self.fc_norm(x.mean(dim=1)))
+
+    for own in (of_all, of_the_mean):
+        monkeypatch.setattr("fastvit.patching.rows.ends._heads", {})
+        monkeypatch.setattr(plain, step, own)
+        model, x = build("timm"), images()
+        fused = patch(copy.deepcopy(model))
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)

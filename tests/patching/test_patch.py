@@ -155,7 +155,7 @@ def test_an_array_for_an_example_is_refused_by_the_name_of_its_argument(argument
 def test_inference_mode_around_the_call(argument, model):
     with torch.inference_mode():
         patch(model, **{argument: images("vit")})
-    assert is_patched(model)
+    assert is_patched(model) or argument == "benchmark"  # which leaves plain what a timer finds slower
 
 
 def test_patched_takes_the_arguments_of_patch():

@@ -118,6 +118,7 @@ def test_a_half_of_ones_own_is_run():
     same(model.train(), tokens())
 
 
+@pytest.mark.usefixtures("kernels_first")
 def test_a_layer_over_sequences_first_is_known_by_what_it_computes():
     layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0)
     model = shake(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
@@ -198,3 +199,24 @@ def test_a_sequence_that_overrides_its_forward_runs_it():
     model = patch(shake(nn.Sequential(Doubled(*layers()))).eval())
     for _ in range(2):  # the first call decides
         same(model, tokens())
+
+
+def test_a_sequence_with_an_order_of_its_own_is_called_in_it():
+    class Reversed(nn.Sequential):
+        def __iter__(self):
+            return reversed(list(self._modules.values()))
+
+    model = nn.Sequential(shake(Reversed(nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 48))).eval())
+    patch(model)
+    for _ in range(2):
+        same(model, tokens())
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(2, 7), torch.randn(2, 48).double(), torch.ones(2, 48).long()])
+def test_what_a_sequence_does_not_take_raises_torch_s_own_error(wrong):
+    model = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)).eval()
+    with pytest.raises(RuntimeError) as plain:
+        model(wrong)
+    with pytest.raises(RuntimeError) as fused:
+        patch(model)(wrong)
+    assert str(fused.value) == str(plain.value)

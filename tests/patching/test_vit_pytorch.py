@@ -65,6 +65,7 @@ def attention_of(model: nn.Module) -> nn.Module:
     return next(module for module in model.modules() if hasattr(module, "attend") or hasattr(module, "reattn_norm"))
 
 
+@pytest.mark.usefixtures("kernels_first")
 @pytest.mark.parametrize("name", FUSED)
 def test_every_block_is_fused_and_called(name):
     model = patch(build(name), verify=images(name))

@@ -26,18 +26,19 @@ class Head(NamedTuple):
     Attributes:
         methods: of the model's class, as they were when it was first seen.
         between: the code of those functions that may stand between the model's forward and the block.
+        blocks: the path of the nn.Sequential in which the block stands last; None where the model calls it itself.
         reads: given the model, the block and its backend, how many tokens are read; None: all may be.
     """
 
     methods: dict[str, Any]
     between: frozenset[CodeType]
+    blocks: str | None
     reads: Callable[[Any, nn.Module, str], int | None]
 
 
-_CALLS = frozenset(
-    function.__code__ for function in (nn.Module._call_impl, nn.Module._wrapped_call_impl, nn.Sequential.forward)
-)
+_CALLS = frozenset(function.__code__ for function in (nn.Module._call_impl, nn.Module._wrapped_call_impl))
 """How torch calls a module that has no hooks."""
+_SEQUENTIAL = nn.Sequential.forward.__code__
 _heads: dict[tuple[CodeType, type], Head | None] = {}
 """By the code of a forward and the plain class of its module: None where that is no known model."""
 _all: contextvars.ContextVar[bool] = contextvars.ContextVar("all", default=False)
@@ -63,13 +64,17 @@ def count_read(block: nn.Module, backend: str, know: Callable[[Any], Head | None
         return None
     frame: FrameType | None = sys._getframe(2)
     passed: list[CodeType] = []
+    holders: list[Any] = []
     while frame is not None and len(passed) < 3:
         code = frame.f_code
-        if code not in _CALLS:
+        if code is _SEQUENTIAL:
+            holders.append(_module_of(frame))
+        elif code not in _CALLS:
             model = _module_of(frame)
             head = None if model is None else _head_of(model, code, know)
             if head is not None:
-                return _count(head, model, block, backend, passed)
+                as_known = head.between.issuperset(passed) and _stands_last(head, model, block, holders)
+                return _count(head, model, block, backend) if as_known else None
             passed.append(code)
         frame = frame.f_back
     return None
@@ -90,16 +95,30 @@ def _head_of(model: nn.Module, code: CodeType, know: Callable[[Any], Head | None
     return _heads[key]
 
 
-def _count(head: Head, model: Any, block: nn.Module, backend: str, passed: list[CodeType]) -> int | None:
+def _stands_last(head: Head, model: nn.Module, block: nn.Module, holders: list[Any]) -> bool:
+    """Whether a block is called from where it stands last; one that stands among the others, too, does not count."""
+    if head.blocks is None:
+        return not holders
+    if len(holders) != 1 or holders[0] is not model.get_submodule(head.blocks):
+        return False
+    *others, last = holders[0]._modules.values()
+    return last is block and not any(other is block for other in others)
+
+
+def _count(head: Head, model: Any, block: nn.Module, backend: str) -> int | None:
     plain = plain_class(model)
     own = any(getattr(plain, name, None) is not method for name, method in head.methods.items())
-    if own or not model.__dict__.keys().isdisjoint(head.methods) or not head.between.issuperset(passed):
+    if own or not model.__dict__.keys().isdisjoint(head.methods):
         return None
     return None if model.training else head.reads(model, block, backend)
 
 
 def methods_of(plain: Any, names: tuple[str, ...], known_names: frozenset[str]) -> dict[str, Any] | None:
-    """A class's methods of these names; None where one uses other names than those of the versions read."""
+    """A class's methods of these names; None where one is not the library's, or not of a version that was read."""
     found = {name: getattr(plain, name) for name in names}
-    known = all(names_used(method.__code__) <= known_names for method in found.values())
-    return found if known else None
+    library = plain.__module__.partition(".")[0]
+    for method in found.values():
+        theirs = getattr(method, "__module__", "").partition(".")[0] == library and hasattr(method, "__code__")
+        if not theirs or method.__code__.co_freevars or not names_used(method.__code__) <= known_names:
+            return None
+    return found

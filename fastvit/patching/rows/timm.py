@@ -285,7 +285,6 @@ def _reads_class_tokens(model: Any, block: nn.Module, backend: str) -> int | Non
         and _path(type(norm)) in _NORMS
         and is_plain(norm, type(norm))
         and is_plain(blocks, nn.Sequential)
-        and blocks[-1] is block
         and is_fused(block, backend)
     )
     return (2 if hasattr(model, "head_dist") else 1) if seen_by_head_alone else None
@@ -297,7 +296,7 @@ def _head(model: nn.Module) -> Head | None:
         return None
     methods = methods_of(plain, ("forward", "forward_features", "forward_head", "pool"), _MODEL_NAMES)
     between = frozenset({plain.forward_features.__code__})
-    return None if methods is None else Head(methods, between, _reads_class_tokens)
+    return None if methods is None else Head(methods, between, "blocks", _reads_class_tokens)
 
 
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastvit import ops
+from fastvit.ops._operator import any_autocast
 from fastvit.patching.fusion import Fused, Row, fused_backend, plain_class
 from fastvit.patching.rows.mlps import first_of
 from fastvit.patching.rows.parts import activation_name, backend_of_linears, dropout_p
@@ -118,14 +119,19 @@ class SequentialOverride(Fused):
         x = input
         for part in parts[: found.begin]:
             x = part(x)
-        x = found.layers.run(x, backend)
-        for part in parts[found.end :]:
+        fc1 = found.layers.fc1
+        takes = x.dim() > 0 and x.shape[-1] == fc1.in_features and (x.dtype == fc1.weight.dtype or any_autocast())
+        if takes:  # else torch has its own error
+            x = found.layers.run(x, backend)
+        for part in parts[found.end if takes else found.begin :]:
             x = part(x)
         return x
 
 
 def _holds_mlp(module: nn.Module) -> bool:
-    found = first_of(list(module.children())) if plain_class(module).forward is nn.Sequential.forward else None
+    plain, known = plain_class(module), nn.Sequential
+    as_known = plain.forward is known.forward and plain.__iter__ is known.__iter__
+    found = first_of(list(module.children())) if as_known else None
     return found is not None and found.layers.named_activation() is not None
 
 

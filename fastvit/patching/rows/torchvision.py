@@ -81,7 +81,7 @@ def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None
     encoder = model._modules.get("encoder")
     if not is_plain(encoder, type(encoder)) or not are_plain(encoder, _ENDS_OF_ENCODER):
         return None
-    return 1 if encoder.layers[-1] is block and is_fused(block, backend) else None
+    return 1 if is_fused(block, backend) else None
 
 
 _ENDS_OF_ENCODER = parts_of({"ln": nn.LayerNorm, "layers": nn.Sequential})
@@ -95,7 +95,7 @@ def _head(model: Any) -> Head | None:
     methods = methods_of(plain, ("forward",), _MODEL_NAMES)
     if methods is None or of_encoder is None:
         return None
-    return Head(methods, frozenset({of_encoder["forward"].__code__}), _reads_class_token)
+    return Head(methods, frozenset({of_encoder["forward"].__code__}), "encoder.layers", _reads_class_token)
 
 
 class MlpOverride(Fused):

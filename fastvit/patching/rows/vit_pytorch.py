@@ -156,7 +156,7 @@ def _head(model: nn.Module) -> Head | None:
     if (plain.__module__, plain.__name__) != ("vit_pytorch.vit", "ViT"):
         return None
     methods = methods_of(plain, ("forward",), _MODEL_NAMES)
-    return None if methods is None else Head(methods, frozenset(), _reads_class_token)
+    return None if methods is None else Head(methods, frozenset(), None, _reads_class_token)
 
 
 def _is_read(attention: Any, backend: str) -> bool:

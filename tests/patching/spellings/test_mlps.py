@@ -371,6 +371,141 @@ def test_a_checkpoint_recomputes_the_way_of_its_forward(reentrant):
             assert_as_accurate(got[name], expected[name], exact[name], name=name)
 
 
+def recognised(module: nn.Module, x: Tensor) -> nn.Module:
+    patch(module, example=x)
+    assert isinstance(module, Recognised)
+    return module
+
+
+def test_an_even_kernel_of_the_same_size_is_torch_s():
+    module = nn.Conv2d(WIDTH, WIDTH, 4, padding="same", groups=WIDTH)
+    x = image_of(draw())
+    expected = module(x)
+    with pytest.warns(UserWarning, match="fastvit: nothing"):
+        patch(module, example=x)
+    assert torch.equal(module(x), expected)
+
+
+def test_an_instance_that_keeps_its_values_is_decided_alone():
+    class Hooked(Layers):
+        place = 0
+        got: list[Tensor]
+
+        def forward(self, x):
+            hidden = F.gelu(self.fc1(x))
+            out = self.fc2(hidden)
+            if self.place == 2 and hidden.requires_grad:
+                hidden.register_hook(self.got.append)
+            return x + out
+
+    model, x = nn.Sequential(Hooked(), Hooked(), Hooked()), draw()
+    for place, each in enumerate(model):
+        each.place, each.got = place, []
+    patch(model, example=x)
+    for _ in range(4):
+        model(x.clone().requires_grad_()).sum().backward()
+    assert len(model[2].got) == 4
+
+
+def test_a_gradient_asked_for_too_late_is_missed_aloud_and_once():
+    class Sometimes(Layers):
+        keeps = {"hidden": False}
+
+        def forward(self, x):
+            hidden = F.gelu(self.fc1(x))
+            out = self.fc2(hidden)
+            if self.keeps["hidden"]:
+                hidden.retain_grad()
+                self.kept = hidden
+            return out
+
+    x = draw()
+    module = recognised(Sometimes(), x)
+    for _ in range(2):
+        module(x).sum().backward()
+    module.keeps = {"hidden": True}
+    with pytest.warns(UserWarning, match="lost in this call"):
+        module(x)
+    module(x).sum().backward()
+    assert module.kept.grad is not None
+
+
+def test_a_function_that_changes_hidden_values_in_place_has_its_gradient():
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            ctx.mark_dirty(hidden)
+            hidden.relu_()
+            ctx.save_for_backward(hidden)
+            return hidden
+
+        @staticmethod
+        def backward(ctx, grad):
+            (hidden,) = ctx.saved_tensors
+            return grad * (hidden > 0)
+
+    class Mixed(Layers):
+        def make(self):
+            self.fc3 = nn.Linear(WIDTH, HIDDEN)
+
+        def forward(self, x):
+            return self.fc2(InPlace.apply(self.fc1(x))) + self.fc2(F.gelu(self.fc3(x)))
+
+    module, x = Mixed(), draw()
+    plain, double = copy.deepcopy(module), in_float64(module)
+    recognised(module, x)
+    _, expected = gradients(plain, x)
+    _, exact = gradients(double, x.double())
+    for _ in range(3):
+        _, got = gradients(module, x)
+        for name in got:
+            assert_as_accurate(got[name], expected[name], exact[name], name=name)
+
+
+@pytest.mark.parametrize("begins", ["outside", "inside"])
+def test_a_checkpoint_within_a_forward_recomputes_what_it_ran(begins):
+    class Saving(Layers):
+        def forward(self, x):
+            if begins == "inside":
+                return checkpoint(lambda x: self.fc2(F.gelu(self.fc1(x))), x, use_reentrant=False) * 2
+            return checkpoint(lambda hidden: self.fc2(F.gelu(hidden)), self.fc1(x), use_reentrant=False) * 2
+
+    module, x = Saving(), draw()
+    plain, double = copy.deepcopy(module), in_float64(module)
+    patch(module, example=x)
+    _, expected = gradients(plain, x)
+    _, exact = gradients(double, x.double())
+    for _ in range(3):
+        _, got = gradients(module, x)
+        for name in got:
+            assert_as_accurate(got[name], expected[name], exact[name], name=name)
+
+
+INSIDE = {
+    "grad": lambda x: torch.func.grad(lambda t: (t**2).sum())(x),
+    "vmap in place": lambda x: torch.vmap(lambda t: t.clone().mul_(2.0))(x),
+    "vmap of an argument in place": lambda x: torch.vmap(lambda t: t.mul_(2.0))(x.clone()),
+    "functionalize": lambda x: torch.func.functionalize(lambda t: t.mul_(2.0))(x.clone()),
+    "sparse": lambda x: x.to_sparse().mul_(2.0).to_dense(),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_transforms_while_hidden_values_are_in_the_making(name):
+    class Transforming(Layers):
+        def forward(self, x):
+            hidden = self.fc1(x)
+            extra = INSIDE[name](x.detach())
+            return self.fc2(F.gelu(hidden)) + extra
+
+    module, x = Transforming().eval(), draw()
+    plain, double = copy.deepcopy(module), in_float64(module)
+    patch(module, example=x)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_as_accurate(module(x), plain(x), double(x.double()))
+
+
 # --- In a model -----------------------------------------------------------------------------------------------------
 
 

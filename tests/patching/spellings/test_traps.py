@@ -744,7 +744,6 @@ def test_a_module_is_deferred_where_that_is_faster(deferring_takes, monkeypatch)
         calls.append("forward")
         return plain(self, *args)
 
-    monkeypatch.setattr(type(model), "fastvit_kinds", {})  # of earlier tests
     monkeypatch.setattr(deferral, "_deferred", slow)
     monkeypatch.setattr(type(model).fastvit_plain, "forward", counted)
     monkeypatch.setattr(deferral.time, "perf_counter", lambda: now[0])
@@ -766,7 +765,7 @@ def test_a_module_is_deferred_where_that_is_faster(deferring_takes, monkeypatch)
     assert [each.op for each in chains] == ([MASKED] if deferring_takes < 2.0 else [None])
     assert deferring_takes < 2.0 or "(the model itself): left plain: the plain code is faster at this size" in str(told)
     model(x[:1])  # another size is another kind of call
-    assert len(type(model).fastvit_kinds) == 2
+    assert len(deferral.decisions(model)) == 2
 
 
 def test_intercepted_calls_of_a_chain(monkeypatch):
