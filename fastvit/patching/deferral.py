@@ -63,7 +63,7 @@ _modes = torch._C._len_torch_function_stack
 def _seen_by_others() -> bool:
     """Whether a compiler, a tracer, a transform or somebody's mode sees every operation.
 
-    One of ours that deferred nothing yet does not count: it belongs to the forward of a module around.
+    One of ours in which nothing is deferred at the moment does not count: it is that of a module around.
     """
     if _tracing_state() is not None or symbolically_traced() or transformed():
         return True
@@ -283,17 +283,23 @@ def _may_race(fused: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 def _deferred(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Deferring]:
     backend = fused.fastvit_backend
     mode = Deferring(backend, _taking(backend), _listener.get(), fused.fastvit_looks_for)
-    top = _modes() - 1
-    within = top >= 0 and isinstance(_mode(top), Deferring)
-    with _pop_mode_temporarily() if within else contextlib.nullcontext(), mode:
+    with _without_the_mode_around(), mode:
         out = fused.fastvit_plain.forward(module, *args, **kwargs)
     return mode.finish(out), mode
+
+
+def _without_the_mode_around() -> contextlib.AbstractContextManager[Any]:
+    """Within it the mode of a module around, which defers nothing now, sees no operation."""
+    top = _modes() - 1
+    within = top >= 0 and isinstance(_mode(top), Deferring)
+    return _pop_mode_temporarily() if within else contextlib.nullcontext()
 
 
 def _watched(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Any) -> Any:
     """The plain forward; decides about its kind of call."""
     seen: list[Seen] = []
-    with Observing(seen.append, fused.fastvit_backend, fused.fastvit_looks_for) as mode:
+    observing = Observing(seen.append, fused.fastvit_backend, fused.fastvit_looks_for)
+    with _without_the_mode_around(), observing as mode:
         out = fused.fastvit_plain.forward(module, *args, **kwargs)
     held = mode.kept or mode.keeps(out) or any(mode.keeps(vars(part)) for part in module.modules())
     gains = any(each.operator is not None for each in seen)

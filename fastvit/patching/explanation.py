@@ -1,4 +1,4 @@
-"""Which backend each fused block takes for a given input, why not the others, and what unknown attention computes."""
+"""Which backend each fused block takes for a given input, why not the others, and what unknown classes compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Computed:
-    """Attention as it was seen: a chain of operations in a module that no row knows.
+    """Attention, an MLP or a convolution as it was seen: a chain of operations in a module that no row knows.
 
     Attributes:
         name: of the innermost module in whose forward it ended.
@@ -92,8 +92,8 @@ def _told(turned_down: dict[str, list[str]]) -> str:
 def explain(model: nn.Module, example: Any) -> Explanation:
     """Run a patched model once and tell which backend each fused block took, and why each other one was turned down.
 
-    Of attention that no row knows it tells the chain of operations seen, and the operator that took it or the operation
-    at which it broke off. A model that its first call is to decide about is left as it is.
+    Of what no row knows it tells the chain of operations seen, and the operator that took it or the operation at which
+    it broke off. A model that its first call is to decide about is left as it is.
 
     The model runs as it is (training or eval mode) without gradients; a last block that would compute only the tokens
     that the head reads is run whole, as the others are.

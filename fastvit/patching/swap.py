@@ -70,8 +70,8 @@ def patch(
 ) -> Model:
     """Fuse the slow blocks of a vision transformer in place; outputs, ``state_dict`` and hooks stay as they are.
 
-    Attention of a class that fastvit does not know is recognised by what it computes: in the call of ``example``, or
-    else in the model's first call, which runs as it is written.
+    Attention, MLPs and depthwise convolutions of tokens in classes that fastvit does not know are recognised by what
+    they compute: in the call of ``example``, or else in the model's first call, which runs as it is written.
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
@@ -89,8 +89,8 @@ def patch(
         backend: "auto" chooses per call; a name ("cpp", "triton", "sdpa", ...) insists on one, and a call that it
             cannot take raises.
         filter_fn: called with (module, qualified name) of every block that could be fused; False leaves it alone.
-        strict: raise unless every attention and convolution block found can be fused. Attention of no known class
-            needs an example.
+        strict: raise unless every attention and convolution block found can be fused. Those of no known class
+            need an example.
         example: an input, as for ``verify``, on which the model is run once, in eval mode and without gradients, to see
             what it computes; that of ``verify`` or ``benchmark`` where it is not given.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). The model is run
@@ -99,7 +99,7 @@ def patch(
         benchmark: an example input, as for ``verify``. Each block is timed plain and fused on the input it gets, in
             eval mode and without gradients, and left plain where the fused one is slower. Times go into the report.
         dry_run: change nothing, only fill the report with what would be done; without an example it does not tell of
-            attention of no known class.
+            blocks of no known class.
 
     Returns:
         The same object.
@@ -157,7 +157,7 @@ def patch(
 def _recognised(
     model: nn.Module, example: Any, findings: list[Finding], options: Options, backend: str
 ) -> list[Finding]:
-    """The findings, and what the example shows of attention that no row stands for."""
+    """The findings, and what the example shows of blocks that no row stands for."""
     args, kwargs = verification.as_call(example)
     twin = plain_copy(model, hooks=False)
     seen: list[Seen] = []
@@ -322,7 +322,7 @@ def _is_in_vain(findings: list[Finding]) -> bool:
 
 
 def _says_nothing_yet(findings: list[Finding]) -> bool:
-    """Whether it is for the first call to say that nothing is fused: nothing is known, or attention is undecided."""
+    """Whether it is for the first call to say that nothing is fused: nothing is known, or a block is undecided."""
     return not findings or any(AT_THE_FIRST_CALL in finding.reasons for finding in findings)
 
 

@@ -222,6 +222,22 @@ def test_a_block_that_stands_twice_computes_all_tokens(name):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_an_encoder_of_ones_own_is_given_all_tokens(monkeypatch):
+    """One that looks at them, by no other names than torchvision's uses."""
+    library = pytest.importorskip("torchvision.models.vision_transformer")
+    monkeypatch.setattr("fastvit.patching.rows.ends._heads", {})
+    model, x = build("torchvision"), images()
+    model.encoder.__class__ = type("Own", (library.Encoder,), {"forward": _encode})
+    with torch.no_grad():
+        torch.testing.assert_close(patch(copy.deepcopy(model))(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def _encode(self, input):  # noqa: A002 (torchvision's name)
+    out = self.layers(self.dropout(input + self.pos_embedding))
+    torch._assert(out.shape == input.shape, "some tokens are missing")
+    return self.ln(out)
+
+
 def test_a_transformer_called_twice_computes_all_tokens():
     model, x = build("vit_pytorch"), images()
     model.dropout = nn.Sequential(model.transformer)

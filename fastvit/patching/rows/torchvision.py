@@ -8,6 +8,7 @@ k and v are views. At inference on the CPU the block is four calls. torchvision 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ from fastvit.patching.rows.parts import (
     check_attributes,
     check_parameters,
     dropout_p,
+    is_plain_of,
 )
 from fastvit.patching.rows.torch_nn import attend, attends_plainly
-from fastvit.reference.overrides import is_plain
 
 
 class EncoderBlockOverride(Fused):
@@ -79,7 +80,7 @@ def _run_whole(block: Any, x: Tensor, backend: str, count: int | None) -> Tensor
 def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None:
     """1 where nobody but the heads sees what the last block gives."""
     encoder = model._modules.get("encoder")
-    if not is_plain(encoder, type(encoder)) or not are_plain(encoder, _ENDS_OF_ENCODER):
+    if not is_plain_of(encoder, "torchvision") or not are_plain(encoder, _ENDS_OF_ENCODER):
         return None
     return 1 if is_fused(block, backend) else None
 
@@ -91,7 +92,7 @@ def _head(model: Any) -> Head | None:
     plain: Any = plain_class(model)
     if (plain.__module__, plain.__name__) != ("torchvision.models.vision_transformer", "VisionTransformer"):
         return None
-    of_encoder = methods_of(type(model.encoder), ("forward",), _ENCODER_NAMES)
+    of_encoder = methods_of(sys.modules[plain.__module__].Encoder, ("forward",), _ENCODER_NAMES)
     methods = methods_of(plain, ("forward",), _MODEL_NAMES)
     if methods is None or of_encoder is None:
         return None
