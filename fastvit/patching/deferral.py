@@ -165,6 +165,26 @@ class RecognisedConvolution(Recognised):
     fastvit_op, fastvit_looks_for = "token_depthwise_conv", "convolution"
 
 
+class RecognisedMaskedAndMore(RecognisedMasked):
+    fastvit_looks_for = "all"
+
+
+class RecognisedClassAndMore(RecognisedClass):
+    fastvit_looks_for = "all"
+
+
+class RecognisedMixedAndMore(RecognisedMixed):
+    fastvit_looks_for = "all"
+
+
+class RecognisedMlpAndMore(RecognisedMlp):
+    fastvit_looks_for = "all"
+
+
+class RecognisedGluMlpAndMore(RecognisedGluMlp):
+    fastvit_looks_for = "all"
+
+
 _decisions: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool | int | str | autotune.Race]] = (
     weakref.WeakKeyDictionary()
 )
@@ -193,6 +213,14 @@ OVERRIDES: dict[str, type[Recognised]] = {
     "glu_mlp": RecognisedGluMlp,
     "token_depthwise_conv": RecognisedConvolution,
 }
+OVERRIDES_OF_SEVERAL: dict[str, type[Recognised]] = {
+    "masked_attention": RecognisedMaskedAndMore,
+    "class_attention": RecognisedClassAndMore,
+    "head_mixed_attention": RecognisedMixedAndMore,
+    "mlp": RecognisedMlpAndMore,
+    "glu_mlp": RecognisedGluMlpAndMore,
+}
+"""For modules in whose own forward chains of several kinds stand; by the operator of the first kind here."""
 
 
 def _plain_alone() -> bool:
@@ -328,11 +356,24 @@ class Options(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """On a module in whose forward a chain ended: the operator that takes it, or why none does."""
+    """On a module in whose forward a chain ended: the operator that takes it, or why none does.
+
+    ``several`` is whether others take other kinds of chains in it.
+    """
 
     module: nn.Module
     op: str | None
     reason: str
+    several: bool = False
+
+    def beside(self, other: Verdict, allowed: bool) -> Verdict:
+        """The verdict of two on one module; ``allowed``: whether it may look for several kinds."""
+        if self.op is None or other.op is None:
+            return self if other.op is None else other
+        if OVERRIDES[self.op].fastvit_looks_for == OVERRIDES[other.op].fastvit_looks_for:
+            return self
+        order = list(OVERRIDES)
+        return min(self, other, key=lambda each: order.index(str(each.op)))._replace(several=allowed)
 
 
 _asked: weakref.WeakKeyDictionary[nn.Module, Options] = weakref.WeakKeyDictionary()
@@ -423,7 +464,8 @@ def _first_call(fused: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dic
 def recognised_class(verdict: Verdict) -> type[nn.Module]:
     """The class to give the module."""
     assert verdict.op is not None
-    return fused_class(OVERRIDES[verdict.op], plain_class(verdict.module))
+    overrides = OVERRIDES_OF_SEVERAL if verdict.several else OVERRIDES
+    return fused_class(overrides[verdict.op], plain_class(verdict.module))
 
 
 def judge(
@@ -454,6 +496,7 @@ def judge(
                 op, reason = None, "forward was replaced on the instance"
             elif options.filter_fn is not None and not options.filter_fn(module, name):
                 op, reason = None, "filter_fn leaves it out"
-        if name not in verdicts or (verdicts[name].op is None and op is not None):
-            verdicts[name] = Verdict(module, op, reason)
+        verdict = Verdict(module, op, reason)
+        everything = options.ops == EVERY_OPERATOR  # else it might find what ops leaves out
+        verdicts[name] = verdicts[name].beside(verdict, everything) if name in verdicts else verdict
     return verdicts

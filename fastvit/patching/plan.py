@@ -161,7 +161,7 @@ def with_open_question(findings: Iterable[Finding]) -> list[Finding]:
 def with_verdicts(model: nn.Module, findings: Iterable[Finding], verdicts: Mapping[str, Verdict]) -> list[Finding]:
     """The findings, in the model's order, with what an example showed."""
     merged = {finding.name: finding for finding in findings}
-    for name, (module, op, reason) in verdicts.items():
+    for name, (module, op, reason, _) in verdicts.items():
         before = merged.get(name)
         if op is not None:
             fused = recognised_class(verdicts[name])

@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastvit.recognise.chain import BreaksOff, Product, break_off
-from fastvit.recognise.hidden import GATES, HIDDEN_READERS, LAYERS, Hidden, Parts, Second, gated
+from fastvit.recognise.curves import ARITHMETIC
+from fastvit.recognise.hidden import HIDDEN_READERS, LAYERS, Hidden, Parts, Second, both
 from fastvit.recognise.maps import (
     METADATA,
     Ambient,
@@ -126,20 +127,18 @@ def advance(chain: Any, func: Callable[..., Any], place: int, args: Any, kwargs:
 
 def advance_both(chain: Any, other: Any, func: Callable[..., Any]) -> Hidden:
     """The chain behind a call on two maps."""
-    if not (type(chain) is type(other) is Hidden and func in GATES):
+    if not (type(chain) is type(other) is Hidden and func in ARITHMETIC):
         break_off(f"{name_of(func)} takes two maps")
-    return gated(chain, other)
+    return both(chain, other, func)
 
 
 def steps_of(func: Callable[..., Any], chains: dict[int, Any]) -> list[int]:
     """Of chains by their place among a call's arguments, the places of those of which the call may be a step.
 
-    A linear layer's output that meets an attention map is queries, keys or values, and not an MLP's.
+    A linear layer's output that meets an attention map is queries, keys, values or a bias, and not an MLP's.
     """
-    if len(chains) > 1 and func not in GATES:
-        maps = [place for place, chain in chains.items() if type(chain) is not Hidden]
-        return maps or list(chains)
-    return list(chains)
+    maps = [place for place, chain in chains.items() if type(chain) is not Hidden]
+    return maps or list(chains)
 
 
 def ordinary(args: Iterable[Any], device: torch.device, classes: tuple[type, ...] = _ORDINARY) -> bool:
@@ -180,6 +179,11 @@ def name_of(func: Callable[..., Any]) -> str:
     return owner if name in ("__get__", "__set__") and owner else name
 
 
+def _computed_hidden(value: Any) -> Any:
+    """A linear layer's output that meets an attention map is none of an MLP."""
+    return computed(value) if type(value) is DeferredMap and type(value.cell[0].chain) is Hidden else value
+
+
 class Deferring(TorchFunctionMode):
     """Within it maps are deferred; :meth:`finish` has the last word on what the code in it returned.
 
@@ -204,6 +208,7 @@ class Deferring(TorchFunctionMode):
         super().__init__()
         self.backend, self.wanted, self.tell = backend, wanted, tell
         self.starts, self.wholes = KINDS[kind]
+        self.of_all_kinds = kind == "all"
         self.maps: list[weakref.ref[DeferredMap]] = []
         self.effects: list[Node] = []
         self.fused = self.left = 0
@@ -286,6 +291,8 @@ class Deferring(TorchFunctionMode):
         if not args and type(kwargs.get("input")) is DeferredMap:
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
+        if self.of_all_kinds and len({type(each.cell[0].chain) for each in args if type(each) is DeferredMap}) > 1:
+            args = tuple(map(_computed_hidden, args))
         place = -1
         others = []
         for at, value in enumerate(args):

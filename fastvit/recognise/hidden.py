@@ -5,7 +5,7 @@ a new one, and at the second linear layer ``fastvit.ops.mlp`` or ``glu_mlp`` com
 of tokens, or a 1x1 convolution of an image that lies as tokens do, one pixel's channels beside each other.
 
 A gate is a product of two hidden values, of different layers of the same input: SwiGLU and its kin (Shazeer 2020).
-x * sigmoid(x), of the same values, is SiLU; x * sigmoid(1.702 x) QuickGELU.
+Of the same values, products and sums are an activation that is written out (``curves.py``).
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.recognise.chain import Axes, break_off
+from fastvit.recognise.curves import ARITHMETIC, FUNCTIONS, IDENTITY, Curve, applied, combined, name_of_curve
 from fastvit.recognise.products import Args, Kwargs, arguments, is_number, multiplied_dtype
 from fastvit.reference.functional import LayerNorm
 
-__all__ = ["GATES", "HIDDEN_READERS", "LAYERS", "Hidden", "Parts", "Second", "gated"]
+__all__ = ["HIDDEN_READERS", "LAYERS", "Hidden", "Parts", "Second", "both"]
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight (M, K) and bias (M,)."""
-
-_BY_SIGMOID = {1.0: "silu", 1.702: "quick_gelu"}
-"""The activation x * sigmoid(c x), by c."""
 
 
 class Second(NamedTuple):
@@ -41,7 +39,7 @@ class Second(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """norm(activation(factor * gate(x)) * layer(x)), or activation(factor * layer(x)) where there is no gate.
+    """norm(activation(gate(x)) * layer(x)), or activation(layer(x)) where there is no gate.
 
     Attributes:
         x: (..., K); of an image (B, K, h, w) the view (B, h, w, K).
@@ -49,6 +47,7 @@ class Hidden(NamedTuple):
         dtype: of the values.
         image: whether they lie as (B, M, h, w).
         told: a word for each operation.
+        curve: of the activation.
     """
 
     x: Tensor
@@ -56,9 +55,8 @@ class Hidden(NamedTuple):
     dtype: torch.dtype
     image: bool
     told: tuple[str, ...]
-    activation: str | None = None
+    curve: Curve = IDENTITY
     gate: Layer | None = None
-    factor: float = 1.0
     norm: LayerNorm | None = None
 
     @property
@@ -96,14 +94,22 @@ class Hidden(NamedTuple):
     def finished(self, second: Second, backend: str = "auto") -> Tensor:
         """The MLP of x; BreaksOff where it is none."""
         weight, bias, _ = second
+        activation = self.activation()
         if self.gate is not None:
             layers = (*self.gate, *self.layer, weight, bias)
-            out = ops.glu_mlp(self.x, *layers, self.activation, hidden_norm=self.norm, backend=backend)
-        elif self.activation in (None, "sigmoid") or self.factor != 1.0 or self.norm is not None:
-            return break_off("between its linear layers there is no activation of a known kind alone")
+            out = ops.glu_mlp(self.x, *layers, activation, hidden_norm=self.norm, backend=backend)
+        elif activation in (None, "sigmoid"):
+            return break_off(f"between its linear layers there is {activation or 'nothing'} alone")
         else:
-            out = ops.mlp(self.x, *self.layer, weight, bias, self.activation, backend=backend)
+            out = ops.mlp(self.x, *self.layer, weight, bias, activation, backend=backend)
         return out.permute(0, 3, 1, 2) if self.image else out
+
+    def activation(self) -> str | None:
+        """The operator's name of the activation; BreaksOff where it has none."""
+        try:
+            return name_of_curve(self.curve)
+        except KeyError:
+            return break_off("between its linear layers there is no activation of a known kind alone")
 
     def next(self, word: str, **changes: Any) -> Hidden:
         """After one more operation."""
@@ -116,25 +122,27 @@ class Parts(NamedTuple):
     chains: tuple[Hidden, ...]
 
 
-def gated(a: Hidden, b: Hidden) -> Hidden:
-    """The product of two hidden values."""
+def both(a: Hidden, b: Hidden, func: Callable[..., Any]) -> Hidden:
+    """A call of ARITHMETIC on two hidden values."""
     if a.x is not b.x or a.image is not b.image or a.shape != b.shape or a.dtype != b.dtype:
-        break_off("hidden values of different inputs, or sizes, are multiplied")
+        break_off("hidden values of different inputs, or sizes, meet")
     if a.gate is not None or b.gate is not None:
         break_off("a third factor")
-    if a.activation is None and b.activation is not None:
-        a, b = b, a
-    if b.activation is not None or b.factor != 1.0:
-        break_off("both factors have an activation")
     if a.layer is b.layer:
-        name = _BY_SIGMOID.get(a.factor) if a.activation == "sigmoid" else None
-        if name is None:
-            break_off("hidden values are multiplied by what is made of themselves")
-        return a.next("*x", activation=name, factor=1.0)
-    if a.factor != 1.0:
-        break_off("a scaled gate")
-    words = tuple([word for word in b.told if word not in a.told])
-    return b._replace(gate=a.layer, activation=a.activation, told=(*a.told, *words, "gate"))
+        told = (*a.told, *_new(a, b), _word(func))
+        return a._replace(told=told, curve=combined(ARITHMETIC[func], a.curve, b.curve))
+    if func not in _PRODUCTS:
+        break_off("hidden values of two layers are added")
+    if a.curve == IDENTITY:
+        a, b = b, a
+    if b.curve != IDENTITY:
+        break_off("both factors have an activation")
+    return b._replace(gate=a.layer, curve=a.curve, told=(*a.told, *_new(a, b), "gate"))
+
+
+def _new(a: Hidden, b: Hidden) -> tuple[str, ...]:
+    """What only b tells."""
+    return tuple([word for word in b.told if word not in a.told])
 
 
 # --- Where one begins -----------------------------------------------------------------------------------------------
@@ -181,37 +189,59 @@ LAYERS: dict[Callable[..., Any], Callable[[Args, Kwargs], Hidden | None]] = {
 # --- What lies between ----------------------------------------------------------------------------------------------
 
 
-def _activated(values: Hidden, word: str) -> Hidden:
-    if values.activation is not None or values.gate is not None or values.factor != 1.0:
-        break_off(f"{word} of values that have an activation")
-    return values.next(word, activation=word)
+def _word(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", func)).strip("_")
+
+
+def _applied(values: Hidden, word: str) -> Hidden:
+    if values.gate is not None:
+        break_off(f"{word} of values that have a gate")
+    return values.next(word, curve=applied(word, values.curve))
 
 
 def _gelu(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
     approximate = arguments("input", args, kwargs, "approximate").get("approximate", "none")
-    return _activated(values, "gelu" if approximate == "none" else "gelu_tanh")
+    return _applied(values, "gelu" if approximate == "none" else "gelu_tanh")
 
 
-def _by_name(word: str) -> Callable[..., Hidden]:
+def _function(word: str) -> Callable[..., Hidden]:
     def read(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
         arguments("input inplace", args, kwargs)
-        return _activated(values, word)
+        _keeps_dtype(word)
+        return _applied(values, word)
 
     return read
 
 
-def _sigmoid(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
-    if values.activation is not None or values.gate is not None:
-        break_off("sigmoid of values that have an activation")
-    return values.next("sigmoid", activation="sigmoid")
+def _relu(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
+    arguments("input inplace", args, kwargs)
+    if values.curve != IDENTITY:  # its curve has a corner, which must not fall between two points
+        break_off("relu of values that were computed with")
+    return _applied(values, "relu")
 
 
-def _times(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
-    found = arguments("input other", args, kwargs)
-    by = found["other" if place == 0 else "input"]
-    if not is_number(by) or values.activation is not None or values.gate is not None or values.factor != 1.0:
-        break_off("hidden values are multiplied")
-    return values.next("*c", factor=float(by))
+def _arithmetic(function: Callable[[float, float], float], word: str) -> Callable[..., Hidden]:
+    def read(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
+        found = arguments(
+            "input other", args, {"other" if name == "exponent" else name: kwargs[name] for name in kwargs}
+        )
+        by = found["other" if place == 0 else "input"]
+        if not is_number(by) or values.gate is not None:
+            break_off(f"{word} of hidden values and what is no number")
+        _keeps_dtype(word)
+        pair = (values.curve, float(by)) if place == 0 else (float(by), values.curve)
+        return values.next(f"{word} c", curve=combined(function, *pair))
+
+    return read
+
+
+def _keeps_dtype(word: str) -> None:
+    if word in _CAST_BY_AUTOCAST and torch._C._is_any_autocast_enabled():
+        break_off(f"{word} under autocast")
+
+
+_CAST_BY_AUTOCAST = frozenset({"exp", "pow", "rdiv", "rsub"})
+"""What autocast computes in float32 on some devices, and what is rare."""
 
 
 def _channels(values: Hidden, dim: int) -> None:
@@ -219,7 +249,7 @@ def _channels(values: Hidden, dim: int) -> None:
     count = len(values.shape)
     if dim % count != (1 if values.image else count - 1) or not -count <= dim < count:
         break_off("hidden values are cut along another axis than their channels")
-    if values.activation is not None or values.gate is not None or values.factor != 1.0:
+    if values.curve != IDENTITY or values.gate is not None:
         break_off("hidden values are cut behind their activation")
 
 
@@ -257,7 +287,7 @@ def _glu(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
     if width % 2:
         break_off(f"{width} channels have no halves")
     first, second = _pieces(values, [width // 2] * 2, "glu")
-    return values.next("glu", layer=first.layer, gate=second.layer, activation="sigmoid")
+    return values.next("glu", layer=first.layer, gate=second.layer, curve=applied("sigmoid", IDENTITY))
 
 
 def _layer_norm(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Hidden:
@@ -291,15 +321,13 @@ def _conv2d(values: Hidden, place: int, args: Args, kwargs: Kwargs) -> Second:
 
 
 _T = Tensor
-GATES = frozenset((torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.multiply, _T.multiply))
-"""Products, also of two hidden values."""
+_PRODUCTS = frozenset(func for func, formula in ARITHMETIC.items() if formula is ARITHMETIC[torch.mul])
 
 HIDDEN_READERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{func: _function(word) for func, word in FUNCTIONS.items()},
+    **{func: _arithmetic(formula, _word(func)) for func, formula in ARITHMETIC.items()},
     F.gelu: _gelu,
-    **dict.fromkeys((F.relu, torch.relu, _T.relu), _by_name("relu")),
-    F.silu: _by_name("silu"),
-    **dict.fromkeys((torch.sigmoid, _T.sigmoid, F.sigmoid), _sigmoid),
-    **dict.fromkeys(GATES, _times),
+    **dict.fromkeys((F.relu, torch.relu, _T.relu), _relu),
     **dict.fromkeys((torch.chunk, _T.chunk), _chunk),
     torch.split: functools.partial(_split, names="tensor split_size_or_sections dim"),
     _T.split: _split,

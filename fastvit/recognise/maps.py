@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +140,8 @@ class Node:
         self.parent, self.func, self.chain, self.ambient, self.tensors = parent, func, chain, ambient, tensors
         self.other = other
         if other is not None:
-            self.tensors += other.tensors
+            mine = set(map(id, tensors))
+            self.tensors += tuple([tensor for tensor in other.tensors if id(tensor) not in mine])
             other.children.append(weakref.ref(self))
         self.args = args if map_ is None else tuple([_HERE if value is map_ else value for value in args])
         self.kwargs = kwargs
@@ -161,21 +162,18 @@ class Node:
 
     def is_stale(self) -> bool:
         """Whether a map that it is made of has been computed, and may have been changed since."""
-        node: Node | None = self
-        while node is not None:
-            if node.other is not None and (node.other.value is not None or node.other.is_stale()):
-                return True
-            node = node.parent
-            if node is not None and node.value is not None:
-                return True
-        return False
+        return any(node.value is not None for node in self.ancestors())
 
     def ancestors(self) -> Iterator[Node]:
-        """All that it is made of, parents behind their children."""
-        for node in (self.parent, self.other):
-            if node is not None:
+        """All that it is made of, each once."""
+        seen: set[Node] = set()
+        left = [self.parent, self.other]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += node.parent, node.other
                 yield node
-                yield from node.ancestors()
 
     def living(self) -> Iterator[Node]:
         """The nodes made of this one that somebody still holds."""
@@ -201,7 +199,7 @@ class Node:
         if self.value is None:
             before = None if self.parent is None else self.parent.compute()
             with torch._C.DisableTorchFunction(), self.ambient.restored():
-                self.value = self._call(before, {})
+                self.value = self._call(before, None)
             if self.effect is not None:
                 self.effect.done = True
             if self.is_view and self.parent is not None:  # may be changed through this one from now on
@@ -211,15 +209,17 @@ class Node:
                 self.parent, self.other, self.args, self.kwargs, self.tensors = None, None, (), {}, ()
         return self.value
 
-    def again(self, instead: Mapping[int, Tensor]) -> Tensor:
-        """The map anew, with other tensors in place of some, by id."""
-        return self._call(None if self.parent is None else self.parent.again(instead), instead)
+    def again(self, instead: dict[int, Tensor]) -> Tensor:
+        """The map anew, with other tensors in place of some, by id; those of nodes are added."""
+        if id(self) not in instead:
+            instead[id(self)] = self._call(None if self.parent is None else self.parent.again(instead), instead)
+        return instead[id(self)]
 
-    def _call(self, before: Tensor | None, instead: Mapping[int, Tensor]) -> Tensor:
+    def _call(self, before: Tensor | None, instead: dict[int, Tensor] | None) -> Tensor:
         def given(value: Any) -> Any:
             if type(value) is DeferredMap:
-                return value.node.again(instead) if instead else value.node.compute()
-            return before if value is _HERE else instead.get(id(value), value)
+                return value.node.compute() if instead is None else value.node.again(instead)
+            return before if value is _HERE else (instead or {}).get(id(value), value)
 
         args, kwargs = pytree.tree_map(given, (self.args, self.kwargs)) if instead else (self.args, self.kwargs)
         args = tuple(map(given, args))

@@ -230,8 +230,6 @@ def check_feed_forward(module: nn.Module) -> list[str]:
     layers = in_sequence(module.net, 1)
     if layers is None:
         return ["net is not a plain nn.Sequential of norm, linear, activation and linear, dropouts behind the linears"]
-    if isinstance(layers.fc1, nn.Conv2d):
-        return ["its layers are 1x1 convolutions of maps, which are left to the library"]
     return layers.reasons("the first linear", "the activation", "the second linear")
 
 
@@ -485,7 +483,7 @@ ROWS = (
     Row("vit_pytorch.twins_svt.PEG", PEGOverride, _check_peg, frozenset({"proj"})),
     *(
         Row(f"vit_pytorch.{name}.FeedForward", FeedForwardOverride, check_feed_forward, frozenset({"net"}))
-        for name in ("vit", "simple_vit", "cait", "deepvit", "cvt", "twins_svt")
+        for name in ("vit", "simple_vit", "deepvit")
     ),
     *(
         Row(f"vit_pytorch.{name}.Transformer", TransformerOverride, _check_transformer, frozenset({"layers", "norm"}))

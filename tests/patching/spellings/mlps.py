@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,44 @@ class SiluByHand(Layers):
         return self.fc2(hidden.sigmoid() * hidden)
 
 
+@spelling()
+class SiluByExp(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(hidden / (1.0 + torch.exp(-hidden)))
+
+
+@spelling()
+class GeluByErf(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(hidden * 0.5 * (1.0 + torch.erf(hidden / math.sqrt(2.0))))
+
+
+@spelling()
+class GeluByTanh(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        inner = math.sqrt(2.0 / math.pi) * (hidden + 0.044715 * torch.pow(hidden, 3.0))
+        return self.fc2(self.drop(0.5 * hidden * (1.0 + torch.tanh(inner))))
+
+
+@spelling()
+class GeluByCubes(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        cubed = hidden * hidden * hidden
+        return self.fc2((hidden / 2) * (1 + (0.7978845608 * (hidden + cubed * 0.044715)).tanh()))
+
+
+@spelling()
+class GeluOfPowers(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        inner = hidden * (0.7978845608028654 * (1 + 0.044715 * hidden.square()))
+        return self.fc2(hidden - hidden * (1 - inner.tanh()) / 2)
+
+
 @spelling(shape=(2, 3, TOKENS, WIDTH))
 class FourAxes(Layers):
     def forward(self, x):
@@ -117,6 +156,16 @@ class SwiGlu(Layers):
 
     def forward(self, x):
         return self.fc2(F.silu(self.gate(x)) * self.fc1(x))
+
+
+@spelling(GLU)
+class SwiGluByHand(Layers):
+    def make(self):
+        self.gate = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x):
+        gate = self.gate(x)
+        return self.fc2(self.fc1(x) * (gate * torch.sigmoid(gate)))
 
 
 @spelling(GLU)

@@ -80,6 +80,41 @@ class AnotherSlope(Layers):
 
 
 @other
+class RoundedConstant(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(hidden * 0.5 * (1.0 + torch.erf(hidden / 1.4142)))
+
+
+@other
+class ByTheTensorItself(Layers):
+    def forward(self, x):
+        hidden = self.fc1(x)
+        return self.fc2(2.0**hidden * hidden)
+
+
+@other
+class ShiftedThereAndBack(Layers):
+    def forward(self, x):
+        return self.fc2(self.fc1(x).add(50.0).sigmoid().mul(1.0) * F.silu(self.fc1(x) - 50.0))
+
+
+@other
+class IdentityForMostNumbers(Layers):
+    hidden = HIDDEN // 2
+
+    def forward(self, x):
+        first, second = self.fc1(x).chunk(2, -1)
+        return self.fc2(F.silu(first) * (second * torch.sigmoid(second + 90.0)))
+
+
+@other
+class CornerElsewhere(Layers):
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x) - 0.002))
+
+
+@other
 class Squared(Layers):
     def forward(self, x):
         hidden = F.relu(self.fc1(x))
@@ -542,6 +577,58 @@ def test_attention_within_a_module_that_holds_an_mlp():
     (_, expected), (_, exact) = gradients(plain.train(), x), gradients(double.train(), x.double())
     for name in got:
         assert_as_accurate(got[name], expected[name], exact[name], name=name)
+
+
+class Whole(Block):
+    """All in one forward, the hidden values' layer and the attention's beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, TOKENS)
+        self.pos, self.attn = MLPS["PositionalEncoding"].cls().proj, None
+
+    def forward(self, x):
+        x = x + self.pos(image_of(x)).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * q.shape[-1] ** -0.5 + self.bias(x)[:, None]
+        x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def test_several_kinds_in_one_forward():
+    model, x = nn.Sequential(Whole(), Whole()).eval(), draw()
+    plain, double = copy.deepcopy(model), in_float64(model)
+    patch(model, example=x)
+    with torch.no_grad():
+        got, ran = operators_in(lambda: model(x))
+        assert ran == [CONVOLUTION, MASKED, MLP] * 2
+        assert_as_accurate(got, plain(x), double(x.double()))
+    assert [row.op for row in report(model).rows] == [MASKED, CONVOLUTION] * 2
+    model.train()
+    gradients(model, x)
+    (_, got), ran = operators_in(lambda: gradients(model, x))
+    assert ran == [CONVOLUTION, MASKED, MLP] * 2
+    (_, expected), (_, exact) = gradients(plain.train(), x), gradients(double.train(), x.double())
+    for name in got:
+        assert_as_accurate(got[name], expected[name], exact[name], name=name)
+    unpatch(model)
+    with torch.no_grad():
+        assert operators_in(lambda: model.eval()(x))[1] == []
+        patch(model, ops=[MLP, GLU], example=x)
+        assert operators_in(lambda: model(x))[1] == [MLP] * 2
+
+
+def test_activations_of_many_steps_take_no_longer_than_their_steps():
+    class Doubling(Layers):
+        def forward(self, x):
+            hidden = self.fc1(x)
+            for _ in range(40):
+                hidden = (hidden + hidden) * 0.5
+            return self.fc2(hidden * torch.sigmoid(hidden))
+
+    module, x = recognised(Doubling().eval(), draw()), draw()
+    with torch.no_grad():
+        assert operators_in(lambda: module(x))[1] == [MLP]
 
 
 def test_explained():
