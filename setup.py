@@ -7,6 +7,8 @@ loads with every torch >= 2.10 the user may have. Torch must not be imported her
 Environment:
     FASTVIT_BUILD_EXT       0: pure Python. 1: a native part that cannot be built is an error. Unset: the package is
                             then pure Python, and `python -m fastvit info` says why.
+    FASTVIT_BUILD_CUDA      0: no CUDA part. 1: a CUDA part that cannot be built is an error. Unset: it is built where
+                            there is an nvcc, unless the torch seen here has no CUDA and no architectures are asked for.
     FASTVIT_CUDA_ARCH_LIST  CUDA architectures, e.g. "8.0;9.0+PTX" (or TORCH_CUDA_ARCH_LIST). Default: those of
                             DEFAULT_ARCHS that nvcc knows, and PTX of the newest.
     CUDA_HOME, CUDACXX      where nvcc is; otherwise PATH. Without nvcc there is no CUDA part. No GPU need be visible.
@@ -119,6 +121,25 @@ def extension_mode() -> str:
     return mode
 
 
+def cuda_mode() -> str:
+    """FASTVIT_BUILD_CUDA: "0", "1" or "" (try)."""
+    mode = os.environ.get("FASTVIT_BUILD_CUDA", "")
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"FASTVIT_BUILD_CUDA: expected 0, 1 or unset, got {mode!r}")
+    return mode
+
+
+def torch_without_cuda() -> str | None:
+    """The version of the torch that is installed here, if it has no CUDA; it is not imported. None in isolation."""
+    spec = importlib.util.find_spec("torch")
+    file = None if spec is None or spec.origin is None else Path(spec.origin).with_name("version.py")
+    if file is None or not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+    return version[1] if version and re.search(r"^cuda\b.*= None$", text, re.MULTILINE) else None
+
+
 def find_cxx() -> list[str] | None:
     """The C++ compiler's command: CXX, or the first of the usual names on PATH."""
     asked = shlex.split(os.environ.get("CXX", ""))
@@ -207,28 +228,42 @@ def cuda_archs(known: list[str]) -> list[str]:
 
 def add_cuda(toolchain: Toolchain) -> None:
     """Fill in the CUDA part, or the reason why there is none."""
+    toolchain.cuda_reason = reason_without_cuda() or find_cuda(toolchain)
+    if toolchain.cuda_reason and cuda_mode() == "1":
+        raise SystemExit(f"FASTVIT_BUILD_CUDA=1, but the CUDA part cannot be built: {toolchain.cuda_reason}")
+
+
+def reason_without_cuda() -> str | None:
+    """Why no CUDA part is tried; None if it is."""
+    mode = cuda_mode()
+    if mode == "0":
+        return "FASTVIT_BUILD_CUDA=0 was set at build time"
+    if not any(CSRC.glob("*/cuda*.cu")):
+        return "these sources have no CUDA part"
+    if platform.system() != "Linux":
+        return f"the CUDA part is built on Linux only, this is {platform.system()}"
+    version = None if mode == "1" or os.environ.get("FASTVIT_CUDA_ARCH_LIST") else torch_without_cuda()
+    if version is not None:
+        return f"torch {version} has no CUDA; FASTVIT_BUILD_CUDA=1 builds the CUDA part all the same"
+    return None
+
+
+def find_cuda(toolchain: Toolchain) -> str | None:
+    """Fill in nvcc and what it compiles for; the reason if it cannot be used."""
     nvcc = find_nvcc()
     if nvcc is None:
-        toolchain.cuda_reason = "nvcc was not found at build time (CUDACXX, CUDA_HOME, PATH)"
-        return
-    if not any(CSRC.glob("*/cuda*.cu")):
-        toolchain.cuda_reason = "these sources have no CUDA part"
-        return
-    if platform.system() != "Linux":
-        toolchain.cuda_reason = f"the CUDA part is built on Linux only, this is {platform.system()}"
-        return
+        return "nvcc was not found at build time (CUDACXX, CUDA_HOME, PATH)"
     release = re.search(r"release [\d.]+, V([\d.]+)", run([nvcc, "--version"]))
-    known = re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"]))
-    archs = cuda_archs(known)
+    archs = cuda_archs(re.findall(r"sm_(\d+)\b", run([nvcc, "--list-gpu-code"])))
     # A dry run shows where the toolkit's libraries are, even if nvcc is called through a link.
     plan = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
     folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', plan)]
     lib = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
     if lib is None:
-        toolchain.cuda_reason = f"{nvcc} has no libcudart_static.a beside it (looked in {', '.join(map(str, folders))})"
-        return
+        return f"{nvcc} has no libcudart_static.a beside it (looked in {', '.join(map(str, folders))})"
     toolchain.nvcc, toolchain.nvcc_version = [nvcc], release[1] if release else "unknown"
     toolchain.cuda_lib, toolchain.cuda_archs = lib, archs
+    return None
 
 
 def find_toolchain() -> Toolchain:

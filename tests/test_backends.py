@@ -242,6 +242,7 @@ class TestEnvironment:
         ("variable", "value", "function", "expected"),
         [
             ("FASTVIT_BUILD_EXT", "yes", "extension_mode()", "expected 0, 1 or unset, got 'yes'"),
+            ("FASTVIT_BUILD_CUDA", "2", "cuda_mode()", "expected 0, 1 or unset, got '2'"),
             ("FASTVIT_ISA_LIST", "avx2,mmx", "find_isas(['c++'])", "expected some of portable, .*, got 'avx2,mmx'"),
             ("FASTVIT_CUDA_ARCH_LIST", "hopper", "cuda_archs(['90'])", "expected .*9.0.PTX, got 'hopper'"),
             ("TORCH_CUDA_ARCH_LIST", "8.0;Hopper", "cuda_archs(['90'])", "expected .*9.0.PTX, got 'Hopper'"),

@@ -315,7 +315,8 @@ def test_no_cuda_kernel_spills_or_has_local_memory(complete: Path) -> None:
 
 @needs_compiler
 def test_without_nvcc_there_is_the_cpp_part_alone(source: Path, wheel: Path) -> None:
-    env = clean_environment(**QUICKLY, **LESS, FASTVIT_BUILD_EXT="1", CUDACXX="/nonexistent/nvcc")
+    settings = {**QUICKLY, **LESS, "FASTVIT_BUILD_EXT": "1", "FASTVIT_CUDA_ARCH_LIST": "8.0"}
+    env = clean_environment(**settings, CUDACXX="/nonexistent/nvcc")
     record = build_record(make_wheel(source, "--no-build-isolation", env=env))
     assert record["extension"] is True
     assert record["cuda_archs"] == []
@@ -333,6 +334,34 @@ def test_architectures_asked_for(small_source: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         binary = Path(archive.extract(f"fastvit/_C{SUFFIX}", tmp_path))
     assert device_code(binary) == {"sm_86", "sm_90", "compute_90"}
+
+
+@pytest.mark.parametrize(("cuda", "asked", "archs"), [("None", "", False), ("'13.0'", "", True), ("None", "1", True)])
+@needs_compiler
+@needs_nvcc
+def test_cuda_is_left_out_where_torch_is_seen_to_have_none(
+    small_source: Path, tmp_path: Path, cuda: str, asked: str, archs: bool
+) -> None:
+    (small_source / "csrc" / "common" / "cuda_empty.cu").touch()
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("raise ImportError('the build imports torch')\n", encoding="utf-8")
+    version = f"__version__ = '2.10.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
+    (torch / "version.py").write_text(version, encoding="utf-8")
+    env = clean_environment(**QUICKLY, FASTVIT_BUILD_CUDA=asked, PYTHONPATH=str(tmp_path))
+    record = build_record(make_wheel(small_source, "--no-build-isolation", env=env))
+    assert record["extension"]
+    assert bool(record["cuda_archs"]) is archs
+    wanted = None if archs else "torch 2.10.0 has no CUDA; FASTVIT_BUILD_CUDA=1 builds the CUDA part all the same"
+    assert record["cuda_reason"] == wanted
+
+
+@needs_compiler
+def test_cuda_asked_for_without_nvcc(small_source: Path) -> None:
+    (small_source / "csrc" / "common" / "cuda_empty.cu").touch()
+    env = clean_environment(FASTVIT_BUILD_CUDA="1", CUDACXX="/nonexistent/nvcc")
+    output = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=small_source, env=env, ok=False)
+    assert "FASTVIT_BUILD_CUDA=1, but the CUDA part cannot be built: nvcc was not found" in output
 
 
 def test_malformed_architectures_are_refused(small_source: Path) -> None:

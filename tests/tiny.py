@@ -45,6 +45,7 @@ _REFERENCE: dict[str, tuple[str, dict[str, object]]] = {
     "vit": ("ViT", ISOTROPIC),
     "deit": ("DeiT", {**ISOTROPIC, "distilled": True}),
     "deepvit": ("DeepViT", ISOTROPIC),
+    "deepvit_cnn": ("DeepViT", {**ISOTROPIC, "stem": "cnn", "scale_adjustment": 0.5, "transformed_blocks": 1}),
     "cait": ("CaiT", ISOTROPIC),
     "cpvt": ("CPVT", ISOTROPIC),
     "cvt": ("CvT", {"embed_dim": (16, 32, 48), "depth": (1, 1, 1), "num_heads": (1, 2, 3), "num_classes": CLASSES}),

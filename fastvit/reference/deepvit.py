@@ -14,7 +14,6 @@ reader of the paper would not guess:
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.reference import functional
@@ -23,6 +22,8 @@ from fastvit.reference.functional import BatchNorm
 from fastvit.reference.isotropic import IsotropicTransformer
 from fastvit.reference.layers import (
     Attention,
+    ConvolutionalStem,
+    Convolving,
     DropPath,
     Mlp,
     PatchEmbed,
@@ -150,7 +151,7 @@ class ReAttentionBlock(TokenBlock):
         return self._add(x, self.mlp(self.norm2(self._scaled(x)))), maps
 
 
-class CNNStem(nn.Module):
+class CNNStem(Convolving, ConvolutionalStem):
     """Images (B, C, H, W) to patch tokens (B, h*w, D) by three convolutions: 7x7 stride 2, 3x3, then the patches."""
 
     def __init__(
@@ -174,9 +175,9 @@ class CNNStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.grid(*x.shape[-2:])
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = self.convolve(x, self.conv1, self.bn1, "relu")
+        x = self.convolve(x, self.conv2, self.bn2, "relu")
+        return self.project(x).flatten(2).transpose(1, 2)
 
 
 STEMS = {"conv": PatchEmbed, "cnn": CNNStem}

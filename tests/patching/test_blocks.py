@@ -47,6 +47,7 @@ FAMILIES = {
     "vit": Family("blocks.0", None, 17, 8),
     "deit": Family("blocks.0", None, 18, 8),
     "deepvit": Family("blocks.0", None, 17, 9),
+    "deepvit_cnn": Family("blocks.1", None, 17, 9),
     "cait": Family("blocks.0", None, 16, 8),
     "cpvt": Family("blocks.0", None, 17, 8),
     "cvt": Family("stage2.blocks.0", (3, 3), 10, 12, 5),
@@ -117,7 +118,8 @@ def test_a_block_is_few_calls(name, monkeypatch):
 
 PYTHON_CALLS = {
     **dict.fromkeys(("vit", "deit", "cpvt"), 120),
-    "deepvit": 140,
+    "deepvit": 145,
+    "deepvit_cnn": 150,
     "cait": 130,
     "cvt": 250,
     "ceit": 190,

@@ -69,13 +69,13 @@ def test_every_block_is_fused_and_called(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "deepvit_cnn"])
 def test_inference(name, dtype):
     check_inference(build(name), images(name, batch=3), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "deepvit_cnn"])
 def test_training(name, dtype):
     on_pooled_draws(lambda: check_training(build(name), images(name, batch=3), dtype))
 

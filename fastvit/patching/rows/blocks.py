@@ -7,6 +7,7 @@ that trains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -96,9 +97,41 @@ def adds_attention(block: Any, backend: str, parts: Parts = _ATTENTION) -> bool:
         and are_plain(block, parts)
         and len(modules["norm1"].normalized_shape) == 1
         and not modules["drop_path"].training
-        and block.__dict__.get("scale_adjustment", 1.0) == 1.0
+        and (_FACTOR not in block.__dict__ or scales_positively(block))
         and dropout_p(attention._modules["proj_drop"]) == 0.0
     )
+
+
+def scales_positively(block: Any) -> bool:
+    """Whether DeepViT's factor in front of a block's norms may be brought behind them."""
+    factor = block.scale_adjustment
+    return isinstance(factor, (int, float)) and 0.0 < factor < math.inf
+
+
+_FACTOR = "scale_adjustment"
+_constants: dict[tuple[object, ...], Tensor] = {}
+"""By value, width, dtype and device. They stay, since weights are packed with them."""
+
+
+def _of_scaled(norm: LayerNorm, block: Any) -> LayerNorm:
+    """norm(s x) as a norm of x: eps is as large beside the variance."""
+    return norm._replace(eps=norm.eps / block.scale_adjustment**2)
+
+
+def _inverse_of_factor(block: Any, x: Tensor) -> Tensor | None:
+    """1 / s for every channel, None for 1."""
+    factor = block.scale_adjustment
+    if factor == 1.0:
+        return None
+    key = 1.0 / factor, x.shape[2], x.dtype, x.device
+    real = type(x) is Tensor and not is_dynamo_compiling()
+    if not real or key not in _constants:
+        with torch.inference_mode(False):
+            made = torch.full((x.shape[2],), 1.0 / factor, dtype=x.dtype, device=x.device)
+        if not real or type(made) is not Tensor:
+            return made
+        _constants[key] = made
+    return _constants[key]
 
 
 def adds_mlp(block: Any, backend: str) -> bool:
@@ -119,6 +152,8 @@ def adds_mlp(block: Any, backend: str) -> bool:
 def add_attention(block: Any, x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """x + gamma_1 attn(norm1(x)), of an attention with one product for queries, keys and values."""
     attention, norm = block.attn, LayerNorm.of(block.norm1)
+    if _FACTOR in block.__dict__:
+        norm = _of_scaled(norm, block)
     qkv = ops.linear(x, attention.qkv.weight, attention.qkv.bias, norm=norm, backend=backend)
     return add_projection(block, x, attention.attend(*split_heads(attention, qkv, 3), mask), backend)
 
@@ -126,6 +161,8 @@ def add_attention(block: Any, x: Tensor, mask: Tensor | None, backend: str) -> T
 def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, backend: str, count: int) -> Tensor:
     """The first ``count`` tokens of :func:`add_attention`: queries of those, keys and values of all."""
     attention, norm = block.attn, LayerNorm.of(block.norm1)
+    if _FACTOR in block.__dict__:
+        norm = _of_scaled(norm, block)
     first, width = x[:, :count], x.shape[2]
     weight, bias = attention.qkv.weight, attention.qkv.bias
     of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
@@ -162,13 +199,16 @@ def mask_of_first(mask: Tensor | None, count: int) -> Tensor | None:
 def add_projection(block: Any, x: Tensor, out: Tensor, backend: str) -> Tensor:
     """x + gamma_1 proj(out), of what the heads gathered, (B, H, N, D)."""
     proj = block.attn.proj
-    scale = getattr(block, "gamma_1", None)
+    scale = _inverse_of_factor(block, x) if _FACTOR in block.__dict__ else getattr(block, "gamma_1", None)
     return ops.linear(merge_heads(out), proj.weight, proj.bias, scale=scale, residual=x, backend=backend)
 
 
 def add_mlp(block: Any, x: Tensor, backend: str) -> Tensor:
     """x + gamma_2 mlp(norm2(x))."""
     fc1, fc2, activation = block.mlp.fc1, block.mlp.fc2, activation_name(block.mlp.act)
-    around = {"norm": LayerNorm.of(block.norm2), "scale": getattr(block, "gamma_2", None), "residual": x}
+    norm, scale = LayerNorm.of(block.norm2), getattr(block, "gamma_2", None)
+    if _FACTOR in block.__dict__:
+        norm, scale = _of_scaled(norm, block), _inverse_of_factor(block, x)
+    around = {"norm": norm, "scale": scale, "residual": x}
     layers = fc1.weight, fc1.bias, fc2.weight, fc2.bias
     return ops.mlp(x, *layers, activation, **around, backend=backend)

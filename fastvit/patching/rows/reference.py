@@ -21,6 +21,7 @@ from fastvit.patching.rows.blocks import (
     first_backend,
     mask_of_first,
     parts_of_attention,
+    scales_positively,
     split_heads,
     whole_backend,
 )
@@ -454,6 +455,14 @@ class StemOverride(Fused):
         )
 
 
+class PatchStemOverride(StemOverride):
+    """DeepViT's stem, which ends with the patch embedding."""
+
+    convolve = StemOverride.convolve  # a row is judged by the methods that its own class replaces
+    project = EmbeddingOverride.project
+    fastvit_reads: ClassVar = EmbeddingOverride.fastvit_reads
+
+
 class PEGOverride(Fused):
     """CPVT's position encoding generator on tokens as they lie."""
 
@@ -493,8 +502,8 @@ def _check_re_attention_block(module: nn.Module) -> list[str]:
     plain = plain_class(module)
     names = [name for name in ("_add", "_scaled") if getattr(plain, name) is not getattr(ReAttentionBlock, name)]
     reasons = [f"{plain.__name__} overrides {name}" for name in names]
-    if module.scale_adjustment != 1.0:
-        reasons.append(f"scale_adjustment is {module.scale_adjustment}, expected is 1")
+    if not scales_positively(module):
+        reasons.append(f"scale_adjustment is {module.scale_adjustment}, expected is a positive number")
     return reasons
 
 
@@ -507,6 +516,7 @@ ROWS = (
     Row("fastvit.reference.cpvt.PyramidBlock", PyramidBlockOverride),
     Row("fastvit.reference.layers.PatchEmbed", EmbeddingOverride),
     Row("fastvit.reference.cvt.ConvEmbed", EmbeddingOverride),
+    Row("fastvit.reference.deepvit.CNNStem", PatchStemOverride),
     Row("fastvit.reference.ceit.ImageToTokens", EmbeddingOverride),
     Row("fastvit.reference.layers.Attention", AttentionOverride),
     Row("fastvit.reference.layers.Mlp", MlpOverride, _check_mlp),
