@@ -1,8 +1,8 @@
 """Tables and plots of results: ``python -m benchmarks.report [FILE ...]``.
 
-With files: their rows as tables. Without: rewrites the parts of README.md and docs/ between
-``<!-- report: NAME -->`` and ``<!-- end of report -->`` from the newest complete result of each suite in
-``benchmarks/results``, and draws the pictures they show. A test holds them to what this would write.
+With files: their rows as tables. Without: rewrites the parts of README.md and docs/ between ``<!-- report: NAME -->``
+and ``<!-- end of report -->`` from the newest complete result of each suite in ``benchmarks/results`` and the package's
+own tables, and draws the pictures they show. A test holds them to what this would write.
 """
 
 from __future__ import annotations
@@ -258,6 +258,17 @@ def left_block(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
+def classes_block() -> str:
+    """Every class that a table of the package knows, with the operators it may run on."""
+    from fastvit.patching.rows import TABLES
+
+    found: dict[str, dict[str | None, None]] = {}
+    for row in itertools.chain.from_iterable(TABLES):
+        found.setdefault(row.path, {})[row.op] = None
+    lines = [f"| `{path}` | {', '.join(f'`{op}`' for op in names)} |" for path, names in found.items()]
+    return "\n".join(["| class | operator |", "|---|---|", *lines])
+
+
 def _measured_where(result: Mapping[str, Any]) -> str:
     """The CPU, the day and torch, for the picture and beneath it."""
     about = result["machine"]
@@ -309,6 +320,8 @@ def newest(suite: str, folder: Path) -> Path | None:
 
 def block(name: str, folder: Path) -> str:
     """What stands between the marks of that name."""
+    if name == "classes":
+        return classes_block()
     suite, written = BLOCKS[name]
     path = newest(suite, folder)
     if path is None:

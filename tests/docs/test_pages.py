@@ -1,4 +1,4 @@
-"""What the pages say of the code is so: messages, classes, operators and their pictures."""
+"""What the pages say of the code is so: messages, operators and their pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 import fastvit
 from fastvit import ops
-from fastvit.patching.rows import TABLES
 from tests.docs.pages import DOCS, blocks, sources
 
 MESSAGES = [block.text.strip() for block in blocks(DOCS / "troubleshooting.md") if block.language == "text"]
@@ -50,15 +49,6 @@ def test_a_message_that_nobody_says_is_found():
     assert is_said("fastvit: … of the blocks found run as they did before: …")
     assert not is_said("fastvit: … of the blocks found run as before: …")
     assert not is_said("attention … is not implemented")  # there is no hole
-
-
-def test_every_class_that_a_table_knows_is_named_with_its_operators():
-    found: dict[str, dict[str, None]] = {}
-    for row in (row for table in TABLES for row in table):
-        found.setdefault(row.path, {})[row.op] = None
-    page = (DOCS / "patched.md").read_text(encoding="utf-8").partition("## By class")[2]
-    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", page, re.MULTILINE)
-    assert dict(rows) == {path: ", ".join(f"`{op}`" for op in names) for path, names in found.items()}
 
 
 def test_every_operator_has_a_section_and_its_picture():
