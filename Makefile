@@ -7,6 +7,7 @@
 # make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
 # make fuzz   thousands of random calls of every operator, with each instruction set   (SEEDS=0:10000 ARGS="--op leff")
 # make lint   ruff, mypy, clang-format;  make format  applies what can be applied
+# make docs   the documentation as a site, in build/site; a broken link or any warning fails
 # make build  the native part alone
 #
 # PYTHON=python3.12       the Python to make .venv with
@@ -32,7 +33,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test bench overhead versions fuzz lint format build clean
+.PHONY: demo test bench overhead versions fuzz lint format docs build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -74,6 +75,9 @@ format: $(STAMPS)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 build: $(STAMPS)/demo $(STAMPS)/native
 
 # What is installed, per purpose.
@@ -81,9 +85,9 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(PINS) $(STAMPS)/to
 	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
 	@touch $@
 
-$(STAMPS)/lint: $(PINS)
+$(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(PINS)
 	@mkdir -p $(STAMPS)
-	$(ENVIRONMENT) lint --venv $(VENV)
+	$(ENVIRONMENT) $* --venv $(VENV)
 	@touch $@
 
 # Renewed only when a TORCH is named that is not the one installed last.

@@ -1,13 +1,14 @@
 """Tables and plots of results: ``python -m benchmarks.report [FILE ...]``.
 
-With files: their rows as tables. Without: rewrites the parts of README.md between ``<!-- report: SUITE -->`` and
-``<!-- end of report -->`` from the newest complete result of each suite in ``benchmarks/results``, and draws its plot
-beside it. A test holds README.md to what this would write.
+With files: their rows as tables. Without: rewrites the parts of README.md and docs/ between ``<!-- report: NAME -->``
+and ``<!-- end of report -->`` from the newest complete result of each suite in ``benchmarks/results`` and the package's
+own tables, and draws the pictures they show. A test holds them to what this would write.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -26,6 +27,8 @@ from benchmarks.runner import Settings, Slot, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "patched.md")))
 WIDTH_OF_A_LOG = 150
 OURS = "fastvit"
 BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
@@ -66,6 +69,12 @@ def over(race: Sequence[Row], provider: str) -> float | None:
 def slots(row: Row) -> list[Slot]:
     """The measured rounds of a row."""
     return [Slot(*each) for each in row["slots"]]
+
+
+def over_the_fastest(race: Sequence[Row]) -> dict[str, float] | None:
+    """How many times as fast as the fastest other contender fastvit is, by rounds, with its interval."""
+    ours, other = of(race, OURS), fastest_other(race)
+    return ratio(slots(other), slots(ours), Settings.tolerated) if ours and other else None
 
 
 def _interval(found: Mapping[str, float] | None) -> str:
@@ -161,7 +170,7 @@ def models_block(result: Mapping[str, Any]) -> str:
             _ms(ours["ms"]["median"]) if ours else why and why["status"],
         ]
         cells += [_interval(ours["ratio"]) if ours else "", other["provider"] if other else ""]
-        cells += [_interval(ratio(slots(other), slots(ours), Settings.tolerated)) if ours and other else ""]
+        cells += [_interval(over_the_fastest(race))]
         cells += [f"{ours['share']:.0%}" if ours and "share" in ours else ""]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     return "\n".join([*lines, "", _where(result)])
@@ -234,7 +243,69 @@ def coverage_block(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _where(result)])
 
 
-BLOCKS = {"models": models_block, "ops": ops_block, "coverage": coverage_block}
+LEFT = ("partly", "with torch", "not", "failed")
+
+
+def left_block(result: Mapping[str, Any]) -> str:
+    """Other libraries' models in which some attention is not computed by our kernels, and why."""
+    lines = ["| model | attention: ours, torch's, plain | why |", "|---|---|---|"]
+    for row in result["rows"]:
+        if row["status"] in LEFT:
+            counted = ", ".join(str(row.get(key, "")) for key in ("fused", "by_torch", "plain"))
+            told = dict.fromkeys(re.sub(r" \([\w.]+:\d+\)", "", row["reason"]).split(" | "))
+            why = [re.sub(r"([|*])", r"\\\1", each) for each in told if not each.startswith(("mlp:", "conv2d;"))]
+            lines.append(f"| `{row['name']}` | {counted if 'fused' in row else row['status']} | {'; '.join(why[:2])} |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def classes_block() -> str:
+    """Every class that a table of the package knows, with the operators it may run on."""
+    from fastvit.patching.rows import TABLES
+
+    found: dict[str, dict[str | None, None]] = {}
+    for row in itertools.chain.from_iterable(TABLES):
+        found.setdefault(row.path, {})[row.op] = None
+    lines = [f"| `{path}` | {', '.join(f'`{op}`' for op in names)} |" for path, names in found.items()]
+    return "\n".join(["| class | operator |", "|---|---|", *lines])
+
+
+def _measured_where(result: Mapping[str, Any]) -> str:
+    """The CPU, the day and torch, for the picture and beneath it."""
+    about = result["machine"]
+    device = about["devices"][0]
+    cpu = f"{about.get('model_name') or device['name']} ({device['in_use']})" if "in_use" in device else device["name"]
+    return f"{cpu}, {device['threads']} threads, {result['date']}, torch {about['versions']['torch']}"
+
+
+def speed_block(result: Mapping[str, Any]) -> str:
+    """README's picture, what it shows, and where another is faster."""
+    shown = _shown(result)
+    behind = []
+    for race in shown:
+        other, ahead = fastest_other(race), over_the_fastest(race)
+        if other and ahead and ahead["median"] < 0.995:
+            case, speed = race[0], f"{ahead['median']:.2f} of {other['provider']}'s speed"
+            behind.append(f"{case['name']} at batch {case['batch']} ({speed})")
+    told = f"Times as fast as eager PyTorch at inference in float32: {_measured_where(result)}. "
+    told += f"In {len(behind)} of {len(shown)} rows another is faster: {', '.join(behind)}." if behind else ""
+    return f"![Speed beside others](docs/pictures/speed.svg)\n\n{told.strip()}"
+
+
+def _shown(result: Mapping[str, Any]) -> list[list[Row]]:
+    """What README's picture shows: inference in float32, with one allocator."""
+    found = races(result["rows"])
+    axes = ("fwd", "float32", found[0][0]["allocator"])
+    return [race for race in found if tuple(race[0][axis] for axis in ("mode", "dtype", "allocator")) == axes]
+
+
+BLOCKS = {
+    "speed": ("models", speed_block),
+    "models": ("models", models_block),
+    "ops": ("ops", ops_block),
+    "coverage": ("coverage", coverage_block),
+    "left": ("coverage", left_block),
+}
+"""By name, the suite of whose result a block is made, and how."""
 PLOTTED = ("models", "ops")
 
 
@@ -247,29 +318,75 @@ def newest(suite: str, folder: Path) -> Path | None:
     return None
 
 
-def block(suite: str, folder: Path) -> str:
-    """What stands between the marks of a suite."""
+def block(name: str, folder: Path) -> str:
+    """What stands between the marks of that name."""
+    if name == "classes":
+        return classes_block()
+    suite, written = BLOCKS[name]
     path = newest(suite, folder)
     if path is None:
         return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
-    text = BLOCKS[suite](json.loads(path.read_text(encoding="utf-8")))
-    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"{text}\n\n![{suite}]({name.with_suffix('.svg')})" if suite in PLOTTED else text
+    text = written(json.loads(path.read_text(encoding="utf-8")))
+    return f"{text}\n\n![{name}](pictures/{path.stem}.svg)" if name in PLOTTED else text
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
-    """README.md with its blocks renewed."""
+    """A page with its blocks renewed."""
     return BLOCK.sub(lambda match: f"{match[1]}{block(match[2], folder)}\n{match[3]}", text)
 
 
-def plot(rows: Sequence[Row], path: Path) -> Path:
-    """A chart of the ratios with their intervals: a group of bars for each case."""
+def _pyplot() -> Any:
+    """matplotlib without a screen, whose SVG is the same each time."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fastvit"
-    import matplotlib.pyplot as plt
+    return importlib.import_module("matplotlib.pyplot")
 
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _pyplot().close(figure)
+    return path
+
+
+def _bars(row: Sequence[Row]) -> tuple[list[float], list[list[float]]]:
+    """Heights of bars and what their intervals reach below and above."""
+    ratios = [each["ratio"] for each in row]
+    below = [each["median"] - each["low"] for each in ratios]
+    return [each["median"] for each in ratios], [below, [each["high"] - each["median"] for each in ratios]]
+
+
+def picture(result: Mapping[str, Any], path: Path) -> Path:
+    """README's picture: every model and contender, a panel for each batch."""
+    plt = _pyplot()
+    shown = _shown(result)
+    batches = sorted({race[0]["batch"] for race in shown})
+    figure, panels = plt.subplots(1, len(batches), figsize=(9.5, 3.4), sharey=True, squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row["provider"] for race in shown for row in race if measured(row)))
+    names = [name for name in names if name != shown[0][0]["baseline"]]
+    width = 0.8 / max(1, len(names))
+    for axes, batch in zip(panels[0], batches, strict=True):
+        group = [race for race in shown if race[0]["batch"] == batch]
+        for i, name in enumerate(names):
+            found = [(at, row) for at, race in enumerate(group) if (row := of(race, name)) and row["ratio"]]
+            heights, spread = _bars([row for _, row in found])
+            places = [at + (i - (len(names) - 1) / 2) * width for at, _ in found]
+            color = "#2f6fde" if name == OURS else plt.colormaps["Greys"](0.3 + 0.4 * i / len(names))
+            axes.bar(places, heights, width, yerr=spread, label=name, color=color, error_kw={"elinewidth": 0.8})
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(group)), [race[0]["name"] for race in group], rotation=25, ha="right", fontsize=8)
+        axes.set_title(f"batch {batch}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel(f"times as fast as {shown[0][0]['baseline']}")
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{_measured_where(result)}; lines: 95% intervals", fontsize=9)
+    return _save(figure, path)
+
+
+def plot(rows: Sequence[Row], path: Path) -> Path:
+    """A chart of the ratios with their intervals: a group of bars for each case."""
+    plt = _pyplot()
     groups = [[row for row in race if measured(row) and row["ratio"]] for race in races(rows)]
     groups = [race for race in groups if race]
     names = list(dict.fromkeys(row["provider"] for row in itertools.chain.from_iterable(groups)))
@@ -277,15 +394,12 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.16 * len(names) * max(1, len(groups))), layout="constrained")
     for i, name in enumerate(names):
         shown = [(g, row) for g, race in enumerate(groups) for row in race if row["provider"] == name]
-        ratios = [row["ratio"] for _, row in shown]
+        lengths, spread = _bars([row for _, row in shown])
         axes.barh(
             [g + (i - (len(names) - 1) / 2) * height for g, _ in shown],
-            [each["median"] for each in ratios],
+            lengths,
             height,
-            xerr=[
-                [each["median"] - each["low"] for each in ratios],
-                [each["high"] - each["median"] for each in ratios],
-            ],
+            xerr=spread,
             label=name,
             color="#2f6fde" if name == OURS else plt.colormaps["tab20"](i % 20),
         )
@@ -296,9 +410,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     if names:
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return path
+    return _save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -315,12 +427,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(console_table(race, ", ".join(str(race[0][axis]) for axis in AXES)))
         console.print(console_absent(rows))
     if not options.files:
-        readme = ROOT / "README.md"
-        readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
         for suite in PLOTTED:
             path = newest(suite, RESULTS)
             if path is not None:
-                plot(json.loads(path.read_text(encoding="utf-8"))["rows"], path.with_suffix(".svg"))
+                found = json.loads(path.read_text(encoding="utf-8"))
+                plot(found["rows"], PICTURES / f"{path.stem}.svg")
+                if suite == "models":
+                    picture(found, PICTURES / "speed.svg")
     return 0
 
 

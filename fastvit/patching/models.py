@@ -33,9 +33,10 @@ def create_model(
 ) -> VisionModel:
     """Build a named model of the seven families, with fresh weights and fused blocks.
 
-    >>> import fastvit
-    >>> fastvit.create_model("deit_tiny_patch16_224", num_classes=10).head
-    Linear(in_features=192, out_features=10, bias=True)
+    Examples:
+        >>> import fastvit
+        >>> fastvit.create_model("deit_tiny_patch16_224", num_classes=10).head
+        Linear(in_features=192, out_features=10, bias=True)
 
     Args:
         name: one of :func:`fastvit.list_models`.

@@ -38,19 +38,20 @@ def register(
     modules, and where the method of ``cls`` was replaced since. Subclasses of ``cls`` that override none of these
     methods are fused too. A second registration replaces the first.
 
-    >>> import fastvit, torch
-    >>> class MyAttention(torch.nn.Module):
-    ...     def forward(self, q, k, v):
-    ...         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-    >>> @fastvit.register(MyAttention, op="masked_attention")
-    ... class FusedMyAttention(fastvit.Fused):
-    ...     def forward(self, q, k, v):
-    ...         return fastvit.ops.masked_attention(q, k, v, backend=self.fastvit_backend)
-    >>> model, q = MyAttention(), torch.randn(2, 3, 197, 64)
-    >>> model = fastvit.patch(model, verify=(q, q, q))  # holds your methods to the accuracy of the plain ones
-    >>> fastvit.is_patched(model)
-    True
-    >>> fastvit.unregister(MyAttention)
+    Examples:
+        >>> import fastvit, torch
+        >>> class MyAttention(torch.nn.Module):
+        ...     def forward(self, q, k, v):
+        ...         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        >>> @fastvit.register(MyAttention, op="masked_attention")
+        ... class FusedMyAttention(fastvit.Fused):
+        ...     def forward(self, q, k, v):
+        ...         return fastvit.ops.masked_attention(q, k, v, backend=self.fastvit_backend)
+        >>> model, q = MyAttention(), torch.randn(2, 3, 197, 64)
+        >>> model = fastvit.patch(model, verify=(q, q, q))  # holds your methods to the accuracy of the plain ones
+        >>> fastvit.is_patched(model)
+        True
+        >>> fastvit.unregister(MyAttention)
 
     Args:
         cls: the class to fuse.

@@ -75,12 +75,13 @@ def patch(
 
     A model that is patched already is patched anew with these arguments. Whatever fails, the model is left as it was.
 
-    >>> import fastvit, torch
-    >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False).eval()
-    >>> fastvit.patch(model, ops="masked_attention", verify=torch.randn(2, 3, 224, 224)) is model
-    True
-    >>> [row.name for row in fastvit.report(model).rows if row.status == "patched"]
-    ['blocks.0.attn']
+    Examples:
+        >>> import fastvit, torch
+        >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False).eval()
+        >>> fastvit.patch(model, ops="masked_attention", verify=torch.randn(2, 3, 224, 224)) is model
+        True
+        >>> [row.name for row in fastvit.report(model).rows if row.status == "patched"]
+        ['blocks.0.attn']
 
     Args:
         model: any ``nn.Module`` that holds blocks of the families fastvit knows.
@@ -204,13 +205,14 @@ def patched(
 ) -> Iterator[Model]:
     """Patch for the length of a ``with`` block, with the arguments of :func:`patch`.
 
-    >>> import fastvit
-    >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False)
-    >>> with fastvit.patched(model, backend="sdpa"):
-    ...     fastvit.is_patched(model)
-    True
-    >>> fastvit.is_patched(model)
-    False
+    Examples:
+        >>> import fastvit
+        >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, fused=False)
+        >>> with fastvit.patched(model, backend="sdpa"):
+        ...     fastvit.is_patched(model)
+        True
+        >>> fastvit.is_patched(model)
+        False
 
     Afterwards each module that this changed has the class it had before, that of an earlier patch included; where a
     class of one's own was put on it within the block, that class stays.

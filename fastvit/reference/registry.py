@@ -20,8 +20,9 @@ VARIANTS: dict[str, Variant] = {
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern, family by family.
 
-    >>> list_models("cait_x*_384")
-    ['cait_xxs24_384', 'cait_xxs36_384', 'cait_xs24_384']
+    Examples:
+        >>> list_models("cait_x*_384")
+        ['cait_xxs24_384', 'cait_xxs36_384', 'cait_xs24_384']
     """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 

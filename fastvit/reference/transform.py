@@ -22,11 +22,12 @@ def transform(model: nn.Module) -> Callable[[Any], Tensor]:
     The shorter side is resized to the model's size over ``crop_pct`` (with ``crop_mode="squash"`` both sides), the
     centre is cropped, values are brought to 0..1 and normalised.
 
-    >>> import fastvit
-    >>> from PIL import Image
-    >>> prepare = fastvit.transform(fastvit.create_model("deit_tiny_patch16_224"))
-    >>> prepare(Image.new("RGB", (640, 480))).shape
-    torch.Size([3, 224, 224])
+    Examples:
+        >>> import fastvit
+        >>> from PIL import Image
+        >>> prepare = fastvit.transform(fastvit.create_model("deit_tiny_patch16_224"))
+        >>> prepare(Image.new("RGB", (640, 480))).shape
+        torch.Size([3, 224, 224])
 
     Args:
         model: one made by :func:`fastvit.create_model`, or any with timm's ``pretrained_cfg``; patched, compiled or

@@ -1,4 +1,4 @@
-"""Tables of results: README.md is what the report would write, losses are in, and nothing wrong has a speed."""
+"""Tables of results: the pages are what the report would write, losses are in, and nothing wrong has a speed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import io
 import json
 from pathlib import Path
 
+import matplotlib
 import pytest
 from rich.console import Console
 
 from benchmarks import report
-
-README = (report.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def made_up(provider: str, ms: float | None, *, name: str = "m", status: str = "measured", **others) -> dict:
@@ -26,15 +25,24 @@ def made_up(provider: str, ms: float | None, *, name: str = "m", status: str = "
 
 
 def result(suite: str, rows: list[dict], complete: bool = True) -> dict:
-    machine = {"versions": {"torch": "2.13.0", "openvino": None}, "model_name": "A CPU", "devices": [{"threads": 2}]}
+    machine = {
+        "versions": {"torch": "2.13.0", "openvino": None},
+        "model_name": "A CPU",
+        "devices": [{"name": "A CPU", "threads": 2}],
+    }
     command = f"python -m benchmarks.{suite}"
     head = {"suite": suite, "command": command, "date": "2026-01-02", "machine": machine, "complete": complete}
     return {**head, "rows": rows}
 
 
-def test_readme_is_what_the_report_would_write():
-    assert report.render(README) == README
-    assert {match[1] for match in report.BLOCK.findall(README)} == set(report.BLOCKS)
+def test_the_pages_are_what_the_report_would_write():
+    texts = [page.read_text(encoding="utf-8") for page in report.PAGES]
+    assert [report.render(text) for text in texts] == texts
+    assert [match[1] for match in report.BLOCK.findall("".join(texts))] == [
+        *list(report.BLOCKS)[:-1],
+        "classes",
+        "left",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.name)
@@ -42,7 +50,7 @@ def test_a_result_of_the_suite_has_its_plot(path: Path):
     found = json.loads(path.read_text(encoding="utf-8"))
     if found.get("suite") not in report.PLOTTED:
         pytest.skip("older than the suite, or without a plot")
-    assert path.with_suffix(".svg").exists()
+    assert (report.PICTURES / f"{path.stem}.svg").exists()
 
 
 def test_a_models_line_has_the_baseline_the_fastest_other_and_the_share_of_the_limit():
@@ -107,7 +115,7 @@ def test_the_newest_complete_result_fills_a_block(tmp_path):
     assert rendered.endswith("<!-- end of report -->\nafter\n")
     assert "5.00x (4.50 to 5.50)" in rendered
     assert "old" not in rendered
-    assert f"![models]({tmp_path}/2026-01-02-models.svg)" in rendered
+    assert "![models](pictures/2026-01-02-models.svg)" in rendered
     assert report.render(rendered, tmp_path) == rendered
 
 
@@ -115,6 +123,39 @@ def test_a_plot_is_the_same_each_time(tmp_path):
     rows = [made_up("eager", 10.0), made_up("fastvit", 5.0), made_up("gone", None, status="absent")]
     first, second = (report.plot(rows, tmp_path / name).read_text() for name in ("a.svg", "b.svg"))
     assert first == second
+
+
+def test_what_is_left_plain_has_its_reason():
+    counts = {"fused": 2, "by_torch": 0, "plain": 1}
+    rows = [
+        {"name": "timm/a", "status": "fused", **counts, "reason": ""},
+        {"name": "timm/b", "status": "partly", **counts, "reason": "mlp: {} | max is (b.py:3) | max is (b.py:7)"},
+        {"name": "timm/c", "status": "failed", "reason": "it took long"},
+    ]
+    lines = report.left_block(result("coverage", rows)).splitlines()
+    assert lines[2:4] == ["| `timm/b` | 2, 0, 1 | max is |", "| `timm/c` | failed | it took long |"]
+    assert lines[4] == ""
+
+
+def test_readme_names_the_rows_in_which_another_is_faster():
+    rows = [made_up("eager", 10.0), made_up("openvino", 4.0), made_up("fastvit", 5.0)]
+    rows += [{**row, "batch": 1} for row in (made_up("eager", 10.0), made_up("openvino", 5.0), made_up("fastvit", 4.0))]
+    told = report.speed_block(result("models", rows))
+    assert told.endswith("In 1 of 2 rows another is faster: m at batch 8 (0.80 of openvino's speed).")
+    assert "A CPU, 2 threads, 2026-01-02, torch 2.13.0" in told
+    assert "another" not in report.speed_block(result("models", rows[3:]))
+
+
+def test_the_picture_names_every_contender_the_machine_and_the_day(tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    rows = [made_up("eager", 10.0), made_up("fastvit", 5.0), made_up("openvino", 4.0), made_up("gone", None)]
+    rows[-1] |= {"status": "failed"}
+    others = [{**row, "batch": 1} for row in rows] + [{**row, "mode": "bwd", "name": "other"} for row in rows]
+    text = report.picture(result("models", rows + others), tmp_path / "a.svg").read_text()
+    for told in ("batch 1", "batch 8", "fastvit", "openvino", "times as fast as eager", "A CPU, 2 threads, 2026-01-02"):
+        assert told in text
+    assert "gone" not in text
+    assert "other" not in text
 
 
 def test_files_are_printed(tmp_path, capsys):

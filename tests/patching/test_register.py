@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,20 +43,6 @@ def _registered():
     register(Mine, op="masked_attention", reads={"drop": nn.Dropout})(FusedMine)
     yield
     REGISTERED.pop(Mine, None)
-
-
-def test_the_readmes_example_runs():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@fastvit.register" in block
-    )
-    names = {"__name__": "readme"}
-    exec(example, names)
-    try:
-        assert [row.status for row in report(names["model"]).rows] == ["patched"]
-        assert report(names["model"]).error is not None
-    finally:
-        unregister(names["MyAttention"])
 
 
 def test_a_registered_class_is_fused_reported_and_undone():

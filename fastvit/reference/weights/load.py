@@ -51,12 +51,13 @@ def load_weights(
     fit: after an error the model is what it was. Values go into the existing parameters and buffers, in their dtype and
     on their device, so that optimizers keep working.
 
-    >>> import fastvit
-    >>> trained = fastvit.create_model("deit_tiny_patch16_224", depth=1)
-    >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, num_classes=10)
-    >>> print(fastvit.load_weights(model, {"model": trained.state_dict()}, head="skip"))
-    18 tensors loaded into DeiT from state_dict (format native, entry 'model')
-      head left as it was: head, 1000 classes in the source, 10 in the model
+    Examples:
+        >>> import fastvit
+        >>> trained = fastvit.create_model("deit_tiny_patch16_224", depth=1)
+        >>> model = fastvit.create_model("deit_tiny_patch16_224", depth=1, num_classes=10)
+        >>> print(fastvit.load_weights(model, {"model": trained.state_dict()}, head="skip"))
+        18 tensors loaded into DeiT from state_dict (format native, entry 'model')
+          head left as it was: head, 1000 classes in the source, 10 in the model
 
     Args:
         model: one of this package's models, or any module with the official names. May be patched, compiled or wrapped
