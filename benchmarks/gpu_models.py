@@ -1,15 +1,19 @@
-"""Peak memory and time of a whole training step on a GPU, of the fused and of the plain model."""
+"""Whole models on a GPU, fused and plain: peak memory and time of a training step, and inference compiled as well."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastvit
+from benchmarks.gpu_timing import compare, peak_mebibytes, refusal
+from benchmarks.randomize import randomize_like_trained
+from fastvit.accuracy import is_accurate
 from fastvit.patching.timing import interleaved
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -17,22 +21,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "cait_s24_224": {"img_size": 32, "depth": 1},
     "ceit_small": {"img_size": 64, "depth": 1},
     "cvt_13": {"img_size": 48, "depth": (1, 1, 1)},
+    "vit_small_patch16_224": {"img_size": 32, "depth": 1},
+    "cpvt_small": {"img_size": 32, "depth": 2},
 }
 """By model, the options of a small version."""
 
 CLASSES = 1000
-
-
-def peak_mebibytes(call: Callable[[], object], device: torch.device) -> dict[str, float] | None:
-    """Memory that is allocated before a call, and its peak during the call; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return {"held": held / 2**20, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
 
 
 def _step(name: str, fused: bool, batch: int, device: torch.device, options: dict[str, Any]) -> Callable[[], float]:
@@ -84,11 +78,58 @@ def measure_steps(name: str, batch: int, device: torch.device, *, rounds: int, s
     }
 
 
-def describe_steps(row: dict[str, Any]) -> str:
-    """A line of the report."""
-    times, peaks = row["milliseconds"], row["peak_mebibytes"]
-    memory = ""
-    if peaks["fused"] is not None:
-        memory = f"  peak {peaks['fused']['peak']:.0f} MiB of plain's {peaks['plain']['peak']:.0f}"
-    faster = times["plain"] / times["fused"]
-    return f"{row['model']:<20} {row['batch']:>3} step      {times['fused']:8.3f} ms  plain {faster:.2f}x{memory}"
+def measure_inference(
+    name: str,
+    batch: int,
+    device: torch.device,
+    *,
+    rounds: int,
+    small: bool,
+    without: Collection[str] = (),
+    at: Callable[[str], None] = lambda candidate: None,
+) -> dict[str, Any]:
+    """A model's row at inference in bfloat16: milliseconds of the plain and the fused model, eager and compiled.
+
+    Args:
+        without: candidates not to run. at: told of each before it first runs: a fault of one may end the process.
+    """
+    options = MODELS[name] if small else {}
+    built = {which: fastvit.create_model(name, fused=which == "fused", **options) for which in ("plain", "fused")}
+    generator = torch.Generator().manual_seed(1)
+    size = built["plain"].img_size
+    images = torch.randn(batch, 3, *(size if isinstance(size, tuple) else (size, size)), generator=generator)
+    randomize_like_trained(built["plain"], images[:2])
+    built["fused"].load_state_dict(built["plain"].state_dict())
+    images, few = (each.to(device, torch.bfloat16) for each in (images, images[:2]))
+    models = {which: model.to(device, torch.bfloat16).eval() for which, model in built.items()}
+    with torch.no_grad():
+        expected = models["plain"](few)
+        exact = models["plain"].double()(few.double())
+        models["plain"].to(torch.bfloat16)
+    for which in ("plain", "fused"):
+        models[f"{which}_compiled"] = torch.compile(models[which], dynamic=False)
+    calls: dict[str, Callable[[], object]] = {}
+    refused, inaccurate = {}, []
+    for candidate, model in models.items():
+        if candidate in without:
+            continue
+        at(candidate)
+
+        def infer(model: nn.Module = model) -> None:
+            with torch.no_grad():
+                model(images)
+
+        try:
+            infer()
+            with torch.no_grad():
+                accurate = "compiled" in candidate or is_accurate(model(few), expected, exact)
+        except Exception as error:
+            refused[candidate] = refusal(error, device)
+            continue
+        if accurate:
+            calls[candidate] = infer
+        else:
+            inaccurate.append(candidate)
+    at("")
+    times = compare(calls, rounds=rounds, device=device)
+    return {"model": name, "batch": batch, "inference": times, "refused": refused, "inaccurate": inaccurate}

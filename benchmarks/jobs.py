@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -103,6 +103,8 @@ def _mixing(heads: int, tokens: int, dim: int, *names: str) -> Any:
         shape = shapes["weight" if name.endswith("weight") and not name.startswith("norm") else "bias"]
 
         def make(*_: int) -> Tensor:
+            if name == "bias":  # small, as maps are: beside 1 they would keep few of their digits in 16 bits
+                return torch.randn(shape) * 0.02
             if name == "running_var":
                 return torch.rand(shape) * 1e-4 + 1e-5
             return torch.eye(heads) + 0.2 * torch.randn(shape) if len(shape) == 2 else torch.randn(shape) * 0.5 + 1.0
@@ -219,11 +221,13 @@ def _feed_forward(training: bool) -> Callable[..., Tensor]:
     return call
 
 
-def _projections(channels: int, side: int, prefix: int) -> Callable[[int, bool], Tensors]:
+def _projections(
+    channels: int, side: int, prefix: int, names: Sequence[str] = ("query", "key", "value")
+) -> Callable[[int, bool], Tensors]:
     def make(batch: int, small: bool) -> Tensors:
         wide, high = (16, 6) if small else (channels, side)
         made = {"x": torch.randn(batch, prefix + high * high, wide)}
-        for name in ("query", "key", "value"):
+        for name in names:
             made |= {f"{name}_dw": torch.randn(wide, 1, 3, 3) / 3, f"{name}_pw": torch.randn(wide, wide) / wide**0.5}
             made |= {f"{name}_pw_bias": torch.randn(wide), **_norm(f"{name}_norm", wide)}
         return made
@@ -241,6 +245,14 @@ def _project(prefix: int, training: bool = False) -> Callable[..., tuple[Tensor,
         return namespace.conv_projection(t["x"], *three, grid=(side, side), prefix_tokens=prefix, **backend)
 
     return call
+
+
+def _project_keys(namespace: ModuleType, t: Tensors, **backend: str) -> Tensor:
+    side, weights = _side(t["x"].shape[1]), (t["key_pw"], t["key_pw_bias"])
+    norm = _norm_of(t, "key_norm")
+    return namespace.depthwise_separable_conv(
+        t["x"], t["key_dw"], norm, *weights, grid=(side, side), stride=2, **backend
+    )
 
 
 _GELUS = {"pre_activation": "gelu", "activation": "gelu"}
@@ -278,6 +290,7 @@ JOBS = (
     ),
     Job("ceit_s_leff", "leff", _leff(384), _feed_forward(False)),
     Job("ceit_s_leff_training", "leff", _leff(384), _feed_forward(True)),
+    Job("cvt13_stage2_key", "depthwise_separable_conv", _projections(192, 28, 0, ["key"]), _project_keys),
     Job("cvt13_stage1_projection", "conv_projection", _projections(64, 56, 0), _project(0)),
     Job("cvt13_stage3_projection", "conv_projection", _projections(384, 14, 1), _project(1)),
     Job("cvt13_stage3_training", "conv_projection", _projections(384, 14, 1), _project(1, True)),

@@ -83,7 +83,6 @@ HOPELESS = 1.25
 INTERPRETER_MULTIPROCESSORS = 4
 """Few programs for Triton's interpreter, since each is slow."""
 
-GPU_BACKENDS = ("cuda", "triton")
 """The implementations that :func:`fastest` compares."""
 
 INPUT_DEPENDENT_FIELDS = ("grid", "prefix_tokens")
@@ -230,7 +229,7 @@ def fastest(op: str, implementations: Sequence[AnyImplementation], call: Any) ->
     first = implementations[0]
     if len(implementations) == 1 or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return first
-    candidates = [each for each in implementations if each.name in GPU_BACKENDS]
+    candidates = [each for each in implementations if each.name in backends.GPU_KERNELS]
     if len(candidates) < 2 or _unmeasured.get() or torch.jit.is_tracing():
         return first
     fields = list(_flat(call))

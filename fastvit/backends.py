@@ -7,6 +7,7 @@ Environment, read at import; letter case does not matter, and any other value is
     FASTVIT_BACKEND          the backends that the automatic choice may take: "auto", or names joined by commas.
     FASTVIT_CPU_CAPABILITY   the instruction set of the C++ kernels, instead of the best this CPU has (read by the
                              extension): portable, avx2, avx512, avx512_bf16.
+    FASTVIT_UNPROVEN         1: the automatic choice takes Triton and CUDA kernels where they are not proven, too.
     TRITON_INTERPRET         1 runs Triton kernels in Triton's interpreter, on any device.
 """
 
@@ -30,8 +31,10 @@ from typing import Any
 import torch
 
 from fastvit._version import __version__
+from fastvit.proven import PROVEN
 
 BACKENDS = ("reference", "sdpa", "channels_last", "mkl", "onednn", "cpp", "cuda", "triton")
+GPU_KERNELS = ("cuda", "triton")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 MIN_TORCH = (2, 10)
 MIN_TRITON = (3, 6)
@@ -159,6 +162,12 @@ def _check_cpu_capability(value: str) -> None:
         raise ValueError(f"FASTVIT_CPU_CAPABILITY: expected one of {', '.join(INSTRUCTION_SETS)}, got {value!r}")
 
 
+def _unproven(value: str) -> bool:
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FASTVIT_UNPROVEN: expected '0' or '1', got {value!r}")
+    return value == "1"
+
+
 def _interpreted(value: str) -> bool:
     """TRITON_INTERPRET, with Triton's own words for true; Triton takes every other value for false."""
     true, false = ("1", "true", "on", "yes", "y"), ("", "0", "false", "off", "no", "n")
@@ -195,6 +204,7 @@ def _triton_problem() -> str | None:
 
 
 REQUESTED: frozenset[str] | None = _requested(os.environ.get("FASTVIT_BACKEND", ""))
+UNPROVEN: bool = _unproven(os.environ.get("FASTVIT_UNPROVEN", ""))
 TRITON_VERSION: str | None = _triton_version()
 TRITON_INTERPRETED: bool = _interpreted(os.environ.get("TRITON_INTERPRET", ""))
 _TRITON_PROBLEM: str | None = _triton_problem()
@@ -259,6 +269,37 @@ def triton_reasons(device: torch.device) -> list[str]:
     return [f"Triton kernels run on CUDA and ROCm devices, not on {device.type} (TRITON_INTERPRET=1 interprets them)"]
 
 
+@torch.compiler.assume_constant_result
+def chip_of(device: torch.device) -> str:
+    """The kind of a GPU, "sm_90" or "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def unproven_reasons(op: str, backend: str, device: torch.device) -> list[str]:
+    """Why a kernel is not chosen unasked: its tests have not passed on such a GPU; an empty list if they have.
+
+    ``fastvit/proven.py`` says which have, where.
+    """
+    if device.type != "cuda" or backend not in GPU_KERNELS or UNPROVEN:
+        return []
+    chips = PROVEN.get(f"{op} {backend}", ())
+    if chips and chip_of(device) in chips:
+        return []
+    return ["it has not been proven on this kind of GPU yet: FASTVIT_UNPROVEN=1 or its name takes it"]
+
+
+def _proven_here(gpu: torch.device | None) -> str | None:
+    """A sentence on what the automatic choice takes on this GPU; None without one."""
+    if gpu is None:
+        return None
+    chip = chip_of(gpu)
+    found = ", ".join(name for name, chips in PROVEN.items() if chip in chips) or "none"
+    others = "taken too, by FASTVIT_UNPROVEN=1" if UNPROVEN else "taken by name, or with FASTVIT_UNPROVEN=1"
+    return f"Kernels proven on {chip}: {found}; all other Triton and CUDA kernels are {others}."
+
+
 def mkl_reasons() -> list[str]:
     """Why products cannot be MKL's with packed weights; an empty list if they can."""
     return [] if torch.backends.mkl.is_available() else ["this torch was built without MKL"]
@@ -294,6 +335,7 @@ def describe() -> dict[str, Any]:
         "versions": _versions(),
         "devices": _devices(),
         "backends": backends,
+        "proven": _proven_here(gpu),
         "build": {**_EXTENSION.info, "extension": _EXTENSION.available, "reason": _EXTENSION.reason},
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("FASTVIT_")},
     }

@@ -186,6 +186,7 @@ class TestEnvironment:
             ("FASTVIT_LOG", "loud", "expected 'debug', .*, got 'loud'"),
             ("FASTVIT_AUTO", "keras", r"expected some of timm, .*, got \['keras'\]"),
             ("FASTVIT_AUTOTUNE", "yes", "expected '0' or '1', got 'yes'"),
+            ("FASTVIT_UNPROVEN", "yes", "expected '0' or '1', got 'yes'"),
             ("TRITON_INTERPRET", "perhaps", "expected 1, .*, got 'perhaps'"),
         ],
     )

@@ -28,7 +28,10 @@ def info(arguments: argparse.Namespace, console: Console) -> int:
     console.print(", ".join(f"{name} {version}" for name, version in found.items()), highlight=False)
     for name, value in description["environment"].items():
         console.print(f"{name}={escape(value)}", highlight=False)
-    console.print(_devices_table(description), _backends_table(description), _build_table(description["build"]))
+    console.print(_devices_table(description), _backends_table(description))
+    if description["proven"]:
+        console.print(description["proven"], highlight=False)
+    console.print(_build_table(description["build"]))
     return 0
 
 

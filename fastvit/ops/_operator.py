@@ -6,7 +6,8 @@ validates its own arguments (C++, CUDA) runs unchecked; only if it raises does `
 All others are checked first, as is everything while a compiler traces. An implementation asked for by name never falls
 back.
 
-``FASTVIT_BACKEND`` (read once, see :mod:`fastvit.backends`) restricts the automatic choice. Each choice is logged, once
+``FASTVIT_BACKEND`` (read once, see :mod:`fastvit.backends`) restricts the automatic choice; without it, kernels that
+were not proven on this kind of GPU are left out, unless ``FASTVIT_UNPROVEN`` allows them. Each choice is logged, once
 per distinct message, where the logger "fastvit" itself has the level DEBUG, as ``FASTVIT_LOG=debug`` gives it.
 """
 
@@ -127,7 +128,10 @@ class Operator:
                     if named:
                         if chosen.name != backend:
                             continue
-                    elif requested is not None and chosen.name not in requested and chosen.name != REFERENCE:
+                    elif requested is not None:
+                        if chosen.name not in requested and chosen.name != REFERENCE:
+                            continue
+                    elif x.is_cuda and backends.unproven_reasons(self.name, chosen.name, x.device):
                         continue
                     if chosen.reasons is None:
                         break
@@ -172,9 +176,11 @@ class Operator:
 
     def turned_down(self, call: Any, implementation: Implementation) -> list[str]:
         """Every reason of one implementation against an automatic choice of it."""
-        requested = backends.REQUESTED
-        disabled = requested is not None and implementation.name not in requested and implementation.name != REFERENCE
+        requested, name = backends.REQUESTED, implementation.name
         reasons = () if implementation.reasons is None else dict.fromkeys(implementation.reasons(call, False))
+        if requested is None:
+            return [*backends.unproven_reasons(self.name, name, call[0].device), *reasons]
+        disabled = name not in requested and name != REFERENCE
         return [f"disabled by FASTVIT_BACKEND for {self.name}", *reasons] if disabled else list(reasons)
 
     def _observed(self, call: Any, chosen: Implementation) -> Any:

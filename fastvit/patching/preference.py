@@ -138,6 +138,7 @@ def nothing_faster(op: str, backend: str, dtype: torch.dtype, device: torch.devi
 @functools.cache
 def _runs_plain(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     *faster, _ = ops.OPERATORS[op].implementations
+    faster = [each for each in faster if not backends.unproven_reasons(op, each.name, device)]
     if any(_select(op, each.name, dtype, device) is not None for each in faster):
         return None  # though it may be measured not to be the fastest for some sizes, which explain tells
     selection = _select(op, _operator.AUTO, dtype, device)

@@ -77,7 +77,7 @@ class Fusing(CustomGraphPass):
             return None
         package = Path(__file__).parent.parent
         files = sorted(map(str, (*package.glob("recognise/*.py"), *package.glob("ops/*.py"))))
-        machine = sorted(backends.REQUESTED or ()), backends.cpp_reasons()
+        machine = sorted(backends.REQUESTED or ()), backends.cpp_reasons(), backends.UNPROVEN
         return get_hash_for_files(tuple(files), repr((machine, self.regions, theirs)))
 
 

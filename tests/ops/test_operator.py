@@ -16,9 +16,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from fastvit import backends, ops
+from fastvit import autotune, backends, ops
 from fastvit.ops import _operator
 from fastvit.ops._operator import Implementation, Operator, Selection, gradients_needed, recording
+from fastvit.patching import preference
 from fastvit.reference.functional import BatchNorm
 from tests.ops.calls import CALLS, WRONG
 
@@ -508,3 +509,99 @@ def test_fake_tensors_are_checked_and_give_the_sizes(op):
         with pytest.raises(ValueError, match=f"^{wrong}: expected "):
             call(op, arguments | {wrong: value})
     assert [(out.shape, out.dtype) for out in found] == [(out.shape, out.dtype) for out in plain(op, CALLS[op](False))]
+
+
+# --- Kernels that no GPU has proven ----------------------------------------------------------------------------------
+
+OPT_IN = Operator(
+    "double",
+    tuple(Implementation(name, times(place)) for place, name in enumerate(("cuda", "triton", "sdpa", "reference"))),
+    check,
+)
+
+
+def chosen_on_a_gpu(backend: str = "auto") -> Selection:
+    """The choice for a tensor on a GPU, which has no contents."""
+    seen: list[Selection] = []
+    with FakeTensorMode(), recording(seen.append), autotune.unmeasured():
+        OPT_IN(Call(torch.empty(4, device="cuda")), backend)
+    return seen[0]
+
+
+@pytest.fixture
+def nothing_proven(monkeypatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(backends, "UNPROVEN", False)
+    monkeypatch.setattr(backends, "PROVEN", {})
+    monkeypatch.setattr(backends, "chip_of", lambda device: "sm_90")
+    return monkeypatch
+
+
+def test_unproven_kernels_are_not_taken_unasked_and_it_is_told(nothing_proven):
+    choice = chosen_on_a_gpu()
+    assert choice.backend == "sdpa"
+    why = ["it has not been proven on this kind of GPU yet: FASTVIT_UNPROVEN=1 or its name takes it"]
+    assert choice.turned_down == {"cuda": why, "triton": why}
+    assert len(why[0]) < 120
+    with recording(lambda choice: None):
+        assert OPT_IN(Call(torch.ones(4)))[0] == 0.0, "the first, on a CPU"
+
+
+def test_unproven_kernels_are_taken_by_name_by_request_or_where_allowed(nothing_proven):
+    assert chosen_on_a_gpu("triton").backend == "triton"
+    nothing_proven.setattr(backends, "REQUESTED", frozenset({"triton"}))
+    assert chosen_on_a_gpu().backend == "triton"
+    nothing_proven.setattr(backends, "REQUESTED", None)
+    nothing_proven.setattr(backends, "UNPROVEN", True)
+    assert chosen_on_a_gpu().backend == "cuda"
+
+
+def test_a_kernel_is_taken_on_the_chip_that_proved_it_for_the_operator_alone(nothing_proven):
+    for table, backend in (
+        ({"double triton": ("sm_80", "sm_90")}, "triton"),
+        ({"double triton": ("sm_80",)}, "sdpa"),
+        ({"other triton": ("sm_90",)}, "sdpa"),
+    ):
+        nothing_proven.setattr(backends, "PROVEN", table)
+        assert chosen_on_a_gpu().backend == backend
+
+
+def test_what_is_proven_can_be_traced(nothing_proven):
+    nothing_proven.undo()
+    nothing_proven.setattr(backends, "UNPROVEN", False)
+    nothing_proven.setattr(backends, "PROVEN", {"double triton": ("sm_90",)})
+    nothing_proven.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def count(x: Tensor) -> Tensor:
+        gpu = torch.device("cuda")
+        return x * (1 + len(backends.unproven_reasons("double", "cuda", gpu))) + len(
+            backends.unproven_reasons("double", "triton", gpu)
+        )
+
+    torch._dynamo.reset()
+    assert torch.compile(count, fullgraph=True, backend="eager")(torch.ones(1)) == 2.0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("op", ["head_mixed_attention", "token_depthwise_conv"])
+def test_a_block_whose_kernels_are_unproven_is_told_to_run_plain(op, nothing_proven):
+    pytest.importorskip("triton")
+
+    def why() -> str | None:
+        with FakeTensorMode():
+            return preference._runs_plain.__wrapped__(op, torch.float16, torch.device("cuda", 0))
+
+    assert why().startswith("nothing faster here: it has not been proven")
+    nothing_proven.setattr(backends, "PROVEN", {f"{op} triton": ("sm_90",)})
+    assert why() is None
+
+
+def test_info_says_what_is_proven_in_a_sentence(nothing_proven):
+    assert backends._proven_here(None) is None
+    gpu = torch.device("cuda")
+    assert backends._proven_here(gpu) == (
+        "Kernels proven on sm_90: none; all other Triton and CUDA kernels are taken by name, or with "
+        "FASTVIT_UNPROVEN=1."
+    )
+    nothing_proven.setattr(backends, "PROVEN", {"leff triton": ("sm_90",), "leff cuda": ("sm_80",)})
+    nothing_proven.setattr(backends, "UNPROVEN", True)
+    assert backends._proven_here(gpu).startswith("Kernels proven on sm_90: leff triton; all other")
