@@ -9,6 +9,9 @@
 Shapes: q (B, H, Nq, D), k and v (B, H, Nk, D), any strides with stride 1 in the last axis. The result is (B, H, Nq, D)
 with the strides of a contiguous (B, Nq, H, D).
 
+Half precision without a mask or a LayerNorm, and a block of queries' maps in the registers of a program: that is
+:mod:`fastvit.kernels.head_mixed_attention_whole`, one pass. Everything else runs here.
+
 Tiling: a pass for the row statistics, then one program per block of queries, with all heads, which loops over the keys:
 S, mix, P, mix, M V; four products per tile. Where the accumulator [SLOTS, BLOCK_M, D] does not fit the registers, a
 program computes BLOCK_OUT columns of it, and each of these programs recomputes the maps.
@@ -18,11 +21,21 @@ Source: Zhou et al. 2021 (DeepViT), section 4; Touvron et al. 2021 (CaiT); Shaze
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._primitives import empty_heads_last
 from fastvit.kernels.head_mixed_attention_configs import Config
-from fastvit.kernels.head_mixed_attention_launch import Problem, as_heads, as_operand, column_blocks, options, programs
+from fastvit.kernels.head_mixed_attention_fold import Post, fold
+from fastvit.kernels.head_mixed_attention_launch import (
+    Problem,
+    as_heads,
+    as_operand,
+    column_blocks,
+    options,
+    programs,
+    shared_limit,
+)
 from fastvit.kernels.head_mixed_attention_maps import (
     attention_tile,
     batch_entry,
@@ -103,7 +116,12 @@ def head_mixed_attention_kernel(q, k, v, mask, mixes, rows, out, num_queries, nu
         values = load_keys(v, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         acc = tl.dot(maps.to(values.dtype), values, acc, input_precision=PLAN.precision)
     acc *= tl.cast(mixes.output_scale, tl.float32)  # a Python float may arrive as float64
-    store_heads(batch_entry(out, b), acc, first_query, num_queries, first_column, BLOCK_M, PLAN)
+    store_heads(batch_entry(out, b), acc, first_query, num_queries, first_column, BLOCK_M, BLOCK_OUT, PLAN)
+
+
+def gluon_runs(device: torch.device) -> bool:
+    """Whether kernels in Gluon run there; Triton's interpreter does not know them."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def head_mixed_attention_forward(
@@ -116,6 +134,8 @@ def head_mixed_attention_forward(
     post_bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
     norm_eps: float,
     layer_norm: bool,
     output_scale: float,
@@ -130,7 +150,8 @@ def head_mixed_attention_forward(
             strides; copied where rows are not aligned.
         pre_weight, post_weight: (H, H), row h computes head h; pre_bias, post_bias: (H,); any floating dtype. None
             omits the step.
-        norm_weight, norm_bias, norm_eps: of the LayerNorm over heads, if ``layer_norm``.
+        norm_weight, norm_bias, norm_eps: of the LayerNorm over heads, if ``layer_norm``, or else of the BatchNorm with
+            the running statistics norm_mean and norm_var, which needs post_weight.
         output_scale: multiplies the final maps.
         centred: whether 1 / Nk, the centre, is taken off the maps in front of post_weight.
         mask: bool, True = attend, broadcastable to (B, H, Nq, Nk).
@@ -139,6 +160,21 @@ def head_mixed_attention_forward(
     Returns:
         (B, H, Nq, D) with the strides of a contiguous (B, Nq, H, D).
     """
+    if post_weight is not None and not layer_norm:
+        post = Post(post_weight, post_bias, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, output_scale)
+        fits = mask is None and scale > 0 and q.dtype != torch.float32 and 0 not in q.shape + k.shape
+        if fits and gluon_runs(q.device):
+            from fastvit.kernels.head_mixed_attention_whole import whole_rows
+
+            with torch.cuda.device_of(q):
+                out = whole_rows(q, k, v, pre_weight, pre_bias, post, scale, shared_limit(q.device), centred=centred)
+            if out is not None:
+                return out
+        if norm_var is not None:
+            with torch.cuda.device_of(q):
+                post_weight, _, post_bias = fold(post, missing=0.0, sized=False)
+            norm_weight = norm_bias = None
+            output_scale = 1.0
     problem = Problem(
         q, k, mask, scale, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias, norm_eps, layer_norm,
         output_scale, centred,

@@ -22,7 +22,8 @@ Four kernels run after the row statistics. delta comes first, as it is a row's s
 - keys and values: one program per block of keys loops over the queries: dk, and dv. One kernel for both would share the
   maps, but two accumulators would halve the columns of each that fit the registers.
 
-The last three compute BLOCK_OUT columns per program where more would not fit, and recompute the maps for each block.
+The last three compute BLOCK_OUT columns per program where more would not fit, and recompute the maps for each block;
+those of q and k take a few more, BLOCK_REST, where these are the last.
 """
 
 from __future__ import annotations
@@ -199,6 +200,8 @@ def query_gradients_kernel(
     delta = load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_M, BLOCK_OUT], tl.float32)
+    if PLAN.block_rest:
+        rest = tl.zeros([SLOTS, BLOCK_M, PLAN.block_rest], tl.float32)
     d_pre_weight = no_outer_products(PLAN)
     for first_key in range(0, num_keys, PLAN.block_n):
         scores, p, visible = attention_tile(
@@ -213,9 +216,17 @@ def query_gradients_kernel(
             zero = opaque_zero(first_query, first_key, PLAN)
             ds = mix(load_mix(mixes.pre_weight, zero, True, PLAN), ds, PLAN)
         keys = load_keys(k, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PLAN.precision)
-    acc *= tl.cast(mixes.scale, tl.float32)
-    store_heads(batch_entry(dq, b), acc, first_query, num_queries, first_column, BLOCK_M, PLAN)
+        ds = ds.to(keys.dtype)
+        acc = tl.dot(ds, keys, acc, input_precision=PLAN.precision)
+        if PLAN.block_rest:
+            keys = load_keys(k, first_key, num_keys, BLOCK_OUT, PLAN.block_rest, PLAN)
+            rest = tl.dot(ds, keys, rest, input_precision=PLAN.precision)
+    scale = tl.cast(mixes.scale, tl.float32)
+    store_heads(batch_entry(dq, b), acc * scale, first_query, num_queries, first_column, BLOCK_M, BLOCK_OUT, PLAN)
+    if PLAN.block_rest:
+        store_heads(
+            batch_entry(dq, b), rest * scale, first_query, num_queries, BLOCK_OUT, BLOCK_M, PLAN.block_rest, PLAN
+        )
     if PLAN.pre_mix:  # noqa: SIM102 (a compile-time condition)
         if tl.program_id(1) == 0:
             store_matrix(d_pre_weight_parts, d_pre_weight, PLAN)
@@ -239,6 +250,8 @@ def key_gradients_kernel(
     mask = batch_entry_of_mask(mask, b, 0, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
+    if PLAN.block_rest:
+        rest = tl.zeros([SLOTS, BLOCK_N, PLAN.block_rest], tl.float32)
     for first_query in range(0, num_queries, PLAN.block_m):
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
@@ -253,8 +266,13 @@ def key_gradients_kernel(
         queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
         acc = tl.dot(ds, queries, acc, input_precision=PLAN.precision)
-    acc *= tl.cast(mixes.scale, tl.float32)
-    store_heads(batch_entry(dk, b), acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+        if PLAN.block_rest:
+            queries = load_queries(q, first_query, num_queries, BLOCK_OUT, PLAN.block_rest, PLAN)
+            rest = tl.dot(ds, queries, rest, input_precision=PLAN.precision)
+    scale = tl.cast(mixes.scale, tl.float32)
+    store_heads(batch_entry(dk, b), acc * scale, first_key, num_keys, first_column, BLOCK_N, BLOCK_OUT, PLAN)
+    if PLAN.block_rest:
+        store_heads(batch_entry(dk, b), rest * scale, first_key, num_keys, BLOCK_OUT, BLOCK_N, PLAN.block_rest, PLAN)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -280,7 +298,7 @@ def value_gradients_kernel(q, k, grad, mask, mixes, rows, dv, num_queries, num_k
         maps = tl.permute(maps.to(grads.dtype), (0, 2, 1))
         acc = tl.dot(maps, grads, acc, input_precision=PLAN.precision)
     acc *= tl.cast(mixes.output_scale, tl.float32)
-    store_heads(batch_entry(dv, b), acc, first_key, num_keys, first_column, BLOCK_N, PLAN)
+    store_heads(batch_entry(dv, b), acc, first_key, num_keys, first_column, BLOCK_N, BLOCK_OUT, PLAN)
 
 
 def query_gradients(

@@ -38,10 +38,14 @@ class Config(NamedTuple):
     num_stages: int = 1
     resident: bool = True
     exact: bool = False
+    block_rest: int = 0
+    """Columns that a program of query_gradients or key_gradients takes beyond block_out, where these are the last."""
 
 
-def _resident(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8, num_stages: int = 1) -> Config:
-    return Config(block_m, block_n, block_out, num_warps, num_stages)
+def _resident(
+    block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8, num_stages: int = 1, block_rest: int = 0
+) -> Config:
+    return Config(block_m, block_n, block_out, num_warps, num_stages, block_rest=block_rest)
 
 
 def _reloading(block_m: int, block_n: int, block_out: int = 16, num_warps: int = 8) -> Config:

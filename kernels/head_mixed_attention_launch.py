@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from fastvit.kernels._primitives import (
     FULL_MASK,
     KEY_MASK,
@@ -34,6 +35,23 @@ MIN_SLOTS = 16
 Result = TypeVar("Result")
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def pad_kernel(
+    tensor, padded, stride_b, stride_h, stride_n, stride_d, num_rows,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copy 64 rows of a (B, H, N, HEAD_DIM) of any strides to a contiguous (B, N, H, COLUMNS), zeros behind them."""
+    SIDE: tl.constexpr = triton.next_power_of_2(COLUMNS)
+    b = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) * 64 + tl.arange(0, 64))[:, None]
+    columns = tl.arange(0, SIDE)[None, :]
+    source = tensor + b * stride_b + (rows // HEADS).to(tl.int64) * stride_n + (rows % HEADS).to(tl.int64) * stride_h
+    inside = rows < num_rows
+    tile = tl.load(source + columns * stride_d, mask=inside & (columns < HEAD_DIM), other=0)
+    place = padded + (b * num_rows + rows) * COLUMNS
+    tl.store(place + columns, tile, mask=inside & (columns < COLUMNS))
+
+
 def as_operand(tensor: Tensor) -> Heads:
     """A (B, H, N, D) tensor to load tiles from: in place where its rows are aligned, else a padded copy.
 
@@ -41,9 +59,12 @@ def as_operand(tensor: Tensor) -> Heads:
     """
     if not has_aligned_rows(tensor):
         batch, heads, tokens, head_dim = tensor.shape
-        padded = tensor.new_empty((batch, tokens, heads, padded_dim(head_dim))).transpose(1, 2)
-        padded[..., :head_dim] = tensor
-        padded[..., head_dim:] = 0
+        columns = padded_dim(head_dim)
+        padded = tensor.new_empty((batch, tokens, heads, columns)).transpose(1, 2)
+        with torch.cuda.device_of(tensor):
+            pad_kernel[triton.cdiv(tokens * heads, 64), batch](
+                tensor, padded, *tensor.stride(), tokens * heads, HEADS=heads, HEAD_DIM=head_dim, COLUMNS=columns
+            )
         tensor = padded
     return as_heads(with_small_strides(tensor))
 
@@ -110,6 +131,7 @@ class Problem:
         padded, columns = triton.next_power_of_2(heads), padded_dim(self.head_dim)
         exact = config.exact or self.product == "ieee"
         amd = torch.version.hip is not None  # its matrix instructions take float32
+        block_out = min(config.block_out, triton.next_power_of_2(columns))
         return Plan(
             heads=heads,
             head_dim=self.head_dim,
@@ -120,7 +142,8 @@ class Problem:
             block_n=config.block_n,
             depth=32 if config.resident and columns % 32 == 0 else 16,
             resident=config.resident,
-            block_out=min(config.block_out, triton.next_power_of_2(columns)),
+            block_out=block_out,
+            block_rest=config.block_rest if 0 < columns - block_out <= config.block_rest else 0,
             spread_keys=spread_keys,
             mask_kind=self.mask_kind,
             pre_mix=self.mixes.pre_weight is not None,
@@ -208,7 +231,7 @@ def programs(batch: int, num_rows: int, block: int, plan: Plan) -> int:
 
 def column_blocks(plan: Plan) -> int:
     """The number of programs over the columns of a result."""
-    return triton.cdiv(plan.head_dim, plan.block_out)
+    return triton.cdiv(plan.head_dim - plan.block_rest, plan.block_out)
 
 
 def shared_limit(device: torch.device) -> int:

@@ -91,6 +91,8 @@ class Plan(NamedTuple):
     """Whether loop-invariant operands such as q stay in registers; else each iteration reloads them."""
     block_out: int
     """Columns of the result per program."""
+    block_rest: int
+    """The columns behind these, in the same program; 0: there are none, or other programs compute them."""
     spread_keys: bool
     """Whether groups of slots hold different keys instead of different queries."""
     mask_kind: int
@@ -188,9 +190,10 @@ def load_keys(tensor, first, num_keys, first_column, COLUMNS: tl.constexpr, PLAN
 
 
 @triton.jit
-def store_heads(tensor, tile, first, num_rows, first_column, ROWS: tl.constexpr, PLAN: tl.constexpr):
+def store_heads(
+    tensor, tile, first, num_rows, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLAN: tl.constexpr
+):
     """Write a tile [SLOTS, ROWS, BLOCK_OUT] whose groups hold different rows."""
-    COLUMNS: tl.constexpr = PLAN.block_out
     pointers = _row_pointers(tensor, first, ROWS, True, PLAN)[:, :, None]
     inside = _inside(first, num_rows, first_column, PLAN.head_dim, ROWS, COLUMNS, True, PLAN)
     values = tile.to(tensor.pointer.dtype.element_ty)

@@ -143,7 +143,7 @@ def record_triton(function: Any, arguments: Any, keywords: dict[str, Any], grid:
     pack(signature.values(), bound.values(), parameters)
 
     def build() -> tuple[Binary, int]:
-        source = triton.compiler.ASTSource(function, signature, constants, attributes)
+        source = function.ASTSource(function, signature, constants, attributes)
         compiled = triton.compile(source, target=TARGET, options=options.__dict__)
         return disassemble(compiled.asm["cubin"]), compiled.metadata.shared
 
@@ -184,7 +184,11 @@ def recording(configuration: int = 0) -> Iterator[list[Launch]]:
         kernels = importlib.import_module("fastvit.kernels")
         names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
         modules = [importlib.import_module(f"fastvit.kernels.{name}") for name in names]
-        device = {"chip": lambda *_: 9, "shared_limit": lambda *_: SHARED_LIMIT}
+        device = {
+            "chip": lambda *_: 9,
+            "shared_limit": lambda *_: SHARED_LIMIT,
+            "gluon_runs": lambda *_: True,
+        }
         for module in modules:
             for name in device.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, device[name]))

@@ -20,7 +20,7 @@ CONTROL_BIT = 41
 
 KINDS = {
     **dict.fromkeys(("HMMA", "HGMMA", "MUFU", "LDS", "LDSM", "LDG", "LDGSTS", "STG", "BAR", "SHFL", "IMAD", "NOP")),
-    **dict.fromkeys(("FFMA", "FMUL", "FADD"), "FP32"),
+    **dict.fromkeys(("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2"), "FP32"),
     **dict.fromkeys(("FMNMX", "FSEL", "FSETP", "FSET", "FCHK"), "FALU"),
     **dict.fromkeys(("STS", "STSM"), "STS"),
     **dict.fromkeys(("LDL", "STL"), "LOCAL"),

@@ -19,6 +19,7 @@ batch statistics is two backward passes of the kernels, with H x H numbers betwe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -152,10 +153,11 @@ class Kernels(NamedTuple):
     moments_backward: Callable[..., tuple[Tensor, ...]]
 
 
-def _define(suffix: str = "", running: str = "") -> Kernels:
-    """The four operators; ``running``: arguments by which the first folds running statistics itself."""
+def _define(suffix: str = "") -> Kernels:
+    """The four operators. The first takes norm_mean and norm_var as well, running statistics that it folds itself."""
+    running = "Tensor? norm_mean, Tensor? norm_var"
     forward = define(
-        f"head_mixed_attention{suffix}", f"{_TENSORS}, {running}{_SETTINGS}", "Tensor", lambda a: heads_last(a.q)
+        f"head_mixed_attention{suffix}", f"{_TENSORS}, {running}, {_SETTINGS}", "Tensor", lambda a: heads_last(a.q)
     )
     backward = define(
         f"head_mixed_attention{suffix}_backward",
@@ -174,32 +176,26 @@ def _define(suffix: str = "", running: str = "") -> Kernels:
     return Kernels(forward.call, backward.call, moments.call, moments_backward.call)
 
 
-_INFER = _define(running="Tensor? norm_mean, Tensor? norm_var, ")
-TRITON = _define("_triton")
+_INFER = _define()
+_INFER_TRITON = _define("_triton")
 launch("head_mixed_attention_triton", "head_mixed_attention", "head_mixed_attention_forward")
 launch("head_mixed_attention_triton_backward", "head_mixed_attention_backward", "head_mixed_attention_backward")
 launch("head_map_moments_triton", "head_mixed_attention_moments", "head_map_moments")
 launch("head_map_moments_triton_backward", "head_mixed_attention_moments", "head_map_moments_backward")
 
 
-def _cpp_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *settings: Any,
-) -> Tensor:
-    """Without running statistics, which are folded where gradients are needed."""
-    small = (pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias)
-    return _INFER.forward(q, k, v, *small, None, None, *settings)
+def _without_statistics(infer: Kernels) -> Kernels:
+    """Where gradients are needed, running statistics are folded by differentiable arithmetic."""
+
+    def forward(*arguments: Any) -> Tensor:
+        tensors, settings = arguments[:9], arguments[9:]
+        return infer.forward(*tensors, None, None, *settings)
+
+    return infer._replace(forward=forward)
 
 
-CPP = _INFER._replace(forward=_cpp_forward)
+CPP = _without_statistics(_INFER)
+TRITON = _without_statistics(_INFER_TRITON)
 
 
 # --- Autograd -------------------------------------------------------------------------------------------------------
@@ -474,14 +470,14 @@ def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _run_cpp(call: Call) -> Tensor:
-    """Inference in one call, a BatchNorm with running statistics folded in C++; the rest by :func:`attend`."""
+def _run(infer: Kernels, kernels: Kernels, call: Call) -> Tensor:
+    """Inference in one call, a BatchNorm with running statistics folded there; the rest by :func:`attend`."""
     q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm, output_scale, mask, scale, *_ = call
     layer_norm = isinstance(norm, LayerNorm)
     batch_stats = norm is not None and not isinstance(norm, LayerNorm) and norm.use_batch_stats
     if batch_stats or (torch.is_grad_enabled() and gradients_needed(q, k, v, *_parameters(call))):
         _check(call)  # before running statistics move, and before H x H arithmetic could broadcast
-        return attend(CPP, call)
+        return attend(kernels, call)
     if type(output_scale) is not float or not (scale is None or type(scale) is float):
         _check(call)  # a schema takes a tensor of one number
     if any_autocast():
@@ -498,11 +494,7 @@ def _run_cpp(call: Call) -> Tensor:
         normed = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
     scale = q.shape[3] ** -0.5 if scale is None else scale
     mixes = (pre_weight, pre_bias, post_weight, post_bias)
-    return _INFER.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, False, mask, scale)
-
-
-def _run_triton(call: Call) -> Tensor:
-    return attend(TRITON, call)
+    return infer.forward(q, k, v, *mixes, *normed, layer_norm, output_scale, False, mask, scale)
 
 
 def _reasons_of(
@@ -602,8 +594,8 @@ def _run_reference(call: Call) -> Tensor:
 OPERATOR = Operator(
     "head_mixed_attention",
     (
-        Implementation("cpp", _run_cpp, _cpp_reasons, validates=True),
-        Implementation("triton", _run_triton, _triton_reasons),
+        Implementation("cpp", functools.partial(_run, _INFER, CPP), _cpp_reasons, validates=True),
+        Implementation("triton", functools.partial(_run, _INFER_TRITON, TRITON), _triton_reasons),
         Implementation(REFERENCE, _run_reference),
     ),
     _check,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from tests.helpers import cores
 
@@ -78,7 +79,8 @@ def compile_kernel(build: Build) -> Report:
         else:
             signature[name] = types.split(":")[0]
             multiples |= {(index,): [["tt.divisibility", 16]]} if types.endswith(":16") else {}
-    source = triton.compiler.ASTSource(build.kernel, signature, constants, multiples)
+    kind = GluonASTSource if build.kernel.is_gluon() else triton.compiler.ASTSource
+    source = kind(build.kernel, signature, constants, multiples)
     target = TARGETS[build.target]
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     if build.maxnreg is not None:

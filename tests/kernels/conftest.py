@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs in Triton's interpreter, in a process of its own")
     if INTERPRETING:
         _teach_products()
+        _teach_gluon()
         _patch_language_once()
 
 
@@ -95,7 +96,8 @@ def _teach_products() -> None:
     """Have ``tl.dot`` take bfloat16, which the interpreter keeps as uint16, for the numbers they are, and round once.
 
     numpy sums in an order that depends on the shapes and strides of the operands, so that q k^T would differ from the
-    transpose of k q^T. A GPU adds along the contraction in one order, and both are equal.
+    transpose of k q^T. A GPU adds along the contraction in one order, and both are equal. A conversion to bfloat16
+    rounds to the nearest, as on a GPU, where the interpreter cuts off.
     """
     try:
         import numpy as np
@@ -109,7 +111,25 @@ def _teach_products() -> None:
         exact = np.matmul(a.data, b.data, dtype=np.float64) + d.data
         return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
 
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = src.data.view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return TensorHandle(np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+def _teach_gluon() -> None:
+    try:
+        from tests.kernels import gluon_interpreter
+    except ImportError:
+        return
+    gluon_interpreter.install()
 
 
 def _patch_language_once() -> None:

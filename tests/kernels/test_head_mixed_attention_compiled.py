@@ -114,7 +114,7 @@ def build(case: Case) -> Build:
         if case.kernel == "head_map_moments":
             moments.head_map_moments(q, q, *pre, mask, 1.0)
         elif case.kernel in ("head_mixed_attention", "row_statistics"):
-            forward.head_mixed_attention_forward(q, q, q, *settings)
+            forward.head_mixed_attention_forward(q, q, q, *settings[:6], None, None, *settings[6:])
         else:
             backward.head_mixed_attention_backward(q, q, q, q, *settings)
     kernel, arguments = recorders[case.kernel].kernel, recorders[case.kernel].arguments

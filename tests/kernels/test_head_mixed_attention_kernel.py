@@ -96,7 +96,7 @@ def check(q, k, v, parts, mask=None, scale=None, grad=None):
     before = [parts[name] for name in NAMES]
     settings = (*before, EPS, parts["layer_norm"], parts["output_scale"], False, mask, scale)
     with poisoned_empty():
-        out = head_mixed_attention_forward(q, k, v, *settings)
+        out = head_mixed_attention_forward(q, k, v, *before, None, None, *settings[len(before) :])
         gradients = head_mixed_attention_backward(grad, q, k, v, *settings)
     got = {"out": out} | dict(zip(("q", "k", "v", *NAMES), gradients, strict=True))
     reference = with_gradients(q, k, v, parts, mask, scale, grad, q.dtype)
@@ -218,7 +218,7 @@ def test_nothing_to_do(batch, queries, keys):
     parts = make_parts("talking", 3)
     settings = (*(parts[name] for name in NAMES), EPS, False, 1.0, False, None, 0.25)
     results = [
-        head_mixed_attention_forward(q, k, k, *settings),
+        head_mixed_attention_forward(q, k, k, *settings[: len(NAMES)], None, None, *settings[len(NAMES) :]),
         *head_mixed_attention_backward(q, q, k, k, *settings),
         *head_map_moments(q, k, None, None, None, 0.25),
         *head_map_moments_backward(torch.ones(3), torch.ones(3, 3), q, k, None, None, None, 0.25),
