@@ -1,4 +1,5 @@
 # make demo   see the seven families made faster on photographs (ARGS="--models cait_xxs24_224 --batch 4" and so on)
+# make train  train a classifier; ARGS="--data digits --model ceit --out runs/ceit", docs/training.md tells the rest
 # make test   the whole test suite                              (ARGS="-k cvt")
 # make bench  models beside other runtimes and libraries, hours; ARGS=--quick is a sample in less than 5 minutes;
 #             make bench SUITE=ops: operators; SUITE=coverage: what is fused in timm's and transformers' models;
@@ -33,11 +34,14 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo test bench overhead versions fuzz lint format docs build clean
+.PHONY: demo train test bench overhead versions fuzz lint format docs build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
 	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+train: $(STAMPS)/train $(STAMPS)/native
+	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/native-complete
 	$(BIN)/python -m pytest $(PYTEST_JOBS) --durations=15 $(ARGS)
@@ -81,7 +85,7 @@ docs: $(STAMPS)/docs
 build: $(STAMPS)/demo $(STAMPS)/native
 
 # What is installed, per purpose.
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
+$(STAMPS)/demo $(STAMPS)/train $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
 	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
 	@touch $@
 
@@ -99,7 +103,8 @@ $(STAMPS)/torch: FORCE
 FORCE:
 
 # fastvit itself, editable, with the native part where it can be built.
-NATIVE_NEEDS := $(if $(filter bench,$(MAKECMDGOALS)),bench,$(if $(filter test overhead versions,$(MAKECMDGOALS)),test,demo))
+NATIVE_NEEDS := $(firstword $(filter bench,$(MAKECMDGOALS)) $(if $(filter test overhead versions,$(MAKECMDGOALS)),test) \
+	$(filter train,$(MAKECMDGOALS)) demo)
 $(STAMPS)/native: $(NATIVE) | $(STAMPS)/$(NATIVE_NEEDS)
 	@echo "==> building fastvit"
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -1,6 +1,6 @@
 """Creates the virtual environment that make uses, with everything pinned. Needs only Python's standard library.
 
-    python requirements/environment.py demo|test|bench|lint|docs [--venv .venv] [--torch REQUIREMENT]
+    python requirements/environment.py demo|train|test|bench|lint|docs [--venv .venv] [--torch REQUIREMENT]
 
 Torch comes first and alone; whatever else is installed then is held to that torch. A torch already there is kept when
 it is new enough: in the virtual environment, or in the Python that runs this (the environment then sees its packages).
@@ -126,7 +126,7 @@ class Environment:
 def main() -> None:
     """Bring the environment to what the named purpose needs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("purpose", choices=("demo", "test", "bench", "lint", "docs"))
+    parser.add_argument("purpose", choices=("demo", "train", "test", "bench", "lint", "docs"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--torch", help=f"a pip requirement; by default what is there, or {DEFAULT_TORCH}")
     arguments = parser.parse_args()
@@ -147,7 +147,8 @@ def main() -> None:
     environment.install(arguments.purpose)
     if arguments.purpose in ("test", "bench"):
         environment.install_triton()
-        environment.install("test-no-deps", dependencies=False)
+    if arguments.purpose != "demo":
+        environment.install(f"{'train' if arguments.purpose == 'train' else 'test'}-no-deps", dependencies=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,9 +57,9 @@ _REFERENCE: dict[str, tuple[str, dict[str, object]]] = {
 """Family class and arguments."""
 
 
-def _reference(name: str) -> nn.Module:
+def _reference(name: str, **changes: Any) -> nn.Module:
     family, options = _REFERENCE[name]
-    return getattr(reference, family)(**options)
+    return getattr(reference, family)(**{**options, **changes})
 
 
 def _timm(name: str) -> nn.Module:
@@ -86,9 +88,9 @@ def _timm(name: str) -> nn.Module:
     return twins.Twins(**pyramid, depths=(1, 1, 1, 1))
 
 
-def build(name: str) -> nn.Module:
-    """A plain tiny model, in eval mode."""
-    model = _timm(name) if name.startswith("timm_") else _reference(name)
+def build(name: str, **changes: Any) -> nn.Module:
+    """A plain tiny model, in eval mode; one of ours with other arguments where ``changes`` are given."""
+    model = _timm(name) if name.startswith("timm_") else _reference(name, **changes)
     return shake(unpatch(model)).eval()
 
 
