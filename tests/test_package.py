@@ -28,6 +28,12 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_the_version_is_told_once():
+    root = Path(__file__).parents[1]
+    assert f"\nversion: {fastvit.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {fastvit.__version__} " in (root / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def test_import_is_cheap_and_needs_no_optional_library():
     code = """
 import json, sys
