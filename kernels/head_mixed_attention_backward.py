@@ -189,6 +189,7 @@ def query_gradients_kernel(
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_M: tl.constexpr = PLAN.block_m
     BLOCK_OUT: tl.constexpr = PLAN.block_out
+    REST: tl.constexpr = PLAN.block_rest
     first_query, b = this_block(num_queries, BLOCK_M, PLAN)
     first_column = tl.program_id(1) * BLOCK_OUT
     q = batch_entry(q, b)
@@ -200,8 +201,8 @@ def query_gradients_kernel(
     delta = load_row_statistics(rows.delta, b, first_query, num_queries, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_M, BLOCK_OUT], tl.float32)
-    if PLAN.block_rest:
-        rest = tl.zeros([SLOTS, BLOCK_M, PLAN.block_rest], tl.float32)
+    if REST:
+        rest = tl.zeros([SLOTS, BLOCK_M, REST], tl.float32)
     d_pre_weight = no_outer_products(PLAN)
     for first_key in range(0, num_keys, PLAN.block_n):
         scores, p, visible = attention_tile(
@@ -218,15 +219,13 @@ def query_gradients_kernel(
         keys = load_keys(k, first_key, num_keys, first_column, BLOCK_OUT, PLAN)
         ds = ds.to(keys.dtype)
         acc = tl.dot(ds, keys, acc, input_precision=PLAN.precision)
-        if PLAN.block_rest:
-            keys = load_keys(k, first_key, num_keys, BLOCK_OUT, PLAN.block_rest, PLAN)
+        if REST:
+            keys = load_keys(k, first_key, num_keys, BLOCK_OUT, REST, PLAN)
             rest = tl.dot(ds, keys, rest, input_precision=PLAN.precision)
     scale = tl.cast(mixes.scale, tl.float32)
     store_heads(batch_entry(dq, b), acc * scale, first_query, num_queries, first_column, BLOCK_M, BLOCK_OUT, PLAN)
-    if PLAN.block_rest:
-        store_heads(
-            batch_entry(dq, b), rest * scale, first_query, num_queries, BLOCK_OUT, BLOCK_M, PLAN.block_rest, PLAN
-        )
+    if REST:
+        store_heads(batch_entry(dq, b), rest * scale, first_query, num_queries, BLOCK_OUT, BLOCK_M, REST, PLAN)
     if PLAN.pre_mix:  # noqa: SIM102 (a compile-time condition)
         if tl.program_id(1) == 0:
             store_matrix(d_pre_weight_parts, d_pre_weight, PLAN)
@@ -240,6 +239,7 @@ def key_gradients_kernel(
     SLOTS: tl.constexpr = PLAN.slots
     BLOCK_N: tl.constexpr = PLAN.block_n
     BLOCK_OUT: tl.constexpr = PLAN.block_out
+    REST: tl.constexpr = PLAN.block_rest
     first_key, b = this_block(num_keys, BLOCK_N, PLAN)
     first_column = tl.program_id(1) * BLOCK_OUT
     q = batch_entry(q, b)
@@ -250,8 +250,8 @@ def key_gradients_kernel(
     mask = batch_entry_of_mask(mask, b, 0, PLAN)
 
     acc = tl.zeros([SLOTS, BLOCK_N, BLOCK_OUT], tl.float32)
-    if PLAN.block_rest:
-        rest = tl.zeros([SLOTS, BLOCK_N, PLAN.block_rest], tl.float32)
+    if REST:
+        rest = tl.zeros([SLOTS, BLOCK_N, REST], tl.float32)
     for first_query in range(0, num_queries, PLAN.block_m):
         _scores, p, visible = attention_tile(
             q, k, mask, mixes, rows, b, first_query, num_queries, first_key, num_keys, PLAN
@@ -266,13 +266,13 @@ def key_gradients_kernel(
         queries = load_queries(q, first_query, num_queries, first_column, BLOCK_OUT, PLAN)
         ds = tl.permute(ds.to(queries.dtype), (0, 2, 1))
         acc = tl.dot(ds, queries, acc, input_precision=PLAN.precision)
-        if PLAN.block_rest:
-            queries = load_queries(q, first_query, num_queries, BLOCK_OUT, PLAN.block_rest, PLAN)
+        if REST:
+            queries = load_queries(q, first_query, num_queries, BLOCK_OUT, REST, PLAN)
             rest = tl.dot(ds, queries, rest, input_precision=PLAN.precision)
     scale = tl.cast(mixes.scale, tl.float32)
     store_heads(batch_entry(dk, b), acc * scale, first_key, num_keys, first_column, BLOCK_N, BLOCK_OUT, PLAN)
-    if PLAN.block_rest:
-        store_heads(batch_entry(dk, b), rest * scale, first_key, num_keys, BLOCK_OUT, BLOCK_N, PLAN.block_rest, PLAN)
+    if REST:
+        store_heads(batch_entry(dk, b), rest * scale, first_key, num_keys, BLOCK_OUT, BLOCK_N, REST, PLAN)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])

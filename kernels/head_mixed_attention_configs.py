@@ -63,8 +63,8 @@ ByPressure = tuple[Config, Config, Config]
 COMMON: dict[str, ByPressure] = {
     "head_mixed_attention": (_resident(16, 16, 64), _resident(16, 16, 64), _resident(16, 16, 32)),
     "row_gradients": (_resident(16, 16), _resident(16, 8), _resident(16, 8)),
-    "query_gradients": (_resident(16, 16, 32), _resident(16, 16, 32), _reloading(4, 16)),
-    "key_gradients": (_resident(16, 16, 32), _resident(16, 16), _reloading(16, 8)),
+    "query_gradients": (_resident(16, 16, 32, block_rest=16), _resident(16, 16, 32), _reloading(4, 16)),
+    "key_gradients": (_resident(16, 16, 32, block_rest=16), _resident(16, 16), _reloading(16, 8)),
     "value_gradients": (_resident(16, 16, 64), _resident(16, 16, 64), _resident(16, 16, 32)),
     "head_map_moments": (_resident(16, 32), _resident(16, 32), _resident(16, 32)),
     "row_statistics": (_resident(16, 32), _resident(16, 32), _resident(16, 32)),

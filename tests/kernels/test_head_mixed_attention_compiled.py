@@ -95,6 +95,7 @@ def recording(case: Case) -> Iterator[dict[str, Recorder]]:
     with contextlib.ExitStack() as stack:
         for name, (module, attribute) in KERNELS.items():
             stack.enter_context(mock.patch.object(module, attribute, recorders[name]))
+        stack.enter_context(mock.patch.object(launching, "pad_kernel", Recorder(launching.pad_kernel)))
         stack.enter_context(mock.patch.object(launching, "configurations", return_value=(case.config,)))
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         stack.enter_context(mock.patch.object(launching, "product_kind", return_value=case.product))

@@ -123,7 +123,10 @@ def tiles(monkeypatch):
     """Sets the configuration of launches; by default one tile for the whole problem."""
 
     def use(config: Config) -> None:
-        monkeypatch.setattr(launching, "configurations", lambda *_: (config,))
+        def configurations(kernel, *_):
+            return (config if kernel in ("query_gradients", "key_gradients") else config._replace(block_rest=0),)
+
+        monkeypatch.setattr(launching, "configurations", configurations)
 
     use(WHOLE)
     return use
@@ -135,7 +138,9 @@ def test_every_kind(kind, heads):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"), [("talking", RELOADING), ("norm", RESIDENT)], ids=["reloading", "resident"]
+    ("kind", "config"),
+    [("talking", RELOADING), ("norm", RESIDENT), ("talking", RESIDENT._replace(block_rest=16))],
+    ids=["reloading", "resident", "rest"],
 )
 def test_several_tiles_and_column_blocks(kind, config, tiles):
     tiles(config)
