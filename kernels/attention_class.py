@@ -9,6 +9,10 @@ bias are read through the strides of their broadcast to (B, H, Nq, Nk). The resu
 With few queries there is little arithmetic per key, and the time is that of reading K and V once. So there are no
 matrix products, and to keep every multiprocessor reading, even for one image, the keys of a head are split:
 
+In 16 bits, where there are heads enough to fill the device, the kernel of masked attention takes them in tiles of 16
+queries: by prediction (``benchmarks/gpu_model``) the tensor cores' products with rows that do not exist cost less than
+the multiplications and sums of these kernels, whose reductions wait for each other. Otherwise
+
 1. parts: a program takes one query and a range of keys, in tiles [BLOCK_N, BLOCK_D] with a running maximum m, a running
    sum l and an accumulator. Programs that share keys are adjacent, so that all but the first find them in the cache.
 2. combine: a program adds the parts of one query, in order: out = sum(acc exp(m - M)) / sum(l exp(m - M)), M = max(m).
@@ -33,7 +37,9 @@ from fastvit.kernels._primitives import (
     inverse_of_sum,
     load_key_mask,
     load_tile,
+    product_kind,
 )
+from fastvit.kernels.attention_masked import FEW_QUERIES, masked_attention_forward
 from fastvit.kernels.attention_tiles import Operands, named_strides
 from torch import Tensor
 
@@ -327,6 +333,9 @@ def class_attention_forward(
     out = empty_heads_last(q, q.shape[2])
     if 0 in (*q.shape, k.shape[2]):
         return out.zero_()
+    few = product_kind(q.dtype) == "half" and q.shape[2] <= FEW_QUERIES
+    if config is None and few and q.shape[0] * q.shape[1] >= 2 * autotune.multiprocessors(q.device):
+        return masked_attention_forward(q, k, v, mask, bias, scale)[0]
     with torch.cuda.device_of(q):
         launches = Launches(Operands.of(q, k, v, mask, bias), None, scale)
         if config is None:

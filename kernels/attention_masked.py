@@ -73,13 +73,19 @@ def one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
     return Config(block_m, block_n, num_warps, one_pass=True)
 
 
-# By kind of product (see product_kind) and BLOCK_D; the one-pass tiles first, by size, then the streaming ones. Every
-# entry compiles without spills and within 99 kB of shared memory (the limit of sm_86 and sm_89; 64 kB on gfx942) for
-# the inputs of its table: tests/kernels checks that.
+FEW_QUERIES = 16
+"""Up to so many, 16-bit products take tiles of one row of the tensor cores' instructions."""
+
+# By kind of product (see product_kind; "few": "half" of few queries) and BLOCK_D; the one-pass tiles first, by size,
+# then the streaming ones. Every entry compiles without spills and within 99 kB of shared memory (the limit of sm_86 and
+# sm_89; 64 kB on gfx942) for the inputs of its table: tests/kernels checks that.
 REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("half", 32): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(128, 64, 4, 3)),
     ("half", 64): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(64, 32, 4, 3), Config(128, 64, 8, 2)),
     ("half", 128): (one_pass(64, 64, 4), one_pass(64, 128, 8), Config(64, 32, 4, 2)),
+    ("few", 32): (Config(16, 64, 2, 3),),
+    ("few", 64): (Config(16, 64, 2, 3),),
+    ("few", 128): (Config(16, 32, 2, 3),),
     ("tf32", 32): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 64, 4, 2)),
     ("tf32", 64): (one_pass(64, 64, 4), one_pass(32, 128, 4), Config(64, 32, 4, 2)),
     ("tf32", 128): (one_pass(32, 64, 4), Config(32, 16, 4, 2)),
@@ -111,7 +117,7 @@ AMD_ONE_PASS_KEYS = 128
 
 
 def choose_configs(
-    product: str, head_dim: int, num_keys: int, *, regular: bool, amd: bool = False
+    product: str, head_dim: int, num_queries: int, num_keys: int, *, regular: bool, amd: bool = False
 ) -> tuple[Config, ...]:
     """The candidates for a call: the smallest one-pass tile that holds all keys, then the streaming one.
 
@@ -120,7 +126,8 @@ def choose_configs(
         regular: whether :attr:`Operands.regular` is true.
         amd: whether the GPU is AMD's.
     """
-    table = (REGULAR if regular else IRREGULAR)[product, padded_head_dim(head_dim)]
+    kind = "few" if regular and product == "half" and num_queries <= FEW_QUERIES else product
+    table = (REGULAR if regular else IRREGULAR)[kind, padded_head_dim(head_dim)]
     largest = AMD_ONE_PASS_KEYS if amd else MAX_TILE_SIDE
     fitting = [config for config in table if config.one_pass and num_keys <= config.block_n <= largest]
     return (*fitting[:1], *(config for config in table if not config.one_pass))
@@ -342,7 +349,8 @@ def masked_attention_forward(
     with torch.cuda.device_of(q):
         if config is None:
             regular = operands.regular
-            candidates = choose_configs(product, head_dim, num_keys, regular=regular, amd=torch.version.hip is not None)
+            sizes, amd = (head_dim, num_queries, num_keys), torch.version.hip is not None
+            candidates = choose_configs(product, *sizes, regular=regular, amd=amd)
             buckets = map(autotune.token_bucket, (num_keys, batch * num_queries))
             key = (product, q.dtype, heads, head_dim, *buckets, operands.mask_kind, regular)
             config = autotune.choose(

@@ -15,10 +15,10 @@ import torch
 import triton
 
 from benchmarks import gpu_model, jobs
-from benchmarks.gpu_model import cuda, launches
+from benchmarks.gpu_model import launches
 from benchmarks.gpu_model.execution import Warp, trace
-from benchmarks.gpu_model.launches import Launch
-from benchmarks.gpu_model.multiprocessor import BANDWIDTH, LEAST, predict
+from benchmarks.gpu_model.launch import Launch
+from benchmarks.gpu_model.multiprocessor import BANDWIDTH, LEAST, PRODUCTS, predict
 from benchmarks.gpu_model.rows import BATCH, ROWS, Row
 from fastvit import ops
 
@@ -28,8 +28,6 @@ def launches_of(row: Row, configuration: int) -> list[Launch]:
 
     RuntimeError where it cannot be compiled here.
     """
-    if row.backend == "cuda":
-        return [cuda.launch(row.job, BATCH)]
     torch.manual_seed(0)
     job = {job.name: job for job in jobs.JOBS}[row.job]
     tensors = job.tensors(BATCH, torch.bfloat16, "cpu")
@@ -48,12 +46,12 @@ def predict_launch(launch: Launch, keys: int = 0) -> dict[str, Any]:
     """One launch's microseconds and what limits them; ``keys`` as in a row."""
     facts = {"kernel": launch.kernel, "limiter": "launch", "microseconds": 1e6 * LEAST}
     if launch.build is None:
-        moving = launch.traffic / BANDWIDTH
-        return facts if moving <= LEAST else {**facts, "limiter": "memory", "microseconds": 1e6 * moving}
+        limits = {"memory": launch.traffic / BANDWIDTH, "tensor cores": launch.flops / PRODUCTS, "launch": LEAST}
+        limiter = max(limits, key=limits.__getitem__)
+        return {**facts, "limiter": limiter, "microseconds": 1e6 * limits[limiter]}
     binary, shared = launch.build()
-    ran = trace(
-        binary.instructions, Warp(launch.parameters, 32 * launch.warps, launch.grid, (max(1, keys // launch.block), 1))
-    )
+    trips = (max(1, keys // launch.block), 1)
+    ran = trace(binary.instructions, Warp(launch.parameters, 32 * launch.warps, launch.grid, trips, launch.thread))
     found = predict(ran, binary.registers, shared, launch.warps, math.prod(launch.grid), launch.traffic)
     return facts | {
         "limiter": found.limiter,

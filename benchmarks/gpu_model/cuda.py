@@ -1,7 +1,7 @@
 """Launches of the CUDA kernels: compiled by nvcc for sm_90, with the arguments that their own host code works out.
 
-The kernels' headers compile for the host as well: a small program makes the kernel's object for a row's sizes, and says
-how many blocks it wants, how much shared memory, and the object's bytes, which are the launch's parameters.
+The kernels' headers compile for the host as well: a small program has them choose the kernel for a call's sizes, and
+says which it is, how many blocks it wants, how much shared memory, and its bytes, which are the launch's parameters.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu_model.launches import Launch
+from torch import Tensor
+
+from benchmarks.gpu_model.launch import Launch, size_of, tensors_of
 from benchmarks.gpu_model.machine_code import Binary, disassemble
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -23,41 +26,57 @@ WARPS = 8
 DEVICE = """
 #include "common/cuda_launch.cuh"
 #include "token_depthwise_conv/cuda_passes.h"
-using namespace fastvit;
-using namespace fastvit::tokens;
-void* kernel = reinterpret_cast<void*>(&blocks::run_block<{kernel}>);
+void* kernel = reinterpret_cast<void*>(&fastvit::blocks::run_block<{kernel}>);
 """
 HOST = """
 #include <cstdio>
 #include "token_depthwise_conv/cuda_passes.h"
 using namespace fastvit;
-using namespace fastvit::tokens;
+struct Printer {{
+  template <class Kernel>
+  void run(const Kernel& kernel) {{
+    std::printf("%s\\n%lld %lld ", __PRETTY_FUNCTION__, (long long)kernel.grid(), (long long)kernel.shared_bytes());
+    const auto* bytes = reinterpret_cast<const unsigned char*>(&kernel);
+    for (size_t i = 0; i < sizeof(kernel); ++i) std::printf("%02x", bytes[i]);
+  }}
+}};
 int main() {{
   char* const data = reinterpret_cast<char*>(1 << 20);
   TokenDepthwiseConv op{{}};
   {setting}
-  const {kernel} kernel(op, nullptr);
-  static_assert(kThreads == {threads});
-  std::printf("%lld %lld ", (long long)kernel.grid(), (long long)kernel.shared_bytes());
-  for (size_t i = 0; i < sizeof(kernel); ++i) std::printf("%02x", reinterpret_cast<const unsigned char*>(&kernel)[i]);
+  static_assert(blocks::kThreads == {threads});
+  Printer printer;
+  tokens::with_element(op.element, [&]<class T>() {{ tokens::convolve_tokens<T>(op, nullptr, printer); }});
 }}
 """
 
 
-def convolution(batch: int, side: int, channels: int, *, residual: bool) -> tuple[str, str, int]:
-    """(kernel, C++ that sets its sizes, bytes of memory) of a 3x3 convolution of bfloat16 tokens, with a bias."""
+def _parameter(tensor: Tensor | None) -> str:
+    return "{}" if tensor is None else f"{{data, {_element(tensor)}}}"
+
+
+def _element(tensor: Tensor) -> str:
+    return f"Element::{str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _setting(a: Any, out: Tensor) -> str:
+    """C++ that describes a call, of the arguments of ``fastvit::token_depthwise_conv``."""
+    size, padding = a.weight.shape[-1], a.padding
+    rows, columns = ((side + 2 * padding - size) // a.stride + 1 for side in (a.height, a.width))
     sizes = {
-        "batch": batch, "channels": channels, "height": side, "width": side, "out_height": side, "out_width": side,
-        "kernel": 3, "stride": 1, "padding": 1, "x_batch_stride": side * side * channels, "x_token_stride": channels,
+        "batch": a.x.shape[0], "channels": a.x.shape[2], "prefix_tokens": a.prefix_tokens, "height": a.height,
+        "width": a.width, "out_height": rows, "out_width": columns, "kernel": size, "stride": a.stride,
+        "padding": padding, "x_batch_stride": a.x.stride(0), "x_token_stride": a.x.stride(1),
+        "residual": int(a.residual),
     }  # fmt: skip
-    setting = [f"op.{name} = {value};" for name, value in sizes.items()]
-    setting += [f"op.residual = {int(residual)};", "op.x = data; op.out = data; op.element = Element::bfloat16;"]
-    setting += ["op.weight = op.bias = {data, Element::bfloat16};"]
-    return "Forward<BFloat16, 8, 3, 1>", "\n  ".join(setting), 4 * batch * side**2 * channels + 20 * channels
-
-
-CALLS = {"cpvt_s_peg": functools.partial(convolution, side=14, channels=384, residual=True)}
-"""By job, what its one launch computes."""
+    lines = [f"op.{name} = {value};" for name, value in sizes.items()]
+    lines += [f"op.x = data; op.out = data; op.element = {_element(a.x)};"]
+    lines += [f"op.weight = {_parameter(a.weight)}; op.bias = {_parameter(a.bias)};"]
+    for name, activation in (("pre_norm", "pre_activation"), ("norm", "activation")):
+        parts = (_parameter(getattr(a, f"{name}_{part}")) for part in ("weight", "bias", "mean", "var"))
+        lines += [f"op.{name} = {{{', '.join(parts)}, {getattr(a, f'{name}_eps')}f}};"]
+        lines += [f"op.{activation} = static_cast<Activation>({getattr(a, activation)});"]
+    return "\n  ".join(lines)
 
 
 def missing() -> str | None:
@@ -77,27 +96,35 @@ def compiled(command: list[str], source: str, suffix: str, out: Path) -> None:
     subprocess.run([*command, "-std=c++20", f"-I{CSRC}", "-o", str(out), str(path)], check=True, capture_output=True)
 
 
-def launch(job: str, batch: int) -> Launch:
-    """The launch of a job.
+@functools.cache
+def _chosen(setting: str) -> tuple[str, int, int, bytes]:
+    """(kernel, blocks, bytes of shared memory, parameters) of a call."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "host"
+        compiled(["c++", "-O0", "-w"], HOST.format(setting=setting, threads=32 * WARPS), ".cpp", program)
+        printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    name, _, numbers = printed.partition("\n")
+    grid, shared, parameters = numbers.split()
+    return name.split("Kernel = ")[1].rstrip("]"), int(grid), int(shared), bytes.fromhex(parameters)
 
-    ValueError for a job without one; RuntimeError where nvcc is absent.
+
+def launch(a: Any, out: Tensor) -> Launch:
+    """The launch of a call of ``fastvit::token_depthwise_conv``, of its arguments and its result.
+
+    RuntimeError where nvcc is absent.
     """
-    if job not in CALLS:
-        raise ValueError(f"job: expected one of {sorted(CALLS)}, got {job!r}")
     compiler, reason = nvcc(), missing()
     if compiler is None or reason is not None:
         raise RuntimeError(reason)
-    kernel, setting, traffic = CALLS[job](batch)
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "host"
-        source = HOST.format(kernel=kernel, setting=setting, threads=32 * WARPS)
-        compiled(["c++", "-O0", "-w"], source, ".cpp", program)
-        grid, shared, parameters = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    kernel, grid, shared, parameters = _chosen(_setting(a, out))
 
     def build() -> tuple[Binary, int]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "device.cubin"
             compiled([compiler, "-arch", "sm_90", "-cubin", "-w"], DEVICE.format(kernel=kernel), ".cu", cubin)
-            return disassemble(cubin.read_bytes()), int(shared)
+            return disassemble(cubin.read_bytes()), shared
 
-    return Launch(kernel, f"{kernel} {grid}", traffic, (int(grid), 1, 1), WARPS, bytes.fromhex(parameters), build)
+    traffic = size_of(tensors_of([tuple(a), out]))
+    # The last thread of the first warp: it computes outputs, of any tile, but copies no prefix token as the first does.
+    facts = (traffic, (grid, 1, 1), WARPS, parameters, build)
+    return Launch(kernel.replace("fastvit::", ""), f"{kernel} {parameters.hex()}", *facts, thread=31)

@@ -1,8 +1,8 @@
 """Which instructions one warp runs: machine code executed for its integers, so that loops run as often as they would.
 
-Registers hold a known integer or None. Arguments come from the constant bank, the thread is the first of the block, the
-block the first of the grid; what comes from memory or out of floating-point arithmetic is unknown, except for the
-reciprocals that integer divisions are made of. A branch that depends on something unknown falls through, unless a call
+Registers hold a known integer or None. Arguments come from the constant bank, the thread is one of the first block's;
+what comes from memory or out of floating-point arithmetic is unknown, except for the reciprocals that integer divisions
+are made of. A branch that depends on something unknown falls through, unless a call
 (the slow path of a division) lies in between; loops that do so run given numbers of times.
 """
 
@@ -67,12 +67,14 @@ def as_bits(value: float) -> int:
 
 
 class Warp:
-    """The first warp of the first block of a launch."""
+    """A warp of the first block of a launch: that of ``thread``."""
 
-    def __init__(self, parameters: bytes, threads: int, grid: Sequence[int], trips: Sequence[int]) -> None:
+    def __init__(
+        self, parameters: bytes, threads: int, grid: Sequence[int], trips: Sequence[int], thread: int = 0
+    ) -> None:
         sizes = (threads, 1, 1, *grid)
         self.constants = struct.pack("<6I", *sizes).ljust(PARAMETERS, b"\0") + parameters
-        self.trips = trips
+        self.trips, self.thread = trips, thread
         self.registers: dict[tuple[str, int], Value] = {}
         self.predicates: dict[str, bool | None] = {}
 
@@ -151,6 +153,8 @@ class Warp:
     def move(self, i: Instruction) -> None:
         words = 2 if ".64" in i.name or i.base == "CS2R" else 1
         source = i.operands[1]
+        if source == "SR_TID.X":
+            return self.write(i.operands[0], self.thread, words)
         if source == "SRZ" or source.startswith(("SR_TID", "SR_CTAID", "SR_LANEID", "SR_Cga")):
             return self.write(i.operands[0], 0, words)
         value = self.read(source, 4 * words)
@@ -244,8 +248,9 @@ class Warp:
                     bits &= (value or 0) if place >> (2 - number) & 1 else ~(value or 0)
                 total |= bits & WORD
         self.write(result, total)
+        before = self.holds(sources[4]) if len(sources) > 4 else False  # as when 64 bits are looked at half by half
         for name in written:
-            self.predicates[name] = None if total is None else total != 0
+            self.predicates[name] = True if before or total else None if None in (before, total) else False
 
     def predicate_table(self, i: Instruction) -> None:
         first, second, *sources = i.operands

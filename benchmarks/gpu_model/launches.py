@@ -7,12 +7,10 @@ What torch itself is asked to compute, such as a copy that pads, is computed and
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
-import math
 import pkgutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,9 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
 
+from benchmarks.gpu_model import cuda
+from benchmarks.gpu_model.launch import Launch, size_of, tensors_of
 from benchmarks.gpu_model.machine_code import Binary, disassemble
-from fastvit import backends
+from fastvit import autotune, backends
 from fastvit.ops._operator import Operator
+from fastvit.ops._schema import REGISTERED
+from fastvit.ops.token_depthwise_conv import convolved
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT, MULTIPROCESSORS = 232448, 132
@@ -35,52 +37,6 @@ FREE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empt
 """Operations that launch nothing, apart from views."""
 
 WIDTHS = {"i64": 8, "u64": 8, "i16": 2, "u16": 2, "fp16": 2, "bf16": 2, "i8": 1, "u8": 1, "i1": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel.
-
-    Attributes:
-        parameters: as they lie in the kernel's constant bank.
-        traffic: bytes of its tensors, each counted once.
-        build: compiles it; gives the code, and the bytes of shared memory of a block. None for a kernel of torch's.
-        block: keys in a tile of attention.
-        key: equal for launches of the same code with the same sizes.
-    """
-
-    kernel: str
-    key: str
-    traffic: int
-    grid: tuple[int, int, int] = (1, 1, 1)
-    warps: int = 0
-    parameters: bytes = b""
-    build: Callable[[], tuple[Binary, int]] | None = None
-    block: int = 1
-
-
-def size_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors; equal ones and what is broadcast once."""
-    found = {}
-    for tensor in tensors:
-        sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-        found[tensor.data_ptr(), tuple(tensor.shape)] = math.prod(sizes) * tensor.element_size()
-    return sum(found.values())
-
-
-def leaves_of(values: Any) -> Iterator[Any]:
-    """What nested tuples, lists and dictionaries hold."""
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from leaves_of(value)
-    elif isinstance(values, dict):
-        yield from leaves_of(list(values.values()))
-    else:
-        yield values
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    return [value for value in leaves_of(values) if isinstance(value, Tensor)]
 
 
 def pack(signature: Any, values: Any, into: bytearray) -> None:
@@ -121,14 +77,25 @@ class _Library(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "fastvit" and name == "token_depthwise_conv":  # in CUDA
+            arguments = REGISTERED[name].Arguments(*args)
+            out = convolved(arguments.x, arguments.weight, arguments)
+            self._launches.append(cuda.launch(arguments, out))
+            return out
         if func.namespace == "fastvit":  # what its implementation asks of torch counts
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
+        flops = 0
+        if name in ("mm", "addmm"):  # counted, not computed
+            *_, left, right = args
+            result = left.new_empty(left.shape[0], right.shape[1])
+            flops = 2 * left.numel() * right.shape[1]
+        else:
+            result = func(*args, **(kwargs or {}))
         tensors = tensors_of([args, kwargs, result])
         if tensors and not func.is_view and name not in FREE:
             key = f"{name} {[tuple(tensor.shape) for tensor in tensors]}"
-            self._launches.append(Launch(f"torch's {name}", key, size_of(tensors)))
+            self._launches.append(Launch(f"torch's {name}", key, size_of(tensors), flops=flops))
         return result
 
 
@@ -195,6 +162,9 @@ def recording(configuration: int = 0) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch("fastvit.autotune.choose", choose))
         stack.enter_context(mock.patch("fastvit.autotune.multiprocessors", return_value=MULTIPROCESSORS))
         stack.enter_context(mock.patch.object(backends, "TRITON_INTERPRETED", True))  # takes tensors on the CPU
+        stack.enter_context(mock.patch.object(backends, "REQUESTED", frozenset(autotune.GPU_BACKENDS)))
+        projections = importlib.import_module("fastvit.ops.conv_projection")
+        stack.enter_context(mock.patch.dict(projections._HAS_TOGETHER, cpu=False))  # that is the CPU's kernel
         stack.enter_context(mock.patch.object(Operator, "__call__", call))
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))

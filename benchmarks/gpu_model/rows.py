@@ -35,9 +35,12 @@ ROWS = (
     Row("vit_s", "vit_s", 10, "15-18 (cuDNN)", 15),
     Row("cait_s_class", "cait_s_class", 5, "8-12 (SDPA)", 7),
     Row("ceit_s_leff", "ceit_s_leff", 50, "200-280", 110),
+    Row("ceit_s_leff_cuda", "ceit_s_leff", 50, "200-280", 110, backend="cuda"),
     Row("cpvt_s_peg", "cpvt_s_peg", 5, "30-40", 6.5),
     Row("cpvt_s_peg_cuda", "cpvt_s_peg", 5, "30-40", 6.5, backend="cuda"),
     Row("cvt13_stage1_projection", "cvt13_stage1_projection", 16, "55-70 (composition)", 45),
+    Row("cvt13_stage1_projection_cuda", "cvt13_stage1_projection", 16, "55-70 (composition)", 45, backend="cuda"),
     Row("cvt13_stage3_projection", "cvt13_stage3_projection", 12, "40 (composition)", 30),
+    Row("cvt13_stage3_projection_cuda", "cvt13_stage3_projection", 12, "40 (composition)", 30, backend="cuda"),
 )
 """Floors and peers are estimates until a GPU has measured them."""

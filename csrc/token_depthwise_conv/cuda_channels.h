@@ -357,7 +357,8 @@ struct Finish : RowKernel<T, V> {
       if (op.residual) load_wide<T, V>(x.at(image, token, channel), added);
       FASTVIT_UNROLL
       for (int i = 0; i < V; ++i) {
-        value[i] = activate(op.activation, fmaf(value[i] - norm.mean[i], norm.scale[i], norm.bias[i])) + added[i];
+        value[i] = activate<sizeof(T) == 2>(op.activation, fmaf(value[i] - norm.mean[i], norm.scale[i], norm.bias[i])) +
+                   added[i];
       }
       store_narrow<T, V>(value, to);
     });

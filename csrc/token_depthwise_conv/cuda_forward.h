@@ -1,9 +1,11 @@
 // The forward CUDA kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
 // A block computes a tile of outputs of a few channels of one image. It loads the parameters of its channels to shared
-// memory (start), then the input tile with its halo, normalised and activated, in the tensor's own element type (load),
-// and computes the outputs (compute). A thread computes `run` outputs of a row at a time, so that a value read from
-// shared memory is used for several of them, and a tap for all.
+// memory (start), then, where a norm or an activation comes in front, the input tile with its halo, normalised and
+// activated, in the tensor's own element type (load), and computes the outputs (compute). Without them the windows are
+// read where they lie: what they share comes from the L1 cache, and a copy in shared memory took as many instructions
+// as the convolution. A thread computes `run` outputs of a row at a time, so that a value is used for several of them,
+// and a tap for all.
 #pragma once
 
 #include "common/cuda_block_kernel.h"
@@ -41,9 +43,8 @@ FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
 
 // Loads the taps of a block's channels from (C, taps) to shared memory as (taps, channels); zeros beyond the last
 // channel.
-FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channel, int channels, int thread,
+FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int area, int64_t first_channel, int channels, int thread,
                               float* taps) {
-  const int area = static_cast<int>(op.kernel * op.kernel);
   for (int i = thread; i < area * channels; i += kThreads) {
     const int c = i / area, tap = i % area;  // neighbouring threads read neighbouring elements
     const bool exists = first_channel + c < op.channels;
@@ -165,6 +166,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
   void* conv;  // the convolution's result, laid out as out; null if not wanted
   Tiles tiles;
   int halo_height, halo_width;
+  int step_columns;  // that walkers load at a time, a power of two
   int64_t channel_blocks;
 
   // op.out may be null if only conv is wanted.
@@ -177,9 +179,14 @@ struct Forward : BlockKernel, Lanes<T, V> {
     };
     const int64_t width = smaller(divide_up(op.out_width, run), 28 / run) * run;
     choose_tiles(larger(walkers / (width / run), K == 0 ? 8 : 1), width, cut_into, [&] { return shared_bytes(); });
+    for (step_columns = 1; step_columns < walkers && step_columns < halo_width;) step_columns *= 2;
   }
 
   int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks; }
+  // Whether the tile holds x as it is.
+  FASTVIT_DEVICE bool copies() const {
+    return op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none;
+  }
   // Shared memory: the taps, the vectors of channels, the tile.
   FASTVIT_DEVICE int64_t shared_bytes() const {
     return channels * ((taps() + vectors) * static_cast<int64_t>(sizeof(float)) +
@@ -195,21 +202,29 @@ struct Forward : BlockKernel, Lanes<T, V> {
   FASTVIT_DEVICE T* tile_of(const Place& place) const { return reinterpret_cast<T*>(vector_of(place, vectors)); }
 
   struct State {
-    int64_t image, first_channel, first_row, first_column;  // of the outputs
+    int64_t image, first_channel;
+    int first_row, first_column;  // of the outputs
     int lane, walker;
   };
 
   FASTVIT_DEVICE void start(State& state, const Place& place) const {
-    int64_t index = place.block;
-    state.first_channel = index % channel_blocks * channels;
-    index /= channel_blocks;
-    state.first_column = index % tiles.columns * tiles.width;
-    index /= tiles.columns;
-    state.first_row = index % tiles.rows * tiles.height;
-    state.image = index / tiles.rows;
+    // In 32 bits, as the grid is: divisions of 64 take a hundred instructions each.
+    auto index = static_cast<unsigned>(place.block);
+    const auto next = [&](int64_t count) {
+      const unsigned digit = index % static_cast<unsigned>(count);
+      index /= static_cast<unsigned>(count);
+      return static_cast<int>(digit);
+    };
+    state.first_channel = static_cast<int64_t>(next(channel_blocks)) * channels;
+    state.first_column = next(tiles.columns) * tiles.width;
+    state.first_row = next(tiles.rows) * tiles.height;
+    state.image = index;
     state.lane = place.thread % lanes;
     state.walker = place.thread / lanes;
-    load_taps(op, state.first_channel, channels, place.thread, floats(place));
+    if (copies()) {  // which take their time: the parameters are loaded meanwhile
+      for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
+    }
+    load_taps(op, taps(), state.first_channel, channels, place.thread, floats(place));
     for (int i = place.thread; i < channels; i += kThreads) {
       const int64_t channel = state.first_channel + i;
       if (channel >= op.channels) continue;
@@ -222,41 +237,48 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
-  FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
+  // f(where from, whether it exists, where to) for the positions of the tile that the thread loads, column by column.
+  template <class F>
+  FASTVIT_DEVICE void for_each_position(const State& state, const Place& place, const F& f) const {
     const int c = state.lane * V;
     const int64_t channel = state.first_channel + c;
     if (channel >= op.channels) return;  // V divides the channels; nothing reads this lane
-    if (op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none) {
-      // Unrolled by the compiler, so that several loads are in flight.
-      for (int position = state.walker; position < halo_height * halo_width; position += walkers) {
-        const T* from = source(state, position, channel);
-        const Pack<T, V> zeros{};
-        store_pack<T, V>(from != nullptr ? load_pack<T, V>(from) : zeros, tile_of(place) + position * channels + c);
-      }
-      return;
-    }
+    const auto height = static_cast<unsigned>(op.height), width = static_cast<unsigned>(op.width);
+    const int first_y = static_cast<int>(state.first_row * op.stride - op.padding);
+    const int first_x = static_cast<int>(state.first_column * op.stride - op.padding);
+    const int first = state.walker / step_columns, step_rows = walkers / step_columns;
+    const int64_t row_stride = op.width * op.x_token_stride;
+    const T* image = input_of<T>(op).grid(state.image, 0, channel);
     FASTVIT_NO_UNROLL
-    for (int position = state.walker; position < halo_height * halo_width; position += walkers) {
+    for (int column = state.walker % step_columns; column < halo_width; column += step_columns) {
+      const bool inside = static_cast<unsigned>(first_x + column) < width;
+      const T* from = fixed(image + (first_y + first) * row_stride + (first_x + column) * op.x_token_stride);
+      T* to = tile_of(place) + (first * halo_width + column) * channels + c;
+      FASTVIT_NO_UNROLL
+      for (int row = first; row < halo_height; row += step_rows) {
+        f(from, inside && static_cast<unsigned>(first_y + row) < height, to);
+        from += step_rows * row_stride;
+        to += step_rows * halo_width * channels;
+      }
+    }
+  }
+
+  FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
+    if (copies()) return finish_copies();
+    for_each_position(state, place, [&](const T* from, bool exists, T* to) {
+      const int c = state.lane * V;
       float values[V] = {};
-      if (const T* from = source(state, position, channel)) {
+      if (exists) {
         load_wide<T, V>(from, values);
         FASTVIT_UNROLL
         for (int i = 0; i < V; ++i) {
           // Without a norm these are 1 and 0.
           const float n = fmaf(values[i], vector_of(place, pre_scale)[c + i], vector_of(place, pre_shift)[c + i]);
-          values[i] = activate(op.pre_activation, n);
+          values[i] = activate<sizeof(T) == 2>(op.pre_activation, n);
         }
       }
-      store_narrow<T, V>(values, tile_of(place) + position * channels + c);
-    }
-  }
-
-  // The input at a position of the tile; null outside of the map.
-  FASTVIT_DEVICE const T* source(const State& state, int position, int64_t channel) const {
-    const int64_t row = state.first_row * op.stride - op.padding + position / halo_width;
-    const int64_t column = state.first_column * op.stride - op.padding + position % halo_width;
-    if (row < 0 || row >= op.height || column < 0 || column >= op.width) return nullptr;
-    return input_of<T>(op).grid(state.image, row * op.width + column, channel);
+      store_narrow<T, V>(values, to);
+    });
   }
 
   // The blocks of the first tile also copy the prefix tokens.
@@ -265,33 +287,55 @@ struct Forward : BlockKernel, Lanes<T, V> {
     const int64_t channel = state.first_channel + c;
     if (channel >= op.channels) return;
     const auto x = input_of<T>(op);
-    const auto out = contiguous_view<T>(op, op.out, op.out_height * op.out_width);
+    const int64_t tokens = op.out_height * op.out_width;
+    const auto out = contiguous_view<T>(op, op.out, tokens), convs = contiguous_view<T>(op, conv, tokens);
     if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) {
       for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
         store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
       }
     }
+    const T* x_image = fixed(x.grid(state.image, 0, channel));
+    T* out_image = fixed(out.grid(state.image, 0, channel));
+    const int out_width = static_cast<int>(op.out_width), out_height = static_cast<int>(op.out_height);
     const int runs = tiles.width / run, stride = S > 0 ? S : static_cast<int>(op.stride);
     for (int index = state.walker; index < tiles.height * runs; index += walkers) {
-      const int tile_row = index / runs, tile_column = index % runs * run;
-      if (state.first_row + tile_row >= op.out_height) break;
+      const int tile_row = static_cast<int>(static_cast<unsigned>(index) / static_cast<unsigned>(runs));
+      const int tile_column = (index - tile_row * runs) * run;
+      if (state.first_row + tile_row >= out_height) break;
       float sums[run][V];
       FASTVIT_UNROLL
       for (int r = 0; r < run; ++r) load_floats<V>(vector_of(place, bias) + c, sums[r]);
       const T* window = tile_of(place) + (tile_row * stride * halo_width + tile_column * stride) * channels + c;
       convolve<T, V, K, S, run>(static_cast<int>(op.kernel), window, halo_width, channels, floats(place) + c, sums);
-      const int64_t token = (state.first_row + tile_row) * op.out_width + state.first_column + tile_column;
-      const int count = static_cast<int>(smaller(run, op.out_width - state.first_column - tile_column));
-      if (op.activation == Activation::none) {
+      const int column = state.first_column + tile_column, count = out_width - column < run ? out_width - column : run;
+      const int64_t token = static_cast<int64_t>(state.first_row + tile_row) * out_width + column;
+      const Ends ends{fixed(out_image + token * op.channels), fixed(x_image + token * op.x_token_stride)};
+      if (op.activation == Activation::none && conv == nullptr) {
+        if (op.norm.mean.data != nullptr) {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) normalize(place, c, sums[r]);
+        }
+        const bool in_tile = S == 1 && copies();  // then the residual is under the middle tap
+        if (op.residual && in_tile) {
+          const T* middle = window + static_cast<int>(op.padding) * (halo_width + 1) * channels;
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) add<V>(middle + r * channels, sums[r]);
+        }
         FASTVIT_UNROLL
         for (int r = 0; r < run; ++r) {
-          if (r < count) finish_sum<false>(state, place, token + r, channel, c, sums[r]);
+          if (r < count) store(ends, r, op.residual && !in_tile, sums[r]);
         }
       } else {
         // An activation is long code: to have one copy of it, every sum is moved to sums[0] in turn.
         FASTVIT_NO_UNROLL
         for (int r = 0; r < count; ++r) {
-          finish_sum<true>(state, place, token + r, channel, c, sums[0]);
+          if (conv != nullptr) store_narrow<T, V>(sums[0], convs.grid(state.image, token + r, channel));
+          if (op.out != nullptr) {
+            normalize(place, c, sums[0]);
+            FASTVIT_UNROLL
+            for (int i = 0; i < V; ++i) sums[0][i] = activate<sizeof(T) == 2>(op.activation, sums[0][i]);
+            store(ends, r, op.residual, sums[0]);
+          }
           FASTVIT_UNROLL
           for (int next = 1; next < run; ++next) {
             FASTVIT_UNROLL
@@ -302,26 +346,31 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // Finishes a sum and stores it to conv and out.
-  template <bool activated>
-  FASTVIT_DEVICE void finish_sum(const State& state, const Place& place, int64_t token, int64_t channel, int c,
-                                 float (&sum)[V]) const {
-    const int64_t tokens = op.out_height * op.out_width;
-    if (conv != nullptr)
-      store_narrow<T, V>(sum, contiguous_view<T>(op, conv, tokens).grid(state.image, token, channel));
-    if (op.out == nullptr) return;
+  // The first token of a run.
+  struct Ends {
+    T* out;
+    const T* x;
+  };
+
+  FASTVIT_DEVICE int out_step() const { return static_cast<int>(op.channels * static_cast<int64_t>(sizeof(T))); }
+
+  FASTVIT_DEVICE void normalize(const Place& place, int c, float (&sum)[V]) const {
     FASTVIT_UNROLL
-    for (int i = 0; i < V; ++i) {
-      sum[i] = fmaf(sum[i], vector_of(place, scale)[c + i], vector_of(place, shift)[c + i]);
-      if constexpr (activated) sum[i] = activate(op.activation, sum[i]);
-    }
-    if (op.residual) {
-      float values[V];
-      load_wide<T, V>(input_of<T>(op).grid(state.image, token, channel), values);
-      FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) sum[i] += values[i];
-    }
-    store_narrow<T, V>(sum, contiguous_view<T>(op, op.out, tokens).grid(state.image, token, channel));
+    for (int i = 0; i < V; ++i) sum[i] = fmaf(sum[i], vector_of(place, scale)[c + i], vector_of(place, shift)[c + i]);
+  }
+
+  template <int N>
+  FASTVIT_DEVICE static void add(const T* from, float (&sum)[N]) {
+    float values[N];
+    load_wide<T, N>(from, values);
+    FASTVIT_UNROLL
+    for (int i = 0; i < N; ++i) sum[i] += values[i];
+  }
+
+  // Stores the r-th sum of a run to out.
+  FASTVIT_DEVICE void store(const Ends& ends, int r, bool residual, float (&sum)[V]) const {
+    if (residual) add<V>(ends.x + r * op.x_token_stride, sum);
+    store_narrow<T, V>(sum, moved(ends.out, out_step(), r));
   }
 };
 

@@ -118,7 +118,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     for (int i = 0; i < kept_taps; ++i) clear(state.weight[i]);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) bias_sums(place)[place.thread * V + i] = 0.0f;
-    load_taps(op, first_channel(place), channels, place.thread, floats(place));
+    load_taps(op, taps(), first_channel(place), channels, place.thread, floats(place));
     for (int i = place.thread; i < channels; i += kThreads) {
       const int64_t channel = first_channel(place) + i;
       if (channel >= op.channels) continue;
@@ -200,7 +200,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
         FASTVIT_UNROLL
         for (int i = 0; i < V; ++i) {
           if (normalise) t[i] = fmaf(t[i], vector_of(place, pre_scale)[c + i], vector_of(place, pre_shift)[c + i]);
-          t[i] = activate(op.pre_activation, t[i]);
+          t[i] = activate<sizeof(T) == 2>(op.pre_activation, t[i]);
         }
       }
       store_narrow<T, V>(t, t_tile(place) + position * channels + c);

@@ -70,12 +70,6 @@ def _projections(a: Any) -> int:
     return sum(_convolution(a, *part) for part in parts)
 
 
-def _separable(a: Any) -> int:
-    batch, _, rows, columns = _images(a, a.dw_weight, a.stride, a.padding)[1]
-    tokens = batch * (a.prefix_tokens + rows * columns)
-    return _convolution(a, a.dw_weight, a.stride, a.padding) + 2 * tokens * a.pw_weight.numel()
-
-
 def _leff(a: Any) -> int:
     tokens = a.x.shape[0] * a.height * a.width
     return 2 * tokens * (a.up_weight.numel() + a.dw_weight.numel() + a.down_weight.numel())
@@ -104,7 +98,6 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "class_attention_backward": lambda a: 2 * _attention(a),
     "conv_batch_norm": _windows,
     "conv_projection": _projections,
-    "depthwise_separable_conv": _separable,
     "glu_mlp": lambda a: _products(a, a.gate_weight, a.value_weight, a.fc2_weight),
     "head_map_moments": _nothing,
     "head_map_moments_backward": _nothing,

@@ -1,9 +1,8 @@
 """CvT's projections: depthwise convolution of tokens, BatchNorm, linear layer; one of them, or q, k and v of one x.
 
-- ``cpp``, ``cuda``: ``token_depthwise_conv`` by that backend with the norm in it, then a product. For q, k and v at
-  inference ``cpp`` reads x once (``csrc/conv_projection``).
-- ``triton``: the same; at inference, with kernels up to 3 x 3, ``kernels/conv_projection.py``, which never brings the
-  convolution's result into memory.
+- ``cpp``, ``cuda``, ``triton``: ``token_depthwise_conv`` by that backend with the norm in it, then a product, on GPUs
+  the library's: by prediction (``benchmarks/gpu_model``) it takes a third of the time of a kernel that computes the
+  convolution within the product. For q, k and v at inference ``cpp`` reads x once (``csrc/conv_projection``).
 - ``reference``: the functions of the same names in ``fastvit.reference.functional``.
 """
 
@@ -35,15 +34,13 @@ from fastvit.ops._operator import (
     is_dynamo_compiling,
     is_grad_enabled,
 )
-from fastvit.ops._schema import NO_NORM, define, launch, norm_arguments, unpack
-from fastvit.ops.linear import cast_like, linear_dtype, multiply
+from fastvit.ops._schema import NO_NORM, define, norm_arguments
+from fastvit.ops.linear import cast_like, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, Projection
 
 __all__ = ["conv_projection", "depthwise_separable_conv"]
-
-MAX_FUSED_KERNEL = 3  # more taps spill registers
 
 
 class Separable(NamedTuple):
@@ -135,48 +132,7 @@ _together = define(
 _HAS_TOGETHER = {device: backends.extension().has_op("conv_projection", device) for device in ("cpu", "cuda")}
 
 
-def _fake_fused(a: Any) -> Tensor:
-    batch, tokens, _ = convolved(a.x, a.dw_weight, a).shape
-    return a.x.new_empty((batch, tokens, a.pw_weight.shape[0]))
-
-
-_fused = define(
-    "depthwise_separable_conv_triton",
-    f"Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? pw_bias, Tensor? dw_bias, {norm_arguments('dw_norm')}, "
-    "SymInt height, SymInt width, int stride, int padding, int prefix_tokens",
-    "Tensor",
-    _fake_fused,
-).call
-launch("depthwise_separable_conv_triton", "conv_projection", "depthwise_separable_conv_operator", on_tokens=True)
-
-
-def _fits(call: Separable) -> bool:
-    """Whether the fused Triton kernel takes these sizes: its offsets inside an image and in a weight are 32-bit."""
-    c, outputs = call.convolution, call.pw_weight.shape[0]
-    kernel = c.weight.shape[3]
-    padding = kernel // 2 if c.padding is None else c.padding
-    small = (c.x.shape[1] + 64) * outputs < 2**30 and call.pw_weight.numel() < 2**31
-    return kernel <= MAX_FUSED_KERNEL and padding <= kernel // 2 and small
-
-
 # --- Implementations ------------------------------------------------------------------------------------------------
-
-
-def _run_fused(call: Separable) -> Tensor:
-    """By ``kernels/conv_projection.py``, in the dtype that the linear layer takes under autocast."""
-    c, dtype = call.convolution, linear_dtype(call.x)
-    return _fused(
-        c.x.to(dtype),
-        c.weight,
-        call.pw_weight.to(dtype),
-        call.pw_bias,
-        c.bias,
-        *unpack(c.norm),
-        *c.grid,
-        c.stride,
-        c.weight.shape[3] // 2 if c.padding is None else c.padding,
-        c.prefix_tokens,
-    )
 
 
 def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
@@ -191,8 +147,6 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
         norm = call.convolution.norm
         if norm is not None and norm.use_batch_stats:
             _check_separable(call)  # before running statistics move
-        if kernels.name == "triton" and not _trains(call) and _fits(call):
-            return _run_fused(call)
         return multiply(kernels.run(call.convolution), call.pw_weight, call.pw_bias)
 
     def reasons_together(call: Projections, named: bool) -> Iterator[str]:

@@ -2,10 +2,9 @@
 
 - ``cpp``: at inference, where the products are ours, ``csrc/leff``: the norm in front and the first product; the
   convolution with two norms and both GELUs in it; the second product with the last norm and the residual in it.
-- ``cpp`` otherwise, ``cuda``: products around ``token_depthwise_conv`` by that backend, with the first two norms and
-  both GELUs in it.
-- ``triton``: at inference ``kernels/leff.py``, which never brings the convolution's result into memory; in training,
-  and for kernels of more than 3 x 3, as above.
+- ``cpp`` otherwise, ``cuda``, ``triton``: products around ``token_depthwise_conv`` by that backend, with the first two
+  norms and both GELUs in it. On GPUs the products are the library's: by prediction (``benchmarks/gpu_model``) kernels
+  with the convolution within a product of ours take more than twice as long, as they compute it several times.
 - ``reference``: ``fastvit.reference.functional.leff``.
 
 In a composition at inference prefix tokens go through every step with the others, and are put right at the end: that
@@ -33,7 +32,7 @@ from fastvit.ops._checks import (
 )
 from fastvit.ops._operator import AUTO, REFERENCE, Implementation, Operator, gradients_needed, is_dynamo_compiling
 from fastvit.ops._packing import packed
-from fastvit.ops._schema import Registered, define, launch, norm_arguments, unpack
+from fastvit.ops._schema import Registered, define, norm_arguments, unpack
 from fastvit.ops.linear import (
     NO_NORM,
     Mlp,
@@ -49,8 +48,6 @@ from fastvit.reference import functional
 from fastvit.reference.functional import LEFF_FORMS, BatchNorm, LayerNorm
 
 __all__ = ["leff"]
-
-MAX_FUSED_KERNEL = 3  # more taps spill registers
 
 
 class Call(NamedTuple):
@@ -96,16 +93,6 @@ def _check(call: Call) -> None:
 
 # --- Registered operators -------------------------------------------------------------------------------------------
 
-_EPILOGUES = ", ".join(f"Tensor? {part}_bias, {norm_arguments(f'{part}_norm')}" for part in ("up", "dw", "down"))
-_fused = define(
-    "leff_triton",
-    f"Tensor x, Tensor up_weight, Tensor dw_weight, Tensor down_weight, {_EPILOGUES}, "
-    "SymInt height, SymInt width, int prefix_tokens, bool paper",
-    "Tensor",
-    lambda a: a.x.new_empty((*a.x.shape[:2], a.down_weight.shape[0])),
-).call
-launch("leff_triton", "leff", "leff_operator", on_tokens=True)
-
 
 def _define_whole(name: str, layer: str) -> Registered:
     arguments = (
@@ -130,29 +117,6 @@ def _run_compiled(*arguments: Any) -> Tensor:
     values = _leff.Arguments(*arguments)._asdict()
     values |= {f"{name}_packed": packed(values[f"{name}_weight"]) for name in ("up", "down")}
     return _packed_leff.eager(*(values[name] for name in _packed_leff.Arguments._fields))
-
-
-def _fits(call: Call) -> bool:
-    """Whether the fused Triton kernels take these sizes: their offsets inside an image and in a weight are 32-bit."""
-    weights = (call.up_weight, call.down_weight)
-    small = (call.x.shape[1] + 64) * max(weight.shape[0] for weight in weights) < 2**30
-    kernel = call.convolution.weight.shape[3]
-    return kernel <= MAX_FUSED_KERNEL and small and max(weight.numel() for weight in weights) < 2**31
-
-
-def _run_fused(call: Call) -> Tensor:
-    """By ``kernels/leff.py``, in the dtype that the linear layers take under autocast."""
-    x, c = call.x.to(linear_dtype(call.x)), call.convolution
-    epilogues: list[Tensor | float | None] = []
-    for bias, norm in ((call.up_bias, c.pre_norm), (c.bias, c.norm), (call.down_bias, call.down_norm)):
-        epilogues += (bias, *unpack(norm))
-    weights = (weight.to(x.dtype) for weight in (call.up_weight, c.weight, call.down_weight))
-    out = _fused(x, *weights, *epilogues, *c.grid, c.prefix_tokens, call.form == "paper")
-    if c.prefix_tokens and x.dtype != call.x.dtype:
-        out = out.to(torch.promote_types(x.dtype, call.x.dtype))
-        if call.form == "official":
-            out[:, : c.prefix_tokens] = call.x[:, : c.prefix_tokens]
-    return out
 
 
 # --- Implementations ------------------------------------------------------------------------------------------------
@@ -273,8 +237,6 @@ def _by(kernels: Implementation) -> Implementation:
             return _train(call, kernels)
         if form not in LEFF_FORMS or convolution.weight.shape[3] % 2 == 0:
             raise ValueError("form or dw_weight")
-        if kernels.name == "triton" and _fits(call):
-            return _run_fused(call)
         # Every token goes through every step, and the prefix tokens are put right at the end.
         hidden = kernels.run(Convolution(multiply(x, up_weight, up_bias), *convolution[1:]))
         out = multiply(hidden, down_weight, down_bias)

@@ -90,6 +90,15 @@ def test_the_division_that_compilers_write_gives_the_quotient(a, b):
     assert machine.read("R3") is None, "the exclusive or of something unknown"
 
 
+def test_sixty_four_bits_are_looked_at_half_by_half():
+    lines = ("LOP3.LUT P0, RZ, c[0x0][0x210], RZ, RZ, 0xfc, !PT", "LOP3.LUT P0, RZ, c[0x0][0x214], RZ, RZ, 0xfc, P0")
+    for halves in ((1, 0), (0, 1), (0, 0)):
+        machine = warp(*halves)
+        for i in code(*lines):
+            machine.step(i)
+        assert machine.holds("P0") is any(halves)
+
+
 def test_sixty_four_bit_sums_carry():
     machine = warp(-1, 0, 2)
     lines = ("LDC.64 R2, c[0x0][0x210]", "IADD3 R4, P0, R2, c[0x0][0x218], RZ", "IADD3.X R5, R3, RZ, RZ, P0, !PT")
@@ -174,6 +183,26 @@ def test_a_call_is_recorded_with_what_torch_is_asked_for():
     assert found[1].traffic == 4 * q.numel() * 2
 
 
+def test_a_product_of_the_librarys_takes_as_long_as_its_flops_or_its_bytes():
+    x, weight = torch.zeros(4096, 4096, dtype=torch.bfloat16), torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    with launches.recording() as found:
+        torch.nn.functional.linear(x, weight)
+        torch.nn.functional.linear(x, weight[:16])
+    much, little = map(command.predict_launch, found)
+    assert much["limiter"] == "tensor cores"
+    assert much["microseconds"] == pytest.approx(1e6 * 2 * 4096**3 / multiprocessor.PRODUCTS)
+    assert little["limiter"] == "memory"
+
+
+def test_a_composition_has_our_convolution_and_the_librarys_products():
+    if (reason := cuda.missing()) is not None:
+        pytest.skip(reason)
+    found = command.launches_of({row.name: row for row in ROWS}["cvt13_stage3_projection_cuda"], 0)
+    names = [launch.kernel for launch in found]
+    assert [name.startswith("tokens::Forward") for name in names] == [True, False] * 3
+    assert sum(launch.flops for launch in found) == 2 * 64 * (197 + 50 + 50) * 384**2
+
+
 def test_the_loops_of_a_streaming_kernel_are_those_of_its_keys():
     q = torch.zeros(1, 2, 500, 64, dtype=torch.float16)
     with launches.recording() as found:
@@ -188,12 +217,13 @@ def test_the_loops_of_a_streaming_kernel_are_those_of_its_keys():
 
 def test_a_cuda_kernel_is_predicted_or_skipped_with_the_reason(monkeypatch):
     monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
-    (row,) = (row for row in ROWS if row.backend == "cuda")
+    row = {row.name: row for row in ROWS}["cpvt_s_peg_cuda"]
     assert "nvcc" in command.predict_row(row)["skipped"]
     monkeypatch.delenv("CUDACXX")
     if (reason := cuda.missing()) is not None:
         pytest.skip(reason)
-    facts = command.predict_launch(cuda.launch(row.job, 64))
+    (launch,) = command.launches_of(row, 0)
+    facts = command.predict_launch(launch)
     assert facts["grid"] == (64 * 384 // 64, 1, 1) and facts["spilled"] == 0
     assert 3 in facts["loops"]  # rows of the 3x3 window
 

@@ -108,6 +108,20 @@ def test_layouts_scale_and_empty_sizes():
         check(*tokens(batch, 2, queries, keys, 16), bias=torch.randn(1, 2, 1, keys))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_heads_in_16_bits_take_the_tensor_cores(masked, monkeypatch):
+    monkeypatch.setattr(kernels.autotune, "multiprocessors", lambda device: 2)
+    calls = []
+    forward = kernels.masked_attention_forward
+    monkeypatch.setattr(kernels, "masked_attention_forward", lambda *a: calls.append(a) or forward(*a))
+    mask = torch.rand(2, 70) > 0.3 if masked else None
+    check(*tokens(2, 2, 2, 70, 48, torch.float16), mask=mask, config=None)
+    assert len(calls) == 1
+    check(*tokens(1, 2, 2, 70, 48, torch.float16), mask=mask if mask is None else mask[:1], config=None)
+    check(*tokens(2, 2, 2, 20, 48), config=None)
+    assert len(calls) == 1
+
+
 def test_every_shipped_configuration_is_right():
     for block_d, configs in kernels.CONFIGS.items():
         for config in configs:

@@ -59,7 +59,7 @@ def build(case: Case) -> Build:
 
 def dtypes(product: str, target: str) -> list[str]:
     """float16 and bfloat16 differ in the instruction only: the second is compiled for one GPU."""
-    return ["fp32"] if product != "half" else ["bf16", "fp16"] if target == "sm_80" else ["bf16"]
+    return ["fp32"] if product not in ("half", "few") else ["bf16", "fp16"] if target == "sm_80" else ["bf16"]
 
 
 EVERY_CASE = [
@@ -83,7 +83,7 @@ def test_every_head_dimension_and_token_count_has_a_configuration():
     for regular in (True, False):
         for product in ("half", "tf32", "ieee"):
             for head_dim in (1, 16, 33, 48, 64, 65, 128):
-                for num_keys in (1, 50, 197, 577, 100_000):
-                    configs = kernels.choose_configs(product, head_dim, num_keys, regular=regular)
+                for num_queries, num_keys in ((1, 1), (50, 50), (197, 197), (1, 577), (577, 100_000)):
+                    configs = kernels.choose_configs(product, head_dim, num_queries, num_keys, regular=regular)
                     assert all(num_keys <= config.block_n for config in configs if config.one_pass)
                     assert not configs[-1].one_pass, "the last one streams, so it takes any number of keys"

@@ -158,7 +158,7 @@ def test_scale_and_empty_sizes():
 @pytest.mark.parametrize("table", [kernels.REGULAR, kernels.IRREGULAR], ids=["regular", "irregular"])
 def test_every_shipped_configuration_is_right(table):
     for (product, block_d), configs in table.items():
-        dtype = torch.float16 if product == "half" else torch.float32
+        dtype = torch.float16 if product in ("half", "few") else torch.float32
         for config in configs:
             q, k, v = packed(1, 1, 45, block_d - 3, dtype)
             check(q, k, v, mask=torch.rand(1, 45) > 0.3, config=config)
