@@ -1,6 +1,6 @@
 """Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, autotuning.
 
-``python -m benchmarks.gpu`` runs this file and the benchmarks in one go.
+``python -m benchmarks.first_contact`` runs this file and the benchmarks.
 """
 
 from __future__ import annotations
