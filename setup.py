@@ -17,7 +17,7 @@ Environment:
                             errors, each of which ends the process. Python must then have been started with LD_PRELOAD
                             of libasan, libubsan and libstdc++.
     CXX, CXXFLAGS, LDFLAGS  as usual.
-    MAX_JOBS                compilers run at once; default: from cores and free memory.
+    MAX_JOBS                compilers run at once; default: from cores and available memory.
 A value that is none of these ends the build, whatever FASTVIT_BUILD_EXT says.
 """
 
@@ -56,6 +56,7 @@ if SANITIZE and not set(SANITIZE.split(",")) <= set(SANITIZERS):
 _KIND = f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""
 OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}{_KIND}"
 MEMORY_PER_JOB = 1.5  # GiB
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 # -ffast-math never: masks and padding rely on infinities and NaN.
 CXX_FLAGS = [
@@ -354,17 +355,23 @@ def link_flags(toolchain: Toolchain, has_cuda: bool) -> list[str]:
 
 
 def max_jobs() -> int:
-    """How many compilers to run at once: MAX_JOBS, or as cores and free memory allow."""
+    """How many compilers to run at once: MAX_JOBS, or as cores and available memory allow."""
     if asked := os.environ.get("MAX_JOBS"):
         if not asked.isdecimal() or int(asked) < 1:
             raise SystemExit(f"MAX_JOBS: expected a positive integer, got {asked!r}")
         return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (ValueError, OSError):  # macOS does not tell
-        return cores
-    return max(1, min(cores, int(free / MEMORY_PER_JOB)))
+    return max(1, min([cores, *(int(gib / MEMORY_PER_JOB) for gib in available_memory())]))
+
+
+def available_memory() -> Iterator[float]:
+    """GiB that the kernel could give, caches it would drop among them, and those left of a container's limit."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # macOS does not tell
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+        yield int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        yield (limit - used) / 2**30
 
 
 def find_ninja() -> str | None:

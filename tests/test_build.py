@@ -417,6 +417,25 @@ def test_wrong_switch_is_refused(small_source: Path) -> None:
     assert "FASTVIT_BUILD_EXT: expected 0, 1 or unset, got 'yes'" in output
 
 
+@pytest.mark.parametrize(
+    ("available", "limit", "jobs"),
+    [("90000000 kB", "max", 8), ("5000000 kB", "max", 3), ("90000000 kB", "4000000000", 1), ("90000000 kB", "", 8)],
+    ids=["cores", "memory", "container", "no container"],
+)
+def test_compilers_at_once_fit_the_memory(small_source: Path, tmp_path: Path, available: str, limit: str, jobs: int):
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99000000 kB\nMemFree: 100000 kB\nMemAvailable: {available}\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("1000000000\n")
+    program = (
+        "import sys, os, pathlib; sys.argv = ['setup.py', '--version']; __file__ = 'setup.py'\n"
+        "exec(open('setup.py').read()); os.sched_getaffinity = lambda pid: range(8)\n"
+        f"CGROUP = pathlib.Path({str(tmp_path)!r}); MEMINFO = CGROUP / 'meminfo'; print(max_jobs())"
+    )
+    output = run(sys.executable, "-c", program, cwd=small_source, env=clean_environment())
+    assert output.splitlines()[-1] == str(jobs)
+
+
 def test_metadata_needs_no_torch(small_source: Path) -> None:
     hidden = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; exec(open('setup.py').read())"

@@ -1,6 +1,6 @@
 """Every Triton and CUDA operator on a GPU: forward and backward against float64, CUDA graphs, determinism, autotuning.
 
-``python -m benchmarks.first_contact`` runs this file and the benchmarks.
+``python -m benchmarks.first_contact`` runs this file and the benchmarks in one go.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("triton", "cuda")
 BATCH = 3
+DEVICE = "cuda"
+"""Another one where ``test_on_gpu_can_fail.py`` plants faults."""
+BUSY = 4096
+"""Sides of products that keep a stream busy."""
 
 
 def backends_of(op: str) -> list[str]:
@@ -96,7 +100,7 @@ def equal(outputs, others):
 @each_dtype
 @pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
 def test_forward_is_as_accurate_as_the_reference(job, backend, dtype, small):
-    tensors = job.tensors(BATCH, dtype, "cuda", small=small)
+    tensors = job.tensors(BATCH, dtype, DEVICE, small=small)
     with torch.no_grad():
         with poisoned_empty():
             outputs = run(job, tensors, backend)
@@ -108,14 +112,14 @@ def test_forward_is_as_accurate_as_the_reference(job, backend, dtype, small):
 @each_dtype
 @pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
 def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small):
-    check_step(job, job.tensors(BATCH, dtype, "cuda", small=small), lambda t: run(job, t, backend))
+    check_step(job, job.tensors(BATCH, dtype, DEVICE, small=small), lambda t: run(job, t, backend))
 
 
 @each_pair
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_every_autotune_candidate_is_as_accurate(job, backend, place, monkeypatch):
     """At inference, which has kernels of its own, and in training."""
-    tensors = job.tensors(BATCH, torch.bfloat16, "cuda")
+    tensors = job.tensors(BATCH, torch.bfloat16, DEVICE)
 
     def take(name, key, candidates, run):
         return candidates[min(place, len(candidates) - 1)]
@@ -129,7 +133,7 @@ def test_every_autotune_candidate_is_as_accurate(job, backend, place, monkeypatc
 
 @each_pair
 def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backend):
-    first, second = (job.tensors(BATCH, torch.float16, "cuda") for _ in range(2))
+    first, second = (job.tensors(BATCH, torch.float16, DEVICE) for _ in range(2))
     held = {name: tensor.clone() for name, tensor in first.items()}
     with torch.no_grad():
         side = torch.cuda.Stream()
@@ -150,7 +154,7 @@ def test_a_graph_captures_the_forward_and_replays_it_on_other_inputs(job, backen
 @each_pair
 def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
     """Nothing may be measured then, even if no result is known yet."""
-    tensors = job.tensors(BATCH, torch.float16, "cuda", small=True)
+    tensors = job.tensors(BATCH, torch.float16, DEVICE, small=True)
     with torch.no_grad():
         eager = run(job, tensors, backend)  # compiles and loads the kernels, which a capture does not allow
         monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
@@ -172,7 +176,7 @@ def test_a_first_call_may_be_captured(job, backend, monkeypatch, tmp_path):
 @each_pair
 @each_dtype
 def test_results_repeat_to_the_bit_in_deterministic_mode(job, backend, dtype):
-    tensors = job.tensors(BATCH, dtype, "cuda")
+    tensors = job.tensors(BATCH, dtype, DEVICE)
     grads = weights_for(job, tensors)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -184,9 +188,13 @@ def test_results_repeat_to_the_bit_in_deterministic_mode(job, backend, dtype):
             assert torch.equal(tensor, other[name]), name
 
 
-@each_pair
+COMPILED = {(job.op, "training" in job.name, backend): (job, backend) for job, backend in reversed(PAIRS)}
+"""One job an operator and backend, and one of batch statistics: compiling takes long."""
+
+
+@pytest.mark.parametrize(("job", "backend"), list(COMPILED.values()), ids=lambda value: getattr(value, "name", value))
 def test_compiled_in_one_graph_with_gradients(job, backend):
-    tensors = job.tensors(BATCH, torch.float32, "cuda", small=True)
+    tensors = job.tensors(BATCH, torch.float32, DEVICE, small=True)
     run(job, tensors, backend)
     torch.compiler.reset()  # the jobs share the code that is traced, and recompilations of one are limited
     compiled = torch.compile(lambda t: job.call(ops, t, backend=backend), fullgraph=True)
@@ -195,14 +203,14 @@ def test_compiled_in_one_graph_with_gradients(job, backend):
 
 @each_pair
 def test_another_stream_is_used_where_it_is_current(job, backend):
-    tensors = job.tensors(BATCH, torch.float16, "cuda")
+    tensors = job.tensors(BATCH, torch.float16, DEVICE)
     with torch.no_grad():
         eager = run(job, tensors, backend)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             late = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
-            busy = torch.randn(4096, 4096, device="cuda")
+            busy = torch.randn(BUSY, BUSY, device=DEVICE)
             for _ in range(20):
                 busy = torch.softmax(busy @ busy, 1)  # so that work on the default stream would start too early
             for name, tensor in tensors.items():
@@ -218,7 +226,7 @@ def test_another_stream_is_used_where_it_is_current(job, backend):
 def test_the_faster_of_two_kernels_is_measured_once(job, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(autotune, "_chosen", {})
-    tensors = job.tensors(BATCH, torch.float16, "cuda")
+    tensors = job.tensors(BATCH, torch.float16, DEVICE)
     with torch.no_grad():
         for backend in BACKENDS:
             run(job, tensors, backend)
@@ -253,11 +261,11 @@ def test_class_attention_kernels(dtype):
     forward = pytest.importorskip("fastvit.kernels.attention_class", exc_type=ImportError)
     backward = pytest.importorskip("fastvit.kernels.attention_class_backward", exc_type=ImportError)
     for batch, heads, queries, keys, dim in ((1, 8, 1, 197, 48), (64, 8, 1, 197, 48), (2, 6, 2, 1025, 64)):
-        q = torch.randn(batch, heads, queries, dim, device="cuda", dtype=dtype)
-        k, v = torch.randn(batch, keys, 2, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        q = torch.randn(batch, heads, queries, dim, device=DEVICE, dtype=dtype)
+        k, v = torch.randn(batch, keys, 2, heads, dim, device=DEVICE, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
         mask, bias = (
-            torch.rand(batch, 1, 1, keys, device="cuda") > 0.3,
-            torch.randn(1, heads, 1, keys, device="cuda", dtype=dtype),
+            torch.rand(batch, 1, 1, keys, device=DEVICE) > 0.3,
+            torch.randn(1, heads, 1, keys, device=DEVICE, dtype=dtype),
         )
         mask[0] = False
         grad, scale = torch.randn_like(q), dim**-0.5
