@@ -356,10 +356,10 @@ struct Finish : RowKernel<T, V> {
       load_wide<T, V>(from.at(image, token, channel), value);
       if (op.residual) load_wide<T, V>(x.at(image, token, channel), added);
       FASTVIT_UNROLL
-      for (int i = 0; i < V; ++i) {
-        value[i] = activate<sizeof(T) == 2>(op.activation, fmaf(value[i] - norm.mean[i], norm.scale[i], norm.bias[i])) +
-                   added[i];
-      }
+      for (int i = 0; i < V; ++i) value[i] = fmaf(value[i] - norm.mean[i], norm.scale[i], norm.bias[i]);
+      activate_all<T>(op.activation, value);
+      FASTVIT_UNROLL
+      for (int i = 0; i < V; ++i) value[i] += added[i];
       store_narrow<T, V>(value, to);
     });
   }

@@ -265,17 +265,17 @@ struct Forward : BlockKernel, Lanes<T, V> {
 
   FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
     if (copies()) return finish_copies();
+    const int c = state.lane * V;
+    float scales[V], shifts[V];  // without a norm 1 and 0
+    load_floats<V>(vector_of(place, pre_scale) + c, scales);
+    load_floats<V>(vector_of(place, pre_shift) + c, shifts);
     for_each_position(state, place, [&](const T* from, bool exists, T* to) {
-      const int c = state.lane * V;
       float values[V] = {};
       if (exists) {
         load_wide<T, V>(from, values);
         FASTVIT_UNROLL
-        for (int i = 0; i < V; ++i) {
-          // Without a norm these are 1 and 0.
-          const float n = fmaf(values[i], vector_of(place, pre_scale)[c + i], vector_of(place, pre_shift)[c + i]);
-          values[i] = activate<sizeof(T) == 2>(op.pre_activation, n);
-        }
+        for (int i = 0; i < V; ++i) values[i] = fmaf(values[i], scales[i], shifts[i]);
+        activate_all<T>(op.pre_activation, values);
       }
       store_narrow<T, V>(values, to);
     });
@@ -332,8 +332,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
           if (conv != nullptr) store_narrow<T, V>(sums[0], convs.grid(state.image, token + r, channel));
           if (op.out != nullptr) {
             normalize(place, c, sums[0]);
-            FASTVIT_UNROLL
-            for (int i = 0; i < V; ++i) sums[0][i] = activate<sizeof(T) == 2>(op.activation, sums[0][i]);
+            activate_all<T>(op.activation, sums[0]);
             store(ends, r, op.residual, sums[0]);
           }
           FASTVIT_UNROLL
@@ -355,8 +354,11 @@ struct Forward : BlockKernel, Lanes<T, V> {
   FASTVIT_DEVICE int out_step() const { return static_cast<int>(op.channels * static_cast<int64_t>(sizeof(T))); }
 
   FASTVIT_DEVICE void normalize(const Place& place, int c, float (&sum)[V]) const {
+    float scales[V], shifts[V];
+    load_floats<V>(vector_of(place, scale) + c, scales);
+    load_floats<V>(vector_of(place, shift) + c, shifts);
     FASTVIT_UNROLL
-    for (int i = 0; i < V; ++i) sum[i] = fmaf(sum[i], vector_of(place, scale)[c + i], vector_of(place, shift)[c + i]);
+    for (int i = 0; i < V; ++i) sum[i] = fmaf(sum[i], scales[i], shifts[i]);
   }
 
   template <int N>

@@ -200,8 +200,8 @@ struct Gradient : BlockKernel, Lanes<T, V> {
         FASTVIT_UNROLL
         for (int i = 0; i < V; ++i) {
           if (normalise) t[i] = fmaf(t[i], vector_of(place, pre_scale)[c + i], vector_of(place, pre_shift)[c + i]);
-          t[i] = activate<sizeof(T) == 2>(op.pre_activation, t[i]);
         }
+        activate_all<T>(op.pre_activation, t);
       }
       store_narrow<T, V>(t, t_tile(place) + position * channels + c);
     }
