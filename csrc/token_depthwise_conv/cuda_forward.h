@@ -41,14 +41,41 @@ FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
   return {scale, read(norm.bias, channel, 0.0f) - read(norm.mean, channel, 0.0f) * scale};
 }
 
-// Loads the taps of a block's channels from (C, taps) to shared memory as (taps, channels); zeros beyond the last
-// channel.
-FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int area, int64_t first_channel, int channels, int thread,
-                              float* taps) {
-  for (int i = thread; i < area * channels; i += kThreads) {
-    const int c = i / area, tap = i % area;  // neighbouring threads read neighbouring elements
-    const bool exists = first_channel + c < op.channels;
-    taps[tap * channels + c] = exists ? read(op.weight, (first_channel + c) * area + tap, 0.0f) : 0.0f;
+// Loads the taps of a block's channels from (C, area) to shared memory as (area, channels); zeros beyond the last
+// channel. Area: that of the kernel, or 0 if it is known at run time only; then all of a thread's loads are on their
+// way at once.
+template <int Area, int Channels, class P>
+FASTVIT_DEVICE void load_taps_of(const P* weight, int area, int64_t left, int thread, float* taps) {
+  const auto load = [&](int i) {  // neighbouring threads read neighbouring elements
+    return i < area * Channels && i / area < left ? widen(weight[i]) : 0.0f;
+  };
+  const auto store = [&](int i, float tap) {
+    if (i < area * Channels) taps[i % area * Channels + i / area] = tap;
+  };
+  if constexpr (Area > 0) {
+    area = Area;
+    constexpr int rounds = (Area * Channels + kThreads - 1) / kThreads;
+    float values[rounds];
+    FASTVIT_UNROLL
+    for (int n = 0; n < rounds; ++n) values[n] = load(thread + n * kThreads);
+    FASTVIT_UNROLL
+    for (int n = 0; n < rounds; ++n) store(thread + n * kThreads, values[n]);
+  } else {
+    for (int i = thread; i < area * Channels; i += kThreads) store(i, load(i));
+  }
+}
+
+template <int Area, int Channels>
+FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channel, int thread, float* taps) {
+  const int area = static_cast<int>(op.kernel * op.kernel);
+  const int64_t first = first_channel * area, left = op.channels - first_channel;
+  const void* weight = op.weight.data;
+  switch (op.weight.element) {
+    case Element::bfloat16:
+      return load_taps_of<Area, Channels>(static_cast<const BFloat16*>(weight) + first, area, left, thread, taps);
+    case Element::float16:
+      return load_taps_of<Area, Channels>(static_cast<const Half*>(weight) + first, area, left, thread, taps);
+    default: return load_taps_of<Area, Channels>(static_cast<const float*>(weight) + first, area, left, thread, taps);
   }
 }
 
@@ -224,7 +251,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
     if (copies()) {  // which take their time: the parameters are loaded meanwhile
       for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
     }
-    load_taps(op, taps(), state.first_channel, channels, place.thread, floats(place));
+    load_taps<K * K, channels>(op, state.first_channel, place.thread, floats(place));
     for (int i = place.thread; i < channels; i += kThreads) {
       const int64_t channel = state.first_channel + i;
       if (channel >= op.channels) continue;
@@ -295,7 +322,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
       }
     }
     const T* x_image = fixed(x.grid(state.image, 0, channel));
-    T* out_image = fixed(out.grid(state.image, 0, channel));
+    T* out_image = fixed((op.out != nullptr ? out : convs).grid(state.image, 0, channel));
     const int out_width = static_cast<int>(op.out_width), out_height = static_cast<int>(op.out_height);
     const int runs = tiles.width / run, stride = S > 0 ? S : static_cast<int>(op.stride);
     for (int index = state.walker; index < tiles.height * runs; index += walkers) {
