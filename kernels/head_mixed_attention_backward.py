@@ -30,17 +30,28 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._primitives import empty_heads_last
 from fastvit.kernels.head_mixed_attention import (
     finished_maps,
+    gluon_runs,
     mean_over_heads,
     normalised_over_heads,
     post_mixed,
 )
 from fastvit.kernels.head_mixed_attention_configs import Config
-from fastvit.kernels.head_mixed_attention_launch import Problem, as_heads, as_operand, column_blocks, options, programs
+from fastvit.kernels.head_mixed_attention_fold import Post
+from fastvit.kernels.head_mixed_attention_launch import (
+    Problem,
+    as_heads,
+    as_operand,
+    column_blocks,
+    options,
+    programs,
+    shared_limit,
+)
 from fastvit.kernels.head_mixed_attention_maps import (
     Heads,
     Rows,
@@ -420,7 +431,16 @@ def head_mixed_attention_backward(
     post = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dq, d_pre_weight = query_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dk = key_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
-    dv = value_gradients(problem, rows, heads_of_grad)
+    dv = None
+    fits = post_weight is not None and not layer_norm and mask is None and q.dtype != torch.float32
+    if fits and scale > 0 and gluon_runs(q.device):
+        from fastvit.kernels.head_mixed_attention_whole import whole_columns
+
+        mix = Post(post_weight, post_bias, None, None, None, None, 0.0, output_scale)
+        with torch.cuda.device_of(q):
+            dv = whole_columns(problem, rows, heads_of_grad, mix, shared_limit(q.device))
+    if dv is None:
+        dv = value_gradients(problem, rows, heads_of_grad)
     small = (
         gradient if parameter is not None else gradient.new_empty(0)
         for gradient, parameter in zip(post, parameters[2:], strict=True)

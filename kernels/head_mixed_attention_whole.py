@@ -2,7 +2,8 @@
 
     P_g = softmax(scale * q_g k_g^T);  X_h = sum_g weight[h, g] (P_g - 1 / Nk) + bias[h];  out_h = output_scale X_h v_h
 
-and the same with a mix in front of the softmax. A program has 16 queries of one image, all heads and all keys, up to
+and the same with a mix in front of the softmax; and the gradient of v, where queries and keys exchange their roles and
+the softmax's statistics are known. A program has 16 queries of one image, all heads and all keys, up to
 256. Why it looks as it does:
 
 - A mix of twelve heads is 144 multiply-adds a position, and a position's twelve numbers must meet in one thread. So
@@ -31,9 +32,8 @@ import triton
 import triton.language as tl
 from fastvit.kernels._primitives import LOG2_E, empty_heads_last
 from fastvit.kernels.head_mixed_attention_fold import Post, fold
-from fastvit.kernels.head_mixed_attention_launch import as_operand, padded_dim
-from fastvit.kernels.head_mixed_attention_maps import Heads
-from torch import Tensor
+from fastvit.kernels.head_mixed_attention_launch import Problem, as_operand, padded_dim
+from fastvit.kernels.head_mixed_attention_maps import Heads, Rows
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
@@ -65,6 +65,8 @@ class Whole(NamedTuple):
     heads: int
     head_dim: int
     padded_dim: int
+    row_dim: int
+    """Columns that q has in memory: padded or not. It is q that is read once."""
     pre_mix: bool
     warps: int
     pieces: tuple[int, ...]
@@ -108,6 +110,15 @@ def row_layout(warps):
     registers = [*([0, b] for b in _bits(warps)), [8, 0]]
     lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * len(_bits(warps)), [], [16, warps])
+
+
+@triton.constexpr_function
+def column_layout(keys, warps):
+    """A number for each column of a map, in as many threads: [1, keys // 8, warps, 8]."""
+    shape = [1, keys // 8, warps, 8]
+    places = [[0 if axis != at else b for axis in range(4)] for at in (3, 2, 1) for b in _bits(shape[at])]
+    places += [[0, 0, 0, 0]] * (5 + len(_bits(warps)) - len(places))
+    return gl.DistributedLinearLayout([], places[:5], places[5:], [], shape)
 
 
 @triton.constexpr_function
@@ -201,8 +212,8 @@ def keep_queries(q, buffer, last_row, START: tl.constexpr, DEPTH: tl.constexpr, 
     rows = gl.minimum(index(16, 0, 3, LAYOUT), last_row).to(gl.int64)
     columns = START + index(4, 1, 3, LAYOUT) * (DEPTH // 4) + index(DEPTH // 4, 2, 3, LAYOUT)
     pointers = q + (rows * PLAN.q_strides[1] + columns)
-    if PLAN.head_dim < START + DEPTH:
-        tile = tl.load(pointers, mask=(columns < PLAN.head_dim) & (rows >= 0), other=0)
+    if PLAN.row_dim < START + DEPTH:
+        tile = tl.load(pointers, mask=(columns < PLAN.row_dim) & (rows >= 0), other=0)
     else:
         tile = tl.load(pointers)
     pairs = gl.permute(gl.reshape(tile, [16, 4, DEPTH // 8, 2]), (0, 2, 1, 3))
@@ -448,24 +459,13 @@ def store_result(
     tl.store(out + offsets, tile.to(out.dtype.element_ty), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_keys"])
-def whole_rows_kernel(q, k, v, mixes, out, q_step, k_step, v_step, num_queries, num_keys, PLAN: tl.constexpr):
-    """The result of one block of queries."""
+@gluon.jit
+def mix_and_multiply(out, centred, mixes, v, last_row, last_key, PLAN: tl.constexpr):
+    """The finished maps, and their product with v."""
     HEADS: tl.constexpr = PLAN.heads
     COUNT: tl.constexpr = len(PLAN.pieces)
     PRODUCT: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [PLAN.warps, 1, 1], [1, 16, 8])
-    dtype: tl.constexpr = q.dtype.element_ty
-    blocks = gl.cdiv(num_queries, 16)
-    first_row = gl.program_id(0) % blocks * 16
-    b = (gl.program_id(0) // blocks).to(gl.int64)
-    last_row = num_queries - 1 - first_row
-    last_key = num_keys - 1
-    q += b * q_step + first_row.to(gl.int64) * PLAN.q_strides[1]
-    k += b * k_step
-    v += b * v_step
-    out += (b * num_queries + first_row) * PLAN.out_strides[1]
-
-    centred = centred_maps(q, k, mixes, last_row, last_key, PLAN)
+    dtype: tl.constexpr = v.dtype.element_ty
     ROUNDS: tl.constexpr = (PLAN.heads + PLAN.warps - 1) // PLAN.warps
     mixed = ()
     for _ in gl.static_range(ROUNDS):
@@ -515,15 +515,112 @@ def whole_rows_kernel(q, k, v, mixes, out, q_step, k_step, v_step, num_queries, 
             store_result(out, accs[j], last_row, r * PLAN.warps, 32 * j, 32 if j < WIDE else 16, PLAN)
 
 
+@gluon.jit
+def kept_shifts(maximum, inverse, pre_bias, last, PLAN: tl.constexpr):
+    """What is added to base-2 logits, so that exp2 gives P, in shared memory: a tuple of pieces times heads.
+
+    A thread's accumulators lie in many columns: loaded from global memory, their numbers would crowd the registers.
+    """
+    HEADS: tl.constexpr = PLAN.heads
+    COUNT: tl.constexpr = len(PLAN.pieces)
+    IN_ORDER: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    kept = ()
+    for i in gl.static_range(COUNT):
+        for h in gl.static_range(HEADS):
+            shift = shift_of_columns(maximum + h * (last + 1), inverse + h * (last + 1), last, i, PLAN)
+            if pre_bias is not None:
+                shift += tl.load(pre_bias + h).to(gl.float32) * LOG2_E
+            kept = kept + (
+                gl.allocate_shared_memory(gl.float32, [1, PLAN.pieces[i] // 8, PLAN.warps, 8], IN_ORDER, shift),
+            )
+    return kept
+
+
+@gluon.jit
+def shift_of_columns(maximum, inverse, last, i: tl.constexpr, PLAN: tl.constexpr):
+    """-log2 of the sum of exp2 for each column of piece i; out of bounds the last is repeated."""
+    LAYOUT: tl.constexpr = column_layout(PLAN.pieces[i], PLAN.warps)
+    TILES: tl.constexpr = PLAN.pieces[i] // 8
+    columns = index(TILES, 1, 4, LAYOUT) * (8 * PLAN.warps) + index(PLAN.warps, 2, 4, LAYOUT) * 8
+    columns = first_key_of(PLAN.pieces, i, PLAN.warps) + columns + index(8, 3, 4, LAYOUT)
+    columns = gl.minimum(columns, last)
+    return gl.log2(tl.load(inverse + columns)) - tl.load(maximum + columns) * LOG2_E
+
+
+@gluon.jit
+def transposed_maps(q, k, mixes, maximum, inverse, last_query, last_row, num_keys, PLAN: tl.constexpr):
+    """P^T - 1 / Nk for 16 keys, by the statistics of the softmax, (H, Nq): a tuple of heads times pieces."""
+    HEADS: tl.constexpr = PLAN.heads
+    COUNT: tl.constexpr = len(PLAN.pieces)
+    keys = kept_queries(k, last_row, PLAN)
+    shifts = kept_shifts(maximum, inverse, mixes.pre_bias, last_query, PLAN)
+    scale = tl.cast(mixes.scale, gl.float32) * LOG2_E
+    centre = 1.0 / num_keys.to(gl.float32)
+    found = ()
+    for i in gl.static_range(COUNT):
+        logits = ()
+        if PLAN.pre_mix:
+            for g in gl.static_range(HEADS):
+                logits = logits + (scores(keys, q, last_query, g, i, PLAN),)
+        for h in gl.static_range(HEADS):
+            if PLAN.pre_mix:
+                tiles = mixed_logits(logits, mixes.pre_weight, h, PLAN)
+            else:
+                tiles = scores(keys, q, last_query, h, i, PLAN)
+            shift = shifts[i * HEADS + h].load(map_layout(PLAN.pieces[i], PLAN.warps))
+            found = found + (packed(gl.exp2(tiles * scale + shift) - centre),)
+    centred = ()
+    for h in gl.static_range(HEADS):
+        for i in gl.static_range(COUNT):
+            centred = centred + (found[i * HEADS + h],)
+    return centred
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys"])
+def whole_rows_kernel(q, k, v, mixes, out, q_step, k_step, v_step, num_queries, num_keys, PLAN: tl.constexpr):
+    """The result of one block of queries."""
+    blocks = gl.cdiv(num_queries, 16)
+    first_row = gl.program_id(0) % blocks * 16
+    b = (gl.program_id(0) // blocks).to(gl.int64)
+    last_row = num_queries - 1 - first_row
+    last_key = num_keys - 1
+    q += b * q_step + first_row.to(gl.int64) * PLAN.q_strides[1]
+    k += b * k_step
+    v += b * v_step
+    out += (b * num_queries + first_row) * PLAN.out_strides[1]
+
+    centred = centred_maps(q, k, mixes, last_row, last_key, PLAN)
+    mix_and_multiply(out, centred, mixes, v, last_row, last_key, PLAN)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys"])
+def whole_columns_kernel(
+    q, k, grad, mixes, maximum, inverse, dv, q_step, k_step, grad_step, num_queries, num_keys, PLAN: tl.constexpr
+):
+    """dv of one block of keys: queries and keys exchange their roles, and the softmax is known."""
+    blocks = gl.cdiv(num_keys, 16)
+    first_row = gl.program_id(0) % blocks * 16
+    b = (gl.program_id(0) // blocks).to(gl.int64)
+    last_row = num_keys - 1 - first_row
+    last_query = num_queries - 1
+    q += b * q_step
+    k += b * k_step + first_row.to(gl.int64) * PLAN.q_strides[1]
+    grad += b * grad_step
+    dv += (b * num_keys + first_row) * PLAN.out_strides[1]
+    row = b * (PLAN.heads * num_queries)
+    centred = transposed_maps(q, k, mixes, maximum + row, inverse + row, last_query, last_row, num_keys, PLAN)
+    mix_and_multiply(dv, centred, mixes, grad, last_row, last_query, PLAN)
+
+
 # --- Launching ------------------------------------------------------------------------------------------------------
 
 
-MAX_HELD = 192
+MAX_HELD = 168
 """Registers of a thread for the maps."""
 
 
 def plan_for(
-    heads: int, keys: int, head_dim: int, pre_mix: bool, shared_limit: int, strides: Callable[[], tuple[Any, ...]]
+    heads: int, keys: int, head_dim: int, row_dim: int, pre_mix: bool, shared_limit: int, strides: Callable[[], Any]
 ) -> Whole | None:
     """The settings for a call, or None where the maps do not fit the registers or the shared memory.
 
@@ -534,12 +631,12 @@ def plan_for(
     for warps in (4, 8):
         tiles = triton.cdiv(keys, 8 * warps)
         pieces = tuple(8 * n for n in (8, 4, 2, 1) if tiles & n)
-        # The packed maps; beside them, with a mix in front of the softmax, the scores of a piece in float32.
-        registers = heads * max(2 * tiles, pieces[0] * 3 // 4 if pre_mix else 0)
+        # The packed maps; with a mix in front of the softmax, a piece of them beside its scores in float32.
+        registers = heads * max(2 * tiles, pieces[0] * 5 // 8 if pre_mix else 0)
         shared = triton.cdiv(heads, warps) * warps * 16 * tiles * 8 * warps * 2
         if registers <= MAX_HELD and shared < shared_limit:
             steps = triton.cdiv(keys, 16)
-            return Whole(heads, head_dim, padded_dim(head_dim), pre_mix, warps, pieces, steps, *strides())
+            return Whole(heads, head_dim, padded_dim(head_dim), row_dim, pre_mix, warps, pieces, steps, *strides())
     return None
 
 
@@ -572,7 +669,7 @@ def whole_rows(
         operands.extend((as_operand(k), as_operand(v)))
         return tuple(tensor.stride()[1:3] for tensor in (q, *(each.pointer for each in operands), out))
 
-    plan = plan_for(heads, num_keys, head_dim, pre_weight is not None, shared_limit, strides)
+    plan = plan_for(heads, num_keys, head_dim, head_dim, pre_weight is not None, shared_limit, strides)
     if plan is None:
         return None
     keys, values = operands
@@ -583,3 +680,27 @@ def whole_rows(
         q.stride(0), keys.stride_b, values.stride_b, num_queries, num_keys, PLAN=plan, num_warps=plan.warps,
     )  # fmt: skip
     return out
+
+
+def whole_columns(problem: Problem, rows: Rows, grad: Heads, post: Post, shared_limit: int) -> Tensor | None:
+    """dv, or None where the maps do not fit; ``rows`` has the statistics, ``post`` the mix of ``problem``."""
+    batch, heads, num_queries, num_keys = problem.shape
+    dv = problem.new_heads(num_keys)
+    operands = (problem.k, problem.q, grad)
+    mixes = problem.mixes
+
+    def strides() -> tuple[Any, ...]:
+        return tuple(tensor.stride()[1:3] for tensor in (*(each.pointer for each in operands), dv))
+
+    row_dim = padded_dim(problem.head_dim)
+    pre_mix = mixes.pre_weight is not None
+    plan = plan_for(heads, num_queries, problem.head_dim, row_dim, pre_mix, shared_limit, strides)
+    if plan is None:
+        return None
+    folded = fold(post, missing=0.0 if mixes.centre else 1.0 / num_keys, sized=True)
+    whole_columns_kernel[(batch * triton.cdiv(num_keys, 16),)](
+        problem.q.pointer, problem.k.pointer, grad.pointer,
+        Folded(mixes.pre_weight, mixes.pre_bias, mixes.scale, *folded), rows.maximum, rows.inverse, dv,
+        problem.q.stride_b, problem.k.stride_b, grad.stride_b, num_queries, num_keys, PLAN=plan, num_warps=plan.warps,
+    )  # fmt: skip
+    return dv

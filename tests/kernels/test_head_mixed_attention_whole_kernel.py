@@ -8,12 +8,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import head_mixed_attention as forward
+from fastvit.kernels import head_mixed_attention_backward as backward
 from fastvit.kernels import head_mixed_attention_whole as whole
 
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
-from tests.kernels.test_head_mixed_attention_kernel import EPS, NAMES, make_parts, make_qkv, plain, to
+from tests.kernels.test_head_mixed_attention_kernel import EPS, NAMES, make_parts, make_qkv, plain, to, with_gradients
 
 pytestmark = pytest.mark.interpreter
 
@@ -122,6 +123,27 @@ def test_layouts(layout, one_pass):
     out, reference, exact = run(q, k, v, make_parts("re", 3, torch.float16))
     assert one_pass[0] is not None
     assert_as_accurate(out, reference, exact, name="out")
+
+
+@HALF
+@pytest.mark.parametrize(
+    ("kind", "heads", "queries", "keys", "dim"), [("re", 5, 35, 18, 33), ("talking", 4, 70, 7, 16)]
+)
+def test_gradient_of_v(kind, heads, queries, keys, dim, dtype, one_pass, monkeypatch):
+    monkeypatch.setattr(backward, "gluon_runs", lambda _: True)
+    monkeypatch.setattr(backward, "shared_limit", lambda _: LIMIT)
+    q, k, v = make_qkv(2, heads, queries, keys, dim, dtype)
+    parts, grad = make_parts(kind, heads, dtype), torch.randn(2, heads, queries, dim).to(dtype)
+    mixes = [parts[name] for name in NAMES]
+    settings = (EPS, parts["layer_norm"], parts["output_scale"], False, None, dim**-0.5)
+    with poisoned_empty():
+        _, _, dv, *_ = backward.head_mixed_attention_backward(grad, q, k, v, *mixes, *settings)
+    assert one_pass[0] is not None
+    assert dv.transpose(1, 2).is_contiguous()
+    reference, oracle = (
+        with_gradients(q, k, v, parts, None, dim**-0.5, grad, each)["v"] for each in (dtype, torch.float64)
+    )
+    assert_as_accurate(dv, reference, oracle, name="v")
 
 
 def test_a_call_that_does_not_fit_takes_two_passes(one_pass):
