@@ -34,6 +34,7 @@ from fastvit.kernels._primitives import LOG2_E, empty_heads_last
 from fastvit.kernels.head_mixed_attention_fold import Post, fold
 from fastvit.kernels.head_mixed_attention_launch import Problem, as_operand, padded_dim
 from fastvit.kernels.head_mixed_attention_maps import Heads, Rows
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
