@@ -23,7 +23,7 @@ from tests.kernels.test_head_mixed_attention_compiled import Recorder, type_of
 pytestmark = pytest.mark.slow
 
 SPILLED = 512
-"""Bytes of a thread, at most: a hundred of eight thousand instructions. Half the maps a program would cost far more."""
+"""Bytes of a thread, at most: a hundred of eight thousand instructions. Half the maps a program would cost more."""
 
 LIMITS = {"sm_80": SMALLEST_SHARED, "sm_90": LARGE_SHARED}
 
