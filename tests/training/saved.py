@@ -27,6 +27,7 @@ def nodes(outputs: list[Tensor]) -> Iterator[object]:
 
 def kept(model: nn.Module, x: Tensor) -> dict[int, Tensor]:
     """By address, what a forward of ``model`` leaves in memory for the backward; parameters and the input are not."""
+    model(x)  # products are measured when a size is first seen, and what they keep is not the model's
     found: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
         outputs = pytree.tree_leaves(model(x))
