@@ -2,6 +2,7 @@
 
 from fastvit import backends, losses, ops, patching, reference
 from fastvit._version import __version__
+from fastvit.graphs import Captured, capture
 from fastvit.ops._packing import release_memory
 from fastvit.patching import (
     Explanation,
@@ -27,6 +28,7 @@ from fastvit.reference.transform import transform
 from fastvit.reference.weights import LoadReport, load_weights
 
 __all__ = [
+    "Captured",
     "Explanation",
     "FoldedNormalization",
     "Fused",
@@ -35,6 +37,7 @@ __all__ = [
     "ReportRow",
     "__version__",
     "backends",
+    "capture",
     "create_model",
     "explain",
     "fold_normalization",

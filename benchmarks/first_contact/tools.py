@@ -32,6 +32,7 @@ FIRST_CACHED = ("fastvit", "triton")
 
 SUITE = (
     "tests/kernels/test_on_gpu.py",
+    "tests/test_graphs.py",
     "tests/ops/test_token_depthwise_conv_cuda.py",
     "tests/compat/test_running.py",
     "tests/compat/test_state.py",
