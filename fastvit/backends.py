@@ -269,12 +269,15 @@ def triton_reasons(device: torch.device) -> list[str]:
     return [f"Triton kernels run on CUDA and ROCm devices, not on {device.type} (TRITON_INTERPRET=1 interprets them)"]
 
 
-@torch.compiler.assume_constant_result
 def chip_of(device: torch.device) -> str:
     """The kind of a GPU, "sm_90" or "gfx942"."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler here.
+chip_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unproven_reasons(op: str, backend: str, device: torch.device) -> list[str]:
