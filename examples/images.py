@@ -226,7 +226,7 @@ def _shards(data: str, val_data: str | None, samples: int | None, classes: int |
         if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise OptionError(f"{option}: there is no file {missing[0]}")
     if samples is None or classes is None:
-        labels = [_label(sample) for sample in _samples(train)]
+        labels = [_label(sample) for sample in shard_samples(train)]
         samples = len(labels) if samples is None else samples
         classes = max(labels, default=-1) + 1 if classes is None else classes
     if not samples:
@@ -234,7 +234,7 @@ def _shards(data: str, val_data: str | None, samples: int | None, classes: int |
     return Source(train, val, [str(label) for label in range(classes)], samples)
 
 
-def _samples(urls: list[str], shuffled: random.Random | None = None) -> Iterator[dict[str, Any]]:
+def shard_samples(urls: list[str], shuffled: random.Random | None = None) -> Iterator[dict[str, Any]]:
     """The samples of shards, in order or drawn out of a buffer: dicts of bytes by suffix."""
     import webdataset
 
@@ -242,6 +242,11 @@ def _samples(urls: list[str], shuffled: random.Random | None = None) -> Iterator
     if shuffled is not None:
         stages.append(webdataset.shuffle(BUFFER, rng=shuffled))
     return iter(webdataset.DataPipeline(*stages))
+
+
+def picture_suffix(sample: dict[str, Any]) -> str | None:
+    """Under which the sample has its picture; None where it has none."""
+    return next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in sample), None)
 
 
 def _label(sample: dict[str, Any]) -> int:
@@ -256,10 +261,10 @@ def _label(sample: dict[str, Any]) -> int:
 
 def _decoded(sample: dict[str, Any], prepare: Prepare) -> tuple[Tensor, int]:
     name = f"{sample['__key__']} of {sample['__url__']}"
-    for suffix in SUFFIXES:
-        if suffix[1:] in sample:
-            return prepare(open_picture(sample[suffix[1:]], name)), _label(sample)
-    raise OptionError(f"--data: {name} holds no picture ({', '.join(SUFFIXES)})")
+    suffix = picture_suffix(sample)
+    if suffix is None:
+        raise OptionError(f"--data: {name} holds no picture ({', '.join(SUFFIXES)})")
+    return prepare(open_picture(sample[suffix], name)), _label(sample)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -317,7 +322,7 @@ class Streamed(IterableDataset):
         urls = [self.urls[i] for i in np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.urls))]
         for turn in itertools.count():
             shuffled = random.Random(int(np.random.default_rng((self.seed, 2, epoch, stream, turn)).integers(2**62)))
-            samples = _samples(urls[stream::streams], shuffled)
+            samples = shard_samples(urls[stream::streams], shuffled)
             first = next(samples, None)
             if first is None:
                 raise OptionError(f"--data: expected samples for each worker, got none in {urls[stream::streams]}")
@@ -334,7 +339,7 @@ class StreamedOnce(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         urls = self.urls if worker is None else self.urls[worker.id :: worker.num_workers]
-        return (_decoded(sample, self.prepare) for sample in _samples(urls)) if urls else iter(())
+        return (_decoded(sample, self.prepare) for sample in shard_samples(urls)) if urls else iter(())
 
 
 def training_batches(

@@ -64,14 +64,14 @@ def parsed(options: Sequence[str]) -> dict[str, Any]:
 
 def build(
     name: str,
-    classes: int,
+    classes: int | None,
     *,
     size: int | None = None,
     drop_path: float = 0.0,
     options: Sequence[str] = (),
     pretrained: bool = False,
 ) -> nn.Module:
-    """A plain model with ``classes`` classes and ``pretrained_cfg``, with fresh weights or timm's.
+    """A plain model with ``classes`` classes (None: its own) and ``pretrained_cfg``, with fresh weights or timm's.
 
     Raises:
         OptionError: no such model, an option it does not know, or a size that it cannot take.
@@ -89,7 +89,9 @@ def build(
         variant, settings = SMALL.get(name, (name, {}))
         if size is not None:
             extra["img_size"] = size
-        model = fastvit.create_model(variant, fused=False, num_classes=classes, **{**settings, **extra})
+        if classes is not None:
+            extra["num_classes"] = classes
+        model = fastvit.create_model(variant, fused=False, **{**settings, **extra})
     except (TypeError, ValueError) as error:
         hint = f"; expected {NAMES}" if "unknown model" in str(error) else ""
         raise OptionError(f"--model {name}: {error}{hint}") from error
@@ -107,7 +109,7 @@ def timm_module(name: str, option: str) -> Any:
         raise OptionError(f"{option}: needs timm, which cannot be imported here ({error}): pip install timm") from error
 
 
-def _of_timm(name: str, classes: int, size: int | None, extra: dict[str, Any], pretrained: bool) -> nn.Module:
+def _of_timm(name: str, classes: int | None, size: int | None, extra: dict[str, Any], pretrained: bool) -> nn.Module:
     timm = timm_module("timm", "--model")
     if not timm.is_model(name):
         raise OptionError(f"--model: timm {timm.__version__} has no model {name!r}")
@@ -149,6 +151,58 @@ def from_checkpoint(path: Path, option: str) -> tuple[nn.Module, dict[str, Any]]
     model = build(run["model"], len(facts["classes"]), size=run["size"], options=run["model_options"])
     model.load_state_dict(part(tensors, "ema") or part(tensors, "model"))
     return model, facts
+
+
+def trained(
+    name: str,
+    weights: str | None = None,
+    *,
+    classes: Path | None = None,
+    size: int | None = None,
+    options: Sequence[str] = (),
+    head: str = "load",
+) -> tuple[nn.Module, list[str]]:
+    """A plain model with trained weights, in evaluation mode, and the names of its classes.
+
+    Args:
+        name: the checkpoint of a run, or what :func:`build` takes; timm downloads its weights where none are given.
+        weights: a file, as ``fastvit.load_weights`` reads it. head: "skip" if the classes do not matter.
+        classes: a file with a name in each line; numbers, or the run's names, if not given.
+
+    Raises:
+        OptionError: no such model, no weights, weights of another model, or another number of names than of classes.
+    """
+    try:
+        names = None if classes is None else classes.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--classes: {error}") from error
+    if name.endswith(".safetensors"):
+        for option, value in (("--weights", weights), ("--size", size), ("--model-options", options)):
+            if value:
+                raise OptionError(f"{option}: the checkpoint of a run has its own, got {value}")
+        model, facts = from_checkpoint(Path(name), "--model")
+        names = facts["classes"] if names is None else names
+    elif weights is not None:
+        count = None if names is None or head == "skip" else len(names)
+        model = build(name, count, size=size, options=options)
+        try:
+            fastvit.load_weights(model, weights, head=head)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise OptionError(f"--weights: {error}") from error
+    elif name.startswith("timm/"):
+        try:
+            model = build(name, None, size=size, options=options, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise OptionError(f"--model: timm has no weights for {name} ({error}); --weights names a file") from error
+    else:
+        build(name, None, size=size, options=options)  # a wrong name is told first
+        raise OptionError(f"--weights: expected a file with the weights of {name}, got none")
+    count = model[-1].out_features if isinstance(model, ConvNet) else model.num_classes
+    if names is None:
+        names = [str(number) for number in range(count)]
+    elif head == "load" and len(names) != count:
+        raise OptionError(f"--classes: expected {count} names, one a line, got {len(names)}")
+    return model.eval().requires_grad_(False), names
 
 
 def teacher(name: str, classes: int, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
