@@ -241,11 +241,13 @@ def stream(command: Sequence[str], seconds: float, tell: Tell, environment: Mapp
 
     The status is -1 where it did not end in time; what it had printed by then is given, too.
     """
+    # Else a pytest within a worker of another takes itself for one.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     with tempfile.TemporaryFile() as output:
         with subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "FASTVIT_CONTACT_ROWS": str(tell.rows), **environment},
+            env={**inherited, "FASTVIT_CONTACT_ROWS": str(tell.rows), **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from benchmarks.gpu_model import cuda
 from benchmarks.gpu_model.launch import Launch, size_of, tensors_of
 from benchmarks.gpu_model.machine_code import Binary, disassemble
-from fastvit import autotune, backends
+from fastvit import backends
 from fastvit.ops._operator import Operator
 from fastvit.ops._schema import REGISTERED
 from fastvit.ops.token_depthwise_conv import convolved
@@ -162,7 +162,7 @@ def recording(configuration: int = 0) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch("fastvit.autotune.choose", choose))
         stack.enter_context(mock.patch("fastvit.autotune.multiprocessors", return_value=MULTIPROCESSORS))
         stack.enter_context(mock.patch.object(backends, "TRITON_INTERPRETED", True))  # takes tensors on the CPU
-        stack.enter_context(mock.patch.object(backends, "REQUESTED", frozenset(autotune.GPU_BACKENDS)))
+        stack.enter_context(mock.patch.object(backends, "REQUESTED", frozenset(backends.GPU_KERNELS)))
         projections = importlib.import_module("fastvit.ops.conv_projection")
         stack.enter_context(mock.patch.dict(projections._HAS_TOGETHER, cpu=False))  # that is the CPU's kernel
         stack.enter_context(mock.patch.object(Operator, "__call__", call))

@@ -263,9 +263,9 @@ def test_a_goals_row_is_judged_and_set_beside_its_prediction():
 
 CSV = """==PROF== Connected to process 1
 "ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","1","head_mixed_attention_kernel","GPU Speed Of Light Throughput","Duration","us","150.2"
-"0","1","head_mixed_attention_kernel","Launch Statistics","Registers Per Thread","register/thread","192"
-"0","1","head_mixed_attention_kernel","Launch Statistics","","",""
+"0","1","whole_rows_kernel","GPU Speed Of Light Throughput","Duration","us","150.2"
+"0","1","whole_rows_kernel","Launch Statistics","Registers Per Thread","register/thread","192"
+"0","1","whole_rows_kernel","Launch Statistics","","",""
 ==PROF== Disconnected
 """
 
@@ -283,7 +283,7 @@ def test_counters_are_read_or_their_absence_told(monkeypatch, status, output, ke
     monkeypatch.setattr(tools, "_tool", lambda name: f"/bin/{name}")
     (row,) = tools.counters("deepvit_s", CPU, Rows())
     assert row[key] == value
-    assert row["predicted"]["kernel"] == row["kernel"] == "head_mixed_attention_kernel"
+    assert row["predicted"]["kernel"] == row["kernel"] == "whole_rows_kernel"
     assert "counted" in summarise([{"step": "counters", "item": "deepvit_s", **row}])
 
 

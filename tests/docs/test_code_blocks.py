@@ -48,15 +48,17 @@ def name_of(page: Path) -> str:
 @pytest.fixture
 def afterwards_as_before(kernels_first) -> Iterator[None]:
     """What a page may change for the whole process is put back."""
-    registered, built, modules = dict(REGISTERED), building.fused_when_built(), set(sys.modules)
+    registered, built = dict(REGISTERED), building.fused_when_built()
+    auto = sys.modules.pop("fastvit.auto", None)  # which enables itself when it is imported first
+    vars(fastvit).pop("auto", None)
     yield
     REGISTERED.clear()
     REGISTERED.update(registered)
     building.fuse_when_built(built)
-    for name in set(sys.modules) - modules:
-        if name == "fastvit.auto":  # which enables itself when it is imported
-            del sys.modules[name]
-            delattr(fastvit, "auto")
+    sys.modules.pop("fastvit.auto", None)
+    vars(fastvit).pop("auto", None)
+    if auto is not None:
+        sys.modules["fastvit.auto"] = fastvit.auto = auto
     torch._dynamo.reset()
 
 
