@@ -118,7 +118,7 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     for (int i = 0; i < kept_taps; ++i) clear(state.weight[i]);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) bias_sums(place)[place.thread * V + i] = 0.0f;
-    load_taps<0, channels>(op, first_channel(place), place.thread, floats(place));  // no register is left for more
+    load_taps<K * K, channels>(op, first_channel(place), place.thread, floats(place));
     for (int i = place.thread; i < channels; i += kThreads) {
       const int64_t channel = first_channel(place) + i;
       if (channel >= op.channels) continue;
