@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -257,7 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def stop(number: int, frame: Any) -> None:
         """LitServe ends by KeyboardInterrupt; its forked processes come here when they have ended by themselves."""
-        raise KeyboardInterrupt if os.getpid() == own else SystemExit(0)
+        if os.getpid() != own:
+            raise SystemExit(0)
+        # The thread that ends the server where a worker has died asks this each time, and would take what comes now,
+        # the end of all workers, for that.
+        server._shutdown_event = threading.Event()
+        server._shutdown_event.set()
+        raise KeyboardInterrupt
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, stop)
