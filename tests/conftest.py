@@ -38,6 +38,12 @@ LONGEST = ("test_build.py", "test_sanitizers.py", "test_head_mixed_attention_ker
 """Files of few tests that compile or interpret for minutes."""
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws as it is imported depends on no module in front of it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(SEED)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: a process of several runs files whole, and one begun last leaves the others without work."""
     tests = Counter(item.path for item in items)
