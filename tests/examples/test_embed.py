@@ -167,6 +167,7 @@ def test_parquet(kind, folder, weights, tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that end with their parent are Linux's")
 def test_killed_on_two_processes_and_taken_up_by_others(folder, weights, tmp_path, monkeypatch):
     """By torchrun, ended in the middle by a signal that nothing can catch; then on three."""
     out = tmp_path / "out"
@@ -174,7 +175,9 @@ def test_killed_on_two_processes_and_taken_up_by_others(folder, weights, tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     halting = tmp_path / "halting.py"  # each process reads three pictures, and would then for ever read the next
     halting.write_text(
-        "import itertools, sys, time\nfrom examples import embed\nread, count = embed.open_picture, itertools.count()\n"
+        "import ctypes, itertools, sys, time\n"
+        "ctypes.CDLL(None).prctl(1, 9)\n"  # torchrun's processes have sessions of their own, and would outlive it
+        "from examples import embed\nread, count = embed.open_picture, itertools.count()\n"
         "embed.open_picture = lambda *given: (time.sleep(3600 * (next(count) > 2)), read(*given))[1]\n"
         "sys.exit(embed.main())\n"
     )
