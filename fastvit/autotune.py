@@ -83,8 +83,6 @@ HOPELESS = 1.25
 INTERPRETER_MULTIPROCESSORS = 4
 """Few programs for Triton's interpreter, since each is slow."""
 
-"""The implementations that :func:`fastest` compares."""
-
 INPUT_DEPENDENT_FIELDS = ("grid", "prefix_tokens")
 """Fields of a call that change with the image size: the token bucket represents them in a key."""
 

@@ -165,26 +165,6 @@ class RecognisedConvolution(Recognised):
     fastvit_op, fastvit_looks_for = "token_depthwise_conv", "convolution"
 
 
-class RecognisedMaskedAndMore(RecognisedMasked):
-    fastvit_looks_for = "all"
-
-
-class RecognisedClassAndMore(RecognisedClass):
-    fastvit_looks_for = "all"
-
-
-class RecognisedMixedAndMore(RecognisedMixed):
-    fastvit_looks_for = "all"
-
-
-class RecognisedMlpAndMore(RecognisedMlp):
-    fastvit_looks_for = "all"
-
-
-class RecognisedGluMlpAndMore(RecognisedGluMlp):
-    fastvit_looks_for = "all"
-
-
 _decisions: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool | int | str | autotune.Race]] = (
     weakref.WeakKeyDictionary()
 )
@@ -214,11 +194,7 @@ OVERRIDES: dict[str, type[Recognised]] = {
     "token_depthwise_conv": RecognisedConvolution,
 }
 OVERRIDES_OF_SEVERAL: dict[str, type[Recognised]] = {
-    "masked_attention": RecognisedMaskedAndMore,
-    "class_attention": RecognisedClassAndMore,
-    "head_mixed_attention": RecognisedMixedAndMore,
-    "mlp": RecognisedMlpAndMore,
-    "glu_mlp": RecognisedGluMlpAndMore,
+    op: type(f"{each.__name__}AndMore", (each,), {"fastvit_looks_for": "all"}) for op, each in OVERRIDES.items()
 }
 """For modules in whose own forward chains of several kinds stand; by the operator of the first kind here."""
 

@@ -35,7 +35,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x > 700 else math.exp(x)
 
 
 _KNOWN: dict[str | None, Callable[[float], float]] = {

@@ -8,11 +8,20 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from benchmarks.first_contact.processes import Step, send
 
 MODULE = "tests.benchmarks.contact_steps"
 FOREVER = 3600.0
+HANGS_IN = "CONTACT_HANGS_IN"
+"""The environment variable with the folder in which an item that is about to hang leaves a file."""
+
+
+def about_to_hang() -> None:
+    """Tell a test whose clock then goes on by more than an item may take."""
+    if HANGS_IN in os.environ:
+        Path(os.environ[HANGS_IN], str(os.getpid())).touch()
 
 
 class OutOfResources(Exception):  # noqa: N818 - Triton's
@@ -46,6 +55,7 @@ def mixed(item, options, tell):
     if item == "segfaults":
         ctypes.string_at(0)
     if item == "hangs":
+        about_to_hang()
         subprocess.run([sys.executable, "-c", f"import time; time.sleep({FOREVER})"], check=False)
     if item == "prints":
         sys.stdout.buffer.write(b"\xff\x00 not JSON\n" * 10)
@@ -91,6 +101,8 @@ def busy_items(options):
 
 def busy(item, options, tell):
     """Rows without an end: each is in time, all are not."""
+    if item == "endless":
+        about_to_hang()
     while item == "endless":
         send(tell.rows, {"row": {"value": 1}})
         time.sleep(0.01)
