@@ -298,7 +298,7 @@ def plan_units(toolchain: Toolchain) -> list[Unit]:
                 command = [*base, f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]]
                 units.append(Unit(source, OBJECTS / f"{name}.{isa}.o", command))
         else:
-            extra = binding_flags(toolchain) if source.stem == "bindings" else []
+            extra = binding_flags(toolchain) if source.stem in PYTHON_FILES else []
             units.append(Unit(source, OBJECTS / f"{name}.o", [*base, *has_isas, *extra]))
     for source in sorted(CSRC.glob("*/cuda*.cu")) if toolchain.nvcc else []:
         name = source.relative_to(CSRC).with_suffix("")
@@ -306,8 +306,11 @@ def plan_units(toolchain: Toolchain) -> list[Unit]:
     return units
 
 
+PYTHON_FILES = "bindings", "snapshot"
+
+
 def binding_flags(toolchain: Toolchain) -> list[str]:
-    """Only the binding file sees Python, pybind11 and the build's description."""
+    """Only these files see Python, pybind11 and the build's description."""
     import pybind11
 
     return [

@@ -10,6 +10,7 @@
 
 #include "common/isa.h"
 #include "common/torch_abi.h"
+#include "snapshot.h"
 
 namespace py = pybind11;
 
@@ -105,6 +106,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_info", &cpu_info, "Who made this CPU, the instruction sets it can run, and the one in use.");
   module.def("fingerprint", &fingerprint, "A hash of 64 values spread over a matrix in memory, strides in elements.");
   module.def("operators", &operators, "(operator, dispatch key) of every kernel in this binary.");
+  py::class_<fastvit::Snapshot>(module, "Snapshot", "What objects and some dictionaries of theirs were like.")
+      .def(py::init<const py::iterable&, const py::iterable&>(), py::arg("objects"), py::arg("dictionaries"))
+      .def("holds", &fastvit::Snapshot::holds, "Whether nothing was set, added, removed or replaced since.");
   module.def("_set_cpu_capability", &fastvit::set_cpu_isa, py::arg("name"),
              "Changes the instruction set in use (for tests); ValueError if this CPU cannot run it.");
 }

@@ -236,22 +236,27 @@ MEDDLING: dict[str, Meddle] = {
 }
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["after_patch", "before_patch"])
+@pytest.mark.parametrize("when", ["before_patch", "after_patch", "after_calls"])
 @pytest.mark.parametrize("kind", MEDDLING)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_whoever_meddles_with_a_part_is_heard(name, kind, late):
+def test_whoever_meddles_with_a_part_is_heard(name, kind, when):
     case = make(name)
     for part in case.parts():
         logs: tuple[list[str], list[str]] = ([], [])
         plain, block = copy.deepcopy(case.block), copy.deepcopy(case.block)
         MEDDLING[kind](plain, part, logs[0])
-        if late:
-            MEDDLING[kind](patch(block), part, logs[1])
-        else:
+        if when == "before_patch":
             MEDDLING[kind](block, part, logs[1])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nothing may be left to fuse
                 patch(block)
+        else:
+            patch(block)
+            if when == "after_calls":  # which are replayed from the third one on
+                with torch.no_grad():
+                    for _ in range(3):
+                        case.run(block)
+            MEDDLING[kind](block, part, logs[1])
         with torch.no_grad():
             expected, got = case.run(plain), case.run(block)
         assert logs[0] == logs[1], part

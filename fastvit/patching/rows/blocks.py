@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastvit import ops
 from fastvit.ops._operator import any_autocast, is_dynamo_compiling
 from fastvit.patching.fusion import Fused, Parts, are_plain, fused_backend, is_fused, is_ours, parts_of, plain_class
+from fastvit.patching.replay import permanent, replayed
 from fastvit.patching.rows.parts import activation_name, dropout_p
 from fastvit.reference.functional import LayerNorm
 from fastvit.reference.layers import DropPath
@@ -58,10 +59,15 @@ class BlockOverride(Fused):
     mlps: ClassVar[tuple[type[nn.Module], ...]]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        backend = whole_backend(self, x)
-        if backend is None or not (adds_attention(self, backend) and adds_mlp(self, backend)):
-            return plain_class(self).forward(self, x, mask)
-        return add_mlp(self, add_attention(self, x, mask, backend), backend)
+        out = replayed(self, _run_whole, x, mask)
+        return plain_class(self).forward(self, x, mask) if out is None else out
+
+
+def _run_whole(block: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or not (adds_attention(block, backend) and adds_mlp(block, backend)):
+        return None
+    return add_mlp(block, add_attention(block, x, mask, backend), backend)
 
 
 def parts_of_attention(*linears: str) -> Parts:
@@ -130,7 +136,7 @@ def _inverse_of_factor(block: Any, x: Tensor) -> Tensor | None:
             made = torch.full((x.shape[2],), 1.0 / factor, dtype=x.dtype, device=x.device)
         if not real or type(made) is not Tensor:
             return made
-        _constants[key] = made
+        _constants[key] = permanent(made)
     return _constants[key]
 
 

@@ -27,13 +27,13 @@ class Head(NamedTuple):
         methods: of the model's class, as they were when it was first seen.
         between: the code of those functions that may stand between the model's forward and the block.
         blocks: the path of the nn.Sequential in which the block stands last; None where the model calls it itself.
-        reads: given the model, the block and its backend, how many tokens are read; None: all may be.
+        reads: given the model and the block, how many tokens are read; None: all may be.
     """
 
     methods: dict[str, Any]
     between: frozenset[CodeType]
     blocks: str | None
-    reads: Callable[[Any, nn.Module, str], int | None]
+    reads: Callable[[Any, nn.Module], int | None]
 
 
 _CALLS = frozenset(function.__code__ for function in (nn.Module._call_impl, nn.Module._wrapped_call_impl))
@@ -54,7 +54,7 @@ def all_tokens() -> Iterator[None]:
         _all.reset(token)
 
 
-def count_read(block: nn.Module, backend: str, know: Callable[[Any], Head | None]) -> int | None:
+def count_read(block: nn.Module, know: Callable[[Any], Head | None]) -> int | None:
     """How many of the first tokens are read of what a block gives, whose forward calls this; None: all may be.
 
     Args:
@@ -74,7 +74,7 @@ def count_read(block: nn.Module, backend: str, know: Callable[[Any], Head | None
             head = None if model is None else _head_of(model, code, know)
             if head is not None:
                 as_known = head.between.issuperset(passed) and _stands_last(head, model, block, holders)
-                return _count(head, model, block, backend) if as_known else None
+                return _count(head, model, block) if as_known else None
             passed.append(code)
         frame = frame.f_back
     return None
@@ -105,12 +105,12 @@ def _stands_last(head: Head, model: nn.Module, block: nn.Module, holders: list[A
     return last is block and not any(other is block for other in others)
 
 
-def _count(head: Head, model: Any, block: nn.Module, backend: str) -> int | None:
+def _count(head: Head, model: Any, block: nn.Module) -> int | None:
     plain = plain_class(model)
     own = any(getattr(plain, name, None) is not method for name, method in head.methods.items())
     if own or not model.__dict__.keys().isdisjoint(head.methods):
         return None
-    return None if model.training else head.reads(model, block, backend)
+    return None if model.training else head.reads(model, block)
 
 
 def methods_of(plain: Any, names: tuple[str, ...], known_names: frozenset[str]) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from fastvit import ops
 from fastvit.ops._operator import is_dynamo_compiling
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
 from fastvit.patching.normalization import NormalizingConv2d
+from fastvit.patching.replay import replayed
 from fastvit.patching.rows.blocks import (
     BlockOverride,
     add_attention,
@@ -230,10 +231,15 @@ class ReferenceBlockOverride(BlockOverride):
     mlps = (Mlp,)
 
     def forward_first(self, x: Tensor, mask: Tensor | None = None, *, count: int) -> Tensor:
-        backend = first_backend(self, x)
-        if backend is None or not (adds_attention(self, backend) and adds_mlp(self, backend)):
-            return plain_class(self).forward_first(self, x, mask, count=count)
-        return add_mlp(self, add_attention_to_first(self, x, mask, backend, count), backend)
+        out = replayed(self, _run_first, x, mask, count)
+        return plain_class(self).forward_first(self, x, mask, count=count) if out is None else out
+
+
+def _run_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor | None:
+    backend = first_backend(block, x)
+    if backend is None or not (adds_attention(block, backend) and adds_mlp(block, backend)):
+        return None
+    return add_mlp(block, add_attention_to_first(block, x, mask, backend, count), backend)
 
 
 class ConvBlockOverride(Fused):
@@ -245,26 +251,38 @@ class ConvBlockOverride(Fused):
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
-        backend = whole_backend(self, x)
-        if backend is None or not (adds_attention(self, backend, _CONV_ATTENTION) and adds_mlp(self, backend)):
-            return plain_class(self).forward(self, x, grid, mask)
-        attention = self.attn
-        heads = (split_heads(attention, part)[0] for part in attention.project(self.norm1(x), grid))
-        return add_mlp(self, add_projection(self, x, attention.attend(*heads, mask), backend), backend)
+        out = replayed(self, _run_conv_block, x, grid, mask)
+        return plain_class(self).forward(self, x, grid, mask) if out is None else out
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
-        backend = first_backend(self, x)
-        known = backend and adds_attention(self, backend, _CONV_ATTENTION) and adds_mlp(self, backend)
-        if not (backend and known and _passes_first(self.attn, count, backend)):
-            return plain_class(self).forward_first(self, x, grid, mask, count=count)
-        attention, first, normed = self.attn, x[:, :count], self.norm1(x)
-        settings = {"grid": grid, "prefix_tokens": attention.prefix_tokens, "backend": backend}
-        q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=backend)
-        parts = (_projection(attention, name)._asdict() for name in "kv")
-        k, v = (ops.depthwise_separable_conv(normed, **part, **settings) for part in parts)
-        heads = (split_heads(attention, part)[0] for part in (q, k, v))
-        out = attention.attend(*heads, mask_of_first(mask, count))
-        return add_mlp(self, add_projection(self, first, out, backend), backend)
+        out = replayed(self, _run_first_of_conv_block, x, grid, mask, count)
+        return plain_class(self).forward_first(self, x, grid, mask, count=count) if out is None else out
+
+
+def _run_conv_block(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or not (adds_attention(block, backend, _CONV_ATTENTION) and adds_mlp(block, backend)):
+        return None
+    attention = block.attn
+    heads = (split_heads(attention, part)[0] for part in attention.project(block.norm1(x), grid))
+    return add_mlp(block, add_projection(block, x, attention.attend(*heads, mask), backend), backend)
+
+
+def _run_first_of_conv_block(
+    block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None, count: int
+) -> Tensor | None:
+    backend = first_backend(block, x)
+    known = backend and adds_attention(block, backend, _CONV_ATTENTION) and adds_mlp(block, backend)
+    if not (backend and known and _passes_first(block.attn, count, backend)):
+        return None
+    attention, first, normed = block.attn, x[:, :count], block.norm1(x)
+    settings = {"grid": grid, "prefix_tokens": attention.prefix_tokens, "backend": backend}
+    q = ops.linear(normed[:, :count], attention.proj_q.weight, attention.proj_q.bias, backend=backend)
+    parts = (_projection(attention, name)._asdict() for name in "kv")
+    k, v = (ops.depthwise_separable_conv(normed, **part, **settings) for part in parts)
+    heads = (split_heads(attention, part)[0] for part in (q, k, v))
+    out = attention.attend(*heads, mask_of_first(mask, count))
+    return add_mlp(block, add_projection(block, first, out, backend), backend)
 
 
 def _passes_first(attention: Any, count: int, backend: str) -> bool:
@@ -285,29 +303,45 @@ class LeFFBlockOverride(Fused):
     attentions = (Attention,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        out = replayed(self, _run_leff_block, x, grid, mask)
+        if out is not None:
+            return out
         backend = whole_backend(self, x)
         if backend is None or not adds_attention(self, backend):
             return plain_class(self).forward(self, x, grid, mask)
         x = add_attention(self, x, mask, backend)
-        leff = self.leff
-        if not (_reads_leff(self, backend) and len(self.norm2.normalized_shape) == 1):
-            return x + leff(self.norm2(x), grid)
-        settings = {"grid": grid, "prefix_tokens": leff.prefix_tokens, "form": leff.form}
-        around = {"norm": LayerNorm.of(self.norm2), "residual": x}
-        return ops.leff(x, **leff_arguments(leff), **settings, **around, backend=backend)
+        return x + self.leff(self.norm2(x), grid)
 
     def forward_first(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None, *, count: int) -> Tensor:
-        backend = first_backend(self, x)
-        if backend is None or not (adds_attention(self, backend) and _skips_leff(self, backend, count)):
-            return plain_class(self).forward_first(self, x, grid, mask, count=count)
-        x = add_attention_to_first(self, x, mask, backend, count)
-        return x + self.norm2(x) if self.leff.form == "official" else x
+        out = replayed(self, _run_first_of_leff_block, x, mask, count)
+        return plain_class(self).forward_first(self, x, grid, mask, count=count) if out is None else out
+
+
+def _run_leff_block(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or not (adds_attention(block, backend) and _reads_leff(block, backend)):
+        return None
+    leff = block.leff
+    x = add_attention(block, x, mask, backend)
+    settings = {"grid": grid, "prefix_tokens": leff.prefix_tokens, "form": leff.form}
+    around = {"norm": LayerNorm.of(block.norm2), "residual": x}
+    return ops.leff(x, **leff_arguments(leff), **settings, **around, backend=backend)
+
+
+def _run_first_of_leff_block(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor | None:
+    backend = first_backend(block, x)
+    if backend is None or not (adds_attention(block, backend) and _skips_leff(block, backend, count)):
+        return None
+    x = add_attention_to_first(block, x, mask, backend, count)
+    return x + block.norm2(x) if block.leff.form == "official" else x
 
 
 def _reads_leff(block: Any, backend: str) -> bool:
     """Whether the LeFF, and the norm in front of it, may be read."""
     leff = block.leff
     if not (are_plain(block, _NORM_2) and is_fused(leff, backend, LeFF) and are_plain(leff, _CONVOLUTIONS)):
+        return False
+    if len(block.norm2.normalized_shape) != 1:
         return False
     norms = (leff.bn1, leff.bn2, leff.bn3) if leff.with_bn else ()
     return all(is_plain(norm, nn.BatchNorm2d) for norm in norms)
@@ -338,12 +372,21 @@ class PyramidBlockOverride(Fused):
     mlps = (Mlp,)
 
     def forward(self, x: Tensor, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+        out = replayed(self, _run_pyramid_block, x, grid, mask)
+        if out is not None:
+            return out
         backend = whole_backend(self, x)
         if backend is None or not adds_mlp(self, backend):
             return plain_class(self).forward(self, x, grid, mask)
-        if not (adds_attention(self, backend, _REDUCED_ATTENTION) and _reduces(self.attn)):
-            return add_mlp(self, x + self.attn(self.norm1(x), grid, mask), backend)
-        return add_mlp(self, _add_reduced_attention(self, x, grid, mask, backend), backend)
+        return add_mlp(self, x + self.attn(self.norm1(x), grid, mask), backend)
+
+
+def _run_pyramid_block(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    whole = backend and adds_mlp(block, backend) and adds_attention(block, backend, _REDUCED_ATTENTION)
+    if not (backend and whole and _reduces(block.attn)):
+        return None
+    return add_mlp(block, _add_reduced_attention(block, x, grid, mask, backend), backend)
 
 
 _REDUCED_ATTENTION = parts_of_attention("q", "kv")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
+from fastvit.patching.replay import replayed
 from fastvit.patching.rows.blocks import whole_backend
 from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
@@ -263,19 +264,23 @@ class BlockOverride(Fused):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        backend = None if masked else whole_backend(self, x)
-        if backend is None or not (_adds_attention(self, backend) and _adds_mlp(self, backend)):
-            return plain_class(self).forward(self, x, *args, **kwargs)
-        attention, mlp = self.attn, self.mlp
-        attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
-        layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
-        first, second = (getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2))
-        out, count = layer_of(attention.proj), count_read(self, backend, _head)
-        x = add_attention(x, self.norm1, layers, heads, attend, out, backend, first, count)
-        return add_mlp(x, self.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, second)
+        out = None if masked else replayed(self, _run_whole, x, count_read(self, _head))
+        return plain_class(self).forward(self, x, *args, **kwargs) if out is None else out
 
 
-def _reads_class_tokens(model: Any, block: nn.Module, backend: str) -> int | None:
+def _run_whole(block: Any, x: Tensor, count: int | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or not (_adds_attention(block, backend) and _adds_mlp(block, backend)):
+        return None
+    attention, mlp = block.attn, block.mlp
+    attend = functools.partial(ops.masked_attention, scale=attention.scale, backend=backend)
+    layers, heads = [layer_of(attention.qkv)], Heads(attention.num_heads, attention.head_dim)
+    first, second = (getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2))
+    x = add_attention(x, block.norm1, layers, heads, attend, layer_of(attention.proj), backend, first, count)
+    return add_mlp(x, block.norm2, (mlp.fc1, activation_name(mlp.act), mlp.fc2), backend, second)
+
+
+def _reads_class_tokens(model: Any, block: nn.Module) -> int | None:
     """1, or 2 of a distilled DeiT, where nobody but the head sees what the last block gives."""
     norm, blocks = model._modules.get("norm"), model._modules.get("blocks")
     seen_by_head_alone = (
@@ -285,7 +290,7 @@ def _reads_class_tokens(model: Any, block: nn.Module, backend: str) -> int | Non
         and _path(type(norm)) in _NORMS
         and is_plain(norm, type(norm))
         and is_plain(blocks, nn.Sequential)
-        and is_fused(block, backend)
+        and is_fused(block, getattr(block, "fastvit_backend", ""))
     )
     return (2 if hasattr(model, "head_dist") else 1) if seen_by_head_alone else None
 

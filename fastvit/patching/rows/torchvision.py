@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, parts_of, plain_class
+from fastvit.patching.replay import replayed
 from fastvit.patching.rows.blocks import whole_backend
 from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
@@ -35,9 +36,9 @@ class EncoderBlockOverride(Fused):
     fastvit_op = "masked_attention"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torchvision's name)
-        backend = whole_backend(self, input)
-        if backend is not None and input.dim() == 3 and _runs_whole(self, backend):
-            return _run_whole(self, input, backend, count_read(self, backend, _head))
+        out = replayed(self, _run_whole, input, count_read(self, _head))
+        if out is not None:
+            return out
         attention, backend = self.self_attention, fused_backend(self)
         if backend is None or not attends_plainly(attention) or input.dim() != 3:
             return plain_class(self).forward(self, input)
@@ -68,7 +69,10 @@ def _runs_whole(block: Any, backend: str) -> bool:
 _AROUND = parts_of({"ln_1": nn.LayerNorm, "ln_2": nn.LayerNorm, "dropout": nn.Dropout})
 
 
-def _run_whole(block: Any, x: Tensor, backend: str, count: int | None) -> Tensor:
+def _run_whole(block: Any, x: Tensor, count: int | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or x.dim() != 3 or not _runs_whole(block, backend):
+        return None
     attention = block.self_attention
     fused = functools.partial(ops.masked_attention, backend=backend)
     layers, heads = [(attention.in_proj_weight, attention.in_proj_bias)], Heads(attention.num_heads, attention.head_dim)
@@ -77,12 +81,12 @@ def _run_whole(block: Any, x: Tensor, backend: str, count: int | None) -> Tensor
     return add_mlp(x, block.ln_2, (block.mlp[0], activation_name(block.mlp[1]), block.mlp[3]), backend)
 
 
-def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None:
+def _reads_class_token(model: Any, block: nn.Module) -> int | None:
     """1 where nobody but the heads sees what the last block gives."""
     encoder = model._modules.get("encoder")
     if not is_plain_of(encoder, "torchvision") or not are_plain(encoder, _ENDS_OF_ENCODER):
         return None
-    return 1 if is_fused(block, backend) else None
+    return 1 if is_fused(block, getattr(block, "fastvit_backend", "")) else None
 
 
 _ENDS_OF_ENCODER = parts_of({"ln": nn.LayerNorm, "layers": nn.Sequential})

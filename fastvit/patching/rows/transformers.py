@@ -25,6 +25,7 @@ from fastvit.patching.fusion import (
     parts_of,
     plain_class,
 )
+from fastvit.patching.replay import replayed
 from fastvit.patching.rows.blocks import whole_backend
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
 from fastvit.patching.rows.mlps import Layers
@@ -172,17 +173,22 @@ class BlockOverride(Fused):
     fastvit_needs = ("attention", "mlp")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        backend = None if _asks_for_more(kwargs) else whole_backend(self, hidden_states)
-        if backend is None or not _runs_whole(self, attention_mask, backend):
-            return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs)
-        attention, mlp = self.attention, self.mlp
-        mask, bias = as_mask_and_bias(attention_mask)
-        settings = {"mask": mask, "bias": bias, "scale": attention.scaling, "backend": backend}
-        attend = functools.partial(ops.masked_attention, **settings)
-        layers = [layer_of(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        heads, out = Heads(attention.num_attention_heads, attention.head_dim), layer_of(attention.o_proj)
-        x = add_attention(hidden_states, self.layernorm_before, layers, heads, attend, out, backend)
-        return add_mlp(x, self.layernorm_after, (mlp.fc1, activation_name(mlp.activation_fn), mlp.fc2), backend)
+        out = None if _asks_for_more(kwargs) else replayed(self, _run_whole, hidden_states, attention_mask)
+        return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs) if out is None else out
+
+
+def _run_whole(block: Any, x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    backend = whole_backend(block, x)
+    if backend is None or not _runs_whole(block, attention_mask, backend):
+        return None
+    attention, mlp = block.attention, block.mlp
+    mask, bias = as_mask_and_bias(attention_mask)
+    settings = {"mask": mask, "bias": bias, "scale": attention.scaling, "backend": backend}
+    attend = functools.partial(ops.masked_attention, **settings)
+    layers = [layer_of(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    heads, out = Heads(attention.num_attention_heads, attention.head_dim), layer_of(attention.o_proj)
+    x = add_attention(x, block.layernorm_before, layers, heads, attend, out, backend)
+    return add_mlp(x, block.layernorm_after, (mlp.fc1, activation_name(mlp.activation_fn), mlp.fc2), backend)
 
 
 def _runs_whole(block: Any, mask: Tensor | None, backend: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvit import ops
 from fastvit.patching.fusion import Fused, Row, are_plain, fused_backend, is_fused, names_used, parts_of, plain_class
+from fastvit.patching.replay import replayed
 from fastvit.patching.rows.blocks import whole_backend
 from fastvit.patching.rows.ends import Head, count_read, methods_of
 from fastvit.patching.rows.halves import Heads, add_attention, add_mlp, layer_of
@@ -130,10 +131,13 @@ class TransformerOverride(Fused):
     fastvit_op = "linear"
 
     def forward(self, x: Tensor) -> Tensor:
+        count = count_read(self, _head)
+        out = replayed(self, _run_whole, x, count)
+        if out is not None:
+            return out
         backend = whole_backend(self, x)
         if backend is None or x.dim() != 3:
             return plain_class(self).forward(self, x)
-        count = count_read(self, backend, _head)
         for place, (attention, feed_forward) in enumerate(self.layers, 1 - len(self.layers)):
             read = _is_read_mlp(feed_forward, backend)
             first = count if place == 0 and read else None
@@ -143,11 +147,28 @@ class TransformerOverride(Fused):
         return self.norm(x) if "norm" in self._modules else x
 
 
-def _reads_class_token(model: Any, block: nn.Module, backend: str) -> int | None:
+def _run_whole(transformer: Any, x: Tensor, count: int | None) -> Tensor | None:
+    """Where every part of every block is read."""
+    backend, norm = whole_backend(transformer, x), transformer._modules.get("norm")
+    if backend is None or x.dim() != 3 or not is_plain(norm, nn.LayerNorm, type(None)):
+        return None
+    if not all(_is_read(first, backend) and _is_read_mlp(second, backend) for first, second in transformer.layers):
+        return None
+    for place, (attention, feed_forward) in enumerate(transformer.layers, 1 - len(transformer.layers)):
+        x = _add_attention(attention, x, backend, count if place == 0 else None)
+        x = _add_mlp(feed_forward, x, backend)
+    return x if norm is None else norm(x)
+
+
+def _reads_class_token(model: Any, block: nn.Module) -> int | None:
     """1 where nobody but the head sees what the transformer gives."""
     norm, transformer = block._modules.get("norm"), model._modules.get("transformer")
     reads = model.pool == "cls" and model._modules.get("mlp_head") is not None
-    last = transformer is block and is_fused(block, backend) and is_plain(norm, nn.LayerNorm, type(None))
+    last = (
+        transformer is block
+        and is_fused(block, getattr(block, "fastvit_backend", ""))
+        and is_plain(norm, nn.LayerNorm, type(None))
+    )
     return 1 if reads and last else None
 
 
