@@ -7,37 +7,46 @@ namespace {
 constexpr int kOuterColumns = kLanes == 16 ? 4 : 2;
 constexpr int outer_rows(int columns) { return kLanes == 16 ? (columns < 4 ? 8 : 6) : 6; }
 
-// For one panel of kR rows.
+// The panels from `panel` on that have kR rows; returns the first that has not. factor: in memory, since the loop has
+// no register for it.
 template <int kR, int kC>
-FASTVIT_INLINE void multiply_panel(int64_t depth, const float* a, const float* b, Vec factor, float* out,
-                                   int64_t partial, bool accumulate) {
-  for (int64_t first = 0; first < depth || first == 0; first += partial) {
-    const float* rows = b + first * kC * kLanes;
-    Vec sums[kR][kC];
+FASTVIT_NOINLINE int64_t multiply_panels_of(Split panels, int64_t panel, int64_t panel_words, int64_t depth,
+                                            const float* a, const float* b, const float& factor, float* out,
+                                            int64_t partial, bool accumulate) {
+  a += panel * panel_words;
+  int64_t begin = panels.begin(panel);
+  do {
+    float* const panel_out = out + begin * kC * kLanes;
+    for (int64_t first = 0; first < depth || first == 0; first += partial) {
+      const float* rows = b + first * kC * kLanes;
+      Vec sums[kR][kC];
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
+      for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
-    }
-    product(
-        smaller(depth - first, partial), a + first * kRows, kRows,
-        [&](int64_t k, int c) { return Vec::load(rows + (k * kC + c) * kLanes); }, sums);
+        for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
+      }
+      product(
+          smaller(depth - first, partial), a + first * kRows, kRows,
+          [&](int64_t k, int c) { return Vec::load(rows + (k * kC + c) * kLanes); }, sums);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
+      for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) {
-        float* to = out + (r * kC + c) * kLanes;
-        const Vec before = first == 0 && !accumulate ? Vec::fill(0.0f) : Vec::load(to);
-        fma(sums[r][c], factor, before).store(to);
+        for (int c = 0; c < kC; ++c) {
+          float* to = panel_out + (r * kC + c) * kLanes;
+          const Vec before = first == 0 && !accumulate ? Vec::fill(0.0f) : Vec::load(to);
+          fma(sums[r][c], Vec::fill(factor), before).store(to);
+        }
       }
     }
-  }
+    ++panel, begin += kR, a += panel_words;
+  } while (panel < panels.blocks && panels.begin(panel + 1) == begin + kR);
+  return panel;
 }
 
 // For kR rows and kC vectors.
 template <int kR, int kC>
-FASTVIT_INLINE void add_outer(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t stride,
-                              float* out) {
+FASTVIT_NOINLINE void add_outer(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t stride,
+                                float* out) {
   Vec sums[kR][kC];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -71,11 +80,10 @@ void multiply_panels(int64_t rows, int64_t panel_words, int vectors, int64_t dep
                      float factor, float* out, int64_t partial, bool accumulate) {
   const Split panels(rows, kRows);
   with_constant<kTileVectors>(vectors, [&](auto columns) {
-    for (int64_t panel = 0; panel < panels.blocks; ++panel) {
-      float* to = out + panels.begin(panel) * columns.value * kLanes;
+    for (int64_t panel = 0; panel < panels.blocks;) {
       with_constant<kRows>(panels.size(panel), [&](auto height) {
-        multiply_panel<height.value, columns.value>(depth, a + panel * panel_words, b, Vec::fill(factor), to, partial,
-                                                    accumulate);
+        panel = multiply_panels_of<height.value, columns.value>(panels, panel, panel_words, depth, a, b, factor, out,
+                                                                partial, accumulate);
       });
     }
   });

@@ -8,9 +8,11 @@ namespace {
 
 constexpr int kPairRows = kLanes == 16 ? 4 : 3, kPairColumns = kLanes == 16 ? 6 : 4;
 
+constexpr int kCopied = 4;  // vectors of every head that are copied for several blocks of heads
+
 template <int kR>
-void mix_and_store(int64_t heads, const float* weight, const float* bias, const float* x, int64_t x_stride, float* y,
-                   int64_t y_stride) {
+FASTVIT_INLINE void mix_and_store(int64_t heads, const float* weight, const float* bias, const float* x,
+                                  int64_t x_stride, float* y, int64_t y_stride) {
   Vec sums[kR][kMixColumns<kR>];
   mix_columns<kR>(
       heads, weight, bias, [&](int64_t g, int c) { return Vec::load(x + g * x_stride + c * kLanes); }, sums);
@@ -21,32 +23,42 @@ void mix_and_store(int64_t heads, const float* weight, const float* bias, const 
   }
 }
 
+// For kR heads, which are all of them.
+template <int kR>
+FASTVIT_NOINLINE void mix_all(int64_t count, const float* weight, const float* bias, const float* x, int64_t x_stride,
+                              float* y, int64_t y_stride) {
+  for (int64_t i = 0; i < count; i += kMixColumns<kR>) {
+    mix_and_store<kR>(kR, weight, bias, x + i * kLanes, x_stride, y + i * kLanes, y_stride);
+  }
+}
+
+// For kR of them, of the vectors copied.
+template <int kR>
+FASTVIT_NOINLINE void mix_copied(int64_t heads, const float* weight, const float* bias, const float* copy, float* y,
+                                 int64_t y_stride) {
+  for (int c = 0; c < kCopied; c += kMixColumns<kR>) {
+    mix_and_store<kR>(heads, weight, bias, copy + c * kLanes, kCopied * kLanes, y + c * kLanes, y_stride);
+  }
+}
+
 }  // namespace
 
 void mix_heads(int64_t heads, int64_t count, const float* weight, const float* bias, const float* x, int64_t x_stride,
                float* y, int64_t y_stride) {
   if (heads <= kRows) {
-    with_constant<kRows>(heads, [&](auto rows) {
-      for (int64_t i = 0; i < count; i += kMixColumns<rows.value>) {
-        mix_and_store<rows.value>(heads, weight, bias, x + i * kLanes, x_stride, y + i * kLanes, y_stride);
-      }
-    });
+    with_constant<kRows>(heads, [&](auto rows) { mix_all<rows.value>(count, weight, bias, x, x_stride, y, y_stride); });
     return;
   }
-  constexpr int kColumns = 4;  // copied once for several blocks of heads
-  float copy[kHeadMixMaxHeads * kColumns * kLanes];
+  float copy[kHeadMixMaxHeads * kCopied * kLanes];
   const Split blocks(heads, kRows);
-  for (int64_t i = 0; i < count; i += kColumns) {
+  for (int64_t i = 0; i < count; i += kCopied) {
     for (int64_t g = 0; g < heads; ++g) {
-      __builtin_memcpy(copy + g * kColumns * kLanes, x + g * x_stride + i * kLanes, kColumns * kLanes * sizeof(float));
+      __builtin_memcpy(copy + g * kCopied * kLanes, x + g * x_stride + i * kLanes, kCopied * kLanes * sizeof(float));
     }
     for (int64_t block = 0; block < blocks.blocks; ++block) {
       const int64_t h = blocks.begin(block);
       with_constant<kRows>(blocks.size(block), [&](auto rows) {
-        for (int c = 0; c < kColumns; c += kMixColumns<rows.value>) {
-          mix_and_store<rows.value>(heads, weight + h, bias + h, copy + c * kLanes, kColumns * kLanes,
-                                    y + h * y_stride + (i + c) * kLanes, y_stride);
-        }
+        mix_copied<rows.value>(heads, weight + h, bias + h, copy, y + h * y_stride + i * kLanes, y_stride);
       });
     }
   }

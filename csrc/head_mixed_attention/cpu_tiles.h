@@ -159,6 +159,28 @@ struct MapTile {
     for (int v = 0; v < kV; ++v) sums[v] = Vec::load(of_lanes + v * kLanes);
   }
 
+  // The largest logit of each lane, of those that the mask leaves; masked ones become -inf. zeros: NaN where a logit is
+  // not finite.
+  FASTVIT_NOINLINE void limit_and_find_largest(int64_t h, float* map, Vec (&largest)[kV], Vec& zeros) const {
+    Vec most[kV], products = zeros;
+    for (int v = 0; v < kV; ++v) most[v] = largest[v];
+    const float* limits = p.mask == nullptr ? nullptr : mask(h);
+    for (int64_t j = 0, count = keys.count; j < count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        Vec x = Vec::load(map + at(j, v));
+        if (limits != nullptr) {
+          products = fma(x, Vec::fill(0.0f), products);
+          x = min(x, Vec::load(limits + at(j, v)));
+          x.store(map + at(j, v));
+        }
+        most[v] = max(x, most[v]);
+      }
+    }
+    for (int v = 0; v < kV; ++v) largest[v] = most[v];
+    zeros = products;
+  }
+
   // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked. With a mask, returns
   // whether all logits are finite, masked ones too.
   bool softmax(int64_t h, float* map) const {
@@ -166,18 +188,7 @@ struct MapTile {
     const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
     Vec largest[kV], sum[kV], zeros = Vec::fill(0.0f);
     for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
-    for (int64_t j = 0; j < keys.count; ++j) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kV; ++v) {
-        Vec x = Vec::load(map + at(j, v));
-        if (p.mask != nullptr) {
-          zeros = fma(x, Vec::fill(0.0f), zeros);
-          x = min(x, Vec::load(mask(h) + at(j, v)));
-          x.store(map + at(j, v));
-        }
-        largest[v] = max(x, largest[v]);
-      }
-    }
+    limit_and_find_largest(h, map, largest, zeros);
     for (int64_t first = 0; first < keys.count; first += kSoftmaxTerms) {
       const int64_t end = keys.count - first < kSoftmaxTerms ? keys.count : first + kSoftmaxTerms;
       Vec part[kV];

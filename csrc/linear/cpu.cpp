@@ -322,8 +322,8 @@ void normalize_rows(const LinearParams& p, const RowBlock& block) {
 // totals[r][c] = before[r][c] + sum_k x[r][k] weight[k][c] over `words` words, where rows of `before` are
 // `before_stride` apart. With every cache line of a row, `lines` of them are prefetched to the L2 cache from `next` on.
 template <int kR>
-void add_products(int64_t words, const float* x, const float* weight, const float* before, int64_t before_stride,
-                  float* totals, const float* next, int64_t lines) {
+FASTVIT_NOINLINE void add_products(int64_t words, const float* x, const float* weight, const float* before,
+                                   int64_t before_stride, float* totals, const float* next, int64_t lines) {
   Vec sums[kR][kPanelVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -344,7 +344,7 @@ void add_products(int64_t words, const float* x, const float* weight, const floa
   int64_t k = 0;
   while (k + kLine <= words) {
     for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
-    if constexpr (kR == kRows) {
+    if constexpr (kR >= kRows / 2) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLine; ++i) step(k + i);
     } else {  // which are few: less code, that compiles sooner
