@@ -60,7 +60,8 @@ print(sys.version.split()[0], "runs with torch", torch.__version__)
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
     """Run a command, showing it and what it prints; an error ends this."""
     words = [str(word) for word in command]
-    print("==>", shlex.join(words[:8]), *(["..."] if len(words) > 8 else []), flush=True)
+    shown = [word for word in words if "\n" not in word]
+    print("==>", shlex.join(shown), *(["..."] if shown != words else []), flush=True)
     if subprocess.run(words, cwd=cwd, env=env, check=False).returncode != 0:
         raise SystemExit(f"this failed: {shlex.join(words)}")
 
@@ -121,8 +122,8 @@ def test(dist: Path, pythons: list[str], torches: list[str]) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             own = make_environment(python, folder / "venv")
-            run(own, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheels[0])
             run(own, "-m", "pip", "install", "--quiet", "rich")
+            run(own, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheels[0])
             (folder / "empty").mkdir()  # neither a compiler nor nvcc is found
             bare = {"PATH": str(folder / "empty"), "HOME": name}
             run(own, "-c", WITHOUT_TORCH, cwd=folder, env=bare)
