@@ -7,15 +7,18 @@
 # make versions  the same of other versions of timm, transformers, torchvision and vit-pytorch, which it installs
 # make overhead  microseconds of a call of each operator beside its bare kernels  (ARGS="-k linear")
 # make fuzz   thousands of random calls of every operator, with each instruction set   (SEEDS=0:10000 ARGS="--op leff")
-# make lint   ruff, mypy, clang-format;  make format  applies what can be applied
+# make lint   ruff, mypy, clang-format, the workflows;  make format  applies what can be applied
 # make docs   the documentation as a site, in build/site; a broken link or any warning fails
 # make build  the native part alone
+# make wheel  an sdist and a wheel for each of PYTHONS, in dist/;  make wheel-test  tries them, with TORCH where it is given
 #
 # PYTHON=python3.12       the Python to make .venv with
 # TORCH="torch==2.11.0"   another torch (pip's options may follow, such as --index-url); when not given, a torch >= 2.10
 #                         already there is kept
+# PYTHONS="python3.11 python3.12"  the Pythons of the wheels
 
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 TORCH ?=
 ARGS ?=
 # Two processes: much of the suite is Python and compilers, which one process leaves a core idle for. Files are taken in
@@ -34,7 +37,7 @@ PINS := requirements/environment.py $(wildcard requirements/*.txt)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 NATIVE := setup.py pyproject.toml fastvit/_version.py $(CXX_FILES)
 
-.PHONY: demo train test bench overhead versions fuzz lint format docs build clean
+.PHONY: demo train test bench overhead versions fuzz lint format docs build wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/demo $(STAMPS)/native
@@ -73,6 +76,8 @@ lint: $(STAMPS)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --quiet --offline --pedantic .github/workflows
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix .
@@ -84,12 +89,20 @@ docs: $(STAMPS)/docs
 
 build: $(STAMPS)/demo $(STAMPS)/native
 
+# Of a release, so without the CUDA part, wherever they are made; FASTVIT_BUILD_CUDA=1 builds it in.
+wheel: export FASTVIT_BUILD_CUDA := $(or $(FASTVIT_BUILD_CUDA),0)
+wheel: $(STAMPS)/wheel
+	$(BIN)/python requirements/wheels.py build $(PYTHONS)
+
+wheel-test:
+	$(PYTHON) requirements/wheels.py test $(if $(TORCH),--torch "$(TORCH)") $(PYTHONS)
+
 # What is installed, per purpose.
 $(STAMPS)/demo $(STAMPS)/train $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(PINS) $(STAMPS)/torch
 	$(ENVIRONMENT) $* --venv $(VENV) $(if $(TORCH),--torch "$(TORCH)")
 	@touch $@
 
-$(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(PINS)
+$(STAMPS)/lint $(STAMPS)/docs $(STAMPS)/wheel: $(STAMPS)/%: $(PINS)
 	@mkdir -p $(STAMPS)
 	$(ENVIRONMENT) $* --venv $(VENV)
 	@touch $@

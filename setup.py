@@ -54,7 +54,7 @@ SANITIZERS = ("address", "undefined", "thread", "leak")
 if SANITIZE and not set(SANITIZE.split(",")) <= set(SANITIZERS):
     raise SystemExit(f"FASTVIT_SANITIZE: expected some of {', '.join(SANITIZERS)}, joined by commas, got {SANITIZE!r}")
 _KIND = f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""
-OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI') or 'python'}{_KIND}"
+OBJECTS = ROOT / "build" / f"native-{sysconfig.get_platform()}{_KIND}"  # but for the bindings, of every Python
 MEMORY_PER_JOB = 1.5  # GiB
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -196,6 +196,8 @@ def find_isas(cxx: list[str]) -> list[str]:
     if not asked <= set(ISA_FLAGS):
         raise SystemExit(f"FASTVIT_ISA_LIST: expected some of {', '.join(ISA_FLAGS)}, got {value!r}")
     wanted = {"portable", *asked} if asked else set(ISA_FLAGS)
+    if "avx512_bf16" in wanted:
+        wanted.add("avx512")  # whose kernels it takes for all but bfloat16
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["portable"]
     probe = "#include <immintrin.h>\nint main() {}\n"
@@ -287,19 +289,27 @@ def macro(name: str, value: str) -> str:
 
 
 def plan_units(toolchain: Toolchain) -> list[Unit]:
-    """Every compiler run: cpu*.cpp once per instruction set, other C++ once, CUDA files for all architectures."""
+    """Every compiler run: cpu*.cpp once per instruction set, other C++ once, CUDA files for all architectures.
+
+    The longest come first, so that no compiler is alone at the end.
+    """
     base = [*toolchain.cxx, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}"]
     has_isas = [f"-DFASTVIT_HAS_{isa.upper()}" for isa in toolchain.isas]
     units: list[Unit] = []
-    for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cpp")]):
+    sources = [*CSRC.glob("*/cpu*.cpp"), *CSRC.glob("*.cpp"), *CSRC.glob("*/*.cpp")]
+    for source in dict.fromkeys(sources):
         name = source.relative_to(CSRC).with_suffix("")
         if source.stem.startswith("cpu"):
             for isa in toolchain.isas:
-                command = [*base, f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa]]
+                # Where there are others, the portable kernels are for CPUs of long ago.
+                rest = ["-O2"] if isa == "portable" and len(toolchain.isas) > 1 and not SANITIZE else []
+                command = [*base, f"-DFASTVIT_ISA={isa}", *ISA_FLAGS[isa], *rest]
                 units.append(Unit(source, OBJECTS / f"{name}.{isa}.o", command))
         else:
-            extra = binding_flags(toolchain) if source.stem in PYTHON_FILES else []
-            units.append(Unit(source, OBJECTS / f"{name}.o", [*base, *has_isas, *extra]))
+            folder, extra = OBJECTS, []
+            if source.stem in PYTHON_FILES:
+                folder, extra = OBJECTS / (sysconfig.get_config_var("SOABI") or "python"), binding_flags(toolchain)
+            units.append(Unit(source, folder / f"{name}.o", [*base, *has_isas, *extra]))
     for source in sorted(CSRC.glob("*/cuda*.cu")) if toolchain.nvcc else []:
         name = source.relative_to(CSRC).with_suffix("")
         units.append(Unit(source, OBJECTS / f"{name}.cu.o", [*toolchain.nvcc, *cuda_flags(toolchain)]))
@@ -440,8 +450,16 @@ def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
     for folder in {unit.object.parent for unit in units}:
         folder.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(max_jobs()) as pool:
-        for unit, output in zip(units, pool.map(lambda unit: run(full_command(unit)), units), strict=True):
-            print(f"compiled {unit.source.relative_to(ROOT)} -> {unit.object.name}\n{output}", end="", flush=True)
+        running = {pool.submit(run, full_command(unit)): unit for unit in units}
+        for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
+            try:
+                output = future.result()
+            except BuildError:
+                pool.shutdown(cancel_futures=True)
+                raise
+            source = running[future].source.relative_to(ROOT)
+            print(f"[{done}/{len(units) + 1}] compiled {source} -> {running[future].object.name}\n{output}", end="")
+            sys.stdout.flush()
     run(link)
 
 

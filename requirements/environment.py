@@ -1,6 +1,6 @@
 """Creates the virtual environment that make uses, with everything pinned. Needs only Python's standard library.
 
-    python requirements/environment.py demo|train|test|bench|lint|docs [--venv .venv] [--torch REQUIREMENT]
+    python requirements/environment.py demo|train|test|bench|lint|docs|wheel [--venv .venv] [--torch REQUIREMENT]
 
 Torch comes first and alone; whatever else is installed then is held to that torch. A torch already there is kept when
 it is new enough: in the virtual environment, or in the Python that runs this (the environment then sees its packages).
@@ -126,7 +126,7 @@ class Environment:
 def main() -> None:
     """Bring the environment to what the named purpose needs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("purpose", choices=("demo", "train", "test", "bench", "lint", "docs"))
+    parser.add_argument("purpose", choices=("demo", "train", "test", "bench", "lint", "docs", "wheel"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--torch", help=f"a pip requirement; by default what is there, or {DEFAULT_TORCH}")
     arguments = parser.parse_args()
@@ -140,8 +140,8 @@ def main() -> None:
     if arguments.purpose == "lint":  # mypy looks at no torch
         environment.install("runtime", "lint")
         return
-    if arguments.purpose == "docs":
-        environment.install("docs")
+    if arguments.purpose in ("docs", "wheel"):
+        environment.install(arguments.purpose)
         return
     environment.install_torch(arguments.torch)
     environment.install(arguments.purpose)

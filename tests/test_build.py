@@ -458,7 +458,7 @@ def test_builds_in_place_and_again_only_what_changed(small_source: Path) -> None
     header.write_text(header.read_text() + "\n// changed\n", encoding="utf-8")
     output = build()
     assert "compile common/isa.o" in output
-    assert "compile bindings.o" in output
+    assert f"compile {sysconfig.get_config_var('SOABI')}/bindings.o" in output
     assert "compile common/torch_abi.o" not in output
 
 
@@ -472,8 +472,45 @@ def test_builds_without_ninja(small_source: Path, tmp_path: Path) -> None:
     env = clean_environment(**QUICKLY, CXX=CXX, PATH=str(tools), PYTHONPATH=str(tmp_path), MAX_JOBS="2")
     output = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=small_source, env=env)
     assert "ninja: Entering directory" not in output
+    count = int(re.search(r"\[1/(\d+)\] compiled ", output)[1])
+    assert re.search(rf"\[{count - 1}/{count}\] compiled ", output), "the last step links"
     assert "compiled csrc/bindings.cpp" in output
     assert (small_source / "fastvit" / f"_C{SUFFIX}").is_file()
+
+
+@needs_compiler
+def test_a_wheel_is_imported_without_torch_triton_and_compiler(small_source: Path, tmp_path: Path) -> None:
+    """As by `make wheel-test`, which takes the wheels of a release, the torch of an index and its other packages."""
+    wheel = make_wheel(small_source, "--no-build-isolation", env=clean_environment(**QUICKLY, FASTVIT_BUILD_EXT="1"))
+    python = Python(tmp_path / "venv")
+    python.install("--no-index", wheel)
+    (python.packages / "lent.pth").unlink()
+    for name in ("rich", "markdown_it", "mdurl", "pygments"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        (python.packages / name).symlink_to(Path(spec.origin).parent)
+    (tmp_path / "empty").mkdir()
+    code = """
+import importlib.util, shutil
+assert not any(map(importlib.util.find_spec, ("torch", "triton")))
+assert not any(map(shutil.which, ("c++", "g++", "nvcc")))
+import fastvit
+print(fastvit.__version__, fastvit.__file__)
+"""
+    bare = {"PATH": str(tmp_path / "empty")}
+    told = run(python.executable, "-c", code, cwd=tmp_path, env=bare)
+    assert told.split() == [__version__, str(python.packages / "fastvit" / "__init__.py")]
+    assert "usage: fastvit" in run(python.executable.with_name("fastvit"), "--help", cwd=tmp_path, env=bare)
+    assert __version__ in run(python.executable.with_name("fastvit"), "--version", cwd=tmp_path, env=bare)
+
+
+@needs_compiler
+def test_avx512_bf16_brings_the_set_whose_other_kernels_it_takes(small_source: Path) -> None:
+    env = clean_environment(**QUICKLY, FASTVIT_ISA_LIST="avx512_bf16")
+    record = build_record(make_wheel(small_source, "--no-build-isolation", env=env))
+    if "avx512_bf16" not in record["isa_levels"]:
+        pytest.skip("neither this architecture nor its compiler has it")
+    assert record["isa_levels"] == ["portable", "avx512", "avx512_bf16"]
 
 
 @needs_compiler

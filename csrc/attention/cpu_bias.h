@@ -68,13 +68,17 @@ void expand_bias(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t f
 }
 
 // A sum of exponentials is zero where no key is seen, but also where all logits are -inf: those rows are NaN.
-template <class T, int kV>
-void fail_infinite_rows(Sight<T> sight, int64_t first_query, int64_t queries, AttentionKeys keys, Vec (&sums)[kV]) {
+template <int kV>
+void fail_infinite_rows(const MaskedAttentionParams& p, int64_t b, int64_t h, int64_t first_query, int64_t queries,
+                        AttentionKeys keys, Vec (&sums)[kV]) {
   float of_lanes[kV * kLanes];
   bool failed = false;
   for (int v = 0; v < kV; ++v) sums[v].store(of_lanes + v * kLanes);
   for (int64_t i = 0; i < queries; ++i) {
-    if (of_lanes[i] != 0.0f || !sight.sees_any(first_query + i, keys)) continue;
+    if (of_lanes[i] != 0.0f ||
+        !with_element<true>(p.element, [&]<class T>() { return Sight<T>{p, b, h}.sees_any(first_query + i, keys); })) {
+      continue;
+    }
     of_lanes[i] = __builtin_nanf("");
     failed = true;
   }
@@ -82,7 +86,7 @@ void fail_infinite_rows(Sight<T> sight, int64_t first_query, int64_t queries, At
 }
 
 // Mask and bias of a block of keys for a tile of kV vectors of queries, each [key][lane] where it is there.
-template <class T, int kV>
+template <int kV>
 struct Limits {
   static constexpr int64_t kWidth = kV * kLanes;
   const MaskedAttentionParams& p;
@@ -90,7 +94,9 @@ struct Limits {
 
   void load(int64_t b, int64_t h, int64_t first_query, int64_t queries, AttentionKeys keys) const {
     if (p.mask != nullptr) expand_mask(p, b, h, first_query, queries, keys, mask, kWidth);
-    if (p.bias != nullptr) expand_bias<T>(p, b, h, first_query, queries, keys, bias, kWidth);
+    if (p.bias == nullptr) return;
+    with_element<true>(p.element,
+                       [&]<class T>() { expand_bias<T>(p, b, h, first_query, queries, keys, bias, kWidth); });
   }
   // The logits of key j of the block, -inf where it is hidden, whatever they are.
   FASTVIT_INLINE Vec limit(int64_t j, int v, Vec x) const {

@@ -343,17 +343,13 @@ void attend_backward(const MaskedAttentionGradients& p, int64_t problem, Attenti
 
 ClassAttentionKernel class_attention_kernel(const MaskedAttentionParams& p) {
   const int64_t scratch = map_floats(p) + row_floats(p);
-  switch (p.element) {
-    case Element::bfloat16: return {Partial::floats(p), scratch, attend<bf16>, combine<bf16>};
-    case Element::float16: return {Partial::floats(p), scratch, attend<f16>, combine<f16>};
-    default: return {Partial::floats(p), scratch, attend<float>, combine<float>};
-  }
+  return with_element<true>(
+      p.element, [&]<class T>() { return ClassAttentionKernel{Partial::floats(p), scratch, attend<T>, combine<T>}; });
 }
 
 ClassAttentionBackwardKernel class_attention_backward_kernel(const MaskedAttentionParams& p) {
   const int64_t scratch = 2 * map_floats(p) + 3 * row_floats(p);
-  if (p.element == Element::bfloat16) return {scratch, attend_backward<bf16>};
-  return {scratch, attend_backward<float>};
+  return with_element(p.element, [&]<class T>() { return ClassAttentionBackwardKernel{scratch, attend_backward<T>}; });
 }
 
 }  // namespace fastvit::FASTVIT_ISA

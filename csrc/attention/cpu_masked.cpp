@@ -19,33 +19,32 @@ namespace {
 constexpr int64_t kBlockKeys = 512;
 
 // A head's keys in blocks, each packed on its own.
-template <class T, bool kPairs>
 struct Blocks : Split {
   int64_t dim, words;  // of the largest one
 
   Blocks(int64_t dim, int64_t keys)
-      : Split(keys, kBlockKeys),
-        dim(dim),
-        words(Packed<T, kPairs>(dim, keys < kBlockKeys ? keys : kBlockKeys).head_words) {}
-  Packed<T, kPairs> layout(int64_t block) const { return {dim, size(block)}; }
+      : Split(keys, kBlockKeys), dim(dim), words(Packed(dim, keys < kBlockKeys ? keys : kBlockKeys).head_words) {}
+  Packed layout(int64_t block) const { return {dim, size(block)}; }
 };
 
-template <class T, bool kPairs>
 void pack(const MaskedAttentionParams& p, int64_t problem, AttentionKeys keys, int64_t part, int64_t parts,
           float* packed) {
   const int64_t b = problem / p.heads, h = problem % p.heads;
-  const Rows<T> k(p.k, b, h), v(p.v, b, h);
-  const Blocks<T, kPairs> blocks(p.dim, keys.count);
+  const Blocks blocks(p.dim, keys.count);
   for (int64_t block = 0; block < blocks.blocks; ++block, packed += blocks.words) {
-    const Packed<T, kPairs> layout = blocks.layout(block);
+    const Packed layout = blocks.layout(block);
     const int32_t* indices = keys.indices + blocks.begin(block);
     const int64_t panels = layout.key_panels.blocks, words = layout.words(layout.count);
-    for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
-      pack_key_panel(k, layout, indices, panel, packed);
-    }
-    for (int64_t word = part * words / parts; word < (part + 1) * words / parts; ++word) {
-      pack_value_row(v, layout, indices, word, packed);
-    }
+    with_rows<true>(p.element, p.k, b, h, [&](auto k) {
+      for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+        pack_key_panel(k, layout, indices, panel, packed);
+      }
+    });
+    with_rows<true>(p.element, p.v, b, h, [&](auto v) {
+      for (int64_t word = part * words / parts; word < (part + 1) * words / parts; ++word) {
+        pack_value_row(v, layout, indices, word, packed);
+      }
+    });
   }
 }
 
@@ -75,7 +74,7 @@ struct Scratch {
         channels(queries + channel_floats(p)) {}
 };
 
-template <class T, bool kPairs, int kV>  // kV vectors of queries
+template <int kV>  // kV vectors of queries
 struct Tile {
   static constexpr int64_t kWidth = kV * kLanes;
 
@@ -84,7 +83,7 @@ struct Tile {
   int64_t b, h, first_query, queries;  // queries <= kWidth
   AttentionKeys keys;
   const float* packed;
-  const Limits<T, kV> limits{p, s.mask, s.bias};
+  const Limits<kV> limits{p, s.mask, s.bias};
   Vec largest[kV] = {}, sum[kV] = {};
 
   void run() {
@@ -97,7 +96,7 @@ struct Tile {
   // The output, not yet divided. leave_out: hidden keys are left out of the product with v, where otherwise their
   // weight is zero.
   void gather(bool leave_out) {
-    const Blocks<T, kPairs> blocks(p.dim, keys.count);
+    const Blocks blocks(p.dim, keys.count);
     // Where a row may have no key in a block, its largest logit starts finite, so that logit - largest is.
     const bool always_a_key = p.mask == nullptr && p.bias == nullptr && blocks.blocks == 1;
     for (int v = 0; v < kV; ++v) {
@@ -106,14 +105,16 @@ struct Tile {
     }
     for (int64_t block = 0; block < blocks.blocks; ++block) {
       const AttentionKeys part{keys.indices + blocks.begin(block), blocks.size(block)};
-      const Packed<T, kPairs> layout = blocks.layout(block);
+      const Packed layout = blocks.layout(block);
       const float* from = packed + block * blocks.words;
       limits.load(b, h, first_query, queries, part);
       logits(layout, from);
       exponentials(part.count, block > 0);
       if (leave_out) {
         const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return limits.hide(j, v, yes, no); };
-        product_of_visible<T, kPairs, kV>(Rows<T>(p.v, b, h), part, p.dim, s.map, 1.0f, hide, s.channels, block > 0);
+        with_rows<true>(p.element, p.v, b, h, [&](auto v) {
+          product_of_visible<kV>(v, part, p.dim, s.map, 1.0f, hide, s.channels, block > 0);
+        });
       } else {
         output(layout, from, block > 0);
       }
@@ -122,20 +123,15 @@ struct Tile {
   }
 
   void load_queries() const {
-    const Rows<T> q(p.q, b, h);
-    for (int64_t first = 0; first < kWidth; first += 4) {
-      load_four_queries<T, kPairs>(q, first_query + first, queries - first, p.dim, s.queries + first, kWidth);
-    }
+    with_rows<true>(p.element, p.q, b, h, [&](auto q) {
+      for (int64_t first = 0; first < kWidth; first += 4) {
+        load_four_queries(q, first_query + first, queries - first, p.dim, s.queries + first, kWidth);
+      }
+    });
   }
 
-  void logits(const Packed<T, kPairs>& layout, const float* from) const {
-    const Vec scale = Vec::fill(p.scale);
-    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
-      float* out = s.map + layout.key_panels.begin(panel) * kWidth;
-      with_constant<kRows>(layout.key_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(layout.words(p.dim), from + layout.key_panel(panel), s.queries, scale, out);
-      });
-    }
+  void logits(const Packed& layout, const float* from) const {
+    multiply_panels(layout.count, layout.key_words, kV, layout.words(p.dim), from, s.queries, p.scale, s.map);
   }
 
   // The map becomes exp(S - largest), in the layout of the product with v. Updates largest and sum, and scales the
@@ -200,18 +196,13 @@ struct Tile {
     return exp_nonpositive(Vec::load(s.map + j * kWidth + v * kLanes) - largest[v]);
   }
 
-  void output(const Packed<T, kPairs>& layout, const float* from, bool add) const {
-    for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
-      float* out = s.channels + layout.value_panels.begin(panel) * kWidth;
-      with_constant<kRows>(layout.value_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV>(layout.words(layout.count), from + layout.value_panel(panel), s.map,
-                                           Vec::fill(1.0f), out, add);
-      });
-    }
+  void output(const Packed& layout, const float* from, bool add) const {
+    multiply_panels(p.dim, layout.value_words, kV, layout.words(layout.count), from + layout.value_panel(0), s.map,
+                    1.0f, s.channels, kPartialSum, add);
   }
 
   void store_output() {
-    fail_infinite_rows(Sight<T>{p, b, h}, first_query, queries, keys, sum);
+    fail_infinite_rows(p, b, h, first_query, queries, keys, sum);
     for (int v = 0; v < kV; ++v) {
       // The sum is zero only where no key is seen: any finite inverse will do.
       const Vec inverse = Vec::fill(1.0f) / max(Vec::fill(__FLT_MIN__), sum[v]);
@@ -221,37 +212,29 @@ struct Tile {
       }
     }
     const int64_t stride = p.heads * p.dim;
-    T* out = static_cast<T*>(p.out) + (b * p.queries + first_query) * stride + h * p.dim;
-    for (int64_t i = 0; i < queries; i += 4) {
-      store_four_queries(s.channels + i, kWidth, queries - i, p.dim, out + i * stride, stride);
-    }
+    with_element<true>(p.element, [&]<class T>() {
+      T* out = static_cast<T*>(p.out) + (b * p.queries + first_query) * stride + h * p.dim;
+      for (int64_t i = 0; i < queries; i += 4) {
+        store_four_queries(s.channels + i, kWidth, queries - i, p.dim, out + i * stride, stride);
+      }
+    });
   }
 };
 
-template <class T, bool kPairs>
 void attend(const MaskedAttentionParams& p, int64_t problem, int64_t begin, int64_t end, AttentionKeys keys,
             const float* packed, float* memory) {
   const Scratch scratch(p, memory);
   const int64_t b = problem / p.heads, h = problem % p.heads;
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    Tile<T, kPairs, vectors.value>{p, scratch, b, h, first_query, queries, keys, packed}.run();
+    Tile<vectors.value>{p, scratch, b, h, first_query, queries, keys, packed}.run();
   });
-}
-
-template <class T, bool kPairs>
-MaskedAttentionKernel make_kernel(const MaskedAttentionParams& p) {
-  const Blocks<T, kPairs> blocks(p.dim, p.keys);
-  return {kLanes, blocks.blocks * blocks.words, Scratch::floats(p), pack<T, kPairs>, attend<T, kPairs>};
 }
 
 }  // namespace
 
 MaskedAttentionKernel masked_attention_kernel(const MaskedAttentionParams& p) {
-  switch (p.element) {
-    case Element::bfloat16: return make_kernel<bf16, kHasPairs>(p);
-    case Element::float16: return make_kernel<f16, false>(p);
-    default: return make_kernel<float, false>(p);
-  }
+  const Blocks blocks(p.dim, p.keys);
+  return {kLanes, blocks.blocks * blocks.words, Scratch::floats(p), pack, attend};
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -22,14 +22,10 @@ constexpr int64_t kBlockKeys = 256;  // of mask and bias, expanded at a time
 // Terms of a partial sum, in products and in sums over a row: an error in dS, where gradients cancel, appears in full
 // in dq.
 constexpr int64_t kTerms = 16, kFewTerms = 8;
-// Blocks of the products over lanes: keys times vectors of channels.
-constexpr int kSumRows = 6;
-constexpr int kSumColumns = kLanes == 16 ? 4 : 2;
 
 // Keys as panels of keys and of channels, and values as panels of keys: see Packed.
-template <class T, bool kPairs>
 struct PackedForBackward {
-  Packed<T, kPairs> layout;
+  Packed layout;
 
   PackedForBackward(int64_t dim, int64_t count) : layout(dim, count) {}
   int64_t values() const { return layout.head_words; }
@@ -37,18 +33,19 @@ struct PackedForBackward {
   int64_t words() const { return layout.head_words + layout.key_panels.blocks * layout.key_words + kRows; }
 };
 
-template <class T, bool kPairs>
 void pack(const MaskedAttentionGradients& p, int64_t problem, AttentionKeys keys, float* packed) {
   const int64_t b = problem / p.heads, h = problem % p.heads;
-  const Rows<T> k(p.k, b, h), v(p.v, b, h);
-  const PackedForBackward<T, kPairs> both(p.dim, keys.count);
-  for (int64_t panel = 0; panel < both.layout.key_panels.blocks; ++panel) {
-    pack_key_panel(k, both.layout, keys.indices, panel, packed);
-    pack_key_panel(v, both.layout, keys.indices, panel, packed + both.values());
-  }
-  for (int64_t word = 0; word < both.layout.words(keys.count); ++word) {
-    pack_value_row(k, both.layout, keys.indices, word, packed);
-  }
+  const PackedForBackward both(p.dim, keys.count);
+  with_element(p.element, [&]<class T>() {
+    const Rows<T> k(p.k, b, h), v(p.v, b, h);
+    for (int64_t panel = 0; panel < both.layout.key_panels.blocks; ++panel) {
+      pack_key_panel(k, both.layout, keys.indices, panel, packed);
+      pack_key_panel(v, both.layout, keys.indices, panel, packed + both.values());
+    }
+    for (int64_t word = 0; word < both.layout.words(keys.count); ++word) {
+      pack_value_row(k, both.layout, keys.indices, word, packed);
+    }
+  });
 }
 
 // A thread's scratch memory for a tile.
@@ -80,7 +77,7 @@ struct Scratch {
         output_rows(query_rows + row_floats(p)) {}
 };
 
-template <class T, bool kPairs, int kV>  // kV vectors of queries
+template <int kV>  // kV vectors of queries
 struct Tile {
   static constexpr int64_t kWidth = kV * kLanes;
 
@@ -90,17 +87,19 @@ struct Tile {
   AttentionKeys keys;
   const float* packed;
   float *sums, *bias_sums;
-  const Limits<T, kV> limits{p, s.mask, s.bias};
+  const Limits<kV> limits{p, s.mask, s.bias};
   bool left_out[kWidth] = {};  // of the products over queries, as their rows are not finite
 
   void run() {
-    const PackedForBackward<T, kPairs> both(p.dim, keys.count);
-    for (int64_t i = 0; can_hide(p) && i < queries; ++i) {
-      left_out[i] = !is_finite(Rows<T>(p.q, b, h)[first_query + i], p.dim) ||
-                    !is_finite(Rows<T>(p.grad, b, h)[first_query + i], p.dim);
-    }
-    load(Rows<T>(p.q, b, h), s.queries, s.query_rows);
-    load(Rows<T>(p.grad, b, h), s.outputs, s.output_rows);
+    const PackedForBackward both(p.dim, keys.count);
+    with_element(p.element, [&]<class T>() {
+      const Rows<T> q(p.q, b, h), grad(p.grad, b, h);
+      for (int64_t i = 0; can_hide(p) && i < queries; ++i) {
+        left_out[i] = !is_finite(q[first_query + i], p.dim) || !is_finite(grad[first_query + i], p.dim);
+      }
+      load(q, s.queries, s.query_rows);
+      load(grad, s.outputs, s.output_rows);
+    });
     product_with_rows(both.layout, packed, s.queries, p.scale, s.map);
     product_with_rows(both.layout, packed + both.values(), s.outputs, 1.0f, s.gradient);
     softmax();
@@ -109,15 +108,16 @@ struct Tile {
     store_query_gradient(both.layout);
     add_key_gradients();
     for (int64_t i = 0; i < queries; ++i) {
-      if (left_out[i]) add_key_gradients_of(i);
+      if (left_out[i]) with_element(p.element, [&]<class T>() { add_key_gradients_of<T>(i); });
     }
   }
 
   // q, or the gradient of the output, both as lanes and as rows.
+  template <class T>
   void load(Rows<T> from, float* lanes, float* rows) const {
     const int64_t width = padded(p.dim);
     for (int64_t first = 0; first < kWidth; first += 4) {
-      load_four_queries<T, kPairs>(from, first_query + first, queries - first, p.dim, lanes + first, kWidth);
+      load_four_queries(from, first_query + first, queries - first, p.dim, lanes + first, kWidth);
     }
     __builtin_memset(rows, 0, width * kWidth / (kPairs ? 2 : 1) * sizeof(float));
     for (int64_t i = 0; i < queries; i += kPairs ? 2 : 1) {
@@ -136,15 +136,8 @@ struct Tile {
   }
 
   // out[j][lane] = factor * (packed row j . lane)
-  void product_with_rows(const Packed<T, kPairs>& layout, const float* from, const float* lanes, float factor,
-                         float* out) const {
-    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
-      float* to = out + layout.key_panels.begin(panel) * kWidth;
-      with_constant<kRows>(layout.key_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV, kTerms>(layout.words(p.dim), from + layout.key_panel(panel), lanes,
-                                                   Vec::fill(factor), to);
-      });
-    }
+  void product_with_rows(const Packed& layout, const float* from, const float* lanes, float factor, float* out) const {
+    multiply_panels(layout.count, layout.key_words, kV, layout.words(p.dim), from, lanes, factor, out, kTerms);
   }
 
   FASTVIT_INLINE float* at(float* map, int64_t j, int v) const { return map + j * kWidth + v * kLanes; }
@@ -185,7 +178,7 @@ struct Tile {
         dot[v] += dot_part;
       }
     });
-    fail_infinite_rows(Sight<T>{p, b, h}, first_query, queries, keys, sum);
+    fail_infinite_rows(p, b, h, first_query, queries, keys, sum);
     if (can_hide(p)) dot_of_visible(dot);
     for (int v = 0; v < kV; ++v) {
       // The sum is zero only where no key is seen: any finite inverse will do.
@@ -303,51 +296,35 @@ struct Tile {
 #endif
   }
 
-  void store_query_gradient(const Packed<T, kPairs>& layout) const {
-    for (int64_t panel = 0; panel < layout.value_panels.blocks; ++panel) {
-      float* to = s.channels + layout.value_panels.begin(panel) * kWidth;
-      with_constant<kRows>(layout.value_panels.size(panel), [&](auto rows) {
-        product_to<kPairs, rows.value, kV, kTerms>(layout.words(keys.count), packed + layout.value_panel(panel),
-                                                   s.gradient, Vec::fill(p.scale), to);
-      });
-    }
+  void store_query_gradient(const Packed& layout) const {
+    multiply_panels(p.dim, layout.value_words, kV, layout.words(keys.count), packed + layout.value_panel(0), s.gradient,
+                    p.scale, s.channels, kTerms);
     if (can_hide(p) && has_nan(s.channels, p.dim * kWidth)) {
       for_limited_blocks([&](int64_t first, AttentionKeys block) {
         const auto hide = [&](int64_t j, int v, Vec yes, Vec no) { return limits.hide(j, v, yes, no); };
         const float* map = s.gradient + first / (kPairs ? 2 : 1) * kWidth;
-        product_of_visible<T, kPairs, kV>(Rows<T>(p.k, b, h), block, p.dim, map, p.scale, hide, s.channels, first > 0);
+        with_rows(p.element, p.k, b, h,
+                  [&](auto k) { product_of_visible<kV>(k, block, p.dim, map, p.scale, hide, s.channels, first > 0); });
       });
     }
     const int64_t stride = p.heads * p.dim;
-    T* out = static_cast<T*>(p.dq) + (b * p.queries + first_query) * stride + h * p.dim;
-    for (int64_t i = 0; i < queries; i += 4) {
-      store_four_queries(s.channels + i, kWidth, queries - i, p.dim, out + i * stride, stride);
-    }
+    with_element(p.element, [&]<class T>() {
+      T* out = static_cast<T*>(p.dq) + (b * p.queries + first_query) * stride + h * p.dim;
+      for (int64_t i = 0; i < queries; i += 4) {
+        store_four_queries(s.channels + i, kWidth, queries - i, p.dim, out + i * stride, stride);
+      }
+    });
   }
 
   void add_key_gradients() const {
-    const int64_t width = padded(p.dim), vectors = width / kLanes;
+    const int64_t width = padded(p.dim), depth = words_of(kWidth);
     const float* of_keys = kPairs ? s.map + kWidth / 2 : s.gradient;
-    const Split columns(vectors, kSumColumns), rows(keys.count, kSumRows);
-    for (int64_t c = 0; c < columns.blocks; ++c) {
-      const int64_t channel = columns.begin(c) * kLanes;
-      with_constant<kSumColumns>(columns.size(c), [&](auto count) {
-        for (int64_t r = 0; r < rows.blocks; ++r) {
-          const int64_t j = rows.begin(r);
-          float *keys_to = sums + j * width + channel, *values_to = keys_to + p.keys * width;
-          with_constant<kSumRows>(rows.size(r), [&](auto height) {
-            constexpr int64_t kDepth = kPairs ? kWidth / 2 : kWidth;
-            add_outer<kPairs, height.value, count.value>(kDepth, of_keys + j * kWidth, kWidth, s.query_rows + channel,
-                                                         width, keys_to);
-            add_outer<kPairs, height.value, count.value>(kDepth, s.map + j * kWidth, kWidth, s.output_rows + channel,
-                                                         width, values_to);
-          });
-        }
-      });
-    }
+    add_outer_product(keys.count, width / kLanes, depth, of_keys, kWidth, s.query_rows, sums);
+    add_outer_product(keys.count, width / kLanes, depth, s.map, kWidth, s.output_rows, sums + p.keys * width);
   }
 
   // What query i alone adds, to the keys it sees.
+  template <class T>
   void add_key_gradients_of(int64_t i) const {
     const int64_t width = padded(p.dim);
     const T *query = Rows<T>(p.q, b, h)[first_query + i], *output = Rows<T>(p.grad, b, h)[first_query + i];
@@ -367,7 +344,6 @@ struct Tile {
   }
 };
 
-template <class T, bool kPairs>
 void attend(const MaskedAttentionGradients& p, int64_t problem, int64_t first_query, AttentionKeys keys,
             const float* packed, float* sums, float* bias_sums, float* memory) {
   const Scratch scratch(p, memory);
@@ -375,10 +351,10 @@ void attend(const MaskedAttentionGradients& p, int64_t problem, int64_t first_qu
   const int64_t left = p.queries - first_query;
   if (left > kLanes && p.keys <= kWideTileKeys) {
     const int64_t queries = left < kTileWidth ? left : kTileWidth;
-    Tile<T, kPairs, kTileVectors>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
+    Tile<kTileVectors>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
   } else {
     const int64_t queries = left < kLanes ? left : kLanes;
-    Tile<T, kPairs, 1>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
+    Tile<1>{p, scratch, b, h, first_query, queries, keys, packed, sums, bias_sums}.run();
   }
 }
 
@@ -425,23 +401,18 @@ void read_bias(const MaskedAttentionGradients& p, int64_t queries, const float* 
   }
 }
 
-template <class T, bool kPairs>
-MaskedAttentionBackwardKernel make_kernel(const MaskedAttentionGradients& p) {
-  return {p.keys <= kWideTileKeys ? kTileWidth : kLanes,
-          PackedForBackward<T, kPairs>(p.dim, p.keys).words(),
-          2 * p.keys * padded(p.dim),
-          Scratch::floats(p),
-          2 * p.keys * kTileWidth,
-          pack<T, kPairs>,
-          attend<T, kPairs>,
-          finish<T>,
-          read_bias};
-}
-
 }  // namespace
 
 MaskedAttentionBackwardKernel masked_attention_backward_kernel(const MaskedAttentionGradients& p) {
-  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  return {p.keys <= kWideTileKeys ? kTileWidth : kLanes,
+          PackedForBackward(p.dim, p.keys).words(),
+          2 * p.keys * padded(p.dim),
+          Scratch::floats(p),
+          2 * p.keys * kTileWidth,
+          pack,
+          attend,
+          with_element(p.element, []<class T>() { return &finish<T>; }),
+          read_bias};
 }
 
 }  // namespace fastvit::FASTVIT_ISA

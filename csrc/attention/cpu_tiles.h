@@ -6,109 +6,13 @@
 #pragma once
 
 #include "attention/args.h"
-#include "common/vec_product.h"
+#include "attention/cpu_products.h"
 #include "common/vec_transpose.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-constexpr int kTileVectors = 2;  // of queries, at most, in a tile
-// Rows (broadcast scalars) of a product's block: as many sums as the registers hold beside the operands.
-constexpr int kRows = Vec::lanes == 16 ? 12 : 6;
-// Terms of a partial sum: long sums are made of partial sums, whose rounding errors are smaller.
-#if defined(__FMA__) || !defined(__SSE__)
-constexpr int64_t kPartialSum = 64;
-#else
-constexpr int64_t kPartialSum = 8;  // products are rounded, too
-#endif
-
 inline int64_t padded(int64_t n) { return round_up(n, kLanes); }
-
-// n things in as few blocks of at most `largest` as possible, evenly.
-struct Split {
-  int64_t n, blocks;
-  Split(int64_t n, int64_t largest) : n(n), blocks(divide_up(n, largest)) {}
-  int64_t begin(int64_t block) const { return block * n / blocks; }
-  int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
-};
-
-// --- Products --------------------------------------------------------------------------------------------------------
-
-// sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
-template <bool kPairs, int kR, int kC, class F>
-FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, const F& column, Vec (&sums)[kR][kC]) {
-  for (int64_t k = 0; k < depth; ++k, a += a_stride) {
-    Vec columns[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) columns[c] = column(k, c);
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r]);
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
-    }
-  }
-}
-
-// out[r][c] = factor * sum_k a[k * kRows + r] * b[k][c] for rows r < kR and the kC vectors c of a row of b and of out,
-// in partial sums of kPartial terms; accumulate: adds to out.
-template <bool kPairs, int kR, int kC, int64_t kPartial = kPartialSum>
-FASTVIT_INLINE void product_to(int64_t depth, const float* a, const float* b, Vec factor, float* out,
-                               bool accumulate = false) {
-  for (int64_t first = 0; first < depth || first == 0; first += kPartial) {
-    const int64_t terms = depth - first < kPartial ? depth - first : kPartial;
-    const float* rows = b + first * kC * kLanes;
-    Vec sums[kR][kC];
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
-    }
-    product<kPairs>(
-        terms, a + first * kRows, kRows, [&](int64_t k, int c) { return Vec::load(rows + (k * kC + c) * kLanes); },
-        sums);
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) {
-        float* to = out + (r * kC + c) * kLanes;
-        const Vec before = first == 0 && !accumulate ? Vec::fill(0.0f) : Vec::load(to);
-        fma(sums[r][c], factor, before).store(to);
-      }
-    }
-  }
-}
-
-// out[r][c] += sum_k a[r * a_stride + k] * rows[k][c], for kR rows and kC vectors of channels.
-template <bool kPairs, int kR, int kC>
-FASTVIT_INLINE void add_outer(int64_t depth, const float* a, int64_t a_stride, const float* rows, int64_t row_stride,
-                              float* out) {
-  Vec sums[kR][kC];
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) sums[r][c] = Vec::fill(0.0f);
-  }
-  for (int64_t k = 0; k < depth; ++k, rows += row_stride) {
-    Vec columns[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) columns[c] = Vec::load(rows + c * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r * a_stride + k]);
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) {
-      float* to = out + r * row_stride + c * kLanes;
-      (Vec::load(to) + sums[r][c]).store(to);
-    }
-  }
-}
 
 // --- Packing ---------------------------------------------------------------------------------------------------------
 
@@ -126,7 +30,7 @@ inline void widen_row(const T* row, int64_t dim, float* out) {
 }
 
 // The words of one row of `dim` elements: the row itself where its elements are words, else written to `buffer`.
-template <class T, bool kPairs>
+template <class T>
 inline const float* row_words(const T* row, int64_t dim, float* buffer) {
   if constexpr (sizeof(T) == 4) {
     return row;
@@ -141,14 +45,14 @@ inline const float* row_words(const T* row, int64_t dim, float* buffer) {
 }
 
 // out[d * stride + i] = word d of row i, for the rows i < count that row(i) gives; zeros up to a multiple of four rows.
-template <class T, bool kPairs, class F>
+template <class T, class F>
 inline void transpose_rows(int64_t count, int64_t dim, int64_t words, const F& row, float* out, int64_t stride) {
   float buffers[4][kAttentionMaxDim];
   static constexpr float zeros[kAttentionMaxDim] = {};
   for (int64_t first = 0; first < count; first += 4) {
     const float* rows[4];
     for (int64_t i = 0; i < 4; ++i) {
-      rows[i] = first + i < count ? row_words<T, kPairs>(row(first + i), dim, buffers[i]) : zeros;
+      rows[i] = first + i < count ? row_words(row(first + i), dim, buffers[i]) : zeros;
     }
     transpose4(rows, words, out + first, stride);
   }
@@ -157,14 +61,13 @@ inline void transpose_rows(int64_t count, int64_t dim, int64_t words, const F& r
 // The packed keys and values of one head. Words are 32 bits: floats, or (kPairs) two bfloat16.
 // Keys: panels of up to kRows keys, [panel][word of channels][key]. After them values: panels of up to kRows channels,
 // [panel][word of keys][channel]. Every panel is kRows wide.
-template <class T, bool kPairs>
 struct Packed {
   int64_t dim, count;
   Split key_panels, value_panels;
   int64_t key_words, value_words;  // of a panel
   int64_t head_words;
 
-  static int64_t words(int64_t elements) { return words_of<kPairs>(elements); }
+  static int64_t words(int64_t elements) { return words_of(elements); }
 
   Packed(int64_t dim, int64_t count)
       : dim(dim),
@@ -191,9 +94,15 @@ struct Rows {
   const T* operator[](int64_t token) const { return first + token * stride; }
 };
 
+// f(rows) for the tokens of one head; kHalf: they may be float16.
+template <bool kHalf = false, class F>
+FASTVIT_INLINE auto with_rows(Element element, const AttentionOperand& operand, int64_t b, int64_t h, const F& f) {
+  return with_element<kHalf>(element, [&]<class T>() { return f(Rows<T>(operand, b, h)); });
+}
+
 // One panel of a head's keys.
-template <class T, bool kPairs>
-void pack_key_panel(Rows<T> k, const Packed<T, kPairs>& layout, const int32_t* keys, int64_t panel, float* packed) {
+template <class T>
+void pack_key_panel(Rows<T> k, const Packed& layout, const int32_t* keys, int64_t panel, float* packed) {
   constexpr int64_t kGroups = round_up(kRows, 4);  // four keys are transposed at a time
   float wide[kAttentionMaxDim * kGroups];
   const int64_t begin = layout.key_panels.begin(panel), count = layout.key_panels.size(panel);
@@ -202,15 +111,15 @@ void pack_key_panel(Rows<T> k, const Packed<T, kPairs>& layout, const int32_t* k
   for (int64_t j = begin + count; j < last_ahead; ++j) prefetch(k[keys[j]], layout.dim);
   float* out = packed + layout.key_panel(panel);
   float* to = kGroups == kRows ? out : wide;
-  transpose_rows<T, kPairs>(count, layout.dim, words, [&](int64_t i) { return k[keys[begin + i]]; }, to, kGroups);
+  transpose_rows<T>(count, layout.dim, words, [&](int64_t i) { return k[keys[begin + i]]; }, to, kGroups);
   if constexpr (kGroups != kRows) {
     for (int64_t d = 0; d < words; ++d) __builtin_memcpy(out + d * kRows, wide + d * kGroups, kRows * sizeof(float));
   }
 }
 
 // Word `word` of a head's values: one key, or two.
-template <class T, bool kPairs>
-void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* keys, int64_t word, float* packed) {
+template <class T>
+void pack_value_row(Rows<T> v, const Packed& layout, const int32_t* keys, int64_t word, float* packed) {
   const int64_t j = kPairs ? 2 * word : word;
   constexpr int64_t kAhead = 8;
   float row[kAttentionMaxDim + kRows];
@@ -235,7 +144,6 @@ void pack_value_row(Rows<T> v, const Packed<T, kPairs>& layout, const int32_t* k
 // keys.
 
 // Vector `lane` of row j of a map, from words as the products read them.
-template <bool kPairs>
 FASTVIT_INLINE Vec map_row(const float* map, int64_t width, int64_t j, int64_t lane) {
 #if defined(__AVX512BF16__)
   if constexpr (kPairs) {
@@ -249,7 +157,7 @@ FASTVIT_INLINE Vec map_row(const float* map, int64_t width, int64_t j, int64_t l
 
 // out[d] = factor * sum_j rows[j][d] map[j] for kV vectors of queries, without the keys hidden from each; added to what
 // is there, if asked for. hide(j, v, yes, no): `yes` in the lanes of vector v that key j of the list is hidden from.
-template <class T, bool kPairs, int kV, class Hide>
+template <int kV, class T, class Hide>
 void product_of_visible(Rows<T> rows, AttentionKeys keys, int64_t dim, const float* map, float factor, const Hide& hide,
                         float* out, bool add) {
   constexpr int64_t kWidth = kV * kLanes;
@@ -260,7 +168,7 @@ void product_of_visible(Rows<T> rows, AttentionKeys keys, int64_t dim, const flo
       for (int64_t first = 0; first < keys.count; first += kPartialSum) {
         Vec part = Vec::fill(0.0f);
         for (int64_t j = first; j < smaller(keys.count, first + kPartialSum); ++j) {
-          const Vec weight = map_row<kPairs>(map, kWidth, j, v * kLanes);
+          const Vec weight = map_row(map, kWidth, j, v * kLanes);
           part = hide(j, v, part, fma(weight, Vec::fill(widen(rows[keys.indices[j]][d])), part));
         }
         total = fma(part, Vec::fill(factor), total);
@@ -286,16 +194,15 @@ bool is_finite(const T* row, int64_t dim) {
   return !any_nan(zeros);
 }
 
-// --- Loading and storing tiles
-// -------------------------------------------------------------------------------------------------
+// --- Loading and storing tiles ---------------------------------------------------------------------------------------
 
 // Four queries of one head, of which the first `left` exist, transposed to [word][lane], `width` lanes in a row.
-template <class T, bool kPairs>
+template <class T>
 void load_four_queries(Rows<T> q, int64_t first, int64_t left, int64_t dim, float* out, int64_t width) {
-  const int64_t words = Packed<T, kPairs>::words(dim);
+  const int64_t words = words_of(dim);
   for (int64_t i = 8; i < 12 && i < left; ++i) prefetch(q[first + i], dim);
   if (left > 0) {
-    transpose_rows<T, kPairs>(left < 4 ? left : 4, dim, words, [&](int64_t i) { return q[first + i]; }, out, width);
+    transpose_rows<T>(left < 4 ? left : 4, dim, words, [&](int64_t i) { return q[first + i]; }, out, width);
   } else {
     for (int64_t d = 0; d < words; ++d) __builtin_memset(out + d * width, 0, 4 * sizeof(float));
   }

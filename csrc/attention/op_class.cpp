@@ -13,7 +13,7 @@ constexpr int64_t kKeysOfAPart = 64;  // at least
 }  // namespace
 
 void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
-  const ClassAttentionKernel kernel = FASTVIT_PER_ISA(class_attention_kernel)(p);
+  const ClassAttentionKernel kernel = FASTVIT_PER_ISA(class_attention_kernel, p.element)(p);
   const int64_t problems = p.batch * p.heads, products = 2 * p.queries * p.keys * p.dim;
   // A head's keys are split if there are fewer heads than threads and enough keys for each.
   const int64_t parts =
@@ -43,7 +43,7 @@ void run_class_attention(const MaskedAttentionParams& p, const KeyLists& keys) {
 }
 
 void run_class_attention_backward(const MaskedAttentionGradients& p, const KeyLists& keys) {
-  const ClassAttentionBackwardKernel kernel = FASTVIT_PER_ISA(class_attention_backward_kernel)(p);
+  const ClassAttentionBackwardKernel kernel = FASTVIT_PER_ISA(class_attention_backward_kernel, p.element)(p);
   const int64_t products = 5 * p.queries * p.keys * p.dim;
   const int64_t grain = grain_of(products, kSerialClassProducts);
   parallel_for(0, p.batch * p.heads, grain, [&](int64_t begin, int64_t end) {

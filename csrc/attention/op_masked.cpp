@@ -46,7 +46,7 @@ Tensor masked_attention_cpu(Arguments a) {
     run_class_attention(p, keys);
     return out;
   }
-  run_attention(p, FASTVIT_PER_ISA(masked_attention_kernel)(p), p.batch * p.heads, 2 * p.dim * p.keys,
+  run_attention(p, FASTVIT_PER_ISA(masked_attention_kernel, p.element)(p), p.batch * p.heads, 2 * p.dim * p.keys,
                 [&](int64_t problem) { return keys.of(problem / p.heads); });
   return out;
 }
@@ -77,7 +77,7 @@ class Backward {
       : p_(p),
         keys_(keys),
         bias_(bias),
-        kernel_(FASTVIT_PER_ISA(masked_attention_backward_kernel)(p)),
+        kernel_(FASTVIT_PER_ISA(masked_attention_backward_kernel, p.element)(p)),
         groups_((bias.over_batch ? 1 : p.batch) * (bias.over_heads ? 1 : p.heads)),
         members_(p.batch * p.heads / groups_),
         tiles_(divide_up(p.queries, kernel_.tile)),

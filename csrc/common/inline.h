@@ -7,3 +7,6 @@
 #else
 #define FASTVIT_INLINE inline __attribute__((always_inline))
 #endif
+
+// A loop that needs all registers is a function of its own, so that it has them to itself.
+#define FASTVIT_NOINLINE __attribute__((noinline))

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "common/element.h"
+
 namespace fastvit {
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };  // from the least to the most capable
@@ -51,13 +53,16 @@ void set_cpu_isa(const std::string& name);
   FASTVIT_IF_AVX512(namespace avx512{__VA_ARGS__}) \
   FASTVIT_IF_AVX512_BF16(namespace avx512_bf16{__VA_ARGS__})
 
-// FASTVIT_PER_ISA(f): the function f of the instruction set in use, to be called or passed on.
-#define FASTVIT_PER_ISA(function)                                                                          \
-  ([] {                                                                                                    \
-    switch (::fastvit::cpu_isa()) {                                                                        \
-      FASTVIT_IF_AVX512_BF16(case ::fastvit::Isa::avx512_bf16 : return &::fastvit::avx512_bf16::function;) \
-      FASTVIT_IF_AVX512(case ::fastvit::Isa::avx512 : return &::fastvit::avx512::function;)                \
-      FASTVIT_IF_AVX2(case ::fastvit::Isa::avx2 : return &::fastvit::avx2::function;)                      \
-      default: return &::fastvit::portable::function;                                                      \
-    }                                                                                                      \
-  }())
+// FASTVIT_PER_ISA(f, element): the function f of the instruction set in use, to be called, or passed on, for tensors of
+// such elements. What avx512_bf16 adds is for bfloat16 alone: its other kernels are those of avx512.
+#define FASTVIT_PER_ISA(function, element)                                                                         \
+  ([](::fastvit::Element of) {                                                                                     \
+    switch (::fastvit::cpu_isa()) {                                                                                \
+      FASTVIT_IF_AVX512_BF16(case ::fastvit::Isa::avx512_bf16 : if (of == ::fastvit::Element::bfloat16) return &:: \
+                                 fastvit::avx512_bf16::function;                                                   \
+                             [[fallthrough]];)                                                                     \
+      FASTVIT_IF_AVX512(case ::fastvit::Isa::avx512 : return &::fastvit::avx512::function;)                        \
+      FASTVIT_IF_AVX2(case ::fastvit::Isa::avx2 : return &::fastvit::avx2::function;)                              \
+      default: static_cast<void>(of); return &::fastvit::portable::function;                                       \
+    }                                                                                                              \
+  }(element))

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/bfloat16.h"
+#include "common/element.h"
 #include "common/float16.h"
 #include "common/inline.h"
 #include "common/integers.h"
@@ -32,6 +33,13 @@
 #error "vec.h is for files compiled per instruction set: define FASTVIT_ISA"
 #endif
 
+// The instruction set whose kernels this one uses for all but bfloat16 (see FASTVIT_PER_ISA).
+#if defined(__AVX512BF16__)
+#define FASTVIT_FLOAT_ISA avx512
+#else
+#define FASTVIT_FLOAT_ISA FASTVIT_ISA
+#endif
+
 namespace fastvit::FASTVIT_ISA {
 
 struct bf16 {
@@ -40,6 +48,19 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+// f.operator()<T>() for the type of a tensor's elements, of those that FASTVIT_PER_ISA has kernels of this instruction
+// set called for; kHalf: float16 may be among them.
+template <bool kHalf = false, class F>
+FASTVIT_INLINE auto with_element([[maybe_unused]] Element element, const F& f) {
+#if !defined(__AVX512BF16__)
+  if constexpr (kHalf) {
+    if (element == Element::float16) return f.template operator()<f16>();
+  }
+  if (element == Element::float32) return f.template operator()<float>();
+#endif
+  return f.template operator()<bf16>();
+}
 
 // The most lanes of any instruction set: buffers rounded up to it can be loaded and stored in whole vectors.
 constexpr int64_t kMaxLanes = 16;

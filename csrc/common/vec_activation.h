@@ -13,6 +13,37 @@ constexpr bool is_coarse = false;
 template <>
 constexpr bool is_coarse<bf16> = true;
 
+// For a kernel with code of its own for none and GELU alone: another activation, which its arguments tell.
+constexpr Activation kGiven{-1};
+
+// f.operator()<activation>() for none, GELU or kGiven.
+template <class F>
+FASTVIT_INLINE auto with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::none: return f.template operator()<Activation::none>();
+    case Activation::gelu: return f.template operator()<Activation::gelu>();
+    default: return f.template operator()<kGiven>();
+  }
+}
+
+// f.operator()<known>() for that activation, or for the one given where it is kGiven; kGate: of a gate.
+template <Activation activation, bool kGate = false, class F>
+FASTVIT_INLINE auto with_given([[maybe_unused]] Activation given, const F& f) {
+  if constexpr (activation != kGiven) {
+    return f.template operator()<activation>();
+  } else {
+    switch (given) {
+      case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
+      case Activation::silu: return f.template operator()<Activation::silu>();
+      case Activation::relu: return f.template operator()<Activation::relu>();
+      case Activation::sigmoid:
+        if constexpr (kGate) return f.template operator()<Activation::sigmoid>();
+        [[fallthrough]];
+      default: return f.template operator()<Activation::gelu_tanh>();
+    }
+  }
+}
+
 // GELU's tanh form, 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), is x sigmoid(2 u). 2 u from x and
 // x^2:
 FASTVIT_INLINE Vec twice_tanh_argument(Vec x, Vec square) {
@@ -41,10 +72,16 @@ FASTVIT_INLINE void activate(Vec (&x)[count]) {
   }
 }
 
+template <Activation activation, class T = float, bool kGate = false, int count>
+FASTVIT_INLINE void activate(Activation given, Vec (&x)[count]) {
+  with_given<activation, kGate>(given,
+                                [&]<Activation known>() __attribute__((always_inline)) { activate<known, T>(x); });
+}
+
 template <Activation activation, class T = float>
-FASTVIT_INLINE Vec activate(Vec x) {
+FASTVIT_INLINE Vec activate(Activation given, Vec x) {
   Vec one[1] = {x};
-  activate<activation, T>(one);
+  activate<activation, T>(given, one);
   return one[0];
 }
 
@@ -81,20 +118,10 @@ FASTVIT_INLINE Vec input_gradient(Vec grad, Vec x) {
   }
 }
 
-// Calls f.template operator()<activation>() for the activation known at run time; kGate: of a gate.
-template <bool kGate = false, class F>
-FASTVIT_INLINE void with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::gelu: return f.template operator()<Activation::gelu>();
-    case Activation::quick_gelu: return f.template operator()<Activation::quick_gelu>();
-    case Activation::silu: return f.template operator()<Activation::silu>();
-    case Activation::relu: return f.template operator()<Activation::relu>();
-    case Activation::gelu_tanh: return f.template operator()<Activation::gelu_tanh>();
-    case Activation::sigmoid:
-      if constexpr (kGate) return f.template operator()<Activation::sigmoid>();
-      break;
-    case Activation::none: return f.template operator()<Activation::none>();
-  }
+template <Activation activation, class T = float>
+FASTVIT_INLINE Vec input_gradient(Activation given, Vec grad, Vec x) {
+  return with_given<activation>(
+      given, [&]<Activation known>() __attribute__((always_inline)) { return input_gradient<known, T>(grad, x); });
 }
 
 }  // namespace

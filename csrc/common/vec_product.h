@@ -1,7 +1,7 @@
 // What matrix products on vectors share, for the kernels that are compiled once per instruction set.
 //
-// A word is 32 bits of an operand: a float32, or, for the bfloat16 dot product (kPairs), a pair of neighbouring
-// bfloat16.
+// A word is 32 bits of an operand: a float32, or, with the bfloat16 dot product (kPairs), a pair of neighbouring
+// bfloat16. Kernels of an instruction set that has it are for bfloat16 alone.
 #pragma once
 
 #include "common/vec.h"
@@ -10,21 +10,18 @@ namespace fastvit::FASTVIT_ISA {
 namespace {
 
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
+constexpr bool kPairs = true;
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kPairs = false;
 #endif
 
-template <bool kPairs>
-constexpr int64_t words_of(int64_t elements) {
-  return kPairs ? divide_up(elements, 2) : elements;
-}
+constexpr int64_t words_of(int64_t elements) { return kPairs ? divide_up(elements, 2) : elements; }
 
 // a * b + c on floats, or c + the dot product of two pairs.
-template <bool kPairs>
+template <bool pairs = kPairs>
 FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+  if constexpr (pairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 #endif
   return fma(a, b, c);
 }
@@ -41,6 +38,22 @@ inline void with_constant(int64_t n, const F& f) {
     if (n < N) return with_constant<N - 1>(n, f);
   }
   f(Int<N>{});
+}
+
+// sums[r][c] += sum_k a[k * a_stride + r] * column(k, c): rows r are broadcast, columns c are vectors.
+template <bool pairs = kPairs, int kR, int kC, class F>
+FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, const F& column, Vec (&sums)[kR][kC]) {
+  for (int64_t k = 0; k < depth; ++k, a += a_stride) {
+    Vec columns[kC];
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) columns[c] = column(k, c);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const Vec row = Vec::fill(a[r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<pairs>(row, columns[c], sums[r][c]);
+    }
+  }
 }
 
 }  // namespace

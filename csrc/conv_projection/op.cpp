@@ -14,7 +14,7 @@ using Works = std::array<TokenDepthwiseConvWork, 3>;
 
 // Part `part` of `parts` of each convolution. Items are ordered by image, so the parts read the same images of x.
 void run_part(const Works& works, int64_t part, int64_t parts, float* scratch) {
-  const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
+  const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv, works[0].element);
   for (const TokenDepthwiseConvWork& work : works) {
     const int64_t begin = work.items * part / parts, end = work.items * (part + 1) / parts;
     if (begin < end) kernel(work, begin, end, scratch);

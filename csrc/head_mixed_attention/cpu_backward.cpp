@@ -14,21 +14,11 @@ namespace fastvit::FASTVIT_ISA {
 namespace {
 
 // After k's panels come v's, panels of keys only.
-template <class T, bool kPairs>
-int64_t value_offset(const HeadMapParams& p, const Packed<T, kPairs>& layout) {
-  return p.heads * layout.head_words;
-}
+int64_t value_offset(const HeadMapParams& p, const Packed& layout) { return p.heads * layout.head_words; }
 
-template <class T, bool kPairs>
 void pack(const HeadMapGradientParams& p, int64_t b, AttentionKeys keys, float* packed) {
-  pack_keys<T, kPairs>(p, b, keys, packed);
-  const Packed<T, kPairs> layout(p.dim, keys.count);
-  float* values = packed + value_offset(p, layout);
-  for (int64_t h = 0; h < p.heads; ++h, values += layout.key_panels.blocks * layout.key_words) {
-    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
-      pack_key_panel(Rows<T>(p.v, b, h), layout, keys.indices, panel, values);
-    }
-  }
+  pack_keys(p, b, keys, packed);
+  pack_key_panels(p, p.v, b, keys, packed + value_offset(p, Packed(p.dim, keys.count)));
 }
 
 struct Scratch : GradientScratch {
@@ -49,9 +39,9 @@ struct Scratch : GradientScratch {
         apart_block(arena.take(p.heads * kMixedStride)) {}
 };
 
-template <class T, bool kPairs, int kV>
-struct Tile : GradientTile<T, kPairs, kV> {
-  using Base = GradientTile<T, kPairs, kV>;
+template <int kV>
+struct Tile : GradientTile<kV> {
+  using Base = GradientTile<kV>;
   using Base::at, Base::kWidth, Base::keys, Base::layout, Base::p, Base::packed, Base::map, Base::gradient,
       Base::lane_sum;
 
@@ -76,8 +66,8 @@ struct Tile : GradientTile<T, kPairs, kV> {
         this->add_left_out(p.grad, s.grad_finite, h, begin, end, mixed(h, 0), hide, dv_block);
         add_gradient(h, begin, end);
       }
-      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride, s.apart_block,
-                            s.kMixedStride, false, lane_sum(s.totals.map_products()));
+      FASTVIT_FLOAT_ISA::add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride,
+                                               s.apart_block, s.kMixedStride, false, lane_sum(s.totals.map_products()));
       this->gradients_of_maps(begin, end, s.gradients);
     });
     this->gradients_of_queries_and_keys();
@@ -101,7 +91,8 @@ struct Tile : GradientTile<T, kPairs, kV> {
       }
     }
     if (p.post_weight == nullptr) return;
-    mix_heads(p.heads, count, p.post_weight, p.post_bias, s.apart_block, s.kMixedStride, mixed(0, 0), s.kMixedStride);
+    FASTVIT_FLOAT_ISA::mix_heads(p.heads, count, p.post_weight, p.post_bias, s.apart_block, s.kMixedStride, mixed(0, 0),
+                                 s.kMixedStride);
   }
 
   // dM, all keys.
@@ -179,13 +170,12 @@ struct Tile : GradientTile<T, kPairs, kV> {
   }
 };
 
-template <class T, bool kPairs>
 void run(const HeadMapGradientParams& p, int64_t b, int64_t begin, int64_t end, AttentionKeys keys, const float* packed,
          float* memory, float* sums, double* totals) {
   Arena arena{memory};
   const Scratch scratch(p, arena);
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    Tile<T, kPairs, vectors.value>(p, scratch, b, first_query, queries, keys, packed, sums).run(totals);
+    Tile<vectors.value>(p, scratch, b, first_query, queries, keys, packed, sums).run(totals);
   });
 }
 
@@ -199,19 +189,20 @@ void finish(const HeadMapGradientParams& p, int64_t b, int64_t h, AttentionKeys 
   finish_rows<T>(p, b, h, keys, sums + stride / 2, parts, stride, 1.0f, p.dv);
 }
 
-template <class T, bool kPairs>
-HeadMapKernel<HeadMapGradientParams> make_kernel(const HeadMapGradientParams& p) {
-  Arena arena{nullptr};
-  const Scratch scratch(p, arena);
-  const Packed<T, kPairs> layout(p.dim, p.keys);
-  const int64_t packed = value_offset(p, layout) + p.heads * layout.key_panels.blocks * layout.key_words;
-  return {kLanes, packed, arena.used, sum_floats(p), pack<T, kPairs>, run<T, kPairs>, finish<T>};
-}
-
 }  // namespace
 
 HeadMapKernel<HeadMapGradientParams> head_mix_backward_kernel(const HeadMapGradientParams& p) {
-  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  Arena arena{nullptr};
+  const Scratch scratch(p, arena);
+  const Packed layout(p.dim, p.keys);
+  const int64_t packed = value_offset(p, layout) + p.heads * layout.key_panels.blocks * layout.key_words;
+  return {kLanes,
+          packed,
+          arena.used,
+          sum_floats(p),
+          pack,
+          run,
+          with_element(p.element, []<class T>() { return &finish<T>; })};
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -11,21 +11,22 @@
 namespace fastvit::FASTVIT_ISA {
 namespace {
 
-template <class T, bool kPairs>
 void pack(const HeadMixParams& p, int64_t b, AttentionKeys keys, int64_t part, int64_t parts, float* packed) {
-  const Packed<T, kPairs> layout(p.dim, keys.count);
+  const Packed layout(p.dim, keys.count);
   const int64_t panels = layout.key_panels.blocks, words = layout.words(keys.count);
   // Heads in the inner loop: the heads of a key are adjacent in memory.
-  for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      pack_key_panel(Rows<T>(p.k, b, h), layout, keys.indices, panel, packed + h * layout.head_words);
+  with_element(p.element, [&]<class T>() {
+    for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        pack_key_panel(Rows<T>(p.k, b, h), layout, keys.indices, panel, packed + h * layout.head_words);
+      }
     }
-  }
-  for (int64_t word = part * words / parts; word < (part + 1) * words / parts; ++word) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      pack_value_row(Rows<T>(p.v, b, h), layout, keys.indices, word, packed + h * layout.head_words);
+    for (int64_t word = part * words / parts; word < (part + 1) * words / parts; ++word) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        pack_value_row(Rows<T>(p.v, b, h), layout, keys.indices, word, packed + h * layout.head_words);
+      }
     }
-  }
+  });
 }
 
 // A thread's scratch memory for a tile.
@@ -43,9 +44,9 @@ struct Scratch : MapScratch {
         staged(arena.take(p.heads * kStagedStride)) {}
 };
 
-template <class T, bool kPairs, int kV>
-struct Tile : MapTile<T, kPairs, kV> {
-  using Base = MapTile<T, kPairs, kV>;
+template <int kV>
+struct Tile : MapTile<kV> {
+  using Base = MapTile<kV>;
   using Base::at, Base::keys, Base::layout;
 
   const HeadMixParams& p;
@@ -123,8 +124,8 @@ struct Tile : MapTile<T, kPairs, kV> {
           for (int v = 0; v < kV; ++v) probability(g, j + key, v).store(at_staged(g, key, v));
         }
       }
-      mix_heads(p.heads, kStagedKeys * kV, p.post_weight, p.post_bias, s.staged, s.kStagedStride, s.staged,
-                s.kStagedStride);
+      FASTVIT_FLOAT_ISA::mix_heads(p.heads, kStagedKeys * kV, p.post_weight, p.post_bias, s.staged, s.kStagedStride,
+                                   s.staged, s.kStagedStride);
       for (int v = 0; v < kV; ++v) {
         Vec inverse[kStagedKeys];
         for (int key = 0; p.norm_factor != nullptr && key < kStagedKeys; ++key) {
@@ -159,28 +160,21 @@ struct Tile : MapTile<T, kPairs, kV> {
   }
 };
 
-template <class T, bool kPairs>
 void attend(const HeadMixParams& p, int64_t b, int64_t begin, int64_t end, AttentionKeys keys, const float* packed,
             float* memory) {
   Arena arena{memory};
   const Scratch scratch(p, arena);
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    Tile<T, kPairs, vectors.value>(p, scratch, b, first_query, queries, keys, packed).run();
+    Tile<vectors.value>(p, scratch, b, first_query, queries, keys, packed).run();
   });
-}
-
-template <class T, bool kPairs>
-HeadMixKernel make_kernel(const HeadMixParams& p) {
-  Arena arena{nullptr};
-  const Scratch scratch(p, arena);
-  return {kLanes, p.heads * Packed<T, kPairs>(p.dim, p.keys).head_words, arena.used, pack<T, kPairs>,
-          attend<T, kPairs>};
 }
 
 }  // namespace
 
 HeadMixKernel head_mix_kernel(const HeadMixParams& p) {
-  return p.element == Element::bfloat16 ? make_kernel<bf16, kHasPairs>(p) : make_kernel<float, false>(p);
+  Arena arena{nullptr};
+  const Scratch scratch(p, arena);
+  return {kLanes, p.heads * Packed(p.dim, p.keys).head_words, arena.used, pack, attend};
 }
 
 }  // namespace fastvit::FASTVIT_ISA

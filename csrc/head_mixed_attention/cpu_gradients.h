@@ -18,69 +18,6 @@ namespace fastvit::FASTVIT_ISA {
 namespace {
 
 constexpr int64_t kBlockKeys = 8;  // whose maps, with all heads, stay in the L1 cache
-constexpr int kOuterRows = kLanes == 16 ? 8 : 6, kOuterColumns = kLanes == 16 ? 3 : 2;
-constexpr int kPairRows = kLanes == 16 ? 4 : 3, kPairColumns = kLanes == 16 ? 6 : 4;
-
-// add_outer for `count` rows and all channels.
-template <bool kPairs, int64_t kStride>
-void add_outer_product(int64_t count, int64_t depth, const float* a, const float* rows, float* out,
-                       int64_t row_stride) {
-  const Split columns(row_stride / kLanes, kOuterColumns), blocks(count, kOuterRows);
-  for (int64_t block = 0; block < blocks.blocks; ++block) {
-    for (int64_t column = 0; column < columns.blocks; ++column) {
-      with_constant<kOuterColumns>(columns.size(column), [&](auto vectors) {
-        with_constant<kOuterRows>(blocks.size(block), [&](auto size) {
-          add_outer<kPairs, size.value, vectors.value>(
-              depth, a + blocks.begin(block) * kStride, kStride, rows + columns.begin(column) * kLanes, row_stride,
-              out + blocks.begin(block) * row_stride + columns.begin(column) * kLanes);
-        });
-      });
-    }
-  }
-}
-
-// out[h][g] += sum_i x_h[i] y_g[i], all of them vectors, for all pairs of heads; symmetric: at least for those on or
-// above the diagonal.
-inline void add_products_of_heads(int64_t heads, int64_t depth, const float* x, int64_t x_stride, const float* y,
-                                  int64_t y_stride, bool symmetric, float* out) {
-  const Split rows(heads, kPairRows), columns(heads, kPairColumns);
-  for (int64_t r = 0; r < rows.blocks; ++r) {
-    for (int64_t c = 0; c < columns.blocks; ++c) {
-      const int64_t h = rows.begin(r), g = columns.begin(c);
-      if (symmetric && g + columns.size(c) <= h) continue;
-      with_constant<kPairRows>(rows.size(r), [&](auto row_count) {
-        with_constant<kPairColumns>(columns.size(c), [&](auto column_count) {
-          constexpr int kR = row_count.value, kC = column_count.value;
-          Vec sums[kR][kC];
-#pragma GCC unroll 8
-          for (int i = 0; i < kR; ++i) {
-#pragma GCC unroll 8
-            for (int k = 0; k < kC; ++k) sums[i][k] = Vec::fill(0.0f);
-          }
-          for (int64_t at = 0; at < depth * kLanes; at += kLanes) {
-            Vec left[kR];
-#pragma GCC unroll 8
-            for (int i = 0; i < kR; ++i) left[i] = Vec::load(x + (h + i) * x_stride + at);
-#pragma GCC unroll 8
-            for (int k = 0; k < kC; ++k) {
-              const Vec right = Vec::load(y + (g + k) * y_stride + at);
-#pragma GCC unroll 8
-              for (int i = 0; i < kR; ++i) sums[i][k] = fma(left[i], right, sums[i][k]);
-            }
-          }
-#pragma GCC unroll 8
-          for (int i = 0; i < kR; ++i) {
-#pragma GCC unroll 8
-            for (int k = 0; k < kC; ++k) {
-              float* to = out + ((h + i) * heads + g + k) * kLanes;
-              (Vec::load(to) + sums[i][k]).store(to);
-            }
-          }
-        });
-      });
-    }
-  }
-}
 
 // block(begin, end) for every block of keys.
 template <class F>
@@ -91,17 +28,30 @@ FASTVIT_INLINE void for_key_blocks(int64_t keys, const F& block) {
 }
 
 // Packs k of a batch element, head by head: panels of keys, and of channels.
-template <class T, bool kPairs>
-void pack_keys(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
-  const Packed<T, kPairs> layout(p.dim, keys.count);
+inline void pack_keys(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
+  const Packed layout(p.dim, keys.count);
   for (int64_t h = 0; h < p.heads; ++h, packed += layout.head_words) {
-    const Rows<T> k(p.k, b, h);
-    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
-      pack_key_panel(k, layout, keys.indices, panel, packed);
-    }
-    for (int64_t word = 0; word < layout.words(keys.count); ++word) {
-      pack_value_row(k, layout, keys.indices, word, packed);
-    }
+    with_rows(p.element, p.k, b, h, [&](auto k) {
+      for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
+        pack_key_panel(k, layout, keys.indices, panel, packed);
+      }
+      for (int64_t word = 0; word < layout.words(keys.count); ++word) {
+        pack_value_row(k, layout, keys.indices, word, packed);
+      }
+    });
+  }
+}
+
+// A head's panels of keys alone, of k or v.
+inline void pack_key_panels(const HeadMapParams& p, const AttentionOperand& k, int64_t b, AttentionKeys keys,
+                            float* packed) {
+  const Packed layout(p.dim, keys.count);
+  for (int64_t h = 0; h < p.heads; ++h, packed += layout.key_panels.blocks * layout.key_words) {
+    with_rows(p.element, k, b, h, [&](auto rows) {
+      for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
+        pack_key_panel(rows, layout, keys.indices, panel, packed);
+      }
+    });
   }
 }
 
@@ -134,9 +84,9 @@ struct GradientScratch : MapScratch {
         lane_sums(arena.take(totals.count() * kLanes)) {}
 };
 
-template <class T, bool kPairs, int kV>
-struct GradientTile : MapTile<T, kPairs, kV> {
-  using Base = MapTile<T, kPairs, kV>;
+template <int kV>
+struct GradientTile : MapTile<kV> {
+  using Base = MapTile<kV>;
   using Base::at, Base::kWidth, Base::keys, Base::layout, Base::b, Base::first_query, Base::queries;
 
   const HeadMapGradientParams& p;
@@ -204,6 +154,11 @@ struct GradientTile : MapTile<T, kPairs, kV> {
 
   // Rows of q, or of a tensor of its shape, for products that sum over queries.
   void load_rows(const AttentionOperand& q, float* out, float* finite) const {
+    with_element(p.element, [&]<class T>() { load_rows_of<T>(q, out, finite); });
+  }
+
+  template <class T>
+  void load_rows_of(const AttentionOperand& q, float* out, float* finite) const {
     for (int64_t h = 0; p.mask != nullptr && h < p.heads; ++h) {
       for (int64_t i = 0; i < queries; ++i) {
         finite[h * kMaxWidth + i] = is_finite(Rows<T>(q, b, h)[first_query + i], p.dim);
@@ -233,7 +188,7 @@ struct GradientTile : MapTile<T, kPairs, kV> {
 
   // sums[j][d] += sum_i map[j][i] rows[i][d] for keys [begin, end).
   void add_to_keys(int64_t count, const float* map, const float* rows, float* sums) const {
-    add_outer_product<kPairs, kWidth>(count, layout.words(queries), map, rows, sums, s.row_stride);
+    add_outer_product(count, s.row_stride / kLanes, layout.words(queries), map, kWidth, rows, sums);
   }
 
   // The share in those sums of queries whose rows are not finite, in those of the keys they see.
@@ -242,14 +197,16 @@ struct GradientTile : MapTile<T, kPairs, kV> {
                     const float* map, const Hide& hide, float* sums) const {
     for (int64_t i = 0; p.mask != nullptr && i < queries; ++i) {
       if (finite[h * kMaxWidth + i] != 0.0f) continue;
-      const T* row = Rows<T>(q, b, h)[first_query + i];
       for (int64_t j = begin; j < end; ++j) {
         float hidden[kLanes];
         hide(j, static_cast<int>(i / kLanes), Vec::fill(1.0f), Vec::fill(0.0f)).store(hidden);
         if (hidden[i % kLanes] != 0.0f) continue;
         const float* key = map + (j - begin) * kWidth;
         const float weight = kPairs ? widen(reinterpret_cast<const bf16*>(key)[i]) : key[i];
-        for (int64_t d = 0; d < p.dim; ++d) sums[(j - begin) * s.row_stride + d] += weight * widen(row[d]);
+        with_rows(p.element, q, b, h, [&](auto rows) {
+          const auto* row = rows[first_query + i];
+          for (int64_t d = 0; d < p.dim; ++d) sums[(j - begin) * s.row_stride + d] += weight * widen(row[d]);
+        });
       }
     }
   }
@@ -266,8 +223,8 @@ struct GradientTile : MapTile<T, kPairs, kV> {
   // The gradients of P for keys [begin, end), from maps `from`, which may be the gradients themselves.
   void gradients_of_maps(int64_t begin, int64_t end, const float* from) const {
     if (p.map_gradient != nullptr) {
-      mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias, from + at(begin, 0), s.map_stride,
-                gradient(0) + at(begin, 0), s.map_stride);
+      FASTVIT_FLOAT_ISA::mix_heads(p.heads, (end - begin) * kV, p.map_gradient, p.map_gradient_bias,
+                                   from + at(begin, 0), s.map_stride, gradient(0) + at(begin, 0), s.map_stride);
     }
     for (int64_t h = 0; h < p.heads; ++h) {
       for (int64_t i = at(begin, 0); p.map_gradient == nullptr && i < at(end, 0); i += kLanes) {
@@ -366,10 +323,11 @@ struct GradientTile : MapTile<T, kPairs, kV> {
           for (int v = 0; v < kV; ++v) gradient_of_logit(h, j, v).store(gradient(h) + at(j, v));
         }
       }
-      add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride,
-                            logits(0) + at(begin, 0), s.map_stride, false, lane_sum(s.totals.pre_products()));
-      mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0), s.map_stride,
-                gradient(0) + at(begin, 0), s.map_stride);
+      FASTVIT_FLOAT_ISA::add_products_of_heads(p.heads, (end - begin) * kV, gradient(0) + at(begin, 0), s.map_stride,
+                                               logits(0) + at(begin, 0), s.map_stride, false,
+                                               lane_sum(s.totals.pre_products()));
+      FASTVIT_FLOAT_ISA::mix_heads(p.heads, (end - begin) * kV, p.pre_gradient, p.zeros, gradient(0) + at(begin, 0),
+                                   s.map_stride, gradient(0) + at(begin, 0), s.map_stride);
       for (int64_t h = 0; hides && h < p.heads; ++h) {
         for (int64_t j = begin; j < end; ++j) {
           for (int v = 0; v < kV; ++v) {

@@ -13,14 +13,8 @@ namespace {
 
 // --- The moments -----------------------------------------------------------------------------------------------------
 
-template <class T, bool kPairs>
-void pack_panels(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
-  const Packed<T, kPairs> layout(p.dim, keys.count);
-  for (int64_t h = 0; h < p.heads; ++h, packed += layout.key_panels.blocks * layout.key_words) {
-    for (int64_t panel = 0; panel < layout.key_panels.blocks; ++panel) {
-      pack_key_panel(Rows<T>(p.k, b, h), layout, keys.indices, panel, packed);
-    }
-  }
+void pack_moments(const HeadMapParams& p, int64_t b, AttentionKeys keys, float* packed) {
+  pack_key_panels(p, p.k, b, keys, packed);
 }
 
 struct MomentScratch : MapScratch {
@@ -35,9 +29,9 @@ struct MomentScratch : MapScratch {
         lane_sums(arena.take(p.heads * p.heads * kLanes)) {}
 };
 
-template <class T, bool kPairs, int kV>
-struct MomentTile : MapTile<T, kPairs, kV> {
-  using Base = MapTile<T, kPairs, kV>;
+template <int kV>
+struct MomentTile : MapTile<kV> {
+  using Base = MapTile<kV>;
   using Base::at, Base::keys, Base::layout, Base::p, Base::queries;
 
   const MomentScratch& s;
@@ -56,8 +50,8 @@ struct MomentTile : MapTile<T, kPairs, kV> {
     for_key_blocks(keys.count, [&](int64_t begin, int64_t end) {
       centre(begin, end);
       if (p.precise) return add_precise_products(begin, end, totals + at_total.map_products());
-      add_products_of_heads(p.heads, (end - begin) * kV, map(0) + at(begin, 0), s.map_stride, map(0) + at(begin, 0),
-                            s.map_stride, true, s.lane_sums);
+      FASTVIT_FLOAT_ISA::add_products_of_heads(p.heads, (end - begin) * kV, map(0) + at(begin, 0), s.map_stride,
+                                               map(0) + at(begin, 0), s.map_stride, true, s.lane_sums);
     });
     for (int64_t i = 0; i < p.heads * p.heads; ++i) {
       totals[at_total.map_products() + i] += static_cast<double>(sum(Vec::load(s.lane_sums + i * kLanes)));
@@ -124,30 +118,20 @@ struct MomentTile : MapTile<T, kPairs, kV> {
   }
 };
 
-template <class T, bool kPairs>
 void run_moments(const HeadMapParams& p, int64_t b, int64_t begin, int64_t end, AttentionKeys keys, const float* packed,
                  float* memory, float*, double* totals) {
   Arena arena{memory};
   const MomentScratch scratch(p, arena);
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    MomentTile<T, kPairs, vectors.value>(p, scratch, b, first_query, queries, keys, packed).run(totals);
+    MomentTile<vectors.value>(p, scratch, b, first_query, queries, keys, packed).run(totals);
   });
-}
-
-template <class T, bool kPairs>
-HeadMapKernel<HeadMapParams> make_moments_kernel(const HeadMapParams& p) {
-  Arena arena{nullptr};
-  const MomentScratch scratch(p, arena);
-  const Packed<T, kPairs> layout(p.dim, p.keys);
-  const int64_t packed = p.heads * layout.key_panels.blocks * layout.key_words;
-  return {kLanes, packed, arena.used, 0, pack_panels<T, kPairs>, run_moments<T, kPairs>, nullptr};
 }
 
 // --- Their gradients -------------------------------------------------------------------------------------------------
 
-template <class T, bool kPairs, int kV>
-struct MomentGradientTile : GradientTile<T, kPairs, kV> {
-  using Base = GradientTile<T, kPairs, kV>;
+template <int kV>
+struct MomentGradientTile : GradientTile<kV> {
+  using Base = GradientTile<kV>;
   using Base::Base;
 
   void run(double* totals) const {
@@ -159,18 +143,16 @@ struct MomentGradientTile : GradientTile<T, kPairs, kV> {
   }
 };
 
-template <class T, bool kPairs>
 void pack_gradient(const HeadMapGradientParams& p, int64_t b, AttentionKeys keys, float* packed) {
-  pack_keys<T, kPairs>(p, b, keys, packed);
+  pack_keys(p, b, keys, packed);
 }
 
-template <class T, bool kPairs>
 void run_gradient(const HeadMapGradientParams& p, int64_t b, int64_t begin, int64_t end, AttentionKeys keys,
                   const float* packed, float* memory, float* sums, double* totals) {
   Arena arena{memory};
   const GradientScratch scratch(p, arena);
   for_tiles(begin, end, [&](auto vectors, int64_t first_query, int64_t queries) {
-    MomentGradientTile<T, kPairs, vectors.value>(p, scratch, b, first_query, queries, keys, packed, sums).run(totals);
+    MomentGradientTile<vectors.value>(p, scratch, b, first_query, queries, keys, packed, sums).run(totals);
   });
 }
 
@@ -182,29 +164,26 @@ void finish_gradient(const HeadMapGradientParams& p, int64_t b, int64_t h, Atten
   finish_rows<T>(p, b, h, keys, sums, parts, sum_floats(p), p.scale, p.dk);
 }
 
-template <class T, bool kPairs>
-HeadMapKernel<HeadMapGradientParams> make_gradient_kernel(const HeadMapGradientParams& p) {
-  Arena arena{nullptr};
-  const GradientScratch scratch(p, arena);
-  return {kLanes,
-          p.heads * Packed<T, kPairs>(p.dim, p.keys).head_words,
-          arena.used,
-          sum_floats(p),
-          pack_gradient<T, kPairs>,
-          run_gradient<T, kPairs>,
-          finish_gradient<T>};
-}
-
 }  // namespace
 
 HeadMapKernel<HeadMapParams> head_moments_kernel(const HeadMapParams& p) {
-  return p.element == Element::bfloat16 ? make_moments_kernel<bf16, kHasPairs>(p)
-                                        : make_moments_kernel<float, false>(p);
+  Arena arena{nullptr};
+  const MomentScratch scratch(p, arena);
+  const Packed layout(p.dim, p.keys);
+  const int64_t packed = p.heads * layout.key_panels.blocks * layout.key_words;
+  return {kLanes, packed, arena.used, 0, pack_moments, run_moments, nullptr};
 }
 
 HeadMapKernel<HeadMapGradientParams> head_moments_backward_kernel(const HeadMapGradientParams& p) {
-  return p.element == Element::bfloat16 ? make_gradient_kernel<bf16, kHasPairs>(p)
-                                        : make_gradient_kernel<float, false>(p);
+  Arena arena{nullptr};
+  const GradientScratch scratch(p, arena);
+  return {kLanes,
+          p.heads * Packed(p.dim, p.keys).head_words,
+          arena.used,
+          sum_floats(p),
+          pack_gradient,
+          run_gradient,
+          with_element(p.element, []<class T>() { return &finish_gradient<T>; })};
 }
 
 }  // namespace fastvit::FASTVIT_ISA

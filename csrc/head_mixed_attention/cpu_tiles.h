@@ -10,6 +10,7 @@
 
 #include "attention/cpu_tiles.h"
 #include "head_mixed_attention/args.h"
+#include "head_mixed_attention/cpu_mix.h"
 
 namespace fastvit::FASTVIT_ISA {
 namespace {
@@ -49,80 +50,6 @@ struct MapScratch {
         inverse(arena.take(p.heads * kMaxWidth)) {}
 };
 
-// --- Products --------------------------------------------------------------------------------------------------------
-
-// out[r] = factor * sum_k a[r][k] b[k] for the rows of all panels (see Packed); rows of b and out are kV vectors.
-template <bool kPairs, int kV, int64_t kPartial = kPartialSum>
-void multiply_panels(Split panels, int64_t panel_words, int64_t depth, const float* a, const float* b, float factor,
-                     float* out) {
-  for (int64_t panel = 0; panel < panels.blocks; ++panel) {
-    with_constant<kRows>(panels.size(panel), [&](auto rows) {
-      product_to<kPairs, rows.value, kV, kPartial>(depth, a + panel * panel_words, b, Vec::fill(factor),
-                                                   out + panels.begin(panel) * kV * kLanes);
-    });
-  }
-}
-
-// Vectors per step of a mix of kR heads.
-template <int kR>
-constexpr int kMixColumns = kR <= kRows / 2 ? 4 : 2;
-
-// sums[r][c] = bias[r] + sum_g weight[g * heads + r] column(g, c).
-template <int kR, class F>
-FASTVIT_INLINE void mix_columns(int64_t heads, const float* weight, const float* bias, const F& column,
-                                Vec (&sums)[kR][kMixColumns<kR>]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c] = Vec::fill(bias[r]);
-  }
-  product<false>(heads, weight, heads, column, sums);
-}
-
-template <int kR>
-void mix_and_store(int64_t heads, const float* weight, const float* bias, const float* x, int64_t x_stride, float* y,
-                   int64_t y_stride) {
-  Vec sums[kR][kMixColumns<kR>];
-  mix_columns<kR>(
-      heads, weight, bias, [&](int64_t g, int c) { return Vec::load(x + g * x_stride + c * kLanes); }, sums);
-#pragma GCC unroll 16
-  for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kMixColumns<kR>; ++c) sums[r][c].store(y + r * y_stride + c * kLanes);
-  }
-}
-
-// y_h[i] = bias[h] + sum_g weight[g][h] x_g[i] for `count` vectors of every head, and up to three more. Strides are of
-// heads; x and y may be the same.
-inline void mix_heads(int64_t heads, int64_t count, const float* weight, const float* bias, const float* x,
-                      int64_t x_stride, float* y, int64_t y_stride) {
-  if (heads <= kRows) {
-    with_constant<kRows>(heads, [&](auto rows) {
-      for (int64_t i = 0; i < count; i += kMixColumns<rows.value>) {
-        mix_and_store<rows.value>(heads, weight, bias, x + i * kLanes, x_stride, y + i * kLanes, y_stride);
-      }
-    });
-    return;
-  }
-  constexpr int kColumns = 4;  // copied once for several blocks of heads
-  float copy[kHeadMixMaxHeads * kColumns * kLanes];
-  const Split blocks(heads, kRows);
-  for (int64_t i = 0; i < count; i += kColumns) {
-    for (int64_t g = 0; g < heads; ++g) {
-      __builtin_memcpy(copy + g * kColumns * kLanes, x + g * x_stride + i * kLanes, kColumns * kLanes * sizeof(float));
-    }
-    for (int64_t block = 0; block < blocks.blocks; ++block) {
-      const int64_t h = blocks.begin(block);
-      with_constant<kRows>(blocks.size(block), [&](auto rows) {
-        for (int c = 0; c < kColumns; c += kMixColumns<rows.value>) {
-          mix_and_store<rows.value>(heads, weight + h, bias + h, copy + c * kLanes, kColumns * kLanes,
-                                    y + h * y_stride + (i + c) * kLanes, y_stride);
-        }
-      });
-    }
-  }
-}
-
 // Takes the mean over heads off one vector of each; gives 1 / sqrt(mean over heads of what is left^2 + eps). The mean
 // is found about the first head, so that of heads that are all the same exactly zero is left.
 FASTVIT_INLINE Vec centre_heads(int64_t heads, float* x, int64_t head_stride, float eps) {
@@ -151,7 +78,7 @@ FASTVIT_INLINE Vec where_attended(Vec limit, Vec x) {
   return x;
 }
 
-template <class T, bool kPairs, int kV>  // kV vectors of queries
+template <int kV>  // kV vectors of queries
 struct MapTile {
   static constexpr int64_t kWidth = kV * kLanes;
 
@@ -159,7 +86,7 @@ struct MapTile {
   const MapScratch& s;
   int64_t b, first_query, queries;  // queries <= kWidth
   AttentionKeys keys;
-  const Packed<T, kPairs> layout{p.dim, keys.count};
+  const Packed layout{p.dim, keys.count};
 
   static int64_t at(int64_t j, int v) { return j * kWidth + v * kLanes; }  // in a map
   const float* mask(int64_t h) const { return s.mask_heads == 1 ? s.mask : s.mask + h * s.map_stride; }
@@ -172,29 +99,32 @@ struct MapTile {
 
   // out[h][word of channels][lane] of q, or of a tensor of its shape.
   void load_lanes(const AttentionOperand& q, float* out) const {
-    for (int64_t first = 0; first < kWidth; first += 4) {
-      for (int64_t h = 0; h < p.heads; ++h) {  // innermost: the heads of a query are adjacent
-        load_four_queries<T, kPairs>(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
-                                     out + h * s.word_stride + first, kWidth);
+    with_element(p.element, [&]<class T>() {
+      for (int64_t first = 0; first < kWidth; first += 4) {
+        for (int64_t h = 0; h < p.heads; ++h) {  // innermost: the heads of a query are adjacent
+          load_four_queries(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
+                            out + h * s.word_stride + first, kWidth);
+        }
       }
-    }
+    });
   }
 
   // out[j] = factor * sum_d k[j][d] q[d] for all keys; `packed` are key panels. Large logits need short partial sums.
   void products_with_keys(const float* packed, const float* q, float factor, float* out) const {
-    multiply_panels<kPairs, kV, (kPartialSum < 32 ? kPartialSum : 32)>(layout.key_panels, layout.key_words,
-                                                                       layout.words(p.dim), packed, q, factor, out);
+    multiply_panels(keys.count, layout.key_words, kV, layout.words(p.dim), packed, q, factor, out,
+                    smaller(kPartialSum, 32));
   }
 
   // out[d] = factor * sum_j v[j][d] map[j] for all channels; `packed` is a head of keys and values.
   void products_with_values(const float* packed, const float* map, float factor, float* out) const {
-    multiply_panels<kPairs, kV>(layout.value_panels, layout.value_words, layout.words(keys.count),
-                                packed + layout.value_panel(0), map, factor, out);
+    multiply_panels(p.dim, layout.value_words, kV, layout.words(keys.count), packed + layout.value_panel(0), map,
+                    factor, out);
   }
 
   // The mix before the softmax, of all keys; `from` and `to` may be the same.
   void mix_logits(const float* from, float* to) const {
-    mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to, s.map_stride);
+    FASTVIT_FLOAT_ISA::mix_heads(p.heads, keys.count * kV, p.pre_weight, p.pre_bias, from, s.map_stride, to,
+                                 s.map_stride);
   }
 
   // `yes` in the lanes of vector v that key j is hidden from, for head h or for every head.
@@ -213,7 +143,8 @@ struct MapTile {
   void leave_hidden_out(const AttentionOperand& of, int64_t h, const float* map, float factor, const Hide& hide,
                         float* out) const {
     if (p.mask == nullptr || !has_nan(out, p.dim * kWidth)) return;
-    product_of_visible<T, kPairs, kV>(Rows<T>(of, b, h), keys, p.dim, map, factor, hide, out, false);
+    with_rows(p.element, of, b, h,
+              [&](auto rows) { product_of_visible<kV>(rows, keys, p.dim, map, factor, hide, out, false); });
   }
 
   // A sum of exponentials is zero where no key is left, but also where all logits are -inf: those rows are NaN.
@@ -228,6 +159,28 @@ struct MapTile {
     for (int v = 0; v < kV; ++v) sums[v] = Vec::load(of_lanes + v * kLanes);
   }
 
+  // The largest logit of each lane, of those that the mask leaves; masked ones become -inf. zeros: NaN where a logit is
+  // not finite.
+  FASTVIT_NOINLINE void limit_and_find_largest(int64_t h, float* map, Vec (&largest)[kV], Vec& zeros) const {
+    Vec most[kV], products = zeros;
+    for (int v = 0; v < kV; ++v) most[v] = largest[v];
+    const float* limits = p.mask == nullptr ? nullptr : mask(h);
+    for (int64_t j = 0, count = keys.count; j < count; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) {
+        Vec x = Vec::load(map + at(j, v));
+        if (limits != nullptr) {
+          products = fma(x, Vec::fill(0.0f), products);
+          x = min(x, Vec::load(limits + at(j, v)));
+          x.store(map + at(j, v));
+        }
+        most[v] = max(x, most[v]);
+      }
+    }
+    for (int v = 0; v < kV; ++v) largest[v] = most[v];
+    zeros = products;
+  }
+
   // exp(S_h - max) in place, and 1 / its sum over keys; zeros in a row whose keys are all masked. With a mask, returns
   // whether all logits are finite, masked ones too.
   bool softmax(int64_t h, float* map) const {
@@ -235,18 +188,7 @@ struct MapTile {
     const float least = p.mask == nullptr ? -__builtin_inff() : -__FLT_MAX__;
     Vec largest[kV], sum[kV], zeros = Vec::fill(0.0f);
     for (int v = 0; v < kV; ++v) largest[v] = Vec::fill(least), sum[v] = Vec::fill(0.0f);
-    for (int64_t j = 0; j < keys.count; ++j) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kV; ++v) {
-        Vec x = Vec::load(map + at(j, v));
-        if (p.mask != nullptr) {
-          zeros = fma(x, Vec::fill(0.0f), zeros);
-          x = min(x, Vec::load(mask(h) + at(j, v)));
-          x.store(map + at(j, v));
-        }
-        largest[v] = max(x, largest[v]);
-      }
-    }
+    limit_and_find_largest(h, map, largest, zeros);
     for (int64_t first = 0; first < keys.count; first += kSoftmaxTerms) {
       const int64_t end = keys.count - first < kSoftmaxTerms ? keys.count : first + kSoftmaxTerms;
       Vec part[kV];
@@ -274,13 +216,15 @@ struct MapTile {
   // Stores [head][channel][lane] as rows of a contiguous (B, N, H, D).
   void store_lanes(const float* channels, void* to) const {
     const int64_t stride = p.heads * p.dim;
-    T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
-    for (int64_t i = 0; i < queries; i += 4) {
-      for (int64_t h = 0; h < p.heads; ++h) {
-        store_four_queries(channels + h * s.word_stride + i, kWidth, queries - i, p.dim, out + i * stride + h * p.dim,
-                           stride);
+    with_element(p.element, [&]<class T>() {
+      T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
+      for (int64_t i = 0; i < queries; i += 4) {
+        for (int64_t h = 0; h < p.heads; ++h) {
+          store_four_queries(channels + h * s.word_stride + i, kWidth, queries - i, p.dim, out + i * stride + h * p.dim,
+                             stride);
+        }
       }
-    }
+    });
   }
 
   // Zero where masked.

@@ -51,7 +51,7 @@ Tensor head_mixed_attention_cpu(const MixArguments& a, const OptionalTensor& nor
   Tensor out = empty_heads_last(p, p.queries, a.q);
   if (out.numel() == 0) return out;
   p.out = out.mutable_data<void>();
-  run_attention(p, FASTVIT_PER_ISA(head_mix_kernel)(p), p.batch, 2 * p.heads * (p.dim + p.heads) * p.keys,
+  run_attention(p, FASTVIT_PER_ISA(head_mix_kernel, p.element)(p), p.batch, 2 * p.heads * (p.dim + p.heads) * p.keys,
                 [&](int64_t b) { return keys.of(b); });
   return out;
 }

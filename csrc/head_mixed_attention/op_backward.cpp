@@ -48,8 +48,8 @@ Gradients head_mixed_attention_backward_cpu(const Tensor& grad, const MixArgumen
   Tensor dk = empty_heads_last(p, p.keys, a.k), dv = empty_heads_last(p, p.keys, a.v);
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>(), p.dv = dv.mutable_data<void>();
   const std::vector<double> totals =
-      run_head_maps(p, FASTVIT_PER_ISA(head_mix_backward_kernel)(p), p.heads * (5 * p.dim + 3 * p.heads) * p.keys,
-                    [&](int64_t b) { return keys.of(b); });
+      run_head_maps(p, FASTVIT_PER_ISA(head_mix_backward_kernel, p.element)(p),
+                    p.heads * (5 * p.dim + 3 * p.heads) * p.keys, [&](int64_t b) { return keys.of(b); });
 
   const HeadMapTotals at{p.heads};
   const auto part = [&](int64_t begin, int64_t end, double times) {

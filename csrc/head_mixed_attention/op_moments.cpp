@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> head_map_moments_cpu(const Arguments& a, const Tensor
   std::vector<double> sums, moments;
   const auto compute = [&] {
     const std::vector<double> totals =
-        run_head_maps(p, FASTVIT_PER_ISA(head_moments_kernel)(p), p.heads * (p.dim + p.heads) * p.keys,
+        run_head_maps(p, FASTVIT_PER_ISA(head_moments_kernel, p.element)(p), p.heads * (p.dim + p.heads) * p.keys,
                       [&](int64_t b) { return keys.of(b); });
     moments.clear();
     for (int64_t g = 0; g < p.heads; ++g) {
@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_map_moments_backward_cpu(const T
   Tensor dq = empty_heads_last(p, p.queries, a.q), dk = empty_heads_last(p, p.keys, a.k);
   p.dq = dq.mutable_data<void>(), p.dk = dk.mutable_data<void>();
   const std::vector<double> totals =
-      run_head_maps(p, FASTVIT_PER_ISA(head_moments_backward_kernel)(p), p.heads * (3 * p.dim + 2 * p.heads) * p.keys,
-                    [&](int64_t b) { return keys.of(b); });
+      run_head_maps(p, FASTVIT_PER_ISA(head_moments_backward_kernel, p.element)(p),
+                    p.heads * (3 * p.dim + 2 * p.heads) * p.keys, [&](int64_t b) { return keys.of(b); });
   const HeadMapTotals at{p.heads};
   const std::vector<double> dpre(totals.begin() + at.pre_products(), totals.begin() + at.mixed());
   return {std::move(dq), std::move(dk), small_result(dpre, {p.heads, p.heads}, a.pre_weight.has_value(), a.q),

@@ -39,7 +39,7 @@ constexpr int kLine = 16;  // floats of a cache line
 
 // Copies `count` words from element `first` of a contiguous row of `depth` elements; the last pair's missing half is
 // zero.
-template <class T, bool kPairs>
+template <class T>
 inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count, float* to) {
   if constexpr (kPairs) {
     const int64_t left = depth - first;
@@ -63,11 +63,11 @@ inline void copy_words(const T* row, int64_t depth, int64_t first, int64_t count
 constexpr int64_t kWordsAhead = 2 * kLanes;  // of each row: too many rows for the hardware prefetcher
 
 // Packs a panel whose columns are contiguous rows of the weight.
-template <class T, bool kPairs>
+template <class T>
 void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to) {
   constexpr bool kInPlace = kPairs || sizeof(T) == sizeof(float);  // a row's elements already are words
   constexpr int64_t kElements = kPairs ? 2 : 1;
-  const int64_t words = words_of<kPairs>(p.depth), whole = kInPlace ? p.depth / kElements : 0;
+  const int64_t words = words_of(p.depth), whole = kInPlace ? p.depth / kElements : 0;
   for (int64_t c = 0; c < kPanel; c += kLanes) {
     const T* weight = static_cast<const T*>(p.weight) + (column + c) * p.weight_column_stride;
     for (int64_t k = 0; k < words; k += kLanes) {
@@ -81,7 +81,7 @@ void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to
           continue;
         }
         rows[i] = buffer[i];
-        if (c + i < columns) copy_words<T, kPairs>(row, p.depth, k * kElements, smaller(kLanes, words - k), buffer[i]);
+        if (c + i < columns) copy_words(row, p.depth, k * kElements, smaller(kLanes, words - k), buffer[i]);
       }
       if (k + kLanes <= words) {
         transpose_square(rows, to + k * kPanel + c, kPanel);
@@ -95,10 +95,10 @@ void pack_rows(const LinearParams& p, int64_t column, int64_t columns, float* to
 }
 
 // Packs a panel of a weight whose columns are adjacent.
-template <class T, bool kPairs>
+template <class T>
 void pack_columns(const LinearParams& p, int64_t column, int64_t columns, float* to) {
   const T* weight = static_cast<const T*>(p.weight) + column;
-  for (int64_t k = 0; k < words_of<kPairs>(p.depth); ++k, to += kPanel) {
+  for (int64_t k = 0; k < words_of(p.depth); ++k, to += kPanel) {
     if constexpr (kPairs) {
       const T* low = weight + 2 * k * p.weight_depth_stride;
       const T* high = low + p.weight_depth_stride;
@@ -114,24 +114,22 @@ void pack_columns(const LinearParams& p, int64_t column, int64_t columns, float*
   }
 }
 
-template <class T, bool kPairs>
+template <class T>
 void pack(const LinearParams& p, int64_t begin, int64_t end, float* packed) {
-  const int64_t words = words_of<kPairs>(p.depth);
+  const int64_t words = words_of(p.depth);
   for (int64_t panel = begin; panel < end; ++panel, packed += words * kPanel) {
     const int64_t column = panel * kPanel, columns = smaller(kPanel, p.columns - column);
     if (p.weight_depth_stride == 1) {
-      pack_rows<T, kPairs>(p, column, columns, packed);
+      pack_rows<T>(p, column, columns, packed);
     } else {
-      pack_columns<T, kPairs>(p, column, columns, packed);
+      pack_columns<T>(p, column, columns, packed);
     }
   }
 }
 
 // --- A block of rows -------------------------------------------------------------------------------------------------
 
-template <bool kPairs>
 using Word = std::conditional_t<kPairs, bf16, float>;  // an element of a block
-template <bool kPairs>
 constexpr int64_t kElementsOfWord = kPairs ? 2 : 1;
 
 // Mean and 1 / sqrt(variance + eps) of a row. rest: of the mean, lost in rounding, which a sum of deviations would have
@@ -181,15 +179,13 @@ void normalize(const LinearParams& p, const T* from, Moments of, int64_t first, 
   }
 }
 
-template <bool kPairs>
-constexpr int64_t kPart = kDepthBlock * kElementsOfWord<kPairs>;  // elements of a part of a row
+constexpr int64_t kPart = kDepthBlock * kElementsOfWord;  // elements of a part of a row
 
 // Element k of row r.
-template <bool kPairs>
-FASTVIT_INLINE Word<kPairs>* element_of(const RowBlock& block, int64_t r, int64_t k) {
-  static_assert(kPart<kPairs> % kPanel == 0);
-  float* part = block.data + (k / kPart<kPairs> * block.block_rows + r) * kRowStride;
-  return reinterpret_cast<Word<kPairs>*>(part) + k % kPart<kPairs>;
+FASTVIT_INLINE Word* element_of(const RowBlock& block, int64_t r, int64_t k) {
+  static_assert(kPart % kPanel == 0);
+  float* part = block.data + (k / kPart * block.block_rows + r) * kRowStride;
+  return reinterpret_cast<Word*>(part) + k % kPart;
 }
 
 // Copies `count` elements to words of each of `rows` rows of a block; those of the next are `step` further in x. Few
@@ -225,7 +221,7 @@ FASTVIT_INLINE void copy_runs(const T* from, int64_t step, int64_t count, int64_
 }
 
 // The windows that lie beside each other in one row of their grid, as rows of a block.
-template <class T, bool kPairs>
+template <class T>
 struct WindowsOfRow {
   const LinearParams& p;
   const RowBlock& block;
@@ -235,16 +231,16 @@ struct WindowsOfRow {
   // null.
   FASTVIT_INLINE void put(const T* row, int64_t first, int64_t n, int64_t k) const {
     while (n > 0) {
-      const int64_t fits = smaller(n, kPart<kPairs> - k % kPart<kPairs>);
-      put_in_part(row, first, fits, element_of<kPairs>(block, r, k));
+      const int64_t fits = smaller(n, kPart - k % kPart);
+      put_in_part(row, first, fits, element_of(block, r, k));
       first += fits, k += fits, n -= fits;
     }
   }
 
  private:
-  static constexpr int64_t kNext = kRowStride * kElementsOfWord<kPairs>;
+  static constexpr int64_t kNext = kRowStride * kElementsOfWord;
 
-  FASTVIT_INLINE void put_in_part(const T* row, int64_t first, int64_t n, Word<kPairs>* to) const {
+  FASTVIT_INLINE void put_in_part(const T* row, int64_t first, int64_t n, Word* to) const {
     const Windows& w = *p.windows;
     const int64_t step = w.stride_width * w.pixel, size = w.width * w.pixel;
     int64_t at = (column * w.stride_width - w.padding_width) * w.pixel + first;  // in the map's row, may be beyond
@@ -265,7 +261,7 @@ struct WindowsOfRow {
   }
 };
 
-template <class T, bool kPairs>
+template <class T>
 void load_windows(const LinearParams& p, int64_t row, const RowBlock& block) {
   const Windows& w = *p.windows;
   const int64_t run = w.kernel_width * w.pixel, last = p.first + p.depth;
@@ -274,7 +270,7 @@ void load_windows(const LinearParams& p, int64_t row, const RowBlock& block) {
     const int64_t count = smaller(block.rows - r, w.columns - column);
     const T* map = static_cast<const T*>(p.x) + grid_row / w.rows * w.map_stride;
     const int64_t top = grid_row % w.rows * w.stride_height - w.padding_height;
-    const WindowsOfRow<T, kPairs> windows{p, block, r, column, count};
+    const WindowsOfRow<T> windows{p, block, r, column, count};
     for (int64_t k = p.first; k < last;) {
       const int64_t index = k / run, first = k % run, n = smaller(run - first, last - k);
       const int64_t y = top + index % w.kernel_height;
@@ -284,16 +280,16 @@ void load_windows(const LinearParams& p, int64_t row, const RowBlock& block) {
       k += n;
     }
     if (kPairs && p.depth % 2 != 0) {  // the missing half of a pair
-      for (int64_t i = 0; i < count; ++i) memset(element_of<kPairs>(block, r + i, p.depth), 0, sizeof(Word<kPairs>));
+      for (int64_t i = 0; i < count; ++i) memset(element_of(block, r + i, p.depth), 0, sizeof(Word));
     }
     r += count;
   }
 }
 
-template <class T, bool kPairs>
+template <class T>
 void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
-  constexpr int64_t kElements = kElementsOfWord<kPairs>;
-  const int64_t words = words_of<kPairs>(p.depth);
+  constexpr int64_t kElements = kElementsOfWord;
+  const int64_t words = words_of(p.depth);
   for (int64_t r = 0; r < block.rows; ++r) {
     const T* from = static_cast<const T*>(p.x) + (row + r) * p.x_stride;
     const Moments of = p.has_norm ? moments([from](int64_t k) { return from + k; }, p.depth, p.norm_eps) : Moments{};
@@ -301,23 +297,22 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
       float* to = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
       const int64_t count = smaller(kDepthBlock, words - first);
       if (!p.has_norm) {
-        copy_words<T, kPairs>(from, p.depth, first * kElements, count, to);
+        copy_words(from, p.depth, first * kElements, count, to);
         continue;
       }
       const int64_t elements = smaller(count * kElements, p.depth - first * kElements);
       if (elements < count * kElements) to[count - 1] = 0.0f;  // the missing half of a pair
-      normalize(p, from + first * kElements, of, first * kElements, elements, reinterpret_cast<Word<kPairs>*>(to));
+      normalize(p, from + first * kElements, of, first * kElements, elements, reinterpret_cast<Word*>(to));
     }
   }
 }
 
-template <bool kPairs>
 void normalize_rows(const LinearParams& p, const RowBlock& block) {
   for (int64_t r = 0; r < block.rows; ++r) {
-    const auto row = [&](int64_t k) { return element_of<kPairs>(block, r, k); };
+    const auto row = [&](int64_t k) { return element_of(block, r, k); };
     const Moments of = moments(row, p.depth, p.norm_eps);
-    for (int64_t k = 0; k < p.depth; k += kPart<kPairs>) {
-      normalize(p, row(k), of, k, smaller(kPart<kPairs>, p.depth - k), row(k));
+    for (int64_t k = 0; k < p.depth; k += kPart) {
+      normalize(p, row(k), of, k, smaller(kPart, p.depth - k), row(k));
     }
   }
 }
@@ -326,10 +321,9 @@ void normalize_rows(const LinearParams& p, const RowBlock& block) {
 
 // totals[r][c] = before[r][c] + sum_k x[r][k] weight[k][c] over `words` words, where rows of `before` are
 // `before_stride` apart. With every cache line of a row, `lines` of them are prefetched to the L2 cache from `next` on.
-// Not inlined: there are many callers, and many sizes of tiles.
-template <bool kPairs, int kR>
-__attribute__((noinline)) void add_products(int64_t words, const float* x, const float* weight, const float* before,
-                                            int64_t before_stride, float* totals, const float* next, int64_t lines) {
+template <int kR>
+FASTVIT_NOINLINE void add_products(int64_t words, const float* x, const float* weight, const float* before,
+                                   int64_t before_stride, float* totals, const float* next, int64_t lines) {
   Vec sums[kR][kPanelVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kR; ++r) {
@@ -344,14 +338,19 @@ __attribute__((noinline)) void add_products(int64_t words, const float* x, const
     for (int r = 0; r < kR; ++r) {
       const Vec row = Vec::fill(x[r * kRowStride + k]);
 #pragma GCC unroll 2
-      for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add<kPairs>(row, columns[c], sums[r][c]);
+      for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add(row, columns[c], sums[r][c]);
     }
   };
   int64_t k = 0;
   while (k + kLine <= words) {
     for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+    if constexpr (kR >= kRows / 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLine; ++i) step(k + i);
+      for (int i = 0; i < kLine; ++i) step(k + i);
+    } else {  // which are few: less code, that compiles sooner
+#pragma GCC unroll 4
+      for (int i = 0; i < kLine; ++i) step(k + i);
+    }
     k += kLine;
   }
   for (; k < words; ++k) step(k);
@@ -365,57 +364,22 @@ __attribute__((noinline)) void add_products(int64_t words, const float* x, const
 }
 
 // A panel of the weight against the rows of a block.
-template <class T, bool kPairs>
 struct Panel {
   const LinearParams& p;
   int64_t row;  // of the block's first in out
   const RowBlock& block;
   int64_t column, columns;  // columns: at most kPanel
   const float *packed, *next_packed;
+  const RowBlock* next = nullptr;  // the block that the result is for, if it is for one
+  float* gates = nullptr;          // [row][column], of a product with them
 
-  // finish(r, n, totals) for every tile of n rows from r on.
-  template <class Finish>
-  FASTVIT_INLINE void run(const Finish& finish) const {
-    alignas(64) float totals_of_rows[kMostRows * kPanel], bias[kPanel];
-    for (int64_t c = 0; c < kPanel; c += kLanes) {
-      (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
-    }
-    const int64_t rows = block.rows, words = words_of<kPairs>(p.depth), lines = divide_up(kPanel * kRows, rows);
-    for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
-      const int64_t count = smaller(kDepthBlock, words - first);
-      const bool last = first + count == words;
-      // Each tile prefetches its share of the part of the weight that follows. Beyond the weight that is harmless.
-      const float* next = last ? next_packed : packed + (first + count) * kPanel;
-      for (int64_t r = 0; r < rows;) {
-        // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
-        const int64_t left = rows - r;
-        const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
-        float* totals = totals_of_rows + (first == 0 && last ? 0 : r * kPanel);
-        const float* before = totals;
-        if (first == 0 && !p.accumulate) {
-          before = bias;
-        } else if (first == 0) {
-          load_result(r, n, totals);
-        }
-        const float* x = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
-        const auto add = [&](auto constant) __attribute__((always_inline)) {
-          add_products<kPairs, constant.value>(count, x, packed + first * kPanel, before, before == bias ? 0 : kPanel,
-                                               totals, next, lines);
-        };
-        if (n == kRows) {
-          add(Int<kRows>{});
-        } else {
-          with_constant<kRows>(n, add);
-        }
-        next += count / kLine * lines * kLine;
-        if (last) finish(r, n, totals);
-        r += n;
-      }
-    }
-  }
+  // finish(panel, r, n, totals) for every tile of n rows from r on. A pointer: this is much code, for many of them.
+  using Finish = void (*)(const Panel&, int64_t r, int64_t n, const float* totals);
+  void run(Finish finish) const;
 
+ private:
   // The totals of a tile from the result so far.
-  FASTVIT_INLINE void load_result(int64_t r, int64_t n, float* totals) const {
+  void load_result(int64_t r, int64_t n, float* totals) const {
     for (int64_t i = 0; i < n; ++i, totals += kPanel) {
       const float* from = static_cast<const float*>(p.out) + (row + r + i) * p.columns + column;
       for (int64_t c = 0; c < columns; c += kLanes) load(from + c, smaller(kLanes, columns - c)).store(totals + c);
@@ -423,84 +387,115 @@ struct Panel {
   }
 };
 
+void Panel::run(Finish finish) const {
+  alignas(64) float totals_of_rows[kMostRows * kPanel], bias[kPanel];
+  for (int64_t c = 0; c < kPanel; c += kLanes) {
+    (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
+  }
+  const int64_t rows = block.rows, words = words_of(p.depth), lines = divide_up(kPanel * kRows, rows);
+  for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
+    const int64_t count = smaller(kDepthBlock, words - first);
+    const bool last = first + count == words;
+    // Each tile prefetches its share of the part of the weight that follows. Beyond the weight that is harmless.
+    const float* ahead = last ? next_packed : packed + (first + count) * kPanel;
+    for (int64_t r = 0; r < rows;) {
+      // Whole tiles, except that the last two may share the rest evenly: a tile of few rows waits on latency.
+      const int64_t left = rows - r;
+      const int64_t n = left > kRows && left < kRows + kRows / 2 ? left / 2 : smaller(kRows, left);
+      float* totals = totals_of_rows + (first == 0 && last ? 0 : r * kPanel);
+      const float* before = totals;
+      if (first == 0 && !p.accumulate) {
+        before = bias;
+      } else if (first == 0) {
+        load_result(r, n, totals);
+      }
+      const float* x = block.data + (first / kDepthBlock * block.block_rows + r) * kRowStride;
+      with_constant<kRows>(n, [&](auto height) {
+        add_products<height.value>(count, x, packed + first * kPanel, before, before == bias ? 0 : kPanel, totals,
+                                   ahead, lines);
+      });
+      ahead += count / kLine * lines * kLine;
+      if (last) finish(*this, r, n, totals);
+      r += n;
+    }
+  }
+}
+
 // f(panel) for panels [begin, end).
-template <class T, bool kPairs, class F>
+template <class F>
 FASTVIT_INLINE void for_each_panel(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin,
                                    int64_t end, const float* packed, const F& f) {
   for (int64_t panel = begin; panel < end; ++panel, packed += p.panel_stride) {
     const int64_t column = panel * kPanel, columns = smaller(kPanel, p.columns - column);
-    f(Panel<T, kPairs>{p, row, block, column, columns, packed, packed + p.panel_stride});
+    f(Panel{p, row, block, column, columns, packed, packed + p.panel_stride});
   }
 }
 
+// --- What becomes of a tile's totals ---------------------------------------------------------------------------------
+
 // The activation of a product, each rounded to float16 where that is T: a result beyond its range is infinite before
 // anything makes it smaller.
-template <Activation activation, class T>
-FASTVIT_INLINE void activate_rounded(Vec (&values)[kPanelVectors]) {
+template <Activation activation, class T, bool kGate = false>
+FASTVIT_INLINE void activate_rounded(Activation given, Vec (&values)[kPanelVectors]) {
 #pragma GCC unroll 2
   for (Vec& value : values) value = round_to<T>(value);
-  activate<activation, T>(values);
+  activate<activation, T, kGate>(given, values);
   if constexpr (activation != Activation::none) {
 #pragma GCC unroll 2
     for (Vec& value : values) value = round_to<T>(value);
   }
 }
 
-template <class T, bool kPairs>
-void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin, int64_t end,
-              const float* packed) {
-  with_activation(p.activation, [&]<Activation activation>() {
-    for_each_panel<T, kPairs>(p, row, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
-      panel.run([&](int64_t r, int64_t n, const float* totals) {
-        // Copies, since a vector that is stored might change what a reference refers to.
-        const int64_t stride = p.columns, residual_stride = p.residual_stride, columns = panel.columns;
-        const float* scale = p.scale == nullptr ? nullptr : p.scale + panel.column;
-        T* out = static_cast<T*>(p.out) + (row + r) * stride + panel.column;
-        const T* residual = p.residual == nullptr
-                                ? nullptr
-                                : static_cast<const T*>(p.residual) + (row + r) * residual_stride + panel.column;
-        const float* factor = p.column_factor == nullptr ? nullptr : p.column_factor + panel.column;
-        const float* shift = p.column_shift + (factor == nullptr ? 0 : panel.column);
-        for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
-          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          if (factor != nullptr) {
+// To out.
+template <class T, Activation activation>
+void finish_output(const Panel& panel, int64_t r, int64_t n, const float* totals) {
+  const LinearParams& p = panel.p;
+  // Copies, since a vector that is stored might change what a reference refers to.
+  const int64_t stride = p.columns, residual_stride = p.residual_stride, columns = panel.columns;
+  const Activation given = p.activation;
+  const float* scale = p.scale == nullptr ? nullptr : p.scale + panel.column;
+  T* out = static_cast<T*>(p.out) + (panel.row + r) * stride + panel.column;
+  const T* residual = p.residual == nullptr
+                          ? nullptr
+                          : static_cast<const T*>(p.residual) + (panel.row + r) * residual_stride + panel.column;
+  const float* factor = p.column_factor == nullptr ? nullptr : p.column_factor + panel.column;
+  const float* shift = p.column_shift + (factor == nullptr ? 0 : panel.column);
+  for (int64_t i = 0; i < n; ++i, totals += kPanel, out += stride) {
+    Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+    if (factor != nullptr) {
 #pragma GCC unroll 2
-            for (int c = 0; c < kPanelVectors; ++c) {
-              const int64_t m = smaller(kLanes, columns - c * kLanes);
-              if (m <= 0) break;
-              values[c] = fma(values[c], load(factor + c * kLanes, m), load(shift + c * kLanes, m));
-            }
-          }
-          activate_rounded<activation, T>(values);
-          if (columns == kPanel) {
+      for (int c = 0; c < kPanelVectors; ++c) {
+        const int64_t m = smaller(kLanes, columns - c * kLanes);
+        if (m <= 0) break;
+        values[c] = fma(values[c], load(factor + c * kLanes, m), load(shift + c * kLanes, m));
+      }
+    }
+    activate_rounded<activation, T>(given, values);
+    if (columns == kPanel) {
 #pragma GCC unroll 2
-            for (int c = 0; c < kPanelVectors; ++c) {
-              if (scale != nullptr) values[c] = round_to<T>(values[c] * Vec::load(scale + c * kLanes));
-              if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
-            }
-            store_two(values[0], values[1], out);
-          } else {
+      for (int c = 0; c < kPanelVectors; ++c) {
+        if (scale != nullptr) values[c] = round_to<T>(values[c] * Vec::load(scale + c * kLanes));
+        if (residual != nullptr) values[c] += Vec::load(residual + c * kLanes);
+      }
+      store_two(values[0], values[1], out);
+    } else {
 #pragma GCC unroll 2
-            for (int c = 0; c < kPanelVectors; ++c) {
-              const int64_t m = smaller(kLanes, columns - c * kLanes);
-              if (m <= 0) break;
-              if (scale != nullptr) values[c] = round_to<T>(values[c] * load(scale + c * kLanes, m));
-              if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
-              store(values[c], out + c * kLanes, m);
-            }
-          }
-          if (residual != nullptr) residual += residual_stride;
-        }
-      });
-    });
-  });
+      for (int c = 0; c < kPanelVectors; ++c) {
+        const int64_t m = smaller(kLanes, columns - c * kLanes);
+        if (m <= 0) break;
+        if (scale != nullptr) values[c] = round_to<T>(values[c] * load(scale + c * kLanes, m));
+        if (residual != nullptr) values[c] += load(residual + c * kLanes, m);
+        store(values[c], out + c * kLanes, m);
+      }
+    }
+    if (residual != nullptr) residual += residual_stride;
+  }
 }
 
 // Stores the first `columns` values of a panel in a row of a block.
-template <class To>
-FASTVIT_INLINE void store_panel(const Vec (&values)[kPanelVectors], int64_t columns, To* to) {
+FASTVIT_INLINE void store_panel(const Vec (&values)[kPanelVectors], int64_t columns, Word* to) {
   if (columns == kPanel) return store_two(values[0], values[1], to);
-  memset(to, 0, kPanel * sizeof(To));  // the missing half of a pair
+  memset(to, 0, kPanel * sizeof(Word));  // the missing half of a pair
 #pragma GCC unroll 2
   for (int c = 0; c < kPanelVectors; ++c) {
     const int64_t m = smaller(kLanes, columns - c * kLanes);
@@ -509,84 +504,105 @@ FASTVIT_INLINE void store_panel(const Vec (&values)[kPanelVectors], int64_t colu
   }
 }
 
-template <class T, bool kPairs>
+// To the block that the next product reads.
+template <class T, Activation activation>
+void finish_to_block(const Panel& panel, int64_t r, int64_t n, const float* totals) {
+  const int64_t columns = panel.columns;
+  const Activation given = panel.p.activation;
+  Word* to = element_of(*panel.next, r, panel.column);
+  for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kRowStride * kElementsOfWord) {
+    Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+    activate_rounded<activation, T>(given, values);
+    store_panel(values, columns, to);
+  }
+}
+
+// To the panel of gates.
+template <class T, Activation activation>
+void finish_gates(const Panel& panel, int64_t r, int64_t n, const float* totals) {
+  const Activation given = panel.p.activation;
+  float* to = panel.gates + r * kPanel;
+  for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kPanel) {
+    Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
+    activate_rounded<activation, T, true>(given, values);
+    store_two(values[0], values[1], to);
+  }
+}
+
+// To a block, times the gates.
+template <class T>
+void finish_gated(const Panel& panel, int64_t r, int64_t n, const float* totals) {
+  const int64_t columns = panel.columns;
+  const float* gates = panel.gates + r * kPanel;
+  Word* to = element_of(*panel.next, r, panel.column);
+  for (int64_t i = 0; i < n; ++i, totals += kPanel, gates += kPanel, to += kRowStride * kElementsOfWord) {
+    Vec values[kPanelVectors];
+#pragma GCC unroll 2
+    for (int c = 0; c < kPanelVectors; ++c) {
+      const Vec value = round_to<T>(Vec::load(totals + c * kLanes));
+      values[c] = round_to<T>(Vec::load(gates + c * kLanes) * value);
+    }
+    store_panel(values, columns, to);
+  }
+}
+
+template <class T>
+void multiply(const LinearParams& p, int64_t row, const RowBlock& block, int64_t begin, int64_t end,
+              const float* packed) {
+  const Panel::Finish finish = with_activation(
+      p.activation, []<Activation activation>() -> Panel::Finish { return finish_output<T, activation>; });
+  for_each_panel(p, row, block, begin, end, packed, [&](const Panel& panel) { panel.run(finish); });
+}
+
+template <class T>
 void multiply_to_block(const LinearParams& p, const RowBlock& block, int64_t begin, int64_t end, const float* packed,
                        const RowBlock& next) {
-  with_activation(p.activation, [&]<Activation activation>() {
-    for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](const Panel<T, kPairs>& panel) {
-      panel.run([&](int64_t r, int64_t n, const float* totals) {
-        const int64_t columns = panel.columns;
-        Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
-        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
-          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          activate_rounded<activation, T>(values);
-          store_panel(values, columns, to);
-        }
-      });
-    });
+  const Panel::Finish finish = with_activation(
+      p.activation, []<Activation activation>() -> Panel::Finish { return finish_to_block<T, activation>; });
+  for_each_panel(p, 0, block, begin, end, packed, [&](Panel panel) {
+    panel.next = &next;
+    panel.run(finish);
   });
 }
 
-template <class T, bool kPairs>
+template <class T>
 void multiply_gated_to_block(const LinearParams& gate, const LinearParams& p, const RowBlock& block, int64_t begin,
                              int64_t end, const float* gate_packed, const float* packed, float* gates,
                              const RowBlock& next) {
-  for_each_panel<T, kPairs>(p, 0, block, begin, end, packed, [&](Panel<T, kPairs> panel) {
+  const Panel::Finish finish = with_activation(
+      gate.activation, []<Activation activation>() -> Panel::Finish { return finish_gates<T, activation>; });
+  for_each_panel(p, 0, block, begin, end, packed, [&](Panel panel) {
     const float* packed_gate = gate_packed + (panel.packed - packed);
     panel.next_packed = packed_gate + gate.panel_stride;
-    with_activation<true>(gate.activation, [&]<Activation activation>() {
-      const Panel<T, kPairs> of_gate{gate, 0, block, panel.column, panel.columns, packed_gate, panel.packed};
-      of_gate.run([&](int64_t r, int64_t n, const float* totals) {
-        float* to = gates + r * kPanel;
-        for (int64_t i = 0; i < n; ++i, totals += kPanel, to += kPanel) {
-          Vec values[kPanelVectors] = {Vec::load(totals), Vec::load(totals + kLanes)};
-          activate_rounded<activation, T>(values);
-          store_two(values[0], values[1], to);
-        }
-      });
-    });
-    panel.run([&](int64_t r, int64_t n, const float* totals) {
-      const int64_t columns = panel.columns;
-      const float* of_row = gates + r * kPanel;
-      Word<kPairs>* to = element_of<kPairs>(next, r, panel.column);
-      for (int64_t i = 0; i < n; ++i, totals += kPanel, of_row += kPanel, to += kRowStride * kElementsOfWord<kPairs>) {
-        Vec values[kPanelVectors];
-#pragma GCC unroll 2
-        for (int c = 0; c < kPanelVectors; ++c) {
-          const Vec value = round_to<T>(Vec::load(totals + c * kLanes));
-          values[c] = round_to<T>(Vec::load(of_row + c * kLanes) * value);
-        }
-        store_panel(values, columns, to);
-      }
-    });
+    panel.next = &next;
+    panel.gates = gates;
+    const Panel of_gate{gate, 0, block, panel.column, panel.columns, packed_gate, panel.packed, nullptr, gates};
+    of_gate.run(finish);
+    panel.run(finish_gated<T>);
   });
 }
 
-template <class T, bool kPairs>
+template <class T>
 LinearKernel make_kernel(const LinearParams& p) {
-  const int64_t words = words_of<kPairs>(p.depth);
+  const int64_t words = words_of(p.depth);
   return {kPanel,
           kRows,
           words * kPanel,
           divide_up(words, kDepthBlock) * kRowStride,
           kRowStride,
           kPairs,
-          pack<T, kPairs>,
-          p.windows == nullptr ? load_rows<T, kPairs> : load_windows<T, kPairs>,
-          multiply<T, kPairs>,
-          multiply_to_block<T, kPairs>,
-          multiply_gated_to_block<T, kPairs>,
-          normalize_rows<kPairs>};
+          pack<T>,
+          p.windows == nullptr ? load_rows<T> : load_windows<T>,
+          multiply<T>,
+          multiply_to_block<T>,
+          multiply_gated_to_block<T>,
+          normalize_rows};
 }
 
 }  // namespace
 
 LinearKernel linear_kernel(const LinearParams& p) {
-  switch (p.element) {
-    case Element::bfloat16: return make_kernel<bf16, kHasPairs>(p);
-    case Element::float16: return make_kernel<f16, false>(p);
-    default: return make_kernel<float, false>(p);
-  }
+  return with_element<true>(p.element, [&]<class T>() { return make_kernel<T>(p); });
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -87,7 +87,7 @@ Tensor pack_weight(Tensor weight) {
   check_cpu_dtype(kOp, weight, "weight", true);
   LinearParams p{};
   take_weight(kOp, "weight", weight, weight.size(1), weight.dtype(), p);
-  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel, p.element)(p);
   checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
   const int64_t floats = panels_of(p, kernel) * kernel.panel_floats;
   Tensor packed = empty({kHeaderFloats + floats}, weight, Dtype::float32);
@@ -107,7 +107,7 @@ Tensor unpack_weight(Tensor packed) {
   if (fits) std::memcpy(&header, packed.data<float>(), sizeof header);
   LinearParams p{};
   p.columns = header.columns, p.depth = header.depth, p.element = static_cast<Element>(header.element);
-  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel, p.element)(p);
   fits = fits && p.element >= Element::float32 && p.element <= Element::float16;
   fits = fits && header == header_of(p) && p.columns >= 0 && p.depth >= 0 &&
          packed.numel() == kHeaderFloats + checked_product(kOp, {panels_of(p, kernel), kernel.panel_floats});
@@ -233,7 +233,7 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
       part.activation = Activation::none;
       part.residual = nullptr;
     }
-    multiply(part, FASTVIT_PER_ISA(linear_kernel)(part), packed + begin * kernel.panel_columns);
+    multiply(part, FASTVIT_PER_ISA(linear_kernel, part.element)(part), packed + begin * kernel.panel_columns);
   }
 }
 
@@ -308,7 +308,7 @@ struct PackedLayer {
       : p(input), bias(op, layer.bias, names[1], take_weight(op, names[0], layer.weight, depth, dtype, p)) {
     p.bias = bias.data_or_zeros(p.columns);
     checked_product(op, {64, p.rows, larger(p.columns, 1), larger(p.depth, 1)});
-    kernel = FASTVIT_PER_ISA(linear_kernel)(p);
+    kernel = FASTVIT_PER_ISA(linear_kernel, p.element)(p);
     p.panel_stride = kernel.panel_floats;
     packed = take_packed(op, layer.packed, p, kernel);
     floats = packed == nullptr ? whole_lines(panels_of(p, kernel) * kernel.panel_floats) : 0;

@@ -180,7 +180,7 @@ void load_input_row(Block& block, const T* x, int64_t y) {
         v[k] = load(from + at, n);
         if constexpr (normalise) v[k] = fma(v[k], Vec::load(scale + at), Vec::load(shift + at));
       }
-      activate<activation, T>(v);
+      activate<activation, T>(op.pre_activation, v);
 #pragma GCC unroll 4
       for (int k = 0; k < count; ++k) v[k].store(to + c + k * kLanes);
     };
@@ -199,12 +199,10 @@ template <class T>
 using LoadInputRow = void (*)(Block&, const T*, int64_t);
 template <class T>
 LoadInputRow<T> choose_load_input_row(const TokenDepthwiseConvWork& op) {
-  LoadInputRow<T> chosen = nullptr;
-  with_activation(op.pre_activation, [&]<Activation activation>() {
-    chosen =
-        op.pre_norm.mean.data != nullptr ? load_input_row<T, activation, true> : load_input_row<T, activation, false>;
+  return with_activation(op.pre_activation, [&]<Activation activation>() {
+    return op.pre_norm.mean.data != nullptr ? load_input_row<T, activation, true>
+                                            : load_input_row<T, activation, false>;
   });
-  return chosen;
 }
 
 // Loads the input rows that `rows` output rows from y on need and that are not in the ring buffer yet; `next` is the
@@ -255,6 +253,7 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
   constexpr int64_t in_rows = (together - 1) * stride + 3;
   // Local copies, since the stores below may alias the members.
   const int64_t channels = block.channels, width = block.op.channel_block, columns = block.op.out_width;
+  const Activation given = block.op.activation;
   const float *const block_taps = block.taps, *const block_shift = block.shift;
   const float* rows[in_rows];
   for (int64_t i = 0; i < in_rows; ++i) rows[i] = block.input_row(top + i);
@@ -289,7 +288,7 @@ FASTVIT_INLINE void convolve_rows_3x3(const Block& block, int64_t top, const Tar
     const auto finish = [&](const Vec(&sums)[together]) {
       Vec values[together];
       for (int64_t row = 0; row < together; ++row) values[row] = sums[row] + shift;
-      activate<activation, T>(values);
+      activate<activation, T>(given, values);
       for (int64_t row = 0; row < together; ++row) {
         if (row == 0 || row < to.rows) to.put(values[row], row, c, n);
       }
@@ -361,7 +360,7 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   const Vec shift = Vec::load(block.shift + c);  // last, as in convolve_rows_3x3
 #pragma GCC unroll 1
   for (int64_t i = 0; i < count; ++i) {
-    to.put(activate<activation, T>(sum[i] + shift), 0, c, n);
+    to.put(activate<activation, T>(op.activation, sum[i] + shift), 0, c, n);
     to.advance();
   }
 }
@@ -383,16 +382,18 @@ void convolve_any(const Block& block, int64_t top, const Target<T>& target) {
 template <class T>
 using Convolve = void (*)(const Block&, int64_t top, const Target<T>&);
 
-// The convolution of the rows in the ring buffer.
+// The convolution of the rows in the ring buffer, without or with the activation after it.
+template <class T, Activation activation = Activation::none>
+Convolve<T> choose_plain_convolve(const TokenDepthwiseConvWork& op) {
+  return !is_3x3(op)      ? convolve_any<activation, T>
+         : op.stride == 1 ? convolve_3x3<1, activation, T>
+                          : convolve_3x3<2, activation, T>;
+}
+
 template <class T>
-Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op, Activation activation) {
-  Convolve<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() {
-    chosen = !is_3x3(op)      ? convolve_any<known, T>
-             : op.stride == 1 ? convolve_3x3<1, known, T>
-                              : convolve_3x3<2, known, T>;
-  });
-  return chosen;
+Convolve<T> choose_convolve(const TokenDepthwiseConvWork& op) {
+  return with_activation(op.activation,
+                         [&]<Activation activation>() { return choose_plain_convolve<T, activation>(op); });
 }
 
 }  // namespace

@@ -126,6 +126,7 @@ struct Tokens {
 // A row of tokens in the backward pass through a norm and the activation after it.
 template <class Value, class Grad, class Out>
 struct BackwardRow {
+  Activation activation;
   int64_t columns;
   Tokens<const Value> value;     // the norm's input; null with neither norm nor activation
   Tokens<const Grad> grad;       // of the activation's output
@@ -179,7 +180,7 @@ void row_backward(const NormCoefficients& norm, const Block& block, const Backwa
         Vec centred = zero, dn = load(grad, n);
         if constexpr (valued) {
           centred = load(value, n) - mean;
-          dn = input_gradient<activation, T>(dn, normed ? fma(centred, scale, bias) : centred);
+          dn = input_gradient<activation, T>(row.activation, dn, normed ? fma(centred, scale, bias) : centred);
           value += values.step;
         }
         grad += grads.step;
@@ -205,7 +206,8 @@ template <class T>
 BackwardRow<T, float, T> input_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y,
                                    const float* grad) {
   const int64_t token = op.prefix_tokens + y * op.width;
-  BackwardRow<T, float, T> row{op.width,
+  BackwardRow<T, float, T> row{op.pre_activation,
+                               op.width,
                                {image_of<T>(op, image) + token * op.x_token_stride + block.first, op.x_token_stride},
                                {grad, op.channel_block},
                                {},
@@ -224,7 +226,7 @@ template <class T>
 BackwardRow<T, T, float> output_row(const TokenDepthwiseConvPass& op, const Block& block, int64_t image, int64_t y) {
   const int64_t token = op.prefix_tokens + y * op.out_width;
   const T* grad = grad_of<T>(op, image, block.first) + token * op.grad_token_stride;
-  BackwardRow<T, T, float> row{op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
+  BackwardRow<T, T, float> row{op.activation, op.out_width, {}, {grad, op.grad_token_stride}, {}, {}};
   if (op.conv != nullptr) row.value = {conv_of<T>(op, image, block.first) + token * op.channels, op.channels};
   row.next_grad = op.out_width * op.grad_token_stride;
   row.next_value = op.conv == nullptr ? 0 : op.out_width * op.channels;
@@ -238,20 +240,16 @@ using InputBackward = void (*)(const NormCoefficients&, const Block&, const Back
 
 template <class T>
 OutputBackward<T> choose_output_backward(Activation activation, bool normed) {
-  OutputBackward<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() {
-    chosen = normed ? row_backward<T, known, true, T, T, float> : row_backward<T, known, false, T, T, float>;
+  return with_activation(activation, [&]<Activation known>() {
+    return normed ? row_backward<T, known, true, T, T, float> : row_backward<T, known, false, T, T, float>;
   });
-  return chosen;
 }
 
 template <class T>
 InputBackward<T> choose_input_backward(Activation activation, bool normed) {
-  InputBackward<T> chosen = nullptr;
-  with_activation(activation, [&]<Activation known>() {
-    chosen = normed ? row_backward<T, known, true, T, float, T> : row_backward<T, known, false, T, float, T>;
+  return with_activation(activation, [&]<Activation known>() {
+    return normed ? row_backward<T, known, true, T, float, T> : row_backward<T, known, false, T, float, T>;
   });
-  return chosen;
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ TokenDepthwiseConvWork divide(const TokenDepthwiseConv& op) {
 
 void run_token_depthwise_conv(const TokenDepthwiseConv& op) {
   const TokenDepthwiseConvWork work = divide(op);
-  const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv);
+  const auto kernel = FASTVIT_PER_ISA(token_depthwise_conv, work.element);
   parallel_for(0, work.items, work.grain, [&](int64_t begin, int64_t end) {
     kernel(work, begin, end, Workspace::of_thread().take(work.scratch_floats));
     Workspace::of_thread().give_back();

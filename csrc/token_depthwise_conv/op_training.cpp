@@ -119,7 +119,7 @@ void convolve(const TokenDepthwiseConvTraining& op, float* moments) {
   } else {
     set_channel_block(pass, kRingFloats, (pass.ring_rows + 1) * pass.padded_width + kMomentFloats, 1);
   }
-  run_divided(pass, FASTVIT_PER_ISA(convolve_with_moments), kMomentFloats);
+  run_divided(pass, FASTVIT_PER_ISA(convolve_with_moments, pass.element), kMomentFloats);
 }
 
 void train(TokenDepthwiseConvTraining& op, const Tensor&) {
@@ -127,7 +127,7 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
     compute_statistics(op, op.height * op.width, op.pre_mean, op.pre_var, op.pre_norm, {}, [&](float* moments) {
       TokenDepthwiseConvPass pass = pass_of(op);
       pass.moments = moments;
-      run_token_pass(pass, FASTVIT_PER_ISA(token_moments), kMomentFloats);
+      run_token_pass(pass, FASTVIT_PER_ISA(token_moments, pass.element), kMomentFloats);
     });
   }
   if (op.conv == nullptr) return run_token_depthwise_conv(op);
@@ -140,7 +140,7 @@ void train(TokenDepthwiseConvTraining& op, const Tensor&) {
   TokenDepthwiseConvPass pass = pass_of(op);
   pass.conv = op.conv;
   pass.streams = is_streamed(op, op.out, op.batch * op.out_height * op.out_width * op.channels);
-  run_token_pass(pass, FASTVIT_PER_ISA(finish), 3);
+  run_token_pass(pass, FASTVIT_PER_ISA(finish, pass.element), 3);
 }
 
 // A norm in the backward pass: its coefficients, and its gradients from the sums of dn and dn (c - mean).
@@ -248,18 +248,18 @@ void clear_gradients(const TokenDepthwiseConvBackward& op) {
 void compute_3x3_gradients(TokenDepthwiseConvPass& pass) {
   const int64_t rows = kDcRows * (pass.out_width + 2) + kMaxRows * pass.width;
   pass.ring_rows = kMaxRows;
-  run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients), rows + 9 + 2 * 9 + 2 * 4, kRingFloats);
+  run_pass(pass, FASTVIT_PER_ISA(conv_3x3_gradients, pass.element), rows + 9 + 2 * 9 + 2 * 4, kRingFloats);
 }
 
 // The same for any convolution.
 void compute_gradients(TokenDepthwiseConvPass& pass) {
   pass.ring_rows = pass.height;
-  // Besides the map of inputs that of gradients, with a Block of its own: see TransposedConv in cpu_training.cpp.
+  // Besides the map of inputs that of gradients, with a Block of its own: see TransposedConv in cpu_passes.h.
   const int64_t area = pass.kernel * pass.kernel, padding = std::max<int64_t>(pass.kernel - 1 - pass.padding, 0);
   const int64_t transposed_height = pass.height + pass.kernel - 1 - 2 * padding;
   const int64_t transposed = (transposed_height + 1) * (pass.width + pass.kernel - 1) + area + 4;
   const int64_t values = kMaxRows * pass.width;
-  run_pass(pass, FASTVIT_PER_ISA(conv_gradients), transposed + values + 4 + area, kMapFloats);
+  run_pass(pass, FASTVIT_PER_ISA(conv_gradients, pass.element), transposed + values + 4 + area, kMapFloats);
 }
 
 void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
@@ -290,7 +290,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   if (op.batch_statistics) {
     pass.sums = sums;
     TokenDepthwiseConvPass sums_pass = pass;
-    run_token_pass(sums_pass, FASTVIT_PER_ISA(norm_gradient_sums), 4);
+    run_token_pass(sums_pass, FASTVIT_PER_ISA(norm_gradient_sums, pass.element), 4);
     total = add_images(sums, op.batch, 3, op.channels);
     const int64_t tokens = op.out_height * op.out_width;
     post.add_common(total, tokens);
@@ -319,7 +319,7 @@ void backward(TokenDepthwiseConvBackward& op, const Tensor&) {
   if (wants_pre_sums) pre_total = add_images(pre_sums, op.batch, 2, op.channels);
   if (op.pre_batch_statistics && op.dx != nullptr) {
     pre.add_statistics_gradients(pre_total, op.batch * op.height * op.width);
-    run_token_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient), 5);
+    run_token_pass(pass, FASTVIT_PER_ISA(pre_norm_gradient, pass.element), 5);
   }
   if (parameters) {
     store_weight(weight_total, area, op.channels, op.dweight);

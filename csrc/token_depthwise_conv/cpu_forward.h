@@ -5,6 +5,8 @@
 // convolved from there and finished (activation, residual, rounding) in registers. The norm after the convolution is
 // folded into taps and shift. The ring buffer stays in the L1 cache, and x is read in runs of whole channel blocks.
 // With at most a norm after the convolution and the residual, the direct kernel needs no ring buffer.
+#pragma once
+
 #include "token_depthwise_conv/cpu_direct.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -53,7 +55,7 @@ template <class T>
 void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
   const int64_t out_image = (op.prefix_tokens + op.out_height * op.out_width) * op.channels;
   const LoadInputRow<T> load_row = choose_load_input_row<T>(op);
-  const Convolve<T> convolve = choose_convolve<T>(op, op.activation);
+  const Convolve<T> convolve = choose_convolve<T>(op);
   const ConvolveDirectly<T> convolve_directly = choose_convolve_directly<T>(op);
   Block block(op, scratch);
   for (int64_t item = begin; item < end; ++item) {
@@ -86,7 +88,7 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
 }  // namespace
 
 void token_depthwise_conv(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? run<bf16>(op, begin, end, scratch) : run<float>(op, begin, end, scratch);
+  with_element(op.element, [&]<class T>() { run<T>(op, begin, end, scratch); });
 }
 
 }  // namespace fastvit::FASTVIT_ISA

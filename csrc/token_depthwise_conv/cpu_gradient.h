@@ -5,6 +5,8 @@
 //     dweight[d] = sum over i of t[i] dc[(i + 1 - d) / stride]
 // So both come from one reading of t and dc. Tiles of neighbouring inputs iterate over the channels first, in memory
 // order; for a vector of channels their sums stay in registers. A ring buffer of a few rows of dc moves over the map.
+#pragma once
+
 #include "token_depthwise_conv/cpu_training_block.h"
 
 namespace fastvit::FASTVIT_ISA {
@@ -89,9 +91,9 @@ FASTVIT_INLINE void clear(Vec (&weight)[3][3]) {
   }
 }
 
-// Stride 1: every input meets dc of three rows and columns. inputs: computes dt, adds: plus tile.add; weights: computes
-// the gradients of the taps.
-template <bool inputs, bool weights, bool adds, int64_t rows, int64_t columns, class X, class Out>
+// Stride 1: every input meets dc of three rows and columns. inputs: computes dt, plus tile.add where there is one;
+// weights: computes the gradients of the taps.
+template <bool inputs, bool weights, int64_t rows, int64_t columns, class X, class Out>
 void backward_stride_1(const TapSums& taps_sums, const GradientTile<X, Out>& given) {
   const GradientTile<X, Out> tile = given;
   taps_sums.for_each([&](int64_t c, int64_t n, const float* taps, float* weight_sums) __attribute__((always_inline)) {
@@ -134,10 +136,10 @@ void backward_stride_1(const TapSums& taps_sums, const GradientTile<X, Out>& giv
 #pragma GCC unroll 2
     for (int64_t row = 0; inputs && row < rows; ++row) {
       Out* out = tile.out.p + row * tile.out.row_step + c;
-      const Out* add = adds ? tile.add.p + row * tile.add.row_step + c : nullptr;
+      const Out* add = tile.add.p == nullptr ? nullptr : tile.add.p + row * tile.add.row_step + c;
 #pragma GCC unroll 4
       for (int64_t column = 0; column < columns; ++column, out += tile.out.step) {
-        if constexpr (adds) sums[row][column] += load(add + column * tile.add.step, n);
+        if (add != nullptr) sums[row][column] += load(add + column * tile.add.step, n);
         store(sums[row][column], out, n, tile.streams);
       }
     }
@@ -197,16 +199,13 @@ void backward_stride_2(const TapSums& taps_sums, const GradientTile<X, Out>& giv
   });
 }
 
-// f.operator()<inputs, weights, adds>() for the gradients wanted: both at once, or one after the other.
+// f.operator()<inputs, weights>() for the gradients wanted: both at once, or one after the other.
 template <class F>
-FASTVIT_INLINE void with_wanted(bool inputs, bool weights, bool adds, const F& f) {
+FASTVIT_INLINE void with_wanted(bool inputs, bool weights, const F& f) {
   constexpr bool together = kLanes == 16;  // other instruction sets have too few registers
-  if (together && inputs && weights) {
-    adds ? f.template operator()<true, together, true>() : f.template operator()<true, together, false>();
-    return;
-  }
-  if (inputs) adds ? f.template operator()<true, false, true>() : f.template operator()<true, false, false>();
-  if (weights) f.template operator()<false, true, false>();
+  if (together && inputs && weights) return f.template operator()<true, together>();
+  if (inputs) f.template operator()<true, false>();
+  if (weights) f.template operator()<false, true>();
 }
 
 // The gradients of one map and channel block at a time.
@@ -356,10 +355,10 @@ class Gradients3x3 {
       for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y - 1 + row) - op_.channel_block;
       for (int64_t column = 0; column < op_.width;) {
         const int64_t count = column + kTileInputs <= op_.width ? kTileInputs : 1;
-        with_wanted(inputs, weights, tile.add.p != nullptr, [&]<bool dt, bool dw, bool adds>() {
+        with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
           const auto go = [&]<int64_t columns>() {
-            rows == 2 ? backward_stride_1<dt, dw, adds, 2, columns>(sums, tile)
-                      : backward_stride_1<dt, dw, adds, 1, columns>(sums, tile);
+            rows == 2 ? backward_stride_1<dt, dw, 2, columns>(sums, tile)
+                      : backward_stride_1<dt, dw, 1, columns>(sums, tile);
           };
           count == 1 ? go.template operator()<1>() : go.template operator()<kTileInputs>();
         });
@@ -371,7 +370,7 @@ class Gradients3x3 {
     for (int64_t row = 0; row < 4; ++row) tile.dc[row] = dc_row(y / 2 + row % 2);
     for (int64_t column = 0; column < op_.width;) {
       const int64_t pairs = (op_.width - column) / 2, count = pairs < kTileInputs ? pairs : kTileInputs;
-      with_wanted(inputs, weights, false, [&]<bool dt, bool dw, bool>() {
+      with_wanted(inputs, weights, [&]<bool dt, bool dw>() {
         const auto go = [&]<bool right>(int64_t of) {
           rows == 2 ? backward_stride_2<dt, dw, true, right>(sums, tile, of)
                     : backward_stride_2<dt, dw, false, right>(sums, tile, of);
@@ -398,8 +397,7 @@ class Gradients3x3 {
 }  // namespace
 
 void conv_3x3_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? Gradients3x3<bf16>(op, scratch)(begin, end)
-                                  : Gradients3x3<float>(op, scratch)(begin, end);
+  with_element(op.element, [&]<class T>() { Gradients3x3<T>(op, scratch)(begin, end); });
   if (kStreams && op.streams) end_streams();
 }
 

@@ -1,5 +1,7 @@
-// The passes of token_depthwise_conv in training, compiled once per instruction set; cpu_gradient.cpp has the gradients
+// The passes of token_depthwise_conv in training, compiled once per instruction set; cpu_gradient.h has the gradients
 // of a 3x3 convolution with padding 1.
+#pragma once
+
 #include "token_depthwise_conv/cpu_direct.h"
 #include "token_depthwise_conv/cpu_training_block.h"
 
@@ -77,7 +79,7 @@ class ConvolveRows {
       : op_(op),
         block_(op, scratch),
         load_input_row_(choose_load_input_row<T>(op)),
-        convolve_(choose_convolve<T>(op, Activation::none)),
+        convolve_(choose_plain_convolve<T>(op)),
         convolve_directly_(choose_convolve_directly<T>(op)) {}
 
   // Starts an item; returns its first grid output, at the block's first channel.
@@ -186,7 +188,7 @@ void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*
     for (int64_t token = 0; token < tokens; ++token) {
       for_each_vector(block.channels, [&](int64_t c, int64_t n) {
         const Vec centred = load(conv + c, n) - Vec::load(mean + c);
-        Vec value = activate<activation, T>(fma(centred, Vec::load(scale + c), Vec::load(bias + c)));
+        Vec value = activate<activation, T>(op.activation, fma(centred, Vec::load(scale + c), Vec::load(bias + c)));
         if (op.residual) value += load(x + c, n);
         store(value, out + c, n, op.streams);
       });
@@ -278,7 +280,7 @@ class ConvGradients {
         rows_(op.out_height, op.stride, transposed_.offset, transposed_.op.height),
         columns_(op.out_width, op.stride, transposed_.offset, transposed_.op.width),
         load_input_row_(choose_load_input_row<T>(op)),
-        convolve_transposed_(choose_convolve<float>(transposed_.op, Activation::none)),
+        convolve_transposed_(choose_plain_convolve<float>(transposed_.op)),
         output_backward_kernel_(choose_output_backward<T>(op.activation, op.post.mean != nullptr)),
         input_backward_kernel_(choose_input_backward<T>(op.pre_activation, op.pre.mean != nullptr)) {}
 
@@ -458,31 +460,27 @@ void pre_norm_gradient(const TokenDepthwiseConvPass& op, int64_t begin, int64_t 
 }  // namespace
 
 void token_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? token_moments<bf16>(op, begin, end, scratch)
-                                  : token_moments<float>(op, begin, end, scratch);
+  with_element(op.element, [&]<class T>() { token_moments<T>(op, begin, end, scratch); });
 }
 
 void convolve_with_moments(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? convolve_with_moments<bf16>(op, begin, end, scratch)
-                                  : convolve_with_moments<float>(op, begin, end, scratch);
+  with_element(op.element, [&]<class T>() { convolve_with_moments<T>(op, begin, end, scratch); });
 }
 
 void finish(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? finish<bf16>(op, begin, end, scratch) : finish<float>(op, begin, end, scratch);
+  with_element(op.element, [&]<class T>() { finish<T>(op, begin, end, scratch); });
 }
 
 void norm_gradient_sums(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? norm_gradient_sums<bf16>(op, begin, end, scratch)
-                                  : norm_gradient_sums<float>(op, begin, end, scratch);
+  with_element(op.element, [&]<class T>() { norm_gradient_sums<T>(op, begin, end, scratch); });
 }
 
 void conv_gradients(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float* scratch) {
-  op.element == Element::bfloat16 ? ConvGradients<bf16>(op, scratch)(begin, end)
-                                  : ConvGradients<float>(op, scratch)(begin, end);
+  with_element(op.element, [&]<class T>() { ConvGradients<T>(op, scratch)(begin, end); });
 }
 
 void pre_norm_gradient(const TokenDepthwiseConvPass& op, int64_t begin, int64_t end, float*) {
-  op.element == Element::bfloat16 ? pre_norm_gradient<bf16>(op, begin, end) : pre_norm_gradient<float>(op, begin, end);
+  with_element(op.element, [&]<class T>() { pre_norm_gradient<T>(op, begin, end); });
 }
 
 }  // namespace fastvit::FASTVIT_ISA
