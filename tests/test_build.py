@@ -76,6 +76,7 @@ def without_kernels(source: Path) -> Path:
     for path in source.glob("csrc/*"):
         if path.is_dir() and path.name != "common":
             shutil.rmtree(path)
+    (source / "csrc" / "library.cpp").write_text("", encoding="utf-8")  # which registers them
     return source
 
 
