@@ -188,9 +188,10 @@ class Operator:
                 reasons += chosen.reasons(call, True)
                 if not reasons:
                     return chosen
+        told = "; ".join(dict.fromkeys(reasons))
         raise RuntimeError(
             f"{self.name}: fastvit.exporting(fused=True) keeps operators of backend 'cpp', which cannot run this call: "
-            + "; ".join(dict.fromkeys(reasons))
+            f"{told}"
         )
 
     def _fastest(self, call: Any, first: Implementation) -> Implementation:
