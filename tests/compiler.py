@@ -1,7 +1,7 @@
-"""A compiler that takes objects from a checkout's build, where it would make the same: ``compiler.py CHECKOUT CXX ...``.
+"""A compiler that takes objects from a checkout's build where it would make the same: ``compiler.py CHECKOUT CXX ...``.
 
-It does so where the checkout's ninja file, which must have nothing to do, has the very same command but for the folder and
-the compiler's path, and no file of csrc differs. Anything else is compiled.
+It does so where the checkout's ninja file, which must have nothing to do, has the very same command but for the folder
+and the compiler's path, and no file of csrc differs. Anything else is compiled.
 """
 
 from __future__ import annotations

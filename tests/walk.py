@@ -1,8 +1,8 @@
 """A newcomer's walk: clone, install, patch, read the report, load weights, verify, bench, unpatch, uninstall.
 
 ``python -m tests.walk`` does it in each way of installing, in a clean environment that is lent this one's libraries, so
-that nothing is downloaded. Objects are those of this checkout's build where they would be the same (``compiler.py``): then a
-walk takes seconds, and minutes otherwise.
+that nothing is downloaded. Objects are those of this checkout's build where they would be the same (``compiler.py``):
+then a walk takes seconds, and minutes otherwise.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def walk(way: str, folder: Path) -> dict[str, object]:
     work.mkdir()
     (work / "mine.py").write_text(OWN, encoding="utf-8")
     (work / "session.py").write_text(SESSION, encoding="utf-8")
-    shutil.copy2(
-        ROOT / "benchmarks" / "libraries.py", work
-    )  # which brings a torchvision of another torch to be imported
+    shutil.copy2(ROOT / "benchmarks" / "libraries.py", work)  # with which a torchvision of another torch is imported
     kernels = way in ("compiled", "editable")
     where = ("-e", ".") if way == "editable" else (".",)
     python.install("--no-build-isolation", *where, cwd=clone, env=_building(way, folder))
