@@ -48,6 +48,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 EXTENSION = "fastvit._C"
+# The operators for C++ programs, beside it: the same objects without Python.
+LIBRARY = "libfastvit.dylib" if platform.system() == "Darwin" else "libfastvit.so"
 # Where objects are kept between builds (an editable install gives a fresh temporary directory each time).
 SANITIZE = os.environ.get("FASTVIT_SANITIZE", "")
 SANITIZERS = ("address", "undefined", "thread", "leak")
@@ -89,6 +91,20 @@ class Unit:
     source: Path
     object: Path
     command: list[str]  # compiler and flags, without source, output and dependency file
+
+
+@dataclass
+class Binary:
+    """One linker run: what it makes, and of which objects."""
+
+    path: Path
+    units: list[Unit]
+    cxx: list[str]
+    flags: list[str]
+
+    def command(self) -> list[str]:
+        """The linker's command."""
+        return [*self.cxx, *(str(unit.object) for unit in self.units), *self.flags, "-o", str(self.path)]
 
 
 @dataclass
@@ -319,6 +335,19 @@ def plan_units(toolchain: Toolchain) -> list[Unit]:
 PYTHON_FILES = "bindings", "snapshot"
 
 
+def plan_binaries(toolchain: Toolchain, units: list[Unit], extension: str) -> list[Binary]:
+    """fastvit._C, and the library for C++ programs: on the CPU, with csrc/library.cpp in the place of the bindings."""
+    library = [unit for unit in units if unit.source == CSRC / "library.cpp"]
+    of_extension = [unit for unit in units if unit not in library]
+    cpu = [unit for unit in of_extension if unit.source.suffix == ".cpp" and unit.source.stem not in PYTHON_FILES]
+    has_cuda = any(unit.source.suffix == ".cu" for unit in units)
+    return [
+        Binary(OBJECTS / extension, of_extension, toolchain.cxx, link_flags(toolchain, has_cuda)),
+        # In this order: library.cpp registers, at its start, what the others list at theirs.
+        Binary(OBJECTS / LIBRARY, cpu + library, toolchain.cxx, link_flags(toolchain, False, "-dynamiclib")),
+    ]
+
+
 def binding_flags(toolchain: Toolchain) -> list[str]:
     """Only these files see Python, pybind11 and the build's description."""
     import pybind11
@@ -355,11 +384,11 @@ def make_torch_stub(toolchain: Toolchain) -> Path:
     return stub
 
 
-def link_flags(toolchain: Toolchain, has_cuda: bool) -> list[str]:
-    """The linker's flags; they follow the objects."""
+def link_flags(toolchain: Toolchain, has_cuda: bool, kind: str = "-bundle") -> list[str]:
+    """The linker's flags; they follow the objects. ``kind``: what macOS's linker makes."""
     extra = [*SANITIZE_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
     if platform.system() == "Darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *extra]
+        return [kind, "-undefined", "dynamic_lookup", *extra]
     flags = ["-shared", "-Wl,--no-as-needed", str(make_torch_stub(toolchain)), "-Wl,--as-needed"]
     if has_cuda:
         flags += [str(toolchain.cuda_lib / "libcudart_static.a") if toolchain.cuda_lib else ""]
@@ -414,7 +443,7 @@ def full_command(unit: Unit) -> list[str]:
     return [*unit.command, *dependency_flags(unit, depfile), "-c", str(unit.source), "-o", str(unit.object)]
 
 
-def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Path) -> None:
+def build_with_ninja(ninja: str, units: list[Unit], binaries: list[Binary]) -> None:
     """Compile what changed and link, through ninja."""
     lines = ["ninja_required_version = 1.5", ""]
     lines += [
@@ -425,14 +454,17 @@ def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Pa
         "  description = compile $what",
         "",
     ]
-    lines += ["rule link", "  command = $cmd", f"  description = link {library.name}", ""]
+    lines += ["rule link", "  command = $cmd", "  description = link $what", ""]
     for unit in units:
         lines.append(f"build {ninja_escape(str(unit.object))}: compile {ninja_escape(str(unit.source))}")
         lines.append(f"  cmd = {shlex.join(full_command(unit)).replace('$', '$$')}")
         lines.append(f"  what = {unit.object.relative_to(OBJECTS)}")
         lines.append(f"  dep = {unit.object.with_suffix('.d')}")
-    objects = " ".join(ninja_escape(str(unit.object)) for unit in units)
-    lines += [f"build {ninja_escape(str(library))}: link {objects}", f"  cmd = {shlex.join(link).replace('$', '$$')}"]
+    for binary in binaries:
+        objects = " ".join(ninja_escape(str(unit.object)) for unit in binary.units)
+        lines.append(f"build {ninja_escape(str(binary.path))}: link {objects}")
+        lines.append(f"  cmd = {shlex.join(binary.command()).replace('$', '$$')}")
+        lines.append(f"  what = {binary.path.name}")
     (OBJECTS / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [ninja, "-C", str(OBJECTS), "-j", str(max_jobs())]
     output: list[str] = []
@@ -445,7 +477,7 @@ def build_with_ninja(ninja: str, units: list[Unit], link: list[str], library: Pa
         raise BuildError(f"compiling failed:\n{first_error(output)}")
 
 
-def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
+def build_plainly(units: list[Unit], binaries: list[Binary]) -> None:
     """Compile everything and link, without ninja."""
     for folder in {unit.object.parent for unit in units}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -458,9 +490,13 @@ def build_plainly(units: list[Unit], link: list[str], library: Path) -> None:
                 pool.shutdown(cancel_futures=True)
                 raise
             source = running[future].source.relative_to(ROOT)
-            print(f"[{done}/{len(units) + 1}] compiled {source} -> {running[future].object.name}\n{output}", end="")
+            print(
+                f"[{done}/{len(units) + len(binaries)}] compiled {source} -> {running[future].object.name}\n{output}",
+                end="",
+            )
             sys.stdout.flush()
-    run(link)
+    for binary in binaries:
+        run(binary.command())
 
 
 def first_error(lines: list[str]) -> str:
@@ -489,18 +525,16 @@ def objects_locked() -> Iterator[None]:
 
 
 def build_native(toolchain: Toolchain, target: Path) -> None:
-    """Compile and link fastvit._C, and put it at target."""
+    """Compile and link fastvit._C and the library for C++ programs, and put them at target and beside it."""
     units = plan_units(toolchain)
-    library = OBJECTS / target.name
-    has_cuda = any(unit.source.suffix == ".cu" for unit in units)
-    objects = [str(unit.object) for unit in units]
-    link = [*toolchain.cxx, *objects, *link_flags(toolchain, has_cuda), "-o", str(library)]
+    binaries = plan_binaries(toolchain, units, target.name)
     ninja = find_ninja()
     if ninja:
-        build_with_ninja(ninja, units, link, library)
+        build_with_ninja(ninja, units, binaries)
     else:
-        build_plainly(units, link, library)
-    replace_file(library, target)
+        build_plainly(units, binaries)
+    for binary in binaries:
+        replace_file(binary.path, target.with_name(binary.path.name))
 
 
 def build_info(toolchain: Toolchain | None, reason: str | None) -> dict[str, Any]:
@@ -552,7 +586,8 @@ class BuildExtension(build_ext):
             if extension_mode() == "1":
                 raise SystemExit(f"FASTVIT_BUILD_EXT=1, but the native part cannot be built: {error}") from error
             print(f"fastvit: continuing without the native part: {error}", file=sys.stderr, flush=True)
-            target.unlink(missing_ok=True)
+            for name in (target.name, LIBRARY):
+                target.with_name(name).unlink(missing_ok=True)
             return build_info(None, str(error))
         return build_info(toolchain, None)
 
@@ -575,10 +610,11 @@ class BuildPython(build_py):
 def put_in_source(built: Path, info: dict[str, Any]) -> None:
     """Make the source tree's fastvit/ what this build gave: its binary, or none, and the description."""
     package = ROOT / "fastvit"
-    if info["extension"]:
-        replace_file(built, package / built.name)
-    else:
-        (package / built.name).unlink(missing_ok=True)
+    for name in (built.name, LIBRARY):
+        if info["extension"]:
+            replace_file(built.with_name(name), package / name)
+        else:
+            (package / name).unlink(missing_ok=True)
     write_build_info(package, info)
 
 

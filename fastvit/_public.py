@@ -1,7 +1,8 @@
 """The public names of ``fastvit``, which imports them when the first of them is asked for."""
 
-from fastvit import backends, losses, ops, patching, reference
+from fastvit import backends, deployment, losses, ops, patching, reference
 from fastvit._version import __version__
+from fastvit.deployment import exporting
 from fastvit.graphs import Captured, capture
 from fastvit.ops._packing import release_memory
 from fastvit.patching import (
@@ -39,7 +40,9 @@ __all__ = [
     "backends",
     "capture",
     "create_model",
+    "deployment",
     "explain",
+    "exporting",
     "fold_normalization",
     "freeze",
     "is_patched",

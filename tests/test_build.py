@@ -76,6 +76,7 @@ def without_kernels(source: Path) -> Path:
     for path in source.glob("csrc/*"):
         if path.is_dir() and path.name != "common":
             shutil.rmtree(path)
+    (source / "csrc" / "library.cpp").write_text("", encoding="utf-8")  # which registers them
     return source
 
 
@@ -212,7 +213,8 @@ def test_isolated_wheel_is_compiled_and_complete(source: Path, wheel: Path) -> N
     modules = {str(path.relative_to(source)) for path in (source / "fastvit").rglob("*.py")}
     modules |= {f"fastvit/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
     modules.add(f"fastvit-{__version__}.dist-info/licenses/LICENSE")
-    assert modules | {f"fastvit/_C{SUFFIX}", "fastvit/py.typed", "fastvit/_build_info.json"} <= names
+    beside = {f"fastvit/_C{SUFFIX}", "fastvit/libfastvit.so", "fastvit/py.typed", "fastvit/_build_info.json"}
+    assert modules | beside <= names
     strangers = {name.split("/")[0] for name in names} - {"fastvit", f"fastvit-{__version__}.dist-info"}
     assert not strangers, "nothing may be installed beside the package: no top-level kernels, csrc, tests"
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h"))]
@@ -452,6 +454,7 @@ def test_builds_in_place_and_again_only_what_changed(small_source: Path) -> None
     )
     build()
     assert (small_source / "fastvit" / f"_C{SUFFIX}").is_file()
+    assert (small_source / "fastvit" / "libfastvit.so").is_file()
     assert json.loads((small_source / "fastvit" / "_build_info.json").read_text())["extension"] is True
     assert "no work to do" in build()
     header = small_source / "csrc" / "common" / "isa.h"
@@ -476,6 +479,7 @@ def test_builds_without_ninja(small_source: Path, tmp_path: Path) -> None:
     assert re.search(rf"\[{count - 1}/{count}\] compiled ", output), "the last step links"
     assert "compiled csrc/bindings.cpp" in output
     assert (small_source / "fastvit" / f"_C{SUFFIX}").is_file()
+    assert (small_source / "fastvit" / "libfastvit.so").is_file()
 
 
 @needs_compiler
@@ -525,7 +529,8 @@ def test_editable_install(small_source: Path, tmp_path: Path) -> None:
     env = clean_environment(FASTVIT_BUILD_EXT="0")
     python.install("--no-build-isolation", "-e", ".", cwd=small_source, env=env)
     info = python.info()
-    assert info["build"]["extension"] is False, "an older binary must not survive a pure install"
+    assert info["build"]["extension"] is False
+    assert not [*(small_source / "fastvit").glob("*.so")], "an older binary must not survive a pure install"
     assert "FASTVIT_BUILD_EXT=0" in info["build"]["reason"]
 
 
@@ -656,8 +661,10 @@ def undefined_symbols(binary: Path) -> set[str]:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_binary_asks_torch_only_for_declared_functions(installed: Python) -> None:
-    wanted = undefined_symbols(installed.packages / "fastvit" / f"_C{SUFFIX}")
+@pytest.mark.parametrize("binary", [f"_C{SUFFIX}", "libfastvit.so"])
+def test_binary_asks_torch_only_for_declared_functions(installed: Python, binary: str) -> None:
+    wanted = undefined_symbols(installed.packages / "fastvit" / binary)
+    assert any(name.startswith(("Py", "_Py")) for name in wanted) is binary.startswith("_C"), "the other has no Python"
     of_torch = {name for name in wanted if re.match(r"(aoti_)?torch_", name)}
     assert of_torch
     assert of_torch <= declared()

@@ -11,15 +11,9 @@ namespace {
 
 const Registration* first_registration = nullptr;
 
-void register_operator(const Registration& entry) {
-  TorchLibraryHandle library = nullptr;
-  FASTVIT_TORCH(aoti_torch_library_init_impl, "fastvit", entry.key, entry.file, entry.line, &library);
-  std::unique_ptr<TorchLibraryOpaque, AOTITorchError (*)(TorchLibraryHandle)> owner(library,
-                                                                                    aoti_torch_delete_library_object);
-  FASTVIT_TORCH(torch_library_impl, library, entry.op, entry.kernel, kTorchAbiVersion);
-  // Never deleted: that would unregister the kernel, and at exit torch may already be unloaded.
-  owner.release();
-}
+// Never deleted: that would take back what was registered, and at exit torch may already be unloaded.
+using Library = std::unique_ptr<TorchLibraryOpaque, AOTITorchError (*)(TorchLibraryHandle)>;
+Library owned(TorchLibraryHandle library) { return {library, aoti_torch_delete_library_object}; }
 
 int32_t code_of(Dtype dtype) {
   switch (dtype) {
@@ -56,6 +50,22 @@ Registration::Registration(const char* op, const char* key, BoxedKernel kernel, 
     : op(op), key(key), kernel(kernel), file(file), line(line), next(std::exchange(first_registration, this)) {}
 
 const Registration* registrations() { return first_registration; }
+
+void register_operator(const Registration& entry) {
+  TorchLibraryHandle library = nullptr;
+  FASTVIT_TORCH(aoti_torch_library_init_impl, "fastvit", entry.key, entry.file, entry.line, &library);
+  Library owner = owned(library);
+  FASTVIT_TORCH(torch_library_impl, library, entry.op, entry.kernel, kTorchAbiVersion);
+  owner.release();
+}
+
+void define_operator(const std::string& schema) {
+  TorchLibraryHandle library = nullptr;
+  FASTVIT_TORCH(aoti_torch_library_init_fragment, "fastvit", __FILE__, __LINE__, &library);
+  Library owner = owned(library);
+  FASTVIT_TORCH(aoti_torch_library_def, library, schema.c_str());
+  owner.release();
+}
 
 void register_operators() {
   for (const auto* entry = registrations(); entry != nullptr; entry = entry->next) register_operator(*entry);

@@ -36,6 +36,9 @@ AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* key, con
                                             TorchLibraryHandle* ret);
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
+AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line,
+                                                TorchLibraryHandle* ret);
+AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
 AOTITorchError aoti_torch_delete_library_object(TorchLibraryHandle library);
 
 // Tensors.
@@ -202,6 +205,8 @@ struct Registration {
 };
 const Registration* registrations();  // the head of the list
 void register_operators();
+void register_operator(const Registration& entry);
+void define_operator(const std::string& schema);  // "fastvit::" and what follows: "linear(Tensor x, ...) -> Tensor"
 
 namespace detail {
 

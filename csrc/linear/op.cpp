@@ -81,6 +81,8 @@ int64_t take_weight(const char* op, const char* name, Tensor& weight, int64_t de
   return p.columns;
 }
 
+}  // namespace
+
 Tensor pack_weight(Tensor weight) {
   constexpr char kOp[] = "pack_weight";
   check(weight.dim() == 2, kOp, ": weight must be (N, K), got ", shape_of(weight));
@@ -96,6 +98,8 @@ Tensor pack_weight(Tensor weight) {
   pack(p, kernel, packed.mutable_data<float>() + kHeaderFloats);
   return packed;
 }
+
+namespace {
 
 FASTVIT_REGISTER(pack_weight, "CPU", pack_weight);
 

@@ -85,6 +85,9 @@ class FoldedNorm {
   std::vector<float> factor_, shift_;
 };
 
+// The weight (N, K) in the layout in which kernels of this CPU read it.
+Tensor pack_weight(Tensor weight);
+
 // residual + scale * activation(behind(norm(x) weight^T + bias)). Checks its arguments, with messages that begin with
 // `op`, and replaces those that it cannot read as they lie by copies.
 Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, const NormOfColumns& behind,

@@ -108,6 +108,7 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "masked_attention": _attention,
     "masked_attention_backward": lambda a: 2 * _attention(a),
     "mlp": lambda a: _products(a, a.fc1_weight, a.fc2_weight),
+    "pack_constant": _nothing,
     "pack_weight": _nothing,
     "unpack_weight": _nothing,
     "token_depthwise_conv": _depthwise,

@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastvit import autotune, backends
+from fastvit.reference.functional import BatchNorm
 
 __all__ = [
     "AUTO",
     "REFERENCE",
+    "FusedExport",
     "Implementation",
     "Operator",
     "Selection",
@@ -36,6 +38,7 @@ __all__ = [
     "compute_dtype",
     "differentiable_backward",
     "distinct",
+    "exports_plain",
     "gradients_needed",
     "is_dynamo_compiling",
     "is_grad_enabled",
@@ -105,14 +108,15 @@ class Operator:
         """Compute a call, a NamedTuple of the public function's arguments whose first field is a tensor.
 
         While exporting, tracing, or under a ``torch.func`` transform the plain implementation runs whatever ``backend``
-        says.
+        says; within ``fastvit.exporting(fused=True)`` an export keeps the C++ one, or is refused.
 
         Args:
             backend: "auto", or the name of an implementation.
 
         Raises:
             ValueError: an argument is wrong, or no implementation is named ``backend``.
-            RuntimeError: the implementation asked for cannot take the call; lists every reason.
+            RuntimeError: the implementation asked for, or that an export is to keep, cannot take the call; lists every
+                reason.
         """
         compiling, x = is_dynamo_compiling(), call[0]
         plain = type(x) is Tensor
@@ -120,7 +124,9 @@ class Operator:
             # Sizes are nodes of a graph: there is nothing to check.
             return self.implementations[-1].run(call)
         try:
-            if torch.compiler._is_exporting_flag or _is_transformed() or forward_ad._current_level >= 0:
+            if torch.compiler._is_exporting_flag and FusedExport.wanted:
+                chosen = self._kept_by_export(call, backend)
+            elif torch.compiler._is_exporting_flag or _is_transformed() or forward_ad._current_level >= 0:
                 chosen = self.implementations[-1]
             else:
                 named, requested = backend != AUTO, backends.REQUESTED
@@ -167,6 +173,26 @@ class Operator:
                 raise RuntimeError(f"{self.name}: backend {backend!r} cannot run this call: {reasons}")
         names = [AUTO, *(implementation.name for implementation in self.implementations)]
         raise ValueError(f"backend: expected one of {names} for {self.name}, got {backend!r}")
+
+    def _kept_by_export(self, call: Any, backend: str) -> Implementation:
+        """The C++ implementation, whose operators a process without Python has, too."""
+        reasons: list[str] = []
+        if backend not in (AUTO, "cpp"):
+            reasons.append(f"the backend asked for is {backend!r}")
+        if backends.REQUESTED is not None and "cpp" not in backends.REQUESTED:
+            reasons.append("FASTVIT_BACKEND disables it")
+        if _takes_batch_statistics(call):
+            reasons.append("a norm takes the statistics of the batch, which is training: call model.eval()")
+        for chosen in self.implementations:
+            if chosen.name == "cpp" and chosen.reasons is not None:
+                reasons += chosen.reasons(call, True)
+                if not reasons:
+                    return chosen
+        told = "; ".join(dict.fromkeys(reasons))
+        raise RuntimeError(
+            f"{self.name}: fastvit.exporting(fused=True) keeps operators of backend 'cpp', which cannot run this call: "
+            f"{told}"
+        )
 
     def _fastest(self, call: Any, first: Implementation) -> Implementation:
         """Of the implementations from ``first`` on that take the call, the fastest on this GPU."""
@@ -234,6 +260,31 @@ def configure_log(level: str | None) -> None:
 
 
 configure_log(os.environ.get("FASTVIT_LOG"))
+
+
+# --- Exporting -------------------------------------------------------------------------------------------------------
+
+
+class FusedExport:
+    """Whether torch.export is to keep the operators, and how many calls of them were traced since.
+
+    Of the process, as is torch's flag that something is exported.
+    """
+
+    wanted = False
+    calls = 0
+
+
+def _takes_batch_statistics(call: Any) -> bool:
+    """Whether a BatchNorm of a call, or of one within it, does."""
+    if isinstance(call, BatchNorm):
+        return call.use_batch_stats
+    return isinstance(call, tuple) and any(_takes_batch_statistics(each) for each in call)
+
+
+def exports_plain() -> bool:
+    """Whether torch.export traces, and ``fastvit.exporting(fused=True)`` is not around it."""
+    return torch.compiler._is_exporting_flag and not FusedExport.wanted
 
 
 # --- What implementations ask ---------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ def _enabled(value: str) -> bool:
 ENABLED = _enabled(os.environ.get("FASTVIT_PACK", ""))
 
 pack = define("pack_weight", "Tensor weight", "Tensor", lambda a: a.weight.new_empty(0)).eager
+pack_constant = define(
+    "pack_constant", "Tensor weight", "Tensor", lambda a: a.weight.new_empty(0, dtype=torch.float32)
+).call
+"""For the graphs of torch.export: what :func:`packed` gives where the graph runs."""
 _unpack = define("unpack_weight", "Tensor packed", "Tensor", lambda a: a.packed.new_empty(0)).eager
 _fingerprint = None if backends.cpp_reasons() else importlib.import_module("fastvit._C").fingerprint
 
@@ -109,6 +113,12 @@ def packed(
         return None
     _kept[key] = _Kept(weakref.ref(owner, lambda _: _kept.pop(key, None)), state, fresh)
     return fresh
+
+
+@torch.library.impl("fastvit::pack_constant", "cpu")
+def _run_pack_constant(weight: Tensor) -> Tensor:
+    kept = packed(weight)
+    return pack(weight) if kept is None else kept
 
 
 def sole_packings() -> dict[int, Tensor]:

@@ -33,7 +33,7 @@ from fastvit.ops._operator import (
 )
 from fastvit.ops._packing import pack, packed
 from fastvit.ops._schema import ACTIVATION_CODES, NO_NORM, define, norm_arguments
-from fastvit.ops.linear import CPP_DTYPES, HAS_VECTORS
+from fastvit.ops.linear import CPP_DTYPES, HAS_VECTORS, packed_in_graph
 from fastvit.reference import functional
 from fastvit.reference.functional import ACTIVATIONS, BatchNorm
 
@@ -104,12 +104,13 @@ def _fake(a: Any) -> Tensor:
     return a.x.new_empty_strided((a.x.shape[0], outputs, rows, columns), strides)
 
 
-_packed_convolution = define(
+_PACKED = define(
     "packed_conv_batch_norm",
     f"Tensor x, Tensor weight, Tensor? bias, Tensor? packed, {_SIZES}, bool channels_last, {_BEHIND}",
     "Tensor",
     _fake,
-).eager
+)
+_packed_convolution = _PACKED.eager
 # For the graphs of torch.compile, which cannot hold a packed weight.
 _convolution = define("conv_batch_norm", f"Tensor x, Tensor weight, Tensor? bias, {_SIZES}, {_BEHIND}", "Tensor", _fake)
 _ACTIVATIONS = list(ACTIVATION_CODES)
@@ -135,6 +136,9 @@ def _run_cpp(call: Call, traced: bool = False) -> Tensor:
         sizes = _pair(stride) + _pair(padding)
     mean, var, factor, shift, eps = NO_NORM[:4] + NO_NORM[6:7] if norm is None else norm[:4] + norm[6:7]
     behind = (factor, shift, mean, var, eps, ACTIVATION_CODES[activation])
+    if torch.compiler._is_exporting_flag:
+        layer, windows = packed_in_graph(weight.flatten(1), bias), (*weight.shape[2:], *sizes)
+        return _PACKED.call(x, *layer, *windows, False, *behind)
     if traced:
         return _convolution.call(x, weight, bias, *weight.shape[2:], *sizes, *behind)
     channels_last = x.stride(1) == 1 and x.stride(3) == x.shape[1]
@@ -181,7 +185,7 @@ def _reasons(
     if name == "cpp":
         if x.shape[1] == 0:
             yield "x has no channels, where torch gives no outputs"
-        if type(weight) not in _PLAIN:
+        if type(weight) not in _PLAIN and not torch.compiler._is_exporting_flag:
             yield f"the weight is a {type(weight).__name__}"
         if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
             yield "weight or bias have another dtype than x"

@@ -41,6 +41,7 @@ from fastvit.ops.linear import (
     check_residual,
     linear_dtype,
     multiply,
+    packed_in_graph,
     takes_mlp,
 )
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
@@ -197,6 +198,9 @@ def _run_whole(call: Call) -> Tensor:
     norm = NO_NORM if call.norm is None else (True, *call.norm)
     convolution = (c.weight, c.bias, *unpack(c.pre_norm), *unpack(c.norm))
     behind = (*unpack(call.down_norm), call.residual, height, width, c.prefix_tokens, call.form == "paper")
+    if torch.compiler._is_exporting_flag:
+        first, second = packed_in_graph(up, call.up_bias), packed_in_graph(down, call.down_bias)
+        return _packed_leff.call(call.x, *norm, *first, *convolution, *second, *behind)
     if is_dynamo_compiling():
         return _leff.call(call.x, *norm, up, call.up_bias, *convolution, down, call.down_bias, *behind)
     layers = (up, call.up_bias, packed(up)), (down, call.down_bias, packed(down))

@@ -34,7 +34,7 @@ from fastvit.ops._operator import (
     is_dynamo_compiling,
     is_grad_enabled,
 )
-from fastvit.ops._packing import PackedWeight, packed
+from fastvit.ops._packing import PackedWeight, pack_constant, packed
 from fastvit.ops._schema import ACTIVATION_CODES, GATE_CODES, Registered, define
 from fastvit.reference import functional
 from fastvit.reference.functional import GATES, LayerNorm
@@ -201,9 +201,10 @@ def _define_glu_mlp(name: str, layer: str) -> Registered:
     return define(name, f"Tensor x, {layers}, {norms}, {_BEHIND}", "Tensor", _fake_mlp)
 
 
-_packed_linear = _define_linear("packed_linear", _PACKED_LAYER).eager
-_packed_mlp = _define_mlp("packed_mlp", _PACKED_LAYER).eager
-_packed_glu_mlp = _define_glu_mlp("packed_glu_mlp", _PACKED_LAYER).eager
+PACKED_LINEAR = _define_linear("packed_linear", _PACKED_LAYER)
+PACKED_MLP = _define_mlp("packed_mlp", _PACKED_LAYER)
+PACKED_GLU_MLP = _define_glu_mlp("packed_glu_mlp", _PACKED_LAYER)
+_packed_linear, _packed_mlp, _packed_glu_mlp = PACKED_LINEAR.eager, PACKED_MLP.eager, PACKED_GLU_MLP.eager
 # For the graphs of torch.compile, which cannot hold a packed weight.
 _linear = _define_linear("linear", _LAYER).call
 _mlp = _define_mlp("mlp", _LAYER).call
@@ -233,6 +234,11 @@ def _with_packed(layers: Sequence[Any]) -> list[Any]:
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
         found += (weight.stand_in if type(weight) is PackedWeight else weight, bias, packed(weight))
     return found
+
+
+def packed_in_graph(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The arguments of a layer in an exported graph, where the packed weight is made of the weight."""
+    return weight, bias, pack_constant(weight)
 
 
 # --- By the C++ kernels ---------------------------------------------------------------------------------------------
@@ -282,6 +288,8 @@ def _run_linear_cpp(call: Linear, traced: bool = False) -> Tensor:
         return functional.add_scaled(functional.activate(out if x.dim() > 1 else out[0], activation), scale, residual)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
+    if torch.compiler._is_exporting_flag:
+        return PACKED_LINEAR.call(x, *packed_in_graph(weight, bias), *norm_arguments, *behind)
     if traced or torch.compiler._is_compiling_flag:
         return _linear(x, weight, bias, *norm_arguments, *behind)
     packing = packed(weight)
@@ -298,6 +306,9 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
         return _run_linear_cpp(Linear(hidden, fc2_weight, fc2_bias, None, None, scale, residual), traced)
     norm_arguments = NO_NORM if norm is None else (True, *norm)
     behind = (ACTIVATION_CODES[activation], scale, residual)
+    if torch.compiler._is_exporting_flag:
+        layers = (*packed_in_graph(fc1_weight, fc1_bias), *packed_in_graph(fc2_weight, fc2_bias))
+        return PACKED_MLP.call(x, *layers, *norm_arguments, *behind)
     if traced or torch.compiler._is_compiling_flag:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
     return _packed_mlp(x, *_with_packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias)), *norm_arguments, *behind)
@@ -309,6 +320,9 @@ def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
         return _run_glu_mlp_by_layers(call, partial(_run_linear_cpp, traced=traced))
     norms = (*(NO_NORM if norm is None else (True, *norm)), *(NO_NORM if hidden_norm is None else (True, *hidden_norm)))
     behind = (GATE_CODES[activation], scale, residual)
+    if torch.compiler._is_exporting_flag:
+        pairs = zip(layers[::2], layers[1::2], strict=True)
+        return PACKED_GLU_MLP.call(x, *(each for pair in pairs for each in packed_in_graph(*pair)), *norms, *behind)
     if traced or torch.compiler._is_compiling_flag:
         return _glu_mlp(x, *layers, *norms, *behind)
     return _packed_glu_mlp(x, *_with_packed(layers), *norms, *behind)
@@ -566,7 +580,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer within another operator, with parameters of any floating dtype, by whichever product is faster."""
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         weight, bias = cast_like(x, weight, bias)
-    call, requested, traced = Linear(x, weight, bias), backends.REQUESTED, is_dynamo_compiling()
+    traced = is_dynamo_compiling() or torch.compiler._is_exporting_flag
+    call, requested = Linear(x, weight, bias), backends.REQUESTED
     asks = not traced and type(weight) is not PackedWeight  # first, as small calls are short; a guard while tracing
     if asks and (weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]):
         return LINEAR.implementations[-1].run(call)

@@ -32,6 +32,7 @@ from torch.overrides import _pop_mode_temporarily
 from torch.utils._device import DeviceContext
 
 from fastvit import autotune, backends, ops
+from fastvit.ops._operator import exports_plain
 from fastvit.patching.fusion import Fused, fused_class, give, plain_class, plain_of
 from fastvit.recognise.deferred import Deferring, Event, transformed
 from fastvit.recognise.maps import saves_through_hooks
@@ -115,6 +116,11 @@ class _Wrapping(Fused):
 def _as_written(fused: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The plain forward; where Dynamo traces it, in a region of the graph that Inductor's pass searches for chains."""
     plain = plain_of(fused).forward
+    if torch.compiler.is_exporting() and not exports_plain():
+        raise RuntimeError(
+            f"fastvit.exporting(fused=True): what {plain_of(fused).__name__} computes is found as it runs, which "
+            "torch.export does not do; leave it out by patch(model, filter_fn=...), or export the plain model"
+        )
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not calls_everything():
         entered = getattr(fused, "fastvit_region", None)
         if entered is not None:

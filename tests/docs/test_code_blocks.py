@@ -27,7 +27,7 @@ from tests.docs.pages import PAGES, ROOT, Block, blocks
 
 LANGUAGES = {"python", "pycon", "sh", "text"}
 """Text is what is printed, and messages, which test_messages.py looks for."""
-NATIVE = {"packed-weights.md"}
+NATIVE = {"packed-weights.md", "deployment.md"}
 """Pages that show what the native part does."""
 PYTHON = [page for page in PAGES if any(block.language in ("python", "pycon") for block in blocks(page))]
 COMMANDS = sorted(

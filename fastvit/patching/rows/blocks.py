@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastvit import ops
-from fastvit.ops._operator import any_autocast, is_dynamo_compiling
+from fastvit.ops._operator import any_autocast, exports_plain, is_dynamo_compiling
 from fastvit.patching.fusion import Fused, Parts, are_plain, fused_backend, is_fused, is_ours, parts_of, plain_class
 from fastvit.patching.replay import permanent, replayed
 from fastvit.patching.rows.parts import activation_name, dropout_p
@@ -33,7 +33,7 @@ def whole_backend(block: Any, x: Tensor) -> str | None:
         or not x.is_cpu
         or any_autocast()
         or torch._C._get_tracing_state() is not None
-        or torch.compiler._is_exporting_flag
+        or (torch.compiler._is_exporting_flag and exports_plain())
     ):
         return None
     backend = fused_backend(block)
@@ -181,7 +181,7 @@ def add_attention_to_first(block: Any, x: Tensor, mask: Tensor | None, backend: 
 def split_heads(attention: Any, x: Tensor, count: int = 1) -> Sequence[Tensor]:
     """Tokens (B, N, count * H * D) as views (B, H, N, D), each made by one call."""
     heads, head_dim = attention.num_heads, attention.head_dim
-    if is_dynamo_compiling():  # which chooses strides itself
+    if is_dynamo_compiling() or torch.compiler._is_exporting_flag:  # which choose strides themselves
         return x.unflatten(2, (count, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     (batch, tokens, _), (of_batch, of_token, of_channel) = x.shape, x.stride()
     sizes, strides = (batch, heads, tokens, head_dim), (of_batch, head_dim * of_channel, of_token, of_channel)
@@ -192,7 +192,7 @@ def split_heads(attention: Any, x: Tensor, count: int = 1) -> Sequence[Tensor]:
 def merge_heads(out: Tensor) -> Tensor:
     """What the heads gathered (B, H, N, D) as tokens (B, N, H * D), by one call where they lie so."""
     (batch, heads, tokens, head_dim), (of_batch, of_head, of_token, of_channel) = out.shape, out.stride()
-    if is_dynamo_compiling() or of_head != head_dim * of_channel:
+    if is_dynamo_compiling() or torch.compiler._is_exporting_flag or of_head != head_dim * of_channel:
         return out.transpose(1, 2).flatten(2)
     return out.as_strided((batch, tokens, heads * head_dim), (of_batch, of_token, of_channel))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastvit import ops
@@ -424,7 +425,8 @@ def _reduced(block: Any, x: Tensor, grid: tuple[int, int], backend: str) -> Tens
 def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, h*w, C) as a map (B, C, h, w), by one call."""
     (batch, tokens, channels), (of_batch, of_token, of_channel) = x.shape, x.stride()
-    if is_dynamo_compiling() or tokens != grid[0] * grid[1]:  # which chooses strides itself; or raises
+    # A graph has strides of its own; a wrong grid raises.
+    if is_dynamo_compiling() or torch.compiler._is_exporting_flag or tokens != grid[0] * grid[1]:
         return tokens_to_map(x, grid)
     strides = (of_batch, of_channel, grid[1] * of_token, of_token)
     return x.as_strided((batch, channels, *grid), strides)
@@ -433,7 +435,7 @@ def _as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def _as_tokens(x: Tensor) -> Tensor:
     """A map (B, C, h, w) as tokens (B, h*w, C), by one call where it lies so."""
     (batch, channels, rows, columns), (of_batch, of_channel, of_row, of_column) = x.shape, x.stride()
-    if is_dynamo_compiling() or of_row != columns * of_column:
+    if is_dynamo_compiling() or torch.compiler._is_exporting_flag or of_row != columns * of_column:
         return x.flatten(2).transpose(1, 2)
     return x.as_strided((batch, rows * columns, channels), (of_batch, of_column, of_channel))
 
