@@ -282,22 +282,41 @@ class Listed(Dataset):
         return self.prepare(open_picture(picture, str(picture)) if isinstance(picture, Path) else picture), label
 
 
-def _order(samples: int, batch: int, seed: int, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
-    """The keys of each step's batch; what an epoch has beyond its last full batch is left out."""
-    steps = samples // batch
+Part = tuple[int, int]
+"""A process's number, and how many there are."""
+
+
+def _order(samples: int, batch: int, seed: int, start: int, stop: int, part: Part) -> Iterator[list[tuple[int, int]]]:
+    """The keys of a part of each step's batch; what an epoch has beyond its last full batch is left out."""
+    steps, own = samples // batch, batch // part[1]
     for epoch in range(start // steps, -(-stop // steps)):
         shuffled = np.random.default_rng((seed, 0, epoch)).permutation(samples)
         for step in range(max(start, epoch * steps), min(stop, (epoch + 1) * steps)):
-            first = step % steps * batch
-            yield [(epoch, int(index)) for index in shuffled[first : first + batch]]
+            first = step % steps * batch + part[0] * own
+            yield [(epoch, int(index)) for index in shuffled[first : first + own]]
 
 
 class Streamed(IterableDataset):
-    """Batches of shards, of which each worker reads some, in an order of its own, and anew where they end early."""
+    """Batches of shards, of which each worker reads some, in an order of its own, and anew where they end early.
 
-    def __init__(self, urls: list[str], samples: int, batch: int, prepare: Prepare, seed: int, start: int, stop: int):
+    Every process reads them all, whatever their number, and decodes its own part of each batch.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        samples: int,
+        batch: int,
+        prepare: Prepare,
+        seed: int,
+        start: int,
+        stop: int,
+        part: Part,
+    ):
         self.urls, self.steps, self.batch, self.prepare = urls, samples // batch, batch, prepare
         self.seed, self.start, self.stop = seed, start, stop
+        own = batch // part[1]
+        self.own = range(part[0] * own, (part[0] + 1) * own)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         worker = get_worker_info()
@@ -312,9 +331,10 @@ class Streamed(IterableDataset):
                 begun = (step - first) // workers * self.batch
                 samples = itertools.islice(enumerate(self.read(epoch, stream, workers)), begun, None)
             batch = []
-            for place, sample in itertools.islice(samples, self.batch):
-                reseed(self.seed, 1, epoch, stream, place)
-                batch.append(_decoded(sample, self.prepare))
+            for number_in_batch, (place, sample) in enumerate(itertools.islice(samples, self.batch)):
+                if number_in_batch in self.own:
+                    reseed(self.seed, 1, epoch, stream, place)
+                    batch.append(_decoded(sample, self.prepare))
             yield default_collate(batch)
 
     def read(self, epoch: int, stream: int, streams: int) -> Iterator[dict[str, Any]]:
@@ -331,21 +351,32 @@ class Streamed(IterableDataset):
 
 
 class StreamedOnce(IterableDataset):
-    """The samples of shards, each once."""
+    """The samples of shards, each once; of several processes one."""
 
-    def __init__(self, urls: list[str], prepare: Prepare):
-        self.urls, self.prepare = urls, prepare
+    def __init__(self, urls: list[str], prepare: Prepare, part: Part):
+        self.urls, self.prepare, self.part = urls, prepare, part
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         urls = self.urls if worker is None else self.urls[worker.id :: worker.num_workers]
-        return (_decoded(sample, self.prepare) for sample in shard_samples(urls)) if urls else iter(())
+        samples = itertools.islice(shard_samples(urls), self.part[0], None, self.part[1]) if urls else ()
+        return (_decoded(sample, self.prepare) for sample in samples)
 
 
 def training_batches(
-    source: Source, prepare: Prepare, *, batch: int, seed: int, start: int, stop: int, workers: int
+    source: Source,
+    prepare: Prepare,
+    *,
+    batch: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int,
+    part: Part = (0, 1),
 ) -> Iterable[list[Tensor]]:
     """The batches of steps ``start`` to ``stop``: images (batch, 3, H, W) and labels (batch,), the same for one seed.
+
+    ``part``, (process, processes), gives one process's share of each batch; together they are the same for any number.
 
     Raises:
         OptionError: fewer images than a batch, or fewer shards than workers.
@@ -354,21 +385,23 @@ def training_batches(
         raise OptionError(f"--batch: expected at most the number of training images, {source.samples}, got {batch}")
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if not source.in_shards:
-        order: Any = _order(source.samples, batch, seed, start, stop)
+        order: Any = _order(source.samples, batch, seed, start, stop, part)
         return DataLoader(Listed(source.train, prepare, seed), batch_sampler=order, **options)
     if workers > len(source.train):
         raise OptionError(
             f"--workers: expected at most one for each of {len(source.train)} training shards, got {workers}"
         )
-    streamed = Streamed(source.train, source.samples, batch, prepare, seed, start, stop)
+    streamed = Streamed(source.train, source.samples, batch, prepare, seed, start, stop, part)
     return DataLoader(streamed, batch_size=None, **options)
 
 
-def validation_batches(source: Source, prepare: Prepare, *, batch: int, workers: int) -> Iterable[list[Tensor]]:
-    """Every image for validation once, in batches; the last may be smaller."""
+def validation_batches(
+    source: Source, prepare: Prepare, *, batch: int, workers: int, part: Part = (0, 1)
+) -> Iterable[list[Tensor]]:
+    """Every image for validation once, in one of the processes, in batches; the last may be smaller."""
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if source.in_shards:
-        return DataLoader(StreamedOnce(source.val, prepare), batch_size=batch, **options)
-    keys = [(0, index) for index in range(len(source.val))]
+        return DataLoader(StreamedOnce(source.val, prepare, part), batch_size=batch, **options)
+    keys = [(0, index) for index in range(part[0], len(source.val), part[1])]
     batches = [keys[first : first + batch] for first in range(0, len(keys), batch)]
     return DataLoader(Listed(source.val, prepare, 0), batch_sampler=batches, **options)

@@ -23,9 +23,14 @@ def replacing(path: Path) -> Iterator[Path]:
 class Table:
     """A CSV file with a column ``step``: the steps taken when a row was written."""
 
-    def __init__(self, path: Path, columns: Sequence[str], step: int):
-        """Keep the rows up to ``step``; what a killed process wrote beyond its checkpoint will come again."""
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: Sequence[str], step: int, keeps: bool = True):
+        """Keep the rows up to ``step``; what a killed process wrote beyond its checkpoint will come again.
+
+        ``keeps`` is False in a process that leaves the file to another one.
+        """
+        self.path, self.columns, self.keeps = path, columns, keeps
+        if not keeps:
+            return
         with replacing(path) as temporary, temporary.open("w", newline="") as file:
             kept = self.rows() if path.exists() else []
             csv.writer(file).writerows(
@@ -39,6 +44,8 @@ class Table:
         return [row for row in csv.DictReader(lines) if None not in row.values() and len(row) == len(self.columns)]
 
     def add(self, rows: Sequence[Sequence[Any]]) -> None:
+        if not self.keeps:
+            return
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows(rows)
 

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastvit import backends
@@ -50,7 +49,7 @@ from fastvit.ops._operator import (
 )
 from fastvit.ops._schema import adjacent_channels, define, heads_last, launch
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm, LayerNorm
+from fastvit.reference.functional import BatchNorm, LayerNorm, sums_over_processes
 
 __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
@@ -320,16 +319,6 @@ def fold_batch(
     return mix, shift
 
 
-def _over_processes(group: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-    """Each part summed over a group's processes, in one exchange; None: as they are."""
-    if group is None:
-        return parts
-    total = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(total, group=group)
-    pieces = total.split([part.numel() for part in parts])
-    return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
-
-
 class _FoldBatch(torch.autograd.Function):
     """By hand, since autograd makes some sixty small operations of it, which a step of a small batch feels."""
 
@@ -348,7 +337,7 @@ class _FoldBatch(torch.autograd.Function):
         # About zero rather than about 1 / Nk, which is not every process's; float64 has the digits for that.
         totals = sums + values * centre
         products = moments + centre * (sums[:, None] + sums) + values * centre**2
-        count, totals, products = _over_processes(group, sums.new_full((1,), values), totals, products)
+        count, totals, products = sums_over_processes(group, sums.new_full((1,), values), totals, products)
         mix, shift, mean, variance, saved = _fold(settings, sums, count, totals, products, weight, bias, gamma, beta)
         ctx.save_for_backward(sums, moments, weight, bias, gamma, beta, count, *saved)
         ctx.settings = settings
@@ -377,7 +366,7 @@ class _FoldBatch(torch.autograd.Function):
         dcovariance = weight.t() @ (dvariance[:, None] * weight)
         deach = weight.t() @ dmean - 2.0 * (dcovariance @ each)
         # Every process's result depends on every one's sums.
-        dtotals, dproducts = _over_processes(group, deach / count, dcovariance / count)
+        dtotals, dproducts = sums_over_processes(group, deach / count, dcovariance / count)
         dsums = dtotals + 2.0 * centre * dproducts.sum(1)
         dweight = factor[:, None] * dmix + dmean[:, None] * apart + 2.0 * dvariance[:, None] * moved
         return (

@@ -218,7 +218,10 @@ def _by(kernels: Implementation) -> Implementation:
             convolution = convolution._replace(x=x[:, :, :1].to(linear_dtype(x)))
         yield from convolution_reasons(convolution, named)
         if norm is not None:
-            if norm.layer is not None:
+            if norm.process_group is not None:
+                if is_dynamo_compiling():
+                    yield "a synchronised norm is not traced"
+            elif norm.layer is not None:
                 yield f"down_norm is a {type(norm.layer).__name__}, which has to be called"
             elif norm.running_mean is None and not norm.use_batch_stats:
                 yield "a norm has no statistics"

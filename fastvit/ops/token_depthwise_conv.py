@@ -304,14 +304,16 @@ def _plain(t: Tensors, s: Settings) -> Tensor:
 
 
 def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
-    """``run`` of an implementation by these kernels."""
+    """``run`` of an implementation by these kernels, norms that sum over several processes apart from them."""
 
     def run(call: Convolution) -> Tensor:
         x, weight, bias, grid, stride, padding, prefix_tokens, pre_norm, pre_activation, norm, activation, residual = (
             call
         )
-        pre_mean, pre_var, pre_weight, pre_bias, pre_batch, _, pre_eps, _, _ = pre_norm or NO_NORM
-        mean, var, norm_weight, norm_bias, batch, _, eps, _, _ = norm or NO_NORM
+        pre_mean, pre_var, pre_weight, pre_bias, pre_batch, _, pre_eps, _, pre_group = pre_norm or NO_NORM
+        mean, var, norm_weight, norm_bias, batch, _, eps, _, group = norm or NO_NORM
+        if pre_group is not None or group is not None:
+            return _by_parts(call, run)
         pre_code, code = ACTIVATION_CODES[pre_activation], ACTIVATION_CODES[activation]
         height, width = grid
         padding = weight.shape[3] // 2 if padding is None else padding
@@ -343,6 +345,26 @@ def _runner(kernels: Kernels) -> Callable[[Convolution], Tensor]:
         return out
 
     return run
+
+
+def _by_parts(call: Convolution, run: Callable[[Convolution], Tensor]) -> Tensor:
+    """With statistics of several processes: the kernels convolve, and what stands around that is computed apart."""
+    _check(call)  # before running statistics move
+    prefix, tokens = call.x[:, : call.prefix_tokens], call.x[:, call.prefix_tokens :]
+    inner = _normalised(tokens, call.pre_norm, call.pre_activation, call.grid)
+    out = run(Convolution(inner, call.weight, call.bias, call.grid, call.stride, call.padding))
+    grid = check_geometry(call.grid, call.weight.shape[3], call.stride, call.padding)
+    out = _normalised(out, call.norm, call.activation, grid)
+    if call.residual:
+        out = out + tokens
+    return torch.cat((prefix, out), dim=1) if call.prefix_tokens else out
+
+
+def _normalised(x: Tensor, norm: BatchNorm | None, activation: str | None, grid: tuple[int, int]) -> Tensor:
+    """activation(norm(x)) of tokens (B, h*w, C)."""
+    if norm is not None:
+        x = norm(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    return functional.activate(x, activation)
 
 
 def _train(call: Convolution, kernels: Kernels, differentiate: bool, t: Tensors, s: Settings) -> Tensor:
@@ -418,7 +440,10 @@ def _reasons_of(
             yield f"kernel size {weight.shape[3]} is larger than {max_kernel}"
         for each in (pre_norm, norm):
             if each is not None:
-                if each.layer is not None:
+                if each.process_group is not None:
+                    if is_dynamo_compiling():
+                        yield "a synchronised norm is not traced"
+                elif each.layer is not None:
                     yield f"a norm is a {type(each.layer).__name__}, which has to be called"
                 elif each.running_mean is None and not each.use_batch_stats:
                     yield "a norm has no statistics"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _AcceleratorSyncBatchNorm
 
 from fastvit.reference.overrides import must_call
 
@@ -75,8 +76,9 @@ class BatchNorm(NamedTuple):
     ``weight`` and ``bias`` are None without affine parameters; ``running_mean`` and ``running_var`` are None with
     ``track_running_stats=False``. ``use_batch_stats`` is True if the layer normalises by the statistics of its input.
     ``layer``, if set, is called instead, because its tensors alone do not define what it does. ``process_group`` is set
-    if that layer is an ``nn.SyncBatchNorm`` that reduces its statistics over several processes; an implementation that
-    does this reduction itself uses :meth:`opened`.
+    if that layer is an ``nn.SyncBatchNorm`` that reduces its statistics over several processes, which
+    :func:`synchronised_batch_norm` computes, on the CPU too; an implementation that does this reduction itself uses
+    :meth:`opened`.
     """
 
     running_mean: Tensor | None
@@ -97,7 +99,7 @@ class BatchNorm(NamedTuple):
         exactly once per forward. Within :func:`recomputing` it counts nothing and leaves the statistics alone.
 
         A layer of another class (frozen, replaced by Identity), or one that is hooked or replaced in other ways, is
-        called, and so is a training SyncBatchNorm, which counts its batches itself.
+        called. A training SyncBatchNorm counts its batch when it is called or :meth:`opened`.
         """
         if must_call(module, *_BATCH_NORMS):
             return cls(None, None, None, None, use_batch_stats=True, layer=module)
@@ -138,6 +140,8 @@ class BatchNorm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise x (B, C, ...) over every axis but the second; updates the running statistics when training."""
+        if self.process_group is not None:
+            return synchronised_batch_norm(x, self.opened())
         if self.layer is not None:
             return self.layer(x)
         if isinstance(x, Tensor) and x.shape[1] == 0:  # for which torch has an IndexError
@@ -166,6 +170,113 @@ def _synchronised_over(module: nn.Module) -> Any:
         return None
     group = dist.group.WORLD if module.process_group is None else module.process_group
     return group if dist.get_world_size(group) > 1 else None
+
+
+def normalised(x: Tensor, norm: nn.Module) -> Tensor:
+    """norm(x), where an ``nn.SyncBatchNorm`` sums over processes on the CPU too, which torch's refuses."""
+    return BatchNorm.of(norm)(x) if isinstance(norm, nn.SyncBatchNorm) else norm(x)
+
+
+def synchronised_batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
+    """Normalise x (B, C, ...) by the statistics of all of the group's processes; moves the running ones.
+
+    On accelerators by torch's kernels. On the CPU, where torch has none, count, mean and squares of each channel are
+    summed in float64. Processes may have unequal batches, or an empty one.
+
+    Args:
+        norm: with ``process_group``, opened.
+
+    Raises:
+        ValueError: one value per channel in all processes together.
+        RuntimeError: a second derivative is asked for.
+    """
+    if x.device.type == "cpu":
+        return _synchronised_on_cpu(x, norm)
+    mean, var, weight, bias, _, momentum, eps, _, group = norm
+    size = dist.get_world_size(group)
+    return _AcceleratorSyncBatchNorm.apply(x, weight, bias, mean, var, eps, momentum, group, size)
+
+
+@torch.compiler.disable(reason="a norm that sums over processes is not traced")
+def _synchronised_on_cpu(x: Tensor, norm: BatchNorm) -> Tensor:
+    mean, var, weight, bias, _, momentum, eps, _, group = norm
+    out, batch_mean, batch_var, count = _SynchronisedBatchNorm.apply(x, weight, bias, eps, group)
+    if mean is not None and var is not None:
+        with torch.no_grad():
+            for running, new in ((mean, batch_mean), (var, batch_var * (count / (count - 1.0)))):
+                running.copy_(torch.lerp(running.double(), new, momentum))
+    return out
+
+
+class _SynchronisedBatchNorm(torch.autograd.Function):
+    """(out, mean (C,), biased variance (C,), count (1,)) of x (B, C, ...); the statistics in float64."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        own = x.numel() // max(x.shape[1], 1)
+        mean = _sum_of_channels(wide) / max(own, 1)
+        squares = _sum_of_channels((wide - _per_channel(mean, wide)).square())
+        count, sums, squares = sums_over_processes(
+            group, mean.new_full((1,), own), own * mean, squares + own * mean.square()
+        )
+        if float(count) <= 1.0:
+            raise ValueError(f"Expected more than 1 value per channel when training, got {int(count)} in all processes")
+        mean = sums / count
+        variance = (squares / count - mean.square()).clamp(min=0.0)
+        inverse = (variance + eps).rsqrt()
+        factor = inverse if weight is None else inverse * weight
+        shift = -mean * factor if bias is None else bias - mean * factor
+        ctx.save_for_backward(x, weight, bias, mean, inverse, count)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, variance, count)
+        out = wide * _per_channel(factor, wide) + _per_channel(shift, wide)
+        return out.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("norm: double backward through statistics of several processes is not implemented")
+        x, weight, bias, mean, inverse, count = ctx.saved_tensors
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        standard = (wide - _per_channel(mean, wide)) * _per_channel(inverse, wide)
+        grad = grad.to(wide.dtype)
+        for_bias, for_weight = _sum_of_channels(grad), _sum_of_channels(grad * standard)
+        dx = None
+        if ctx.needs_input_grad[0]:  # every process's result depends on every one's values
+            shared = sums_over_processes(ctx.group, for_bias, for_weight)
+            by_bias, by_weight = (_per_channel(each / count, wide) for each in shared)
+            factor = inverse if weight is None else inverse * weight
+            dx = (_per_channel(factor, wide) * (grad - by_bias - standard * by_weight)).to(x.dtype)
+        return (
+            dx,
+            None if weight is None else for_weight.to(weight.dtype),
+            None if bias is None else for_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _sum_of_channels(x: Tensor) -> Tensor:
+    """(C,) in float64: each channel's sum over the other axes of (B, C, ...)."""
+    return x.sum([axis for axis in range(x.dim()) if axis != 1], dtype=torch.float64)
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) as it broadcasts with x (B, C, ...), in its dtype."""
+    return vector.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+
+def sums_over_processes(group: Any, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Each part summed over a group's processes, in one exchange; None: as they are."""
+    if group is None:
+        return parts
+    total = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(total, group=group)
+    pieces = total.split([part.numel() for part in parts])
+    return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
 
 
 class LayerNorm(NamedTuple):

@@ -98,7 +98,7 @@ class ConvolutionalStem(nn.Module):
 
     def convolve(self, x: Tensor, conv: nn.Module, norm: nn.Module, activation: str | None = None) -> Tensor:
         """activation(norm(conv(x)))."""
-        return functional.activate(norm(conv(x)), activation)
+        return functional.activate(functional.normalised(conv(x), norm), activation)
 
 
 class Projecting(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastvit.ops._operator import Selection, recording
 from fastvit.patching import is_patched, patch, report, unpatch
 from fastvit.patching.fusion import Fused
 from tests.tiny import FAMILIES, build, images
@@ -203,7 +204,7 @@ def test_parametrisations_on_what_the_fused_path_reads_take_the_plain_path():
     assert report(model).rows[0].reasons == ("proj_l is ParametrizedLinear, expected is exactly Linear",)
 
 
-@pytest.mark.parametrize("name", ["deepvit", "cvt", "ceit"])
+@pytest.mark.parametrize("name", ["deepvit", "deepvit_cnn", "cvt", "ceit"])
 def test_synchronised_batch_norm_trains(name):
     """In a single process it is a plain one."""
     plain, x = build(name), images(name)
@@ -215,6 +216,12 @@ def test_synchronised_batch_norm_trains(name):
     with torch.no_grad():
         torch.testing.assert_close(fused.eval()(x), expected.eval()(x))
         assert patch(fused, verify=x) is fused
+        # At inference it is folded, in blocks that run whole, as a BatchNorm is.
+        chosen: list[list[Selection]] = [[], []]
+        for model, found in zip((fused, patch(plain)), chosen, strict=True):
+            with recording(found.append):
+                model.eval()(x)
+        assert chosen[0] == chosen[1]
 
 
 def test_what_stands_in_for_a_batch_norm_is_called():

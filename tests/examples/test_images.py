@@ -26,8 +26,8 @@ def prepare(picture: Image.Image) -> torch.Tensor:
     return torch.cat((pixels.flatten(), torch.rand(1, dtype=torch.float64)))
 
 
-def batches(source, start: int, stop: int, workers: int = 0, seed: int = 0) -> list[torch.Tensor]:
-    options = {"batch": BATCH, "seed": seed, "start": start, "stop": stop, "workers": workers}
+def batches(source, start: int, stop: int, workers: int = 0, seed: int = 0, part=(0, 1)) -> list[torch.Tensor]:
+    options = {"batch": BATCH, "seed": seed, "start": start, "stop": stop, "workers": workers, "part": part}
     return [torch.cat((images, labels[:, None]), 1) for images, labels in training_batches(source, prepare, **options)]
 
 
@@ -50,6 +50,27 @@ def test_what_a_step_sees_depends_on_its_place_alone(workers, folder):
     whole = batches(source, 0, 7)
     for start in (0, 2, 5):
         assert torch.equal(torch.stack(batches(source, start, 7, workers)), torch.stack(whole[start:]))
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_processes_see_together_what_one_sees(workers, kind, folder, tmp_path):
+    """In the same order, drawn alike; for validation each image once."""
+    if kind == "shards":
+        pytest.importorskip("webdataset")
+        source = open_source(*make_shards(tmp_path), None, None)
+    else:
+        source = open_source(str(folder), None, None, None)
+    whole = torch.stack(batches(source, 1, 5, workers))
+    options = {"batch": BATCH, "workers": workers}
+    val = Counter(int(images.sum()) for batch, _ in validation_batches(source, prepare, **options) for images in batch)
+    for count in (2, 4):
+        parts = [(rank, count) for rank in range(count)]
+        assert torch.equal(
+            torch.cat([torch.stack(batches(source, 1, 5, workers, part=part)) for part in parts], 1), whole
+        )
+        theirs = [validation_batches(source, prepare, **options, part=part) for part in parts]
+        assert Counter(int(images.sum()) for each in theirs for batch, _ in each for images in batch) == val
 
 
 @pytest.mark.parametrize("shards", [3, 4])

@@ -371,6 +371,7 @@ WRONG = {
     "--data nowhere": "--data: expected digits, a folder, or shards that end in .tar, got 'nowhere'",
     "--samples 5": "--samples: expected with shards only, whose number of images nothing tells, got 5",
     "--val-data nowhere": "--val-data: there is no folder nowhere",
+    "--engine ddp": "--engine: expected under torchrun, which starts the processes, got 'ddp'",
     "--unknown 5": "unrecognized arguments: --unknown 5",
 }
 

@@ -38,6 +38,9 @@ from fastvit.reference.layers import Attention, Mlp, dropout_p
 from fastvit.reference.overrides import is_plain
 from fastvit.reference.pyramid import tokens_to_map
 
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+"""At inference they are one."""
+
 
 class ProjectingOverride(Fused):
     """The linear layers around an attention."""
@@ -289,7 +292,7 @@ def _run_first_of_conv_block(
 def _passes_first(attention: Any, count: int, backend: str) -> bool:
     """Whether the first tokens skip the convolution of the queries, and nobody waits for its other results."""
     norm = attention.conv_proj_q.bn
-    skips = count <= attention.prefix_tokens and is_plain(norm, nn.BatchNorm2d) and not norm.training
+    skips = count <= attention.prefix_tokens and is_plain(norm, *_NORMS) and not norm.training
     return skips and _are_projections(attention, backend)
 
 
@@ -345,7 +348,7 @@ def _reads_leff(block: Any, backend: str) -> bool:
     if len(block.norm2.normalized_shape) != 1:
         return False
     norms = (leff.bn1, leff.bn2, leff.bn3) if leff.with_bn else ()
-    return all(is_plain(norm, nn.BatchNorm2d) for norm in norms)
+    return all(is_plain(norm, *_NORMS) for norm in norms)
 
 
 def _skips_leff(block: Any, backend: str, count: int) -> bool:
@@ -485,7 +488,7 @@ class StemOverride(Fused):
 
     def convolve(self, x: Tensor, conv: Any, norm: Any, activation: str | None = None) -> Tensor:
         backend = fused_backend(self)
-        read = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and not norm.training
+        read = is_plain(conv, nn.Conv2d) and is_plain(norm, *_NORMS) and not norm.training
         if backend is None or not (read and _is_usual(conv, x)):
             return plain_class(self).convolve(self, x, conv, norm, activation)
         return ops.conv_batch_norm(
