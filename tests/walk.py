@@ -161,11 +161,10 @@ def _building(way: str, folder: Path) -> dict[str, str]:
 
 def _is_built() -> bool:
     """Whether the objects of this checkout's build are those of its sources."""
-    builds = list((ROOT / "build").glob(f"native-*{sysconfig.get_config_var('SOABI')}/build.ninja"))
-    ninja = _ninja()
-    if not builds or ninja is None:
+    objects, ninja = ROOT / "build" / f"native-{sysconfig.get_platform()}", _ninja()
+    if ninja is None or not (objects / "build.ninja").is_file():
         return False
-    return "no work to do" in run(ninja, "-n", "-C", builds[0].parent, cwd=ROOT)
+    return "no work to do" in run(ninja, "-n", "-C", objects, cwd=ROOT)
 
 
 def _ninja() -> str | None:
