@@ -42,7 +42,7 @@ from fastvit.kernels.head_mixed_attention import (
     post_mixed,
 )
 from fastvit.kernels.head_mixed_attention_configs import Config
-from fastvit.kernels.head_mixed_attention_fold import Post
+from fastvit.kernels.head_mixed_attention_fold import Post, fold
 from fastvit.kernels.head_mixed_attention_launch import (
     Problem,
     as_heads,
@@ -428,21 +428,23 @@ def head_mixed_attention_backward(
         return gradients + small
     heads_of_grad, heads_of_v = as_operand(grad), as_operand(v)
     rows = problem.row_statistics()
-    post = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
+    d_post = row_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dq, d_pre_weight = query_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dk = key_gradients(problem, rows, heads_of_v, heads_of_grad, moments=False)
     dv = None
     fits = post_weight is not None and not layer_norm and mask is None and q.dtype != torch.float32
     if fits and scale > 0 and gluon_runs(q.device):
-        from fastvit.kernels.head_mixed_attention_whole import whole_columns
+        from fastvit.kernels import head_mixed_attention_tiles as tiles
 
-        mix = Post(post_weight, post_bias, None, None, None, None, 0.0, output_scale)
-        with torch.cuda.device_of(q):
-            dv = whole_columns(problem, rows, heads_of_grad, mix, shared_limit(q.device))
+        if tiles.fits(problem, shared_limit(q.device)):
+            post = Post(post_weight, post_bias, None, None, None, None, 0.0, output_scale)
+            with torch.cuda.device_of(q):
+                mix = fold(post, missing=0.0 if centred else 1.0 / k.shape[2], sized=True)
+                dv = tiles.weighted_rows(problem, rows.lse, heads_of_grad, mix, columns_are_queries=True)
     if dv is None:
         dv = value_gradients(problem, rows, heads_of_grad)
     small = (
         gradient if parameter is not None else gradient.new_empty(0)
-        for gradient, parameter in zip(post, parameters[2:], strict=True)
+        for gradient, parameter in zip(d_post, parameters[2:], strict=True)
     )
     return dq, dk, dv, d_pre_weight, problem.zeros(pre_bias), *small

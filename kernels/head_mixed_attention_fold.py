@@ -24,6 +24,14 @@ class Post(NamedTuple):
 
 
 @triton.jit
+def normalised_rows(matrix):
+    """Numbers up to 1, and the powers of two that the rows are to be multiplied by."""
+    largest = tl.max(tl.abs(matrix), 1)
+    size = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
+    return matrix / size[:, None], size
+
+
+@triton.jit
 def fold_kernel(
     weight, bias, norm_weight, norm_bias, norm_mean, norm_var, norm_eps, output_scale, missing, matrix, sizes, shifts,
     HEADS: tl.constexpr, SLOTS: tl.constexpr, SIZED: tl.constexpr,
@@ -53,9 +61,7 @@ def fold_kernel(
     shift += tl.sum(mix, 1) * tl.cast(missing, tl.float32)
     scale = tl.cast(output_scale, tl.float32)
     if SIZED:
-        largest = tl.max(tl.abs(mix), 1)
-        size = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
-        mix /= size[:, None]
+        mix, size = normalised_rows(mix)
         tl.store(sizes + slots, size * scale, mask=real)
     else:
         mix *= scale

@@ -177,12 +177,12 @@ class Problem:
             return launch(autotune.choose(kernel, key, candidates, launch))
 
     def row_statistics(self) -> Rows:
-        """Maximum and reciprocal sum of each row of the maps; delta is uninitialised."""
+        """Maximum, reciprocal sum and log-sum-exp of each row of the maps; delta is uninitialised."""
         one_head = self.mixes.pre_weight is None
 
         def launch(config: Config) -> Rows:
             plan = self.plan(config, heads=1 if one_head else self.heads)
-            rows = Rows(*torch.empty((3, *self.shape[:3]), dtype=torch.float32, device=self.device).unbind(0))
+            rows = Rows(*torch.empty((4, *self.shape[:3]), dtype=torch.float32, device=self.device).unbind(0))
             grid = (programs(self.batch, self.num_queries, plan.block_m, plan), self.heads // plan.heads)
             row_statistics_kernel[grid](
                 self.q, self.k, self.mask, self.mixes, rows, self.heads, self.num_queries, self.num_keys,

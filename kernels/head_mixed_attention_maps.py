@@ -68,6 +68,8 @@ class Rows(NamedTuple):
 
     maximum: Any
     inverse: Any
+    lse: Any
+    """log2 of the sum of exp2 of base-2 logits, less the part of pre_bias."""
     delta: Any
 
 
@@ -375,3 +377,6 @@ def row_statistics_kernel(q, k, mask, mixes, rows, num_heads, num_queries, num_k
     maximum = finite_maximum(largest)
     store_row_statistics(rows.maximum, maximum, b, first_query, num_queries, num_heads, head, PLAN)
     store_row_statistics(rows.inverse, inverse_of_sum(total), b, first_query, num_queries, num_heads, head, PLAN)
+    biases = load_per_head(mixes.pre_bias, 0, 0.0, PLAN)[:, None]
+    lse = (maximum - biases) * LOG2_E + tl.log2(total)
+    store_row_statistics(rows.lse, lse, b, first_query, num_queries, num_heads, head, PLAN)

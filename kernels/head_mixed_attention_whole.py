@@ -2,8 +2,7 @@
 
     P_g = softmax(scale * q_g k_g^T);  X_h = sum_g weight[h, g] (P_g - 1 / Nk) + bias[h];  out_h = output_scale X_h v_h
 
-and the same with a mix in front of the softmax; and the gradient of v, where queries and keys exchange their roles and
-the softmax's statistics are known. A program has 16 queries of one image, all heads and all keys, up to
+and the same with a mix in front of the softmax. A program has 16 queries of one image, all heads and all keys, up to
 256. Why it looks as it does:
 
 - A mix of twelve heads is 144 multiply-adds a position, and a position's twelve numbers must meet in one thread. So
@@ -32,8 +31,8 @@ import triton
 import triton.language as tl
 from fastvit.kernels._primitives import LOG2_E, empty_heads_last
 from fastvit.kernels.head_mixed_attention_fold import Post, fold
-from fastvit.kernels.head_mixed_attention_launch import Problem, as_operand, padded_dim
-from fastvit.kernels.head_mixed_attention_maps import Heads, Rows
+from fastvit.kernels.head_mixed_attention_launch import as_operand, padded_dim
+from fastvit.kernels.head_mixed_attention_maps import Heads
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -111,15 +110,6 @@ def row_layout(warps):
     registers = [*([0, b] for b in _bits(warps)), [8, 0]]
     lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * len(_bits(warps)), [], [16, warps])
-
-
-@triton.constexpr_function
-def column_layout(keys, warps):
-    """A number for each column of a map, in as many threads: [1, keys // 8, warps, 8]."""
-    shape = [1, keys // 8, warps, 8]
-    places = [[0 if axis != at else b for axis in range(4)] for at in (3, 2, 1) for b in _bits(shape[at])]
-    places += [[0, 0, 0, 0]] * (5 + len(_bits(warps)) - len(places))
-    return gl.DistributedLinearLayout([], places[:5], places[5:], [], shape)
 
 
 @triton.constexpr_function
@@ -269,11 +259,10 @@ def without_keys_beyond(tiles, last, KEYS: tl.constexpr, PLAN: tl.constexpr):
 
 
 @gluon.jit
-def shares_of_warp(maxima, sums, h: tl.constexpr, GROUPS: tl.constexpr, PLAN: tl.constexpr):
-    """What a warp's exp2 of a head are to be multiplied by, for each group of keys: a tuple of [16, warps]."""
+def of_row(maxima, sums, h: tl.constexpr, GROUPS: tl.constexpr, PLAN: tl.constexpr):
+    """Maximum and sum of exp2 of the rows of a head, from those of each warp and group of keys."""
     HEADS: tl.constexpr = PLAN.heads
     LAYOUT: tl.constexpr = row_layout(PLAN.warps)
-    OWN: tl.constexpr = gl.SliceLayout(2, tile_layout(PLAN.warps))
     top = gl.max(maxima[h].load(LAYOUT), 1)
     for group in gl.static_range(1, GROUPS):
         top = gl.maximum(top, gl.max(maxima[group * HEADS + h].load(LAYOUT), 1))
@@ -281,6 +270,25 @@ def shares_of_warp(maxima, sums, h: tl.constexpr, GROUPS: tl.constexpr, PLAN: tl
     for group in gl.static_range(GROUPS):
         shares = gl.exp2(maxima[group * HEADS + h].load(LAYOUT) - gl.expand_dims(top, 1))
         total += gl.sum(shares * sums[group * HEADS + h].load(LAYOUT), 1)
+    return top, total
+
+
+@gluon.jit
+def store_lse(lse, maxima, sums, last_row, num_queries, GROUPS: tl.constexpr, PLAN: tl.constexpr):
+    """Write the log2-sum-exp2 of the rows, (H, num_queries)."""
+    HEADS: tl.constexpr = PLAN.heads
+    rows = gl.arange(0, 16, gl.SliceLayout(1, row_layout(PLAN.warps)))
+    for h in gl.static_range(HEADS):
+        top, total = of_row(maxima, sums, h, GROUPS, PLAN)
+        tl.store(lse + h * num_queries + rows, top + gl.log2(total), mask=rows <= last_row)
+
+
+@gluon.jit
+def shares_of_warp(maxima, sums, h: tl.constexpr, GROUPS: tl.constexpr, PLAN: tl.constexpr):
+    """What a warp's exp2 of a head are to be multiplied by, for each group of keys: a tuple of [16, warps]."""
+    HEADS: tl.constexpr = PLAN.heads
+    OWN: tl.constexpr = gl.SliceLayout(2, tile_layout(PLAN.warps))
+    top, total = of_row(maxima, sums, h, GROUPS, PLAN)
     inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, OWN), assert_trivial=True)
     top = gl.expand_dims(gl.convert_layout(top, gl.SliceLayout(1, OWN), assert_trivial=True), 1)
     found = ()
@@ -376,15 +384,14 @@ def mixed_logits(logits, pre_weight, h: tl.constexpr, PLAN: tl.constexpr):
 
 
 @gluon.jit
-def centred_maps(q, k, mixes, last_row, last_key, PLAN: tl.constexpr):
-    """P - 1 / Nk in float16, a tuple of heads times pieces.
+def centred_maps(q, k, mixes, last_row, last_key, GROUPS: tl.constexpr, PLAN: tl.constexpr):
+    """P - 1 / Nk in float16, a tuple of heads times pieces; maxima and sums of the warps, as :func:`of_row` takes them.
 
     With a mix in front of the softmax a group of keys is one piece, of which all heads' scores are held in float32;
     without one, where a head is done with as soon as it is computed, it is all of them.
     """
     HEADS: tl.constexpr = PLAN.heads
     COUNT: tl.constexpr = len(PLAN.pieces)
-    GROUPS: tl.constexpr = COUNT if PLAN.pre_mix else 1
     ROWS: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     queries = kept_queries(q, last_row, PLAN)
     scale = tl.cast(mixes.scale, gl.float32) * LOG2_E  # a Python float may arrive as float64
@@ -419,7 +426,7 @@ def centred_maps(q, k, mixes, last_row, last_key, PLAN: tl.constexpr):
                 centred = centred + (less_centre(maps[i * HEADS + h], shares[i], centre, PLAN.pieces[i], PLAN),)
             else:
                 centred = centred + (less_centre(maps[h * COUNT + i], shares[0], centre, PLAN.pieces[i], PLAN),)
-    return centred
+    return centred, maxima, sums
 
 
 @gluon.jit
@@ -516,70 +523,9 @@ def mix_and_multiply(out, centred, mixes, v, last_row, last_key, PLAN: tl.conste
             store_result(out, accs[j], last_row, r * PLAN.warps, 32 * j, 32 if j < WIDE else 16, PLAN)
 
 
-@gluon.jit
-def kept_shifts(maximum, inverse, pre_bias, last, PLAN: tl.constexpr):
-    """What is added to base-2 logits, so that exp2 gives P, in shared memory: a tuple of pieces times heads.
-
-    A thread's accumulators lie in many columns: loaded from global memory, their numbers would crowd the registers.
-    """
-    HEADS: tl.constexpr = PLAN.heads
-    COUNT: tl.constexpr = len(PLAN.pieces)
-    IN_ORDER: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    kept = ()
-    for i in gl.static_range(COUNT):
-        for h in gl.static_range(HEADS):
-            shift = shift_of_columns(maximum + h * (last + 1), inverse + h * (last + 1), last, i, PLAN)
-            if pre_bias is not None:
-                shift += tl.load(pre_bias + h).to(gl.float32) * LOG2_E
-            kept = kept + (
-                gl.allocate_shared_memory(gl.float32, [1, PLAN.pieces[i] // 8, PLAN.warps, 8], IN_ORDER, shift),
-            )
-    return kept
-
-
-@gluon.jit
-def shift_of_columns(maximum, inverse, last, i: tl.constexpr, PLAN: tl.constexpr):
-    """-log2 of the sum of exp2 for each column of piece i; out of bounds the last is repeated."""
-    LAYOUT: tl.constexpr = column_layout(PLAN.pieces[i], PLAN.warps)
-    TILES: tl.constexpr = PLAN.pieces[i] // 8
-    columns = index(TILES, 1, 4, LAYOUT) * (8 * PLAN.warps) + index(PLAN.warps, 2, 4, LAYOUT) * 8
-    columns = first_key_of(PLAN.pieces, i, PLAN.warps) + columns + index(8, 3, 4, LAYOUT)
-    columns = gl.minimum(columns, last)
-    return gl.log2(tl.load(inverse + columns)) - tl.load(maximum + columns) * LOG2_E
-
-
-@gluon.jit
-def transposed_maps(q, k, mixes, maximum, inverse, last_query, last_row, num_keys, PLAN: tl.constexpr):
-    """P^T - 1 / Nk for 16 keys, by the statistics of the softmax, (H, Nq): a tuple of heads times pieces."""
-    HEADS: tl.constexpr = PLAN.heads
-    COUNT: tl.constexpr = len(PLAN.pieces)
-    keys = kept_queries(k, last_row, PLAN)
-    shifts = kept_shifts(maximum, inverse, mixes.pre_bias, last_query, PLAN)
-    scale = tl.cast(mixes.scale, gl.float32) * LOG2_E
-    centre = 1.0 / num_keys.to(gl.float32)
-    found = ()
-    for i in gl.static_range(COUNT):
-        logits = ()
-        if PLAN.pre_mix:
-            for g in gl.static_range(HEADS):
-                logits = logits + (scores(keys, q, last_query, g, i, PLAN),)
-        for h in gl.static_range(HEADS):
-            if PLAN.pre_mix:
-                tiles = mixed_logits(logits, mixes.pre_weight, h, PLAN)
-            else:
-                tiles = scores(keys, q, last_query, h, i, PLAN)
-            shift = shifts[i * HEADS + h].load(map_layout(PLAN.pieces[i], PLAN.warps))
-            found = found + (packed(gl.exp2(tiles * scale + shift) - centre),)
-    centred = ()
-    for h in gl.static_range(HEADS):
-        for i in gl.static_range(COUNT):
-            centred = centred + (found[i * HEADS + h],)
-    return centred
-
-
 @gluon.jit(do_not_specialize=["num_queries", "num_keys"])
-def whole_rows_kernel(q, k, v, mixes, out, q_step, k_step, v_step, num_queries, num_keys, PLAN: tl.constexpr):
-    """The result of one block of queries."""
+def whole_rows_kernel(q, k, v, mixes, lse, out, q_step, k_step, v_step, num_queries, num_keys, PLAN: tl.constexpr):
+    """The result of one block of queries, and the log2-sum-exp2 of its rows, unless lse is None."""
     blocks = gl.cdiv(num_queries, 16)
     first_row = gl.program_id(0) % blocks * 16
     b = (gl.program_id(0) // blocks).to(gl.int64)
@@ -590,27 +536,11 @@ def whole_rows_kernel(q, k, v, mixes, out, q_step, k_step, v_step, num_queries, 
     v += b * v_step
     out += (b * num_queries + first_row) * PLAN.out_strides[1]
 
-    centred = centred_maps(q, k, mixes, last_row, last_key, PLAN)
+    GROUPS: tl.constexpr = len(PLAN.pieces) if PLAN.pre_mix else 1
+    centred, maxima, sums = centred_maps(q, k, mixes, last_row, last_key, GROUPS, PLAN)
     mix_and_multiply(out, centred, mixes, v, last_row, last_key, PLAN)
-
-
-@gluon.jit(do_not_specialize=["num_queries", "num_keys"])
-def whole_columns_kernel(
-    q, k, grad, mixes, maximum, inverse, dv, q_step, k_step, grad_step, num_queries, num_keys, PLAN: tl.constexpr
-):
-    """dv of one block of keys: queries and keys exchange their roles, and the softmax is known."""
-    blocks = gl.cdiv(num_keys, 16)
-    first_row = gl.program_id(0) % blocks * 16
-    b = (gl.program_id(0) // blocks).to(gl.int64)
-    last_row = num_keys - 1 - first_row
-    last_query = num_queries - 1
-    q += b * q_step
-    k += b * k_step + first_row.to(gl.int64) * PLAN.q_strides[1]
-    grad += b * grad_step
-    dv += (b * num_keys + first_row) * PLAN.out_strides[1]
-    row = b * (PLAN.heads * num_queries)
-    centred = transposed_maps(q, k, mixes, maximum + row, inverse + row, last_query, last_row, num_keys, PLAN)
-    mix_and_multiply(dv, centred, mixes, grad, last_row, last_query, PLAN)
+    if lse is not None:  # at last, when there are registers
+        store_lse(lse + (b * (PLAN.heads * num_queries) + first_row), maxima, sums, last_row, num_queries, GROUPS, PLAN)
 
 
 # --- Launching ------------------------------------------------------------------------------------------------------
@@ -652,6 +582,7 @@ def whole_rows(
     shared_limit: int,
     *,
     centred: bool,
+    lse: Tensor | None = None,
 ) -> Tensor | None:
     """The result, or None where the maps do not fit.
 
@@ -659,6 +590,7 @@ def whole_rows(
         q, k, v, pre_weight, pre_bias, scale, centred: as in
             :func:`fastvit.kernels.head_mixed_attention.head_mixed_attention_forward`.
         shared_limit: bytes of shared memory per program.
+        lse: (B, H, Nq) float32, to be written, of base-2 logits without pre_bias.
     """
     batch, heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
@@ -677,31 +609,7 @@ def whole_rows(
     folded = fold(post, missing=0.0 if centred else 1.0 / num_keys, sized=True)
     pre = (None if tensor is None else tensor.contiguous() for tensor in (pre_weight, pre_bias))
     whole_rows_kernel[(batch * triton.cdiv(num_queries, 16),)](
-        q, keys.pointer, values.pointer, Folded(*pre, float(scale), *folded), out,
+        q, keys.pointer, values.pointer, Folded(*pre, float(scale), *folded), lse, out,
         q.stride(0), keys.stride_b, values.stride_b, num_queries, num_keys, PLAN=plan, num_warps=plan.warps,
     )  # fmt: skip
     return out
-
-
-def whole_columns(problem: Problem, rows: Rows, grad: Heads, post: Post, shared_limit: int) -> Tensor | None:
-    """dv, or None where the maps do not fit; ``rows`` has the statistics, ``post`` the mix of ``problem``."""
-    batch, heads, num_queries, num_keys = problem.shape
-    dv = problem.new_heads(num_keys)
-    operands = (problem.k, problem.q, grad)
-    mixes = problem.mixes
-
-    def strides() -> tuple[Any, ...]:
-        return tuple(tensor.stride()[1:3] for tensor in (*(each.pointer for each in operands), dv))
-
-    row_dim = padded_dim(problem.head_dim)
-    pre_mix = mixes.pre_weight is not None
-    plan = plan_for(heads, num_queries, problem.head_dim, row_dim, pre_mix, shared_limit, strides)
-    if plan is None:
-        return None
-    folded = fold(post, missing=0.0 if mixes.centre else 1.0 / num_keys, sized=True)
-    whole_columns_kernel[(batch * triton.cdiv(num_keys, 16),)](
-        problem.q.pointer, problem.k.pointer, grad.pointer,
-        Folded(mixes.pre_weight, mixes.pre_bias, mixes.scale, *folded), rows.maximum, rows.inverse, dv,
-        problem.q.stride_b, problem.k.stride_b, grad.stride_b, num_queries, num_keys, PLAN=plan, num_warps=plan.warps,
-    )  # fmt: skip
-    return dv

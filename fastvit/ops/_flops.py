@@ -103,6 +103,8 @@ FORMULAS: dict[str, Callable[[Any], int]] = {
     "head_map_moments_backward": _nothing,
     "head_mixed_attention": lambda a: _attention(a) + _mixes(a),
     "head_mixed_attention_backward": lambda a: 2 * (_attention(a) + _mixes(a)),
+    "head_mixed_attention_training": lambda a: _attention(a) + _mixes(a),
+    "head_mixed_attention_training_backward": lambda a: 2 * (_attention(a) + _mixes(a)),
     "leff": _leff,
     "linear": lambda a: _products(a, a.weight),
     "masked_attention": _attention,

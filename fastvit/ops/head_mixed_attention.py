@@ -14,7 +14,8 @@ is folded into the mix in front of it: A and b with norm(W P + c) = A (P - m) + 
                             b = beta - f W (e - m)
 
 That is arithmetic on H x H numbers, in float64, which costs nothing and which autocast leaves alone. So the backward of
-batch statistics is two backward passes of the kernels, with H x H numbers between them.
+batch statistics is two backward passes of the kernels, with H x H numbers between them. On a GPU, where each of these
+small operations is a launch, a step in half precision is one operator forward and one backward: :class:`_Train`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
 CPP_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRAINED_DTYPES = (torch.float16, torch.bfloat16)
+TRAINED_HEADS = 16
 MAX_HEADS = 32
 MAX_HEAD_DIM = 128
 _CPP_REASONS = tuple(backends.cpp_reasons())
@@ -144,12 +147,16 @@ class Kernels(NamedTuple):
       a mix by ``weight`` cancel, the products are added up in float64, too (C++ only).
     - ``moments_backward(dsums, dmoments, q, k, pre_weight, pre_bias, mask, scale)``: the gradients of q, k, pre_weight
       and pre_bias, of float32.
+    - ``train`` and ``train_backward``, or None: a training step, see
+      :func:`fastvit.kernels.head_mixed_attention_training.head_mixed_attention_training`.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
     moments: Callable[..., tuple[Tensor, Tensor]]
     moments_backward: Callable[..., tuple[Tensor, ...]]
+    train: Callable[..., tuple[Tensor, ...]] | None = None
+    train_backward: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 def _define(suffix: str = "") -> Kernels:
@@ -175,12 +182,52 @@ def _define(suffix: str = "") -> Kernels:
     return Kernels(forward.call, backward.call, moments.call, moments_backward.call)
 
 
+def _like(a: Any, names: str) -> Iterator[Tensor]:
+    """In the tensors' own dtypes; size 0 for what is absent."""
+    for name in names.split():
+        tensor = getattr(a, name)
+        yield a.q.new_empty((0,)) if tensor is None else a.q.new_empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _fake_train(a: Any) -> tuple[Tensor, ...]:
+    kept = a.q.new_empty((2 * a.q.shape[1] + 1, a.q.shape[1]) if a.batch_statistics else (0,), dtype=torch.float32)
+    lse = a.q.new_empty(a.q.shape[:3], dtype=torch.float32)
+    return heads_last(a.q), lse, kept, *_like(a, "norm_mean norm_var")
+
+
+def _fake_train_backward(a: Any) -> tuple[Tensor, ...]:
+    names = "pre_weight pre_bias post_weight post_bias norm_weight norm_bias"
+    return *map(heads_last, (a.q, a.k, a.v)), *_like(a, names)
+
+
+def _define_training(infer: Kernels) -> Kernels:
+    """Add the training step, in Triton alone."""
+    tensors = f"Tensor q, Tensor k, Tensor v, {_PRE}, Tensor post_weight, Tensor? post_bias, {_AFFINE}"
+    running = "Tensor? norm_mean, Tensor? norm_var, float norm_eps, float momentum, bool batch_statistics"
+    train = define(
+        "head_mixed_attention_triton_training",
+        f"{tensors}, {running}, float output_scale, float scale",
+        f"({', '.join(['Tensor'] * 5)})",
+        _fake_train,
+    )
+    backward = define(
+        "head_mixed_attention_triton_training_backward",
+        f"Tensor grad, {tensors}, Tensor lse, Tensor kept, float output_scale, float scale",
+        f"({', '.join(['Tensor'] * 9)})",
+        _fake_train_backward,
+    )
+    return infer._replace(train=train.call, train_backward=backward.call)
+
+
 _INFER = _define()
-_INFER_TRITON = _define("_triton")
+_INFER_TRITON = _define_training(_define("_triton"))
 launch("head_mixed_attention_triton", "head_mixed_attention", "head_mixed_attention_forward")
 launch("head_mixed_attention_triton_backward", "head_mixed_attention_backward", "head_mixed_attention_backward")
 launch("head_map_moments_triton", "head_mixed_attention_moments", "head_map_moments")
 launch("head_map_moments_triton_backward", "head_mixed_attention_moments", "head_map_moments_backward")
+for _end in ("", "_backward"):
+    _name = f"head_mixed_attention_training{_end}"
+    launch(f"head_mixed_attention_triton_training{_end}", "head_mixed_attention_training", _name)
 
 
 def _without_statistics(infer: Kernels) -> Kernels:
@@ -281,6 +328,53 @@ class _Moments(torch.autograd.Function):
             return None, None, None, None, *differentiable_backward(plain, tensors, needed, (dsums, dmoments))
         gradients = ctx.kernels.moments_backward(dsums, dmoments.to(dsums.dtype), *tensors, mask, ctx.scale)
         return None, None, None, None, *_present(gradients, tensors)
+
+
+class _Train(torch.autograd.Function):
+    """A step in half precision, without a mask; a BatchNorm with batch statistics, or none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        settings: tuple[float, float, bool, float, float],  # eps, momentum, batch_statistics, output_scale, scale
+        *tensors: Tensor | None,  # q, k, v, pre_weight, pre_bias, post_weight, post_bias, norm_weight, norm_bias,
+        # norm_mean, norm_var
+    ) -> tuple[Tensor, ...]:
+        assert kernels.train is not None
+        out, lse, kept, mean, var = kernels.train(*tensors, *settings)
+        ctx.save_for_backward(lse, kept, *tensors[:-2])
+        ctx.kernels, ctx.settings = kernels, settings
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        lse, kept, *tensors = ctx.saved_tensors
+        eps, _momentum, batch_statistics, output_scale, scale = ctx.settings
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():  # create_graph=True
+            _, _, *needed, _, _ = ctx.needs_input_grad
+
+            def plain(q, k, v, pre_weight, pre_bias, post_weight, post_bias, *affine):  # type: ignore[no-untyped-def]
+                gamma, beta = (_as(torch.float32, tensor) for tensor in affine)
+                norm = BatchNorm(None, None, gamma, beta, use_batch_stats=True, eps=eps) if batch_statistics else None
+                out = functional.head_mixed_attention(
+                    *(tensor.float() for tensor in (q, k, v)),
+                    pre_weight=_as(torch.float32, pre_weight),
+                    pre_bias=_as(torch.float32, pre_bias),
+                    post_weight=_as(torch.float32, post_weight),
+                    post_bias=_as(torch.float32, post_bias),
+                    norm=norm,
+                    output_scale=output_scale,
+                    scale=scale,
+                )
+                return out.to(q.dtype)
+
+            return None, None, *differentiable_backward(plain, tensors, needed, grad), None, None
+        grad = adjacent_channels(grad, grad.dtype)
+        gradients = ctx.kernels.train_backward(grad, *tensors, lse, kept, output_scale, scale)
+        return None, None, *_present(gradients, tensors), None, None
 
 
 # --- BatchNorm over heads, folded -----------------------------------------------------------------------------------
@@ -433,7 +527,6 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
         q, k, v = distinct(q, k, v)
     mask = None if call.mask is None else four_axes(call.mask, key_padding=True)
     scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-    pre = _as(small, call.pre_weight), _as(small, call.pre_bias)
     weight, bias, norm = call.post_weight, call.post_bias, call.norm
     affine: tuple[Tensor | None, Tensor | None] = None, None
     eps, layer_norm, centred = 0.0, isinstance(norm, LayerNorm), False
@@ -444,8 +537,13 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
         if 0 in (q.shape[0], q.shape[2], k.shape[2]):  # gradients of zero, which folding would multiply by a NaN
             nothing = sum(t.flatten()[:0].sum() for t in (q, k, v, *_parameters(call)) if t is not None)
             return (torch.zeros_like(q) + nothing).to(dtype)
-        weight, bias = fold_running(norm, weight, bias)
-    elif norm is not None:
+        weight, bias = (_as(small, tensor) for tensor in fold_running(norm, weight, bias))
+        norm = None
+    call = call._replace(post_weight=weight, post_bias=bias, norm=norm)
+    if _trains(kernels, call, dtype, scale):
+        return _train(kernels, call, q, k, v, scale)
+    pre = _as(small, call.pre_weight), _as(small, call.pre_bias)
+    if isinstance(norm, BatchNorm):
         assert weight is not None
         sums, moments = _Moments.apply(kernels, mask, scale, _as(small, weight.detach()), q, k, *pre)
         keys, centred = k.shape[2], True
@@ -453,6 +551,36 @@ def attend(kernels: Kernels, call: Call) -> Tensor:
     post = _as(small, weight), _as(small, bias)
     settings = (eps, layer_norm, call.output_scale, centred)
     return _Mix.apply(kernels, settings, mask, scale, q, k, v, *pre, *post, *affine)
+
+
+def _trains(kernels: Kernels, call: Call, dtype: torch.dtype, scale: float) -> bool:
+    """Whether a step is one operator."""
+    norm, size = call.norm, call.q.shape
+    norm_fits = norm is None or (
+        isinstance(norm, BatchNorm) and norm.use_batch_stats and norm.layer is None and norm.process_group is None
+    )
+    fits = kernels.train is not None and dtype in TRAINED_DTYPES and size[1] <= TRAINED_HEADS and norm_fits
+    return (
+        fits and call.mask is None and call.post_weight is not None and scale > 0 and 0 not in (*size, call.k.shape[2])
+    )
+
+
+def _train(kernels: Kernels, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The step; moves the running statistics."""
+    norm = call.norm
+    batch_statistics = isinstance(norm, BatchNorm)
+    eps, momentum = (norm.eps, norm.momentum) if isinstance(norm, BatchNorm) else (0.0, 0.0)
+    running = (norm.running_mean, norm.running_var) if isinstance(norm, BatchNorm) else (None, None)
+    settings = (eps, momentum, batch_statistics, float(call.output_scale), float(scale))
+    tensors = [q, k, v, *_parameters(call), *running]
+    if torch.compiler.is_dynamo_compiling():
+        tensors = distinct(*tensors)
+    out, *moved = _Train.apply(kernels, settings, *tensors)
+    tracked = [tensor for tensor in running if tensor is not None]
+    if tracked:
+        with torch.no_grad():
+            torch._foreach_copy_(tracked, moved)
+    return out
 
 
 def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:

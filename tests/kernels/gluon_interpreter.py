@@ -30,6 +30,9 @@ class Shared:
         assert start + length <= self.data.shape[dim], "a slice beyond the end"
         return Shared(self.dtype, self.data[(slice(None),) * dim + (slice(start, start + length),)])
 
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.dtype, self.data.transpose(order))
+
     def store(self, value: Any) -> None:
         assert value.dtype == self.dtype and value.handle.data.shape == self.data.shape
         self.data[...] = value.handle.data
@@ -67,7 +70,7 @@ def install() -> None:
     gl.allocate_shared_memory = allocate
     gl.inline_asm_elementwise = assembly
     ampere.mma_v2 = lambda a, b, acc: tl.dot(a, b, acc)
-    for name in ("exp2", "log2", "sum", "max", "join", "split", "reshape", "permute", "expand_dims", "where"):
+    for name in "exp2 log2 sum max join split reshape permute expand_dims where broadcast".split():
         setattr(gl, name, _through(name))
     for name in ("minimum", "maximum", "program_id", "cdiv"):
         setattr(gl, name, _through(name))

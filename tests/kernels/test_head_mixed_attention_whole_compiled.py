@@ -15,7 +15,6 @@ from fastvit.kernels import head_mixed_attention_launch as launching
 from fastvit.kernels import head_mixed_attention_whole as whole
 from fastvit.kernels.head_mixed_attention_configs import LARGE_SHARED, SMALLEST_SHARED
 from fastvit.kernels.head_mixed_attention_fold import Post
-from fastvit.kernels.head_mixed_attention_maps import Rows
 
 from tests.kernels.aot import Build, assert_fits, sample
 from tests.kernels.test_head_mixed_attention_compiled import Recorder, type_of
@@ -25,13 +24,13 @@ pytestmark = pytest.mark.slow
 SPILLED = 512
 """Bytes of a thread, at most: a hundred of eight thousand instructions. Half the maps a program would cost more."""
 
-LIMITS = {"sm_80": SMALLEST_SHARED, "sm_90": LARGE_SHARED}
+LIMITS = {"sm_80": SMALLEST_SHARED, "sm_90": LARGE_SHARED, "sm_100": LARGE_SHARED}
 
 
 class Case(NamedTuple):
-    kernel: str
     target: str
     dtype: str
+    lse: bool
     heads: int
     head_dim: int
     keys: int
@@ -48,8 +47,8 @@ SHAPES = [
     (3, 128, 50, False),
 ]
 EVERY_CASE = [
-    Case(kernel, target, dtype, *shape)
-    for kernel in ("rows", "columns")
+    Case(target, dtype, lse, *shape)
+    for lse in (False, True)
     for target, limit in LIMITS.items()
     for shape in SHAPES
     for dtype in ("bf16", "fp16")
@@ -64,24 +63,20 @@ def build(case: Case) -> Build:
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     matrix, vector = torch.zeros(case.heads, case.heads), torch.zeros(case.heads)
     pre = (matrix, vector) if case.pre_mix else (None, None)
-    kernel = getattr(whole, f"whole_{case.kernel}_kernel")
-    recorder, others = Recorder(kernel), Recorder(folding.fold_kernel)
-    limit = LIMITS[case.target]
+    recorder, others = Recorder(whole.whole_rows_kernel), Recorder(folding.fold_kernel)
+    lse = torch.zeros(1, case.heads, case.keys) if case.lse else None
     with (
-        mock.patch.object(whole, f"whole_{case.kernel}_kernel", recorder),
+        mock.patch.object(whole, "whole_rows_kernel", recorder),
         mock.patch.object(folding, "fold_kernel", others),
         mock.patch.object(launching, "pad_kernel", others),
     ):
         post = Post(matrix, vector, None, None, None, None, 0.0, 1.0)
-        if case.kernel == "rows":
-            whole.whole_rows(q, k, v, *pre, post, 1.0, limit, centred=False)
-        else:
-            problem = launching.Problem(q, k, None, 1.0, *pre, matrix, vector)
-            rows = Rows(*torch.zeros(3, 1, case.heads, case.keys).unbind(0))
-            whole.whole_columns(problem, rows, launching.as_operand(v), post, limit)
+        whole.whole_rows(q, k, v, *pre, post, 1.0, LIMITS[case.target], centred=False, lse=lse)
     arguments = recorder.arguments
     warps = arguments.pop("num_warps")
     constants = {"PLAN": arguments.pop("PLAN")}
+    if lse is None:
+        constants["lse"] = arguments.pop("lse")
     return Build(recorder.kernel, case.target, {n: type_of(a) for n, a in arguments.items()}, constants, warps, 3)
 
 
