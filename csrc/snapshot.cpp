@@ -41,8 +41,11 @@ Snapshot::Snapshot(const py::iterable& objects, const py::iterable& dictionaries
     py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__call__", py::none());  // gives it a version
     const py::object attributes = attributes_of(object.ptr());
     if (!attributes) throw py::error_already_set();
-    Object taken{py::weakref(object), py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type)),
-                 version_of(type), take(attributes.ptr()), {}};
+    Object taken{py::weakref(object),
+                 py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type)),
+                 version_of(type),
+                 take(attributes.ptr()),
+                 {}};
     for (size_t i = 0; i < taken.attributes.size(); ++i) {
       const Value& value = taken.attributes[i];
       const py::handle key(value.key);
