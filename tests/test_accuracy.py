@@ -64,6 +64,14 @@ def test_infinities_and_nan_are_where_the_plain_form_has_them():
     assert not is_accurate(torch.full((1,), math.nan), torch.zeros(1), double(0.0))
 
 
+def test_infinities_and_nan_of_the_plain_form_alone_may_be_right_ones():
+    """torch's GELU with AVX-512 gives NaN of infinity and infinity of 3e38."""
+    plain, exact = torch.tensor([math.nan, math.inf, 1.0]), double(math.inf, 3e38, 1.0)
+    assert is_accurate(exact.float(), plain, exact) and is_accurate(plain, plain, exact)
+    assert deviation(torch.tensor([-math.inf, 2.9e38, 1.0]), plain, exact).special == 2
+    assert deviation(torch.tensor([1.0, math.nan, 1.0]), plain, exact).special == 2
+
+
 def test_what_is_measured():
     found = deviation(torch.tensor([1.0, 4.5]), torch.tensor([1.25, 4.0]), double(1.0, 4.0))
     assert found.fused == 0.125 and found.plain == 0.0625
