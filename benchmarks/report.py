@@ -1,8 +1,9 @@
 """Tables and plots of results: ``python -m benchmarks.report [FILE ...]``.
 
 With files: their rows as tables. Without: rewrites the parts of README.md and docs/ between ``<!-- report: NAME -->``
-and ``<!-- end of report -->`` from the newest complete result of each suite in ``benchmarks/results`` and the package's
-own tables, and draws the pictures they show. A test holds them to what this would write.
+and ``<!-- end of report -->`` from the complete results in ``benchmarks/results`` (of models and operators from all of
+them, each of another machine or kind of call) and the package's own tables, and draws the pictures they show. A test
+holds them to what this would write.
 """
 
 from __future__ import annotations
@@ -309,13 +310,16 @@ BLOCKS = {
 PLOTTED = ("models", "ops")
 
 
-def newest(suite: str, folder: Path) -> Path | None:
-    """The newest complete result of a suite, or one that tells how much was asked for."""
-    for path in sorted(folder.glob("*.json"), reverse=True):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("suite") == suite and (found.get("complete") or "asked" in found):
-            return path
-    return None
+def results(suite: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The complete results of a suite, or those that tell how much was asked for, the newest first."""
+    every = [
+        (path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"), reverse=True)
+    ]
+    return [
+        (path, found)
+        for path, found in every
+        if found.get("suite") == suite and (found.get("complete") or "asked" in found)
+    ]
 
 
 def block(name: str, folder: Path) -> str:
@@ -323,11 +327,14 @@ def block(name: str, folder: Path) -> str:
     if name == "classes":
         return classes_block()
     suite, written = BLOCKS[name]
-    path = newest(suite, folder)
-    if path is None:
+    found = results(suite, folder)
+    if name == "speed":
+        found = [each for each in found if _shown(each[1])]
+    if not found:
         return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
-    text = written(json.loads(path.read_text(encoding="utf-8")))
-    return f"{text}\n\n![{name}](pictures/{path.stem}.svg)" if name in PLOTTED else text
+    if name not in PLOTTED:
+        return written(found[0][1])
+    return "\n\n".join(f"{written(each)}\n\n![{name}](pictures/{path.stem}.svg)" for path, each in found)
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
@@ -429,13 +436,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.files:
         for page in PAGES:
             page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-        for suite in PLOTTED:
-            path = newest(suite, RESULTS)
-            if path is not None:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                plot(found["rows"], PICTURES / f"{path.stem}.svg")
-                if suite == "models":
-                    picture(found, PICTURES / "speed.svg")
+        for path, found in itertools.chain.from_iterable(results(suite, RESULTS) for suite in PLOTTED):
+            plot(found["rows"], PICTURES / f"{path.stem}.svg")
+        shown = next((found for _, found in results("models", RESULTS) if _shown(found)), None)
+        if shown is not None:
+            picture(shown, PICTURES / "speed.svg")
     return 0
 
 

@@ -105,17 +105,27 @@ def test_who_was_absent_is_listed_once_for_each_reason():
     assert text.getvalue().count("zentorch") == 1
 
 
-def test_the_newest_complete_result_fills_a_block(tmp_path):
+def test_every_result_of_models_is_shown_and_readme_shows_the_newest_of_inference(tmp_path):
+    for name, mode, ms in (("01-zen", "fwd", 5.0), ("02-ice", "fwd", 2.0), ("03-training", "fwd_bwd", 4.0)):
+        rows = [made_up("eager", 10.0, mode=mode), made_up("fastvit", ms, mode=mode), made_up("ort", 1.0, mode=mode)]
+        (tmp_path / f"2026-01-{name}.json").write_text(json.dumps(result("models", rows)))
+    models, speed = (report.block(name, tmp_path) for name in ("models", "speed"))
+    shown = [models.index(f"![models](pictures/2026-01-{name}.svg)") for name in ("03-training", "02-ice", "01-zen")]
+    assert shown == sorted(shown) and models.count("| model |") == 3
+    assert "(0.50 of ort's speed)" in speed
+
+
+def test_complete_results_fill_a_block(tmp_path):
     for date, complete, ms in (("01", True, 5.0), ("02", True, 2.0), ("03", False, 1.0)):
-        rows = [made_up("eager", 10.0), made_up("fastvit", ms)]
-        (tmp_path / f"2026-01-{date}-models.json").write_text(json.dumps(result("models", rows, complete)))
-    text = "before\n<!-- report: models -->\nold\n<!-- end of report -->\nafter\n"
+        rows = [made_up("eager", 10.0, name="leff: a"), made_up("fastvit", ms, name="leff: a")]
+        (tmp_path / f"2026-01-{date}-ops.json").write_text(json.dumps(result("ops", rows, complete)))
+    text = "before\n<!-- report: ops -->\nold\n<!-- end of report -->\nafter\n"
     rendered = report.render(text, tmp_path)
-    assert rendered.startswith("before\n<!-- report: models -->\n| model |")
+    assert rendered.startswith("before\n<!-- report: ops -->\n| operator |")
     assert rendered.endswith("<!-- end of report -->\nafter\n")
-    assert "5.00x (4.50 to 5.50)" in rendered
+    assert rendered.index("5.00x to 5.00x") < rendered.index("2.00x to 2.00x") and "10.00x" not in rendered
     assert "old" not in rendered
-    assert "![models](pictures/2026-01-02-models.svg)" in rendered
+    assert rendered.index("(pictures/2026-01-02-ops.svg)") < rendered.index("(pictures/2026-01-01-ops.svg)")
     assert report.render(rendered, tmp_path) == rendered
 
 
