@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit import backends
 from fastvit.reference.functional import attention_probabilities
-from tests.helpers import assert_as_accurate, on_pooled_draws, poisoned_empty
+from tests.helpers import assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
@@ -200,8 +200,9 @@ def test_gradients_of_head_dimensions(isa: str, dim: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 50), (50, 1), (2, 3), (15, 16), (16, 17), (33, 12), (65, 129)], ids=str)
 def test_gradients_of_token_counts(isa: str, tokens: tuple[int, int], dtype: torch.dtype) -> None:
     for kind in ("talking", "layer norm"):
-        # Four heads may be nearly equal: then the norm's gradient is all rounding, of either form by chance.
-        on_pooled_draws(lambda kind=kind: check_gradients(kind, (2, 4, *tokens, 24), dtype))
+        # Of nearly equal heads the norm's gradient is rounding, which another order of adding changes tenfold.
+        orders = 2 if kind == "talking" else 8
+        check_gradients(kind, (2, 4, *tokens, 24), dtype, orders=orders)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
