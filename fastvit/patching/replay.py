@@ -104,13 +104,14 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
     """run(block, x, *args), which gives None, before it calls anything, where the block is not to run so.
 
     Args:
-        run: of all that it reads only ``block`` and what belongs to it, ``x`` and ``args`` change.
+        run: of all that it reads only ``x``, ``args`` and the attributes of ``block`` and its parts change; those of
+            an object that hangs on a part, such as a configuration, it does not read.
         args: None, numbers, strings and tuples of them, or the call is not replayed.
     """
     if not (_is_usual(x) and all(type(each) in _CONSTANTS for each in args)):
         return run(block, x, *args)
     inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
-    kind = run, x.shape, x.stride(), x.dtype, args, inference, threads, backends.REQUESTED
+    kind = run, x.shape, x.stride(), x.storage_offset(), x.dtype, args, inference, threads, backends.REQUESTED
     kept = _blocks.get(id(block))
     if kept is None or kept.block() is not block:
         key = id(block)

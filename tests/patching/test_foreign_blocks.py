@@ -141,22 +141,27 @@ def test_a_block_is_few_calls(name, monkeypatch):
     assert ops_of(block, x) == LIBRARIES[name].ops
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["after_patch", "before_patch"])
+@pytest.mark.parametrize("when", ["before_patch", "after_patch", "after_calls"])
 @pytest.mark.parametrize("kind", MEDDLING)
 @EACH
-def test_whoever_meddles_with_a_part_is_heard(name, kind, late):
+def test_whoever_meddles_with_a_part_is_heard(name, kind, when):
     original, x = make(name)
     for part in LIBRARIES[name].parts:
         logs: tuple[list[str], list[str]] = ([], [])
         plain, block = copy.deepcopy(original), copy.deepcopy(original)
         MEDDLING[kind](plain, part, logs[0])
-        if late:
-            MEDDLING[kind](patch(block), part, logs[1])
-        else:
+        if when == "before_patch":
             MEDDLING[kind](block, part, logs[1])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # nothing may be left to fuse
                 patch(block)
+        else:
+            patch(block)
+            if when == "after_calls":  # which are replayed from the third one on
+                with torch.no_grad():
+                    for _ in range(3):
+                        block(x)
+            MEDDLING[kind](block, part, logs[1])
         with torch.no_grad():
             expected, got = plain(x), block(x)
         assert logs[0] == logs[1], part

@@ -206,7 +206,20 @@ def test_the_interface_may_change_after_patch():
         assert backends_of_attention(model, x) == {ATTENTION}
 
 
-def test_an_interface_of_ones_own_is_left_alone():
+def test_a_configuration_may_change_after_calls_that_are_replayed():
+    model, x = build("vit_eager"), images("vit_eager")
+    with torch.no_grad():
+        patch(model)
+        for _ in range(3):
+            model(x)
+        model.model.config.output_attentions = True
+        for attention in attentions(model):
+            attention.config.output_attentions = True
+        assert len(model.model(x).attentions) == 2
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_an_interface_of_ones_own_is_left_alone(calls):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def doubled(module, query, key, value, mask, **options):
@@ -214,9 +227,15 @@ def test_an_interface_of_ones_own_is_left_alone():
 
     ALL_ATTENTION_FUNCTIONS.register("doubled", doubled)
     model, x = build("vit_sdpa"), images("vit_sdpa")
-    patch(model).model.config._attn_implementation = "doubled"
+    patch(model)
+    with torch.no_grad():
+        for _ in range(calls):
+            model(x)
+    model.model.config._attn_implementation = "doubled"
     for attention in attentions(model):
         attention.config._attn_implementation = "doubled"
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), unpatch(copy.deepcopy(model))(x))
     got = model(x)
     assert torch.equal(got, unpatch(model)(x))
     with pytest.warns(UserWarning, match="the attention interface is 'doubled', known are"):

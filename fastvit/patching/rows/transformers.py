@@ -173,7 +173,9 @@ class BlockOverride(Fused):
     fastvit_needs = ("attention", "mlp")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        out = None if _asks_for_more(kwargs) else replayed(self, _run_whole, hidden_states, attention_mask)
+        attention = self._modules.get("attention")
+        whole = isinstance(attention, AttentionOverride) and not _runs_plain(attention) and not _asks_for_more(kwargs)
+        out = replayed(self, _run_whole, hidden_states, attention_mask) if whole else None
         return plain_class(self).forward(self, hidden_states, attention_mask, **kwargs) if out is None else out
 
 
@@ -204,7 +206,6 @@ def _runs_whole(block: Any, mask: Tensor | None, backend: str) -> bool:
         and len(block.layernorm_before.normalized_shape) == len(block.layernorm_after.normalized_shape) == 1
         and dropout_p(block.dropout) == 0.0
         and activation_name(mlp.activation_fn) is not None
-        and not _runs_plain(attention)
         and _is_usual_mask(attention, mask)
     )
 
