@@ -82,11 +82,11 @@ class Replay(NamedTuple):
 
 
 class _Of(NamedTuple):
-    """What is kept of a block: a record for each kind of call, None before its second one, and how many were made."""
+    """What is kept of a block: a record for each kind of call, None before its second one, and how many were tried."""
 
     block: weakref.ref[nn.Module]
     replays: dict[Hashable, Replay | None]
-    made: list[None]
+    recorded: list[int]
 
 
 _blocks: dict[int, _Of] = {}
@@ -115,7 +115,7 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
     kept = _blocks.get(id(block))
     if kept is None or kept.block() is not block:
         key = id(block)
-        kept = _blocks[key] = _Of(weakref.ref(block, lambda _: _blocks.pop(key, None)), {}, [])
+        kept = _blocks[key] = _Of(weakref.ref(block, lambda _: _blocks.pop(key, None)), {}, [0])
     if kind not in kept.replays:  # weights are packed, products measured
         if len(kept.replays) < MOST_KINDS:
             kept.replays[kind] = None
@@ -126,9 +126,10 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
             return replay(x)
         except Exception:  # of a parameter that was changed in its dtype, say: the block itself tells which
             kept.replays[kind] = None
-    elif len(kept.made) < MOST_KINDS:
-        kept.made.append(None)
-        out, kept.replays[kind] = _record(block, run, x, args)
+    elif kept.recorded[0] < MOST_KINDS:
+        out, made = _record(block, run, x, args)
+        kept.replays[kind] = made
+        kept.recorded[0] += 1 if made is not None else 4  # which most likely fails again
         return out
     return run(block, x, *args)
 
@@ -159,6 +160,9 @@ def _is_usual(x: Any) -> bool:
 # --- Recording ------------------------------------------------------------------------------------------------------
 
 
+_PACK = torch.ops.fastvit.pack_weight.default  # what it gives is asked for anew, not made anew
+
+
 class _Recorder(TorchDispatchMode):
     """The steps of a block; None as soon as one cannot be called again."""
 
@@ -182,7 +186,7 @@ class _Recorder(TorchDispatchMode):
         """The call, with its results counted."""
         schema, random = func._schema, torch.Tag.nondeterministic_seeded in func.tags
         results = result if isinstance(result, tuple) else (result,)
-        if schema.is_mutable or random or not all(type(each) is Tensor for each in results):
+        if func is _PACK or schema.is_mutable or random or not all(type(each) is Tensor for each in results):
             return None
         constants, tensors, weights = list(args), [], []
         for place, value in enumerate(args):

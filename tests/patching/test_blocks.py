@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops._operator import recording
-from fastvit.patching import is_patched, patch, unpatch
+from fastvit.patching import is_patched, patch, replay, unpatch
 from fastvit.patching.fusion import Fused, give
 from fastvit.patching.rows import blocks
 from fastvit.patching.rows import reference as table
@@ -118,7 +118,7 @@ def test_a_block_is_few_calls(name, monkeypatch):
 
 PYTHON_CALLS = {
     **dict.fromkeys(("vit", "deit", "cpvt"), 120),
-    "deepvit": 145,
+    "deepvit": 150,
     "deepvit_cnn": 150,
     "cait": 130,
     "cvt": 250,
@@ -126,17 +126,23 @@ PYTHON_CALLS = {
     "twins_pcpvt": 170,
     "twins_pcpvt_unreduced": 140,
 }
-"""The most that a warm call of a block enters, asking of every part whether it is still plain."""
+"""The most that a warm call of a block enters where it asks of every part whether it is still plain."""
 
 
 @needs_cpp
 @pytest.mark.usefixtures("kernels_first")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_block_is_few_python_calls(name):
+def test_a_block_is_few_python_calls(name, monkeypatch):
     case = make(name)
     block = fused(case)
     with torch.no_grad():
-        assert len(python_calls(lambda: case.run(block))) <= PYTHON_CALLS[name]
+        for _ in range(6):  # until PCPVT's reduction, which is not replayed, is recorded no more
+            case.run(block)
+        replayed = len(python_calls(lambda: case.run(block)))
+        monkeypatch.setattr(replay, "_Snapshot", None)
+        chosen = len(python_calls(lambda: case.run(block)))
+    assert chosen <= PYTHON_CALLS[name]
+    assert replayed <= (chosen + 5 if name == "twins_pcpvt" else 30)
 
 
 # --- Whoever meddles with a part is heard ----------------------------------------------------------------------------
