@@ -121,16 +121,16 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
             kept.replays[kind] = None
         return run(block, x, *args)
     replay = kept.replays[kind]
-    if replay is not None and replay.snapshot.holds():
+    if replay is not None and not replay.snapshot.holds():
+        replay = None
+    if replay is None and kept.recorded[0] < MOST_KINDS:
+        replay = kept.replays[kind] = _record(block, run, x, args)
+        kept.recorded[0] += 1 if replay is not None else 4  # which most likely fails again
+    if replay is not None:
         try:
             return replay(x)
         except Exception:  # of a parameter that was changed in its dtype, say: the block itself tells which
             kept.replays[kind] = None
-    elif kept.recorded[0] < MOST_KINDS:
-        out, made = _record(block, run, x, args)
-        kept.replays[kind] = made
-        kept.recorded[0] += 1 if made is not None else 4  # which most likely fails again
-        return out
     return run(block, x, *args)
 
 
@@ -215,7 +215,8 @@ class _Recorder(TorchDispatchMode):
         return index is not None and packed(self.kept[index]) is args[place]
 
 
-def _record(block: nn.Module, run: Run, x: Tensor, args: tuple[Hashable, ...]) -> tuple[Tensor | None, Replay | None]:
+def _record(block: nn.Module, run: Run, x: Tensor, args: tuple[Any, ...]) -> Replay | None:
+    """What a block calls; its result is not used, since within a mode torch may take other kernels."""
     modules = list(block.modules())
     snapshot = _Snapshot(modules, _DICTIONARIES)
     parameters = [tensor for part in modules for tensor in _tensors_of(part)]
@@ -223,8 +224,8 @@ def _record(block: nn.Module, run: Run, x: Tensor, args: tuple[Hashable, ...]) -
         out = run(block, x, *args)
     result = recorder.index.get(id(out))
     if out is None or result is None or recorder.steps is None or not snapshot.holds():
-        return out, None
-    return out, Replay(snapshot, [weakref.ref(each) for each in parameters], recorder.steps, result)
+        return None
+    return Replay(snapshot, [weakref.ref(each) for each in parameters], recorder.steps, result)
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
