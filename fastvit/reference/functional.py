@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -191,13 +192,24 @@ def synchronised_batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
         RuntimeError: a second derivative is asked for.
     """
     if x.device.type == "cpu":
-        return _synchronised_on_cpu(x, norm)
+        return _untraced(x, norm)
     mean, var, weight, bias, _, momentum, eps, _, group = norm
     size = dist.get_world_size(group)
     return _AcceleratorSyncBatchNorm.apply(x, weight, bias, mean, var, eps, momentum, group, size)
 
 
-@torch.compiler.disable(reason="a norm that sums over processes is not traced")
+def _untraced(x: Tensor, norm: BatchNorm) -> Tensor:
+    if "torch._dynamo" not in sys.modules:
+        return _synchronised_on_cpu(x, norm)
+    if not _disabled:  # at the first call, as it imports the compiler
+        reason = "a norm that sums over processes is not traced"
+        _disabled.append(torch.compiler.disable(_synchronised_on_cpu, reason=reason))
+    return _disabled[0](x, norm)
+
+
+_disabled: list[Callable[[Tensor, BatchNorm], Tensor]] = []
+
+
 def _synchronised_on_cpu(x: Tensor, norm: BatchNorm) -> Tensor:
     mean, var, weight, bias, _, momentum, eps, _, group = norm
     out, batch_mean, batch_var, count = _SynchronisedBatchNorm.apply(x, weight, bias, eps, group)
