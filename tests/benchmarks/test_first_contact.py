@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +27,22 @@ from tests.helpers import HANG_GUARD
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the GPUs' processes are ended as on Linux")
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
+@contextlib.contextmanager
+def restored() -> Iterator[pytest.MonkeyPatch]:
     """What the command sets for its processes does not reach other tests."""
-    for name in ("FASTVIT_UNPROVEN", "FASTVIT_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     handler = signal.getsignal(signal.SIGTERM)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FASTVIT_UNPROVEN", "FASTVIT_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            patch.setenv(name, "")
+        patch.setenv("PYTHONUNBUFFERED", "1")
+        yield patch
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    with restored():
+        yield
 
 
 def run(tmp_path, *steps, seconds: float = 600.0) -> tuple[int, list[dict], str]:
@@ -63,7 +72,7 @@ LONG = 100.0 * HANG_GUARD
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> tuple[int, list[dict], str]:
     folder = tmp_path_factory.mktemp("mixed")
-    with pytest.MonkeyPatch.context() as patch:
+    with restored() as patch:
         patch.setattr("benchmarks.first_contact.processes.STARTS", 6)
         Clock(patch, folder / "hangs")
         return run(folder, step("mixed", item_seconds=HANG_GUARD), step("noted"), seconds=LONG)

@@ -127,7 +127,7 @@ def _read_cuda(compiled: Any) -> Report:
         registers=_number(r"REG:(\d+)", text),
         spilled=_number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text),
         shared=compiled.metadata.shared,
-        tensor_cores=len(re.findall(r"\bH?G?MMA\.", text)),
+        tensor_cores=len(re.findall(r"\b(?:H?G?MMA|UTC\w*MMA)\b", text)),
         float64=".f64" in compiled.asm["ptx"],
     )
 

@@ -18,14 +18,21 @@ CALLS = [job for job in JOBS if job.op in ("masked_attention", "class_attention"
 
 
 def keys_of(job, batch: int) -> list[tuple]:
-    """(kernel, key) of every choice in a call of the job, forward and backward."""
+    """(kernel, key) of every choice in a call of the job, forward and backward.
+
+    In float16, or in float32 where float16 has a kernel of one configuration.
+    """
+    return _keys_of(job, batch, torch.float16) or _keys_of(job, batch, torch.float32)
+
+
+def _keys_of(job, batch: int, dtype: torch.dtype) -> list[tuple]:
     found = []
 
     def choose(kernel, key, configurations, run, on_cpu=False):
         found.append((kernel, key))
         return configurations[0]
 
-    tensors = job.tensors(batch, torch.float16, "cpu", small=True)
+    tensors = job.tensors(batch, dtype, "cpu", small=True)
     leaves = job.leaves(tensors)
     with launches.recording(), mock.patch("fastvit.autotune.choose", choose):
         outputs = parts(job.call(ops, {**tensors, **leaves}, backend="triton"))
