@@ -23,7 +23,7 @@ HALF = ("vit", "ceit")
 def by_hand(model: nn.Module, name: str, precision: str, accumulate: int = 1) -> list[float]:
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=RATE), []
     for step, (x, labels) in enumerate(batches(name, STEPS, torch.float32)):
-        # Lightning's has no cache either; one that an earlier context left open would keep the weights of the first step.
+        # As Lightning's; a cache that an earlier context left open would keep the weights of the first step.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             outputs = model(x)
             loss = loss_of(outputs, labels)
