@@ -27,7 +27,7 @@ from fastvit import backends
 from fastvit.ops import _operator
 from fastvit.ops._operator import any_autocast, is_dynamo_compiling, is_grad_enabled, log
 from fastvit.ops._packing import PackedWeight, packed
-from fastvit.reference.overrides import HOOKS_FOR_ALL
+from fastvit.reference.overrides import HOOKS_FOR_ALL, is_plain
 
 _Snapshot: Any = None if backends.cpp_reasons() else importlib.import_module("fastvit._C").Snapshot
 _DICTIONARIES = (
@@ -38,6 +38,7 @@ MOST_KINDS = 16
 """Of calls that a block keeps records of, and how often it is recorded at most."""
 
 Run = Callable[..., "Tensor | None"]
+_LIBRARIES = {"torch", "fastvit", "timm", "torchvision", "transformers", "vit_pytorch", "einops"}
 _CONSTANTS = {type(None), bool, int, float, str, tuple}
 
 
@@ -218,6 +219,8 @@ class _Recorder(TorchDispatchMode):
 def _record(block: nn.Module, run: Run, x: Tensor, args: tuple[Any, ...]) -> Replay | None:
     """What a block calls; its result is not used, since within a mode torch may take other kernels."""
     modules = list(block.modules())
+    if not all(map(_does_no_more, modules[1:])):
+        return None
     snapshot = _Snapshot(modules, _DICTIONARIES)
     parameters = [tensor for part in modules for tensor in _tensors_of(part)]
     with _Recorder(x, parameters) as recorder:
@@ -226,6 +229,12 @@ def _record(block: nn.Module, run: Run, x: Tensor, args: tuple[Any, ...]) -> Rep
     if out is None or result is None or recorder.steps is None or not snapshot.holds():
         return None
     return Replay(snapshot, [weakref.ref(each) for each in parameters], recorder.steps, result)
+
+
+def _does_no_more(part: nn.Module) -> bool:
+    """Whether a part is of a known library, and nothing hangs on it that would have to be called each time."""
+    cls = type(part)
+    return cls.__module__.partition(".")[0] in _LIBRARIES and is_plain(part, cls)
 
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:

@@ -339,6 +339,33 @@ def test_only_what_can_be_called_again_is_recorded(run, recorded):
             assert torch.equal(made(x), run(block, x))
 
 
+class _Counting(nn.Dropout):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["hook", "class"])
+def test_what_hangs_on_a_part_that_is_called_is_called_each_time(how, ran):
+    """The attention's dropout, which lies in a map that the fused path never makes."""
+    case = make("vit")
+    block, called = fused(case), []
+    warm(case, block)
+    if how == "hook":
+        block.attn.attn_drop.register_forward_hook(lambda *_: called.append(True))
+    else:
+        block.attn.attn_drop = _Counting(0.0).eval()
+        before = _Counting.calls
+    ran.clear()
+    with torch.no_grad():
+        for _ in range(6):
+            case.run(block)
+    assert (len(called) if how == "hook" else _Counting.calls - before) == 6
+    assert "replayed" not in ran
+
+
 def test_a_block_that_changes_while_it_runs_is_not_recorded():
     block = nn.Linear(4, 4)
 
