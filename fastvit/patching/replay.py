@@ -1,7 +1,7 @@
 """Blocks at inference on the CPU by the operators that they called before, without the Python that chose them.
 
-A fused block asks at each call what may hang on each of its parts, gathers their tensors and chooses kernels: that is a
-tenth to a third of the time of a batch of one. Here it is done once. While a block runs, a dispatch mode records the
+A fused block asks at each call what may hang on each of its parts, gathers their tensors and chooses kernels, which a
+batch of one waits for. Here it is done once. While a block runs, a dispatch mode records the
 operators that it calls, whose arguments are its input, its own parameters, earlier results and constants. As long as
 nothing in the block has changed (``fastvit._C.Snapshot`` compares every attribute, class, parameter and hook of every
 part by identity) and the call is of the same kind, the operators are called again in the same order.
@@ -15,6 +15,7 @@ import importlib
 import logging
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -82,12 +83,13 @@ class Replay(NamedTuple):
         return tensors[self.result]
 
 
-class _Of(NamedTuple):
+@dataclass
+class _Of:
     """What is kept of a block: a record for each kind of call, None before its second one, and how many were tried."""
 
     block: weakref.ref[nn.Module]
-    replays: dict[Hashable, Replay | None]
-    recorded: list[int]
+    replays: dict[Hashable, Replay | None] = field(default_factory=dict)
+    recorded: int = 0
 
 
 _blocks: dict[int, _Of] = {}
@@ -102,7 +104,7 @@ def permanent(tensor: Tensor) -> Tensor:
 
 
 def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
-    """run(block, x, *args), which gives None, before it calls anything, where the block is not to run so.
+    """run(block, x, *args), which gives None where the block is not to run so; where nothing changed, by the record.
 
     Args:
         run: of all that it reads only ``x``, ``args`` and the attributes of ``block`` and its parts change; those of
@@ -116,7 +118,7 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
     kept = _blocks.get(id(block))
     if kept is None or kept.block() is not block:
         key = id(block)
-        kept = _blocks[key] = _Of(weakref.ref(block, lambda _: _blocks.pop(key, None)), {}, [0])
+        kept = _blocks[key] = _Of(weakref.ref(block, lambda _: _blocks.pop(key, None)))
     if kind not in kept.replays:  # weights are packed, products measured
         if len(kept.replays) < MOST_KINDS:
             kept.replays[kind] = None
@@ -124,9 +126,9 @@ def replayed(block: nn.Module, run: Run, x: Any, *args: Any) -> Tensor | None:
     replay = kept.replays[kind]
     if replay is not None and not replay.snapshot.holds():
         replay = None
-    if replay is None and kept.recorded[0] < MOST_KINDS:
+    if replay is None and kept.recorded < MOST_KINDS:
         replay = kept.replays[kind] = _record(block, run, x, args)
-        kept.recorded[0] += 1 if replay is not None else 4  # which most likely fails again
+        kept.recorded += 1 if replay is not None else 4  # which most likely fails again
     if replay is not None:
         try:
             return replay(x)
@@ -192,9 +194,9 @@ class _Recorder(TorchDispatchMode):
         constants, tensors, weights = list(args), [], []
         for place, value in enumerate(args):
             if isinstance(value, Tensor):
-                index = self.index.get(id(value))
                 if id(value) in _permanent:
                     continue
+                index = self.index.get(id(value))
                 if index is not None:
                     tensors.append((place, index))
                 elif schema.arguments[place].name.endswith("packed") and self.is_packed(args, place):

@@ -157,7 +157,7 @@ def test_whoever_meddles_with_a_part_is_heard(name, kind, when):
                 patch(block)
         else:
             patch(block)
-            if when == "after_calls":  # which are replayed from the third one on
+            if when == "after_calls":  # which are replayed from the second one on
                 with torch.no_grad():
                     for _ in range(3):
                         block(x)
