@@ -20,14 +20,6 @@ HALF = ("vit", "ceit")
 """Also in bfloat16."""
 
 
-@pytest.fixture(autouse=True)
-def no_autocast_around():
-    """One that somebody left open would keep the weights of the first step in its cache."""
-    for _ in range(torch.autocast_increment_nesting()):
-        torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()
-
-
 def by_hand(model: nn.Module, name: str, precision: str, accumulate: int = 1) -> list[float]:
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=RATE), []
     for step, (x, labels) in enumerate(batches(name, STEPS, torch.float32)):
