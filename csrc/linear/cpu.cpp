@@ -392,7 +392,7 @@ void Panel::run(Finish finish) const {
   for (int64_t c = 0; c < kPanel; c += kLanes) {
     (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
   }
-  const int64_t rows = block.rows, words = words_of(p.depth), lines = divide_up(kPanel * kRows, rows);
+  const int64_t rows = block.rows, words = words_of(p.depth), lines = smaller(kPanel, divide_up(kPanel * kRows, rows));
   for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
     const int64_t count = smaller(kDepthBlock, words - first);
     const bool last = first + count == words;
