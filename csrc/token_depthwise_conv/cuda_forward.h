@@ -1,11 +1,9 @@
 // The forward CUDA kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
-// A block computes a tile of outputs of a few channels of one image. It loads the parameters of its channels to shared
-// memory (start), then, where a norm or an activation comes in front, the input tile with its halo, normalised and
-// activated, in the tensor's own element type (load), and computes the outputs (compute). Without them the windows are
-// read where they lie: what they share comes from the L1 cache, and a copy in shared memory took as many instructions
-// as the convolution. A thread computes `run` outputs of a row at a time, so that a value is used for several of them,
-// and a tap for all.
+// A block computes a tile of outputs of a few channels of one image. It sets off copies of the input tile with its halo
+// to shared memory, in the tensor's own element type, and loads the parameters of its channels meanwhile (start). Where a
+// norm or an activation comes in front, every thread then normalises and activates what it has copied (load). Outputs are
+// computed `run` of a row at a time, so that a value is used for several of them, and a tap for all (compute).
 #pragma once
 
 #include "common/cuda_block_kernel.h"
@@ -193,23 +191,26 @@ struct Forward : BlockKernel, Lanes<T, V> {
   void* conv;  // the convolution's result, laid out as out; null if not wanted
   Tiles tiles;
   int halo_height, halo_width;
-  int step_columns;  // that walkers load at a time, a power of two
-  int64_t channel_blocks;
+  int column_bits;  // walkers load 2^column_bits columns at a time
+  Divisor channel_blocks, tile_columns, tile_rows, runs;  // runs: of a tile's row
 
-  // op.out may be null if only conv is wanted.
-  Forward(const TokenDepthwiseConv& operation, void* result) : op(operation), conv(result) {
-    channel_blocks = divide_up(op.channels, channels);
+  // op.out may be null if only conv is wanted. Heights of tiles are multiples of `row_step`, widths of `column_step`.
+  Forward(const TokenDepthwiseConv& operation, void* result, int64_t row_step = 1, int64_t column_step = run)
+      : op(operation), conv(result), channel_blocks(divide_up(op.channels, channels)) {
     const auto cut_into = [&](int64_t height, int64_t width) {
-      tiles = cut(op.out_height, op.out_width, height, width, 1, run);
+      tiles = cut(op.out_height, op.out_width, height, width, row_step, column_step);
       halo_height = static_cast<int>((tiles.height - 1) * op.stride + op.kernel);
       halo_width = static_cast<int>((tiles.width - 1) * op.stride + op.kernel);
     };
-    const int64_t width = smaller(divide_up(op.out_width, run), 28 / run) * run;
+    const int64_t width = smaller(divide_up(op.out_width, column_step), 28 / column_step) * column_step;
     choose_tiles(larger(walkers / (width / run), K == 0 ? 8 : 1), width, cut_into, [&] { return shared_bytes(); });
-    for (step_columns = 1; step_columns < walkers && step_columns < halo_width;) step_columns *= 2;
+    tile_columns = Divisor(tiles.columns);
+    tile_rows = Divisor(tiles.rows);
+    runs = Divisor(tiles.width / run);
+    for (column_bits = 0; 1 << column_bits < walkers && 1 << column_bits < halo_width;) ++column_bits;
   }
 
-  int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks; }
+  int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks.value; }
   // Whether the tile holds x as it is.
   FASTVIT_DEVICE bool copies() const {
     return op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none;
@@ -235,32 +236,33 @@ struct Forward : BlockKernel, Lanes<T, V> {
   };
 
   FASTVIT_DEVICE void start(State& state, const Place& place) const {
-    // In 32 bits, as the grid is: divisions of 64 take a hundred instructions each.
-    auto index = static_cast<unsigned>(place.block);
-    const auto next = [&](int64_t count) {
-      const unsigned digit = index % static_cast<unsigned>(count);
-      index /= static_cast<unsigned>(count);
-      return static_cast<int>(digit);
-    };
-    state.first_channel = static_cast<int64_t>(next(channel_blocks)) * channels;
-    state.first_column = next(tiles.columns) * tiles.width;
-    state.first_row = next(tiles.rows) * tiles.height;
+    auto index = static_cast<uint32_t>(place.block);
+    state.first_channel = static_cast<int64_t>(channel_blocks.split(index)) * channels;
+    state.first_column = static_cast<int>(tile_columns.split(index)) * tiles.width;
+    state.first_row = static_cast<int>(tile_rows.split(index)) * tiles.height;
     state.image = index;
     state.lane = place.thread % lanes;
     state.walker = place.thread / lanes;
-    if (copies()) {  // which take their time: the parameters are loaded meanwhile
-      for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
-    }
+    for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
     load_taps<K * K, channels>(op, state.first_channel, place.thread, floats(place));
-    for (int i = place.thread; i < channels; i += kThreads) {
-      const int64_t channel = state.first_channel + i;
-      if (channel >= op.channels) continue;
-      const Affine pre = fold(op.pre_norm, channel), post = fold(op.norm, channel);
-      vector_of(place, bias)[i] = read(op.bias, channel, 0.0f);
-      vector_of(place, scale)[i] = post.scale;
-      vector_of(place, shift)[i] = post.shift;
-      vector_of(place, pre_scale)[i] = pre.scale;
-      vector_of(place, pre_shift)[i] = pre.shift;
+    load_vectors(op, state, place, vector_of(place, 0));
+  }
+
+  // The parameters of a block's channels but the taps, each sort by warps of its own: (vectors, channels).
+  FASTVIT_DEVICE static void load_vectors(const TokenDepthwiseConv& of, const State& state, const Place& place,
+                                          float* to) {
+    for (int i = place.thread; i < 3 * channels; i += kThreads) {
+      const int which = i / channels, c = i % channels;
+      const int64_t channel = state.first_channel + c;
+      if (channel >= of.channels) continue;
+      if (which == 0) {
+        to[bias * channels + c] = read(of.bias, channel, 0.0f);
+      } else {
+        const Affine affine = fold(which == 1 ? of.norm : of.pre_norm, channel);
+        float* scales = to + (which == 1 ? scale : pre_scale) * channels;
+        scales[c] = affine.scale;
+        scales[channels + c] = affine.shift;
+      }
     }
   }
 
@@ -273,11 +275,11 @@ struct Forward : BlockKernel, Lanes<T, V> {
     const auto height = static_cast<unsigned>(op.height), width = static_cast<unsigned>(op.width);
     const int first_y = static_cast<int>(state.first_row * op.stride - op.padding);
     const int first_x = static_cast<int>(state.first_column * op.stride - op.padding);
-    const int first = state.walker / step_columns, step_rows = walkers / step_columns;
+    const int first = state.walker >> column_bits, step_rows = walkers >> column_bits, step_columns = 1 << column_bits;
     const int64_t row_stride = op.width * op.x_token_stride;
     const T* image = input_of<T>(op).grid(state.image, 0, channel);
     FASTVIT_NO_UNROLL
-    for (int column = state.walker % step_columns; column < halo_width; column += step_columns) {
+    for (int column = state.walker & (step_columns - 1); column < halo_width; column += step_columns) {
       const bool inside = static_cast<unsigned>(first_x + column) < width;
       const T* from = fixed(image + (first_y + first) * row_stride + (first_x + column) * op.x_token_stride);
       T* to = tile_of(place) + (first * halo_width + column) * channels + c;
@@ -291,20 +293,20 @@ struct Forward : BlockKernel, Lanes<T, V> {
   }
 
   FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
-    if (copies()) return finish_copies();
+    finish_copies();
+    if (copies()) return;
     const int c = state.lane * V;
     float scales[V], shifts[V];  // without a norm 1 and 0
     load_floats<V>(vector_of(place, pre_scale) + c, scales);
     load_floats<V>(vector_of(place, pre_shift) + c, shifts);
-    for_each_position(state, place, [&](const T* from, bool exists, T* to) {
-      float values[V] = {};
-      if (exists) {
-        load_wide<T, V>(from, values);
-        FASTVIT_UNROLL
-        for (int i = 0; i < V; ++i) values[i] = fmaf(values[i], scales[i], shifts[i]);
-        activate_all<T>(op.pre_activation, values);
-      }
-      store_narrow<T, V>(values, to);
+    for_each_position(state, place, [&](const T*, bool exists, T* tile) {
+      if (!exists) return;
+      float values[V];
+      load_wide<T, V>(tile, values);
+      FASTVIT_UNROLL
+      for (int i = 0; i < V; ++i) values[i] = fmaf(values[i], scales[i], shifts[i]);
+      activate_all<T>(op.pre_activation, values);
+      store_narrow<T, V>(values, tile);
     });
   }
 
@@ -316,31 +318,33 @@ struct Forward : BlockKernel, Lanes<T, V> {
     const auto x = input_of<T>(op);
     const int64_t tokens = op.out_height * op.out_width;
     const auto out = contiguous_view<T>(op, op.out, tokens), convs = contiguous_view<T>(op, conv, tokens);
-    if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) {
-      for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
-        store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
-      }
-    }
+    if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) copy_prefix(state, channel, out);
     const T* x_image = fixed(x.grid(state.image, 0, channel));
     T* out_image = fixed((op.out != nullptr ? out : convs).grid(state.image, 0, channel));
     const int out_width = static_cast<int>(op.out_width), out_height = static_cast<int>(op.out_height);
-    const int runs = tiles.width / run, stride = S > 0 ? S : static_cast<int>(op.stride);
-    for (int index = state.walker; index < tiles.height * runs; index += walkers) {
-      const int tile_row = static_cast<int>(static_cast<unsigned>(index) / static_cast<unsigned>(runs));
-      const int tile_column = (index - tile_row * runs) * run;
+    const float* vectors_of_lane = vector_of(place, 0) + c;
+    const int stride = S > 0 ? S : static_cast<int>(op.stride), all_runs = tiles.height * static_cast<int>(runs.value);
+    for (int index = state.walker; index < all_runs; index += walkers) {
+      auto quotient = static_cast<uint32_t>(index);
+      const int tile_column = static_cast<int>(runs.split(quotient)) * run, tile_row = static_cast<int>(quotient);
       if (state.first_row + tile_row >= out_height) break;
       float sums[run][V];
       FASTVIT_UNROLL
-      for (int r = 0; r < run; ++r) load_floats<V>(vector_of(place, bias) + c, sums[r]);
+      for (int r = 0; r < run; ++r) load_floats<V>(vectors_of_lane + bias * channels, sums[r]);
       const T* window = tile_of(place) + (tile_row * stride * halo_width + tile_column * stride) * channels + c;
       convolve<T, V, K, S, run>(static_cast<int>(op.kernel), window, halo_width, channels, floats(place) + c, sums);
       const int column = state.first_column + tile_column, count = out_width - column < run ? out_width - column : run;
       const int64_t token = static_cast<int64_t>(state.first_row + tile_row) * out_width + column;
       const Ends ends{fixed(out_image + token * op.channels), fixed(x_image + token * op.x_token_stride)};
-      if (op.activation == Activation::none && conv == nullptr) {
+      const bool gelu = sizeof(T) == 2 && op.activation == Activation::gelu;  // in few instructions
+      if ((op.activation == Activation::none || gelu) && conv == nullptr) {
         if (op.norm.mean.data != nullptr) {
           FASTVIT_UNROLL
-          for (int r = 0; r < run; ++r) normalize(place, c, sums[r]);
+          for (int r = 0; r < run; ++r) normalize(vectors_of_lane, sums[r]);
+        }
+        if (gelu) {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) activate_all<T>(Activation::gelu, sums[r]);
         }
         const bool in_tile = S == 1 && copies();  // then the residual is under the middle tap
         if (op.residual && in_tile) {
@@ -353,12 +357,12 @@ struct Forward : BlockKernel, Lanes<T, V> {
           if (r < count) store(ends, r, op.residual && !in_tile, sums[r]);
         }
       } else {
-        // An activation is long code: to have one copy of it, every sum is moved to sums[0] in turn.
+        // Other activations are long code: to have one copy of it, every sum is moved to sums[0] in turn.
         FASTVIT_NO_UNROLL
         for (int r = 0; r < count; ++r) {
           if (conv != nullptr) store_narrow<T, V>(sums[0], convs.grid(state.image, token + r, channel));
           if (op.out != nullptr) {
-            normalize(place, c, sums[0]);
+            normalize(vectors_of_lane, sums[0]);
             activate_all<T>(op.activation, sums[0]);
             store(ends, r, op.residual, sums[0]);
           }
@@ -372,6 +376,13 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
+  FASTVIT_DEVICE void copy_prefix(const State& state, int64_t channel, const TokenView<T>& out) const {
+    const auto x = input_of<T>(op);
+    for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
+      store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
+    }
+  }
+
   // The first token of a run.
   struct Ends {
     T* out;
@@ -380,10 +391,11 @@ struct Forward : BlockKernel, Lanes<T, V> {
 
   FASTVIT_DEVICE int out_step() const { return static_cast<int>(op.channels * static_cast<int64_t>(sizeof(T))); }
 
-  FASTVIT_DEVICE void normalize(const Place& place, int c, float (&sum)[V]) const {
+  // from: the vectors, from the thread's channels on.
+  FASTVIT_DEVICE static void normalize(const float* from, float (&sum)[V]) {
     float scales[V], shifts[V];
-    load_floats<V>(vector_of(place, scale) + c, scales);
-    load_floats<V>(vector_of(place, shift) + c, shifts);
+    load_floats<V>(from + scale * channels, scales);
+    load_floats<V>(from + shift * channels, shifts);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) sum[i] = fmaf(sum[i], scales[i], shifts[i]);
   }
