@@ -35,7 +35,7 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
         return false;
       }
     }
-    return V > 1;
+    return V > 1 && ops[0].height * ops[0].width <= INT32_MAX && ops[0].channels <= INT32_MAX;
   }
 
   // Behind q's: taps and vectors of k and of v.
@@ -48,20 +48,26 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
   }
 
   FASTVIT_DEVICE void start(State& state, const Place& place) const {
-    Base::start(state, place);
-    FASTVIT_UNROLL
-    for (int which = 0; which < 2; ++which) {
-      float* taps = taps_of(place, which);
-      load_taps<area, channels>(others[which], state.first_channel, place.thread, taps);
-      Base::load_vectors(others[which], state, place, taps + area * channels);
-    }
+    this->find_tile(state, place);
+    typename Base::Parameters parameters[3];
+    parameters[0].load(this->op, state, place);
+    parameters[1].load(others[0], state, place);
+    parameters[2].load(others[1], state, place);
+    this->start_copies(state, place);
+    parameters[0].store(this->op, state, place, Base::floats(place));
+    parameters[1].store(others[0], state, place, taps_of(place, 0));
+    parameters[2].store(others[1], state, place, taps_of(place, 1));
   }
 
   FASTVIT_DEVICE void compute(State& state, const Place& place, int64_t round) const {
     Base::compute(state, place, round);
+    compute_others(state, place);
+  }
+
+  FASTVIT_DEVICE void compute_others(const State& state, const Place& place) const {
     const int c = state.lane * V;
     const int64_t channel = state.first_channel + c;
-    if (channel >= this->op.channels) return;
+    if (c >= state.count) return;
     const auto height = static_cast<int>(others[0].out_height), width = static_cast<int>(others[0].out_width);
     const int first_row = state.first_row / stride, first_column = state.first_column / stride;
     T* outs[2];
@@ -82,15 +88,17 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
       const T* window = this->tile_of(place) + (tile_row * this->halo_width + tile_column) * stride * channels + c;
       float sums[2][pair][V];
       convolve_both(window, place, c, sums);
-      const int64_t offset = (static_cast<int64_t>(row) * width + column) * this->op.channels;
+      const int in_tile = tiles.width / stride - tile_column, in_map = width - column;
+      const int count = in_tile < in_map ? in_tile : in_map;
+      const uint32_t token = static_cast<uint32_t>(row) * static_cast<uint32_t>(width) + static_cast<uint32_t>(column);
+      const uint64_t offset = static_cast<uint64_t>(token) * static_cast<uint32_t>(this->op.channels);
       FASTVIT_UNROLL
       for (int which = 0; which < 2; ++which) {
-        const float* vectors = taps_of(place, which) + area * channels + c;
+        FASTVIT_UNROLL
+        for (int r = 0; r < pair; ++r) Base::normalize(taps_of(place, which) + area * channels + c, sums[which][r]);
         FASTVIT_UNROLL
         for (int r = 0; r < pair; ++r) {
-          if (tile_column + r >= tiles.width / stride || column + r >= width) break;
-          if (others[which].norm.mean.data != nullptr) Base::normalize(vectors, sums[which][r]);
-          store_narrow<T, V>(sums[which][r], moved(outs[which] + offset, this->out_step(), r));
+          if (r < count) store_narrow<T, V>(sums[which][r], moved(outs[which] + offset, this->out_step(), r));
         }
       }
     }
@@ -103,8 +111,7 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
       FASTVIT_UNROLL
       for (int r = 0; r < pair; ++r) load_floats<V>(taps[which] + (area + Base::bias) * channels, sums[which][r]);
     }
-    FASTVIT_NO_UNROLL
-    for (int dy = 0; dy < 3; ++dy) {
+    const auto add_row = [&](int dy) {
       float tap[2][3][V];
       FASTVIT_UNROLL
       for (int which = 0; which < 2; ++which) {
@@ -126,7 +133,10 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
           }
         }
       }
-    }
+    };
+    add_row(0);
+    FASTVIT_NO_UNROLL
+    for (int dy = 1; dy < 3; ++dy) add_row(dy);
   }
 };
 
