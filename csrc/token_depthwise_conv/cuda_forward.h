@@ -40,7 +40,7 @@ struct Held {
   uint32_t bits[N];
 
   FASTVIT_DEVICE void load(int n, const ChannelParameter& parameter, int64_t i) {
-    if (parameter.data != nullptr) bits[n] = load_bits(parameter, i);
+    bits[n] = parameter.data == nullptr ? 0 : load_bits(parameter, i);
   }
   FASTVIT_DEVICE float read(int n, const ChannelParameter& parameter, float absent) const {
     return parameter.data == nullptr ? absent : float_of_bits(parameter, arrived(n));
@@ -328,10 +328,14 @@ struct Forward : BlockKernel, Lanes<T, V> {
 
     FASTVIT_DEVICE void load(const TokenDepthwiseConv& of, const State& state, const Place& place) {
       taps.load(of, state.first_channel, state.count, place.thread);
-      if (which(place) > 2 || lane(place) >= state.count) return;
-      const int64_t channel = state.first_channel + lane(place);
-      if (which(place) == 0) return vector.load(0, of.bias, channel);
-      load_norm(vector, which(place) == 1 ? of.norm : of.pre_norm, channel);
+      // Every thread loads some: a branch around that would cost more.
+      const int64_t channel = state.first_channel + (lane(place) < state.count ? lane(place) : 0);
+      if (which(place) == 0) {
+        vector = {};
+        vector.load(0, of.bias, channel);
+      } else {
+        load_norm(vector, which(place) == 1 ? of.norm : of.pre_norm, channel);
+      }
     }
 
     FASTVIT_DEVICE void store(const TokenDepthwiseConv& of, const State& state, const Place& place, float* to) const {
