@@ -34,9 +34,11 @@
 #endif
 #ifdef __CUDA_ARCH__
 #define FASTVIT_UNROLL _Pragma("unroll")
+#define FASTVIT_UNROLL_TWO _Pragma("unroll 2")
 #define FASTVIT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FASTVIT_UNROLL
+#define FASTVIT_UNROLL_TWO
 #define FASTVIT_NO_UNROLL
 #endif
 

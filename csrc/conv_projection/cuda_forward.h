@@ -1,8 +1,8 @@
 // CvT's depthwise convolutions of q, k and v from one reading of x on a GPU, as a BlockKernel.
 //
-// It is the convolution of q (token_depthwise_conv/cuda_forward.h), of kernel 3 and stride 1, whose input tile k and v, of
-// kernel 3 and stride 2, read as well: a thread computes two neighbouring keys and the two values beside them, from the
-// same windows. Other convolutions are computed one after another.
+// It is the convolution of q (token_depthwise_conv/cuda_forward.h), of kernel 3 and stride 1, whose input tile k and v,
+// of kernel 3 and stride 2, read as well: a thread computes two neighbouring keys and the two values beside them, from
+// the same windows. Other convolutions are computed one after another.
 #pragma once
 
 #include "conv_projection/args.h"

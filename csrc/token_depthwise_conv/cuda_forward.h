@@ -1,9 +1,9 @@
 // The forward CUDA kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
 // A block computes a tile of outputs of a few channels of one image. It sets off copies of the input tile with its halo
-// to shared memory, in the tensor's own element type, and loads the parameters of its channels meanwhile (start). Where a
-// norm or an activation comes in front, every thread then normalises and activates what it has copied (load). Outputs are
-// computed `run` of a row at a time, so that a value is used for several of them, and a tap for all (compute).
+// to shared memory, in the tensor's own element type, and loads the parameters of its channels meanwhile (start). Where
+// a norm or an activation comes in front, every thread then normalises and activates what it has copied (load). Outputs
+// are computed `run` of a row at a time, so that a value is used for several of them, and a tap for all (compute).
 #pragma once
 
 #include "common/cuda_block_kernel.h"
@@ -82,8 +82,8 @@ FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
   return fold(held, norm);
 }
 
-// Takes the taps of a block's channels from (C, area) to shared memory as (area, channels); any beyond the last channel.
-// Area: that of the kernel, or 0 if it is known at run time only; then they are loaded when they are stored.
+// Takes the taps of a block's channels from (C, area) to shared memory as (area, channels); any beyond the last
+// channel. Area: that of the kernel, or 0 if it is known at run time only; then they are loaded when they are stored.
 template <int Area, int Channels>
 struct Taps {
   static constexpr int rounds = Area > 0 ? (Area * Channels + kThreads - 1) / kThreads : 1;
@@ -222,8 +222,8 @@ FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int c
           for (int i = 0; i < V; ++i) sums[r][i] = fmaf(value[i], tap[dx][i], sums[r][i]);
           if (!Residual || dx != K / 2) continue;
           if (dy == K / 2) {
-          FASTVIT_UNROLL
-          for (int i = 0; i < V; ++i) sums[r][i] += value[i];
+            FASTVIT_UNROLL
+            for (int i = 0; i < V; ++i) sums[r][i] += value[i];
           }
         }
       }
@@ -246,7 +246,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
   void* conv;  // the convolution's result, laid out as out; null if not wanted
   Tiles tiles;
   int halo_height, halo_width;
-  int column_bits;  // walkers load 2^column_bits columns at a time
+  int column_bits;                                        // walkers load 2^column_bits columns at a time
   Divisor channel_blocks, tile_columns, tile_rows, runs;  // runs: of a tile's row
 
   // op.out may be null if only conv is wanted. Heights of tiles are multiples of `row_step`, widths of `column_step`.
@@ -328,14 +328,11 @@ struct Forward : BlockKernel, Lanes<T, V> {
 
     FASTVIT_DEVICE void load(const TokenDepthwiseConv& of, const State& state, const Place& place) {
       taps.load(of, state.first_channel, state.count, place.thread);
-      // Every thread loads some: a branch around that would cost more.
-      const int64_t channel = state.first_channel + (lane(place) < state.count ? lane(place) : 0);
-      if (which(place) == 0) {
-        vector = {};
-        vector.load(0, of.bias, channel);
-      } else {
-        load_norm(vector, which(place) == 1 ? of.norm : of.pre_norm, channel);
-      }
+      vector = {};
+      if (which(place) > 2 || lane(place) >= state.count) return;
+      const int64_t channel = state.first_channel + lane(place);
+      if (which(place) == 0) return vector.load(0, of.bias, channel);
+      load_norm(vector, which(place) == 1 ? of.norm : of.pre_norm, channel);
     }
 
     FASTVIT_DEVICE void store(const TokenDepthwiseConv& of, const State& state, const Place& place, float* to) const {
@@ -369,8 +366,8 @@ struct Forward : BlockKernel, Lanes<T, V> {
       const uint32_t rows = x >= 0 && x < op.width ? static_cast<uint32_t>(op.height) : 0;  // that exist
       const T* from = fixed(image + (first_y + first) * row_stride + x * op.x_token_stride);
       T* to = tile_of(place) + (first * halo_width + column) * channels + c;
-      FASTVIT_NO_UNROLL
-      for (int y = first_y + first; y < first_y + halo_height; y += step_rows) {
+      FASTVIT_UNROLL_TWO  // so that one's chain of instructions goes on while the other's waits
+          for (int y = first_y + first; y < first_y + halo_height; y += step_rows) {
         f(from, static_cast<uint32_t>(y) < rows, to);
         from += step;
         to += step_rows * halo_width * channels;
@@ -397,9 +394,9 @@ struct Forward : BlockKernel, Lanes<T, V> {
       });
     };
     if (sizeof(T) == 2 && op.pre_activation == Activation::gelu) {
-      transform([](float(&values)[V]) { activate_all<T>(Activation::gelu, values); });
+      transform([](float (&values)[V]) { activate_all<T>(Activation::gelu, values); });
     } else {
-      transform([&](float(&values)[V]) { activate_all<T>(op.pre_activation, values); });
+      transform([&](float (&values)[V]) { activate_all<T>(op.pre_activation, values); });
     }
   }
 

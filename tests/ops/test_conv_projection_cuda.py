@@ -57,18 +57,14 @@ def host(library: ctypes.CDLL) -> Callable[..., Any]:
         for part in (q, k, v):
             padding = part.dw_weight.shape[-1] // 2
             geometry = (*grid, part.stride, padding, prefix_tokens, False)
-            arguments, shape = describe(
-                x, part.dw_weight, part.dw_bias, NO_PRE_NORM, (*unpack(part.norm), 0), geometry
-            )
+            arguments, shape = describe(x, part.dw_weight, part.dw_bias, NO_PRE_NORM, (*unpack(part.norm), 0), geometry)
             descriptions.append(arguments)
             outs.append(torch.empty(shape, dtype=x.dtype))
         pointers = (ctypes.c_void_p * 3)(*(out.data_ptr() for out in outs))
         shared = library.projection_host((Arguments * 3)(*descriptions), pointers)
         assert (shared > 0) is together
         assert abs(shared) <= MAX_SHARED
-        return tuple(
-            F.linear(out, part.pw_weight, part.pw_bias) for out, part in zip(outs, (q, k, v), strict=True)
-        )
+        return tuple(F.linear(out, part.pw_weight, part.pw_bias) for out, part in zip(outs, (q, k, v), strict=True))
 
     return run
 
