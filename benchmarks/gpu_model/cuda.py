@@ -68,7 +68,7 @@ def _element(tensor: Tensor) -> str:
 
 
 def _setting(a: Any, place: int = 0) -> str:
-    """C++ that describes a convolution, of the arguments of ``fastvit::token_depthwise_conv``, at a place of ``ops``."""
+    """C++ that describes a convolution at a place of ``ops``, of the arguments of ``fastvit::token_depthwise_conv``."""
     size, padding = a.weight.shape[-1], a.padding
     rows, columns = ((side + 2 * padding - size) // a.stride + 1 for side in (a.height, a.width))
     sizes = {

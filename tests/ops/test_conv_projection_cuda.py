@@ -1,5 +1,7 @@
-"""The CUDA kernel of CvT's three convolutions, run on the host thread by thread; ``tests/kernels/test_on_gpu.py`` runs it
-on a GPU."""
+"""The CUDA kernel of CvT's three convolutions, run on the host thread by thread.
+
+``tests/kernels/test_on_gpu.py`` runs it on a GPU.
+"""
 
 from __future__ import annotations
 
