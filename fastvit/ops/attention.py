@@ -47,6 +47,7 @@ CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPP_BACKWARD_DTYPES = CPP_DTYPES[:2]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
+MAX_HEADS = 65535
 _CPP_REASONS = tuple(backends.cpp_reasons())
 
 
@@ -236,6 +237,8 @@ def _triton_reasons(call: Call, named: bool) -> Iterator[str]:
 
 def _masked_triton_reasons(call: Call, named: bool) -> Iterator[str]:
     yield from _triton_reasons(call, named)
+    if call.q.shape[1] > MAX_HEADS:
+        yield f"{call.q.shape[1]} heads are more than a grid of programs takes, {MAX_HEADS}"
     if not named and call.mask is None and call.bias is None:
         yield "PyTorch's own kernels are taken to be faster without mask and bias"
 

@@ -147,6 +147,7 @@ def test_scale_and_empty_sizes():
     q, k, v = packed(1, 2, 9, 16, torch.float32)
     check(q, k, v, scale=0.3)
     check(q, k, v, scale=0.0)
+    check(q, k, v, scale=-0.3)
     for batch, queries in ((0, 4), (2, 0)):
         out, _ = kernels.masked_attention_forward(torch.randn(batch, 2, queries, 16), *torch.randn(2, batch, 2, 3, 16))
         assert out.shape == (batch, 2, queries, 16)
