@@ -54,7 +54,7 @@ from fastvit import autotune
 class Config(NamedTuple):
     """A launch configuration: tile sizes, warps, pipeline stages, and whether all keys of a head fit BLOCK_N.
 
-    ``registers``: the most a thread of the forward may have, on chips from Hopper on: those before need more for products.
+    ``registers``: the most a thread of the forward may have, on chips from Hopper on; products need more before.
     """
 
     block_m: int
@@ -189,7 +189,7 @@ def attend_tile(
         q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys, stride_mq, stride_mk,
         stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, False, ALL_VISIBLE,
     )  # fmt: skip
-    if ALL_VISIBLE:
+    if ALL_VISIBLE:  # noqa: SIM102 - it is known when compiled
         if start + BLOCK_N > num_keys:
             logits = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, 1))

@@ -2,8 +2,8 @@
 
 Registers hold a known integer or None. Arguments come from the constant bank, the thread is one of the first block's;
 what comes from memory or out of floating-point arithmetic is unknown, except for the reciprocals that integer divisions
-are made of. A branch that depends on something unknown falls through, unless a call (the slow path of a division) lies in
-between; loops that do so run given numbers of times, and are gone around where that is none.
+are made of. A branch that depends on something unknown falls through, unless a call (the slow path of a division) lies
+in between; loops that do so run given numbers of times, and are gone around where that is none.
 """
 
 from __future__ import annotations
