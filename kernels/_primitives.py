@@ -33,23 +33,24 @@ def load_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE_ROWS: tl.constexpr = False,
-    ALL_ROWS: tl.constexpr = False,
+    wanted=None,
 ):
     """The tile [ROWS, COLUMNS] at (first_row, first_column) of a (num_rows, num_columns) matrix, zeros out of bounds.
 
-    WHOLE_ROWS: the tile is exactly as wide as the matrix. ALL_ROWS: all of its rows are rows of the matrix.
+    WHOLE_ROWS: the tile is exactly as wide as the matrix. ``wanted``: [ROWS], where other rows are to be zeros; False
+    out of bounds.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     tile = matrix + (tl.cast(first_row, tl.int64) * stride_row + tl.cast(first_column, tl.int64) * stride_column)
     pointers = tile + rows[:, None] * stride_row + columns[None, :] * stride_column
-    if WHOLE_ROWS and ALL_ROWS:
-        values = tl.load(pointers)
-    elif WHOLE_ROWS:
-        values = tl.load(pointers, mask=(first_row + rows < num_rows)[:, None], other=0)
+    inside = first_row + rows < num_rows
+    if wanted is not None:
+        inside = wanted
+    if WHOLE_ROWS:
+        values = tl.load(pointers, mask=inside[:, None], other=0)
     else:
-        inside = (first_row + rows < num_rows)[:, None] & (first_column + columns < num_columns)[None, :]
-        values = tl.load(pointers, mask=inside, other=0)
+        values = tl.load(pointers, mask=inside[:, None] & (first_column + columns < num_columns)[None, :], other=0)
     return values
 
 

@@ -93,7 +93,7 @@ REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     # With 96 registers five blocks fit a multiprocessor.
     ("half", 64): (
         *(one_pass(64, 64, 4), one_pass(64, 128, 4)),
-        *(Config(64, 32, 4, 3, registers=96), Config(128, 64, 8, 2)),
+        *(Config(64, 32, 4, 3, registers=96), Config(128, 64, 8)),
     ),
     ("half", 128): (one_pass(64, 64, 4), one_pass(64, 128, 8), Config(64, 32, 4, 2)),
     ("few", 32): (Config(16, 64, 2, 3),),
@@ -201,10 +201,10 @@ def attend_tile(
         shift = finite_max * unit
         p = tl.exp2(logits * unit - shift[:, None])
         rescale = tl.exp2(row_max * unit - shift)
-    v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D)
+    wanted = None
     if MASK_KIND == 1 and not ALL_VISIBLE:  # 0 times NaN is NaN
-        visible = load_key_mask(mask, start, num_keys, stride_mk, BLOCK_N)
-        v_tile = tl.where(visible[:, None], v_tile, 0.0)
+        wanted = load_key_mask(mask, start, num_keys, stride_mk, BLOCK_N)
+    v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, wanted)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return new_max, row_sum * rescale + tl.sum(p, 1), acc
 
