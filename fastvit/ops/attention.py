@@ -7,7 +7,7 @@
   keys it splits between programs so that one image fills the device.
 - ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, for calls without mask and bias: its kernels add a
   mask to the logits, so that a NaN or inf at a masked key spreads. On GPUs it is first there by prediction
-  (``benchmarks/gpu_model``): ours takes 20 us for ViT-S at batch 64, cuDNN's is estimated at 15 to 18. Its gradients
+  (``benchmarks/gpu_model``): ours takes 16 us for ViT-S at batch 64, cuDNN's is estimated at 15 to 18. Its gradients
   lose digits at large logits: at logits of 2e5, dq on the CPU has a relative error of 0.5 (``cpp``: 0.005). On the CPU
   it gives zeros for a row whose logits are all NaN or -inf, which are made NaN here; a logit of +inf may still get it a
   finite row in 16 bits.
