@@ -84,12 +84,11 @@ struct ProjectionForward : Forward<T, V, 3, 1> {
       const int tile_column = static_cast<int>(pairs.split(quotient)) * pair, tile_row = static_cast<int>(quotient);
       const int row = first_row + tile_row, column = first_column + tile_column;
       if (row >= height) break;
-      // Of an odd number of columns the last pair's second one is not the tile's.
+      // A tile of 14 columns, seven of k's, is the only one of its rows: the last pair's second one is not in the map.
       const T* window = this->tile_of(place) + (tile_row * this->halo_width + tile_column) * stride * channels + c;
       float sums[2][pair][V];
       convolve_both(window, place, c, sums);
-      const int in_tile = tiles.width / stride - tile_column, in_map = width - column;
-      const int count = in_tile < in_map ? in_tile : in_map;
+      const int count = width - column;
       const uint32_t token = static_cast<uint32_t>(row) * static_cast<uint32_t>(width) + static_cast<uint32_t>(column);
       const uint64_t offset = static_cast<uint64_t>(token) * static_cast<uint32_t>(this->op.channels);
       FASTVIT_UNROLL
