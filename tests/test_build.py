@@ -309,11 +309,10 @@ def test_no_cuda_kernel_spills_or_has_local_memory(complete: Path) -> None:
     assert {"sm_80", "sm_90"} <= set(chips)
     functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     # Forward: 3 dtypes x (3 kernel sizes x 2 strides + any other); so are gradients, beside what both need.
-    assert sum("Forward" in name for name, *_ in functions) == 21 * len(set(chips))
+    assert sum("7Forward" in name for name, *_ in functions) == 21 * len(set(chips))
+    assert sum("17ProjectionForward" in name for name, *_ in functions) == 3 * len(set(chips))
     assert sum("Gradient" in name for name, *_ in functions) == 21 * len(set(chips))
-    # On sm_80 the gradients of 3 x 3 in 16 bits want two of 128 registers more.
-    most = {name: 8 if re.search(r"Gradient.*Li8ELi3ELi1E", name) else 0 for name, *_ in functions}
-    assert not [name for name, _, stack, local in functions if int(stack) + int(local) > most[name]]
+    assert not [name for name, _, stack, local in functions if int(stack) + int(local) > 0]
 
 
 @needs_compiler
