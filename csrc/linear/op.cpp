@@ -229,7 +229,7 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
     if (p.windows != nullptr) {
       part.first = begin;
     } else if (slices > 1) {
-      part.x = static_cast<const float*>(p.x) + begin;
+      part.x = static_cast<const float*>(p.x) + begin * p.x_depth_stride;
     }
     part.accumulate = slice > 0;
     if (slice + 1 < slices) {
@@ -261,7 +261,9 @@ struct Input {
 
   Input(const char* op, Tensor& x, const NormOfRows& of, LinearParams& p)
       : norm(op, of, {"norm_weight", "norm_bias"}, last_size(op, x), p) {
-    p.rows = take_rows(op, x, p.x_stride);
+    const bool columns = x.dim() == 2 && x.stride(0) == 1 && x.stride(1) != 1 && !of.exists;
+    p.rows = columns ? x.size(0) : take_rows(op, x, p.x_stride);
+    if (columns) p.x_stride = 1, p.x_depth_stride = x.stride(1);
     p.x = x.data<void>();
   }
 
