@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from benchmarks.libraries import declare_torchvision_nms
 from fastvit.patching import is_patched, patch, report
@@ -175,13 +175,15 @@ def two_by_lightning(name: str, rank: int, folder: str) -> Outcome:
             return parts.optimizer_of(self.model)
 
     model, x = parts.model_of(name), images(name, parts.BATCH)
-    # Lightning's sampler deals images out in turns; as they lie here, each process gets the part it gets elsewhere.
-    dealt = x.unflatten(0, (PROCESSES, -1)).transpose(0, 1).flatten(0, 1)
+    # Lightning's own sampler shuffles; that of torch deals images out in turns, to each process its part of the batch.
+    images_in_turns = TensorDataset(x.unflatten(0, (PROCESSES, -1)).transpose(0, 1).flatten(0, 1))
+    sampler = DistributedSampler(images_in_turns, PROCESSES, rank, shuffle=False)
     task = Task(model)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=PROCESSES,
         strategy="ddp",
+        use_distributed_sampler=False,
         max_epochs=parts.STEPS,
         logger=False,
         enable_checkpointing=False,
@@ -189,7 +191,7 @@ def two_by_lightning(name: str, rank: int, folder: str) -> Outcome:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(task, DataLoader(TensorDataset(dealt), batch_size=parts.BATCH // PROCESSES))
+    trainer.fit(task, DataLoader(images_in_turns, batch_size=parts.BATCH // PROCESSES, sampler=sampler))
     assert (trainer.world_size, trainer.global_rank) == (PROCESSES, rank)
     assert task.model is model and is_patched(model)
     return parts.finished(model.train(), model, x.chunk(PROCESSES)[rank], task.losses)
