@@ -373,7 +373,7 @@ FASTVIT_NOINLINE void add_products(int64_t words, const float* x, const float* w
     for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(x[r * kRowStride + k]);
+      const Broadcast row = broadcast(x[r * kRowStride + k]);
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add(row, columns[c], sums[r][c]);
     }

@@ -26,14 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops import _operator
 from fastvit.ops._operator import any_autocast, is_dynamo_compiling, is_grad_enabled, log
 from fastvit.ops._packing import PackedWeight, on_release, owner_of
-from fastvit.reference.overrides import HOOKS_FOR_ALL, is_plain
+from fastvit.reference.overrides import HOOKS_FOR_ALL, is_fx_tracing, is_plain
 
 _C: Any = None if backends.cpp_reasons() else importlib.import_module("fastvit._C")
 _DICTIONARIES = (
@@ -155,7 +154,7 @@ def _is_usual(x: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or any(HOOKS_FOR_ALL)
-        or _symbolic_trace._is_fx_tracing_flag
+        or is_fx_tracing()
         or _operator._recorder.get() is not None
         or 0 < log.level <= logging.DEBUG
         or torch._C._autograd._profiler_enabled()
