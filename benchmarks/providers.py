@@ -173,6 +173,26 @@ def fused_graphs(model: nn.Module, example: tuple[Tensor, ...], case: Case) -> R
     return cuda_graphs(fastvit.patch(model), example, case)
 
 
+def _packaged(program: torch.export.ExportedProgram, configs: dict[str, Any]) -> Run:
+    """By AOTInductor, loaded from its package as a program without Python would."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=f"{folder}/model.pt2", inductor_configs=configs
+        )
+        return torch._inductor.aoti_load_package(path)
+
+
+def aotinductor(model: nn.Module, example: tuple[Tensor, ...], case: Case) -> Run:
+    with torch.no_grad():
+        return _packaged(torch.export.export(model, example), {"freezing": True})
+
+
+def fused_aotinductor(model: nn.Module, example: tuple[Tensor, ...], case: Case) -> Run:
+    with fastvit.exporting(fused=True):
+        program = torch.export.export(fastvit.patch(model), example)
+    return _packaged(program, fastvit.deployment.inductor_configs())
+
+
 def _same_in_timm(model: nn.Module, name: str) -> nn.Module:
     import timm
 
@@ -247,6 +267,9 @@ PROVIDERS: Mapping[str, Provider] = {
     "inductor": Provider(compiled(), "torch.compile"),
     "inductor-freezing": Provider(freezing, "torch.compile with constant weights", training=False),
     "inductor-max-autotune": Provider(max_autotune, "torch.compile, mode max-autotune"),
+    "aotinductor": Provider(
+        aotinductor, "AOTInductor, constant weights, as a C++ program runs it", training=False, devices=("cpu",)
+    ),
     "onnxruntime": Provider(
         onnxruntime,
         "ONNX Runtime",
@@ -276,6 +299,13 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "fastvit": Provider(fused, "fastvit.patch(model)"),
     "fastvit-inductor": Provider(fused_compiled, "torch.compile of the patched model"),
+    "fastvit-aotinductor": Provider(
+        fused_aotinductor,
+        "AOTInductor of the patched model, its operators kept",
+        training=False,
+        devices=("cpu",),
+        dtypes=("float32", "bfloat16"),
+    ),
     "fastvit-cuda-graphs": Provider(fused_graphs, "the patched model in CUDA graphs", devices=("cuda",)),
 }
 QUICK: Sequence[str] = ("eager", "openvino", "fastvit")

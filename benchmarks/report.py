@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ from benchmarks.runner import Settings, Slot, ratio
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "patched.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "training.md", "deployment.md", "patched.md")),
+)
 WIDTH_OF_A_LOG = 150
 OURS = "fastvit"
 BLOCK = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+TRAINING = ("fwd_bwd", "bwd")
 AXES = ("name", "mode", "dtype", "batch", "image_size", "allocator")
 
 Row = Mapping[str, Any]
@@ -154,14 +158,18 @@ def _where(result: Mapping[str, Any]) -> str:
     return f"`{result['command']}`, {result['date']}, {cpu}, {threads} threads; {versions}.{noise}"
 
 
+def _of_modes(result: Mapping[str, Any], *modes: str) -> list[list[Row]]:
+    return [race for race in races(result["rows"]) if race[0]["mode"] in modes]
+
+
 def models_block(result: Mapping[str, Any]) -> str:
-    """A line for each case: fastvit beside the baseline and beside the fastest of all others."""
+    """A line for each case of inference: fastvit beside the baseline and beside the fastest of all others."""
     lines = [
         "| model | mode | dtype | batch | allocator | baseline, ms | fastvit, ms | over the baseline (95%) "
         "| fastest other | over it (95%) | of the limit |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for race in races(result["rows"]):
+    for race in _of_modes(result, "fwd"):
         case, ours = race[0], of(race, OURS)
         base, other = of(race, case["baseline"]), fastest_other(race)
         why = next((row for row in race if row["provider"] == OURS), None)
@@ -175,6 +183,60 @@ def models_block(result: Mapping[str, Any]) -> str:
         cells += [f"{ours['share']:.0%}" if ours and "share" in ours else ""]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     return "\n".join([*lines, "", _where(result)])
+
+
+def training_block(result: Mapping[str, Any]) -> str:
+    """A line for each case of training: plain and patched, where both were measured."""
+    lines = ["| model | mode | dtype | batch | plain, ms | patched, ms | speed-up (95%) | of the limit |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for race in _of_modes(result, *TRAINING):
+        plain, ours = of(race, race[0]["baseline"]), of(race, OURS)
+        why = next((row for row in race if row["provider"] == OURS), None)
+        cells = [race[0][axis] for axis in AXES[:4]]
+        cells += [_ms(plain["ms"]["median"]) if plain else "", _ms(ours["ms"]["median"]) if ours else ""]
+        cells += [_interval(ours["ratio"]) if ours else why and why["status"]]
+        cells += [f"{ours['share']:.0%}" if ours and "share" in ours else ""]
+        lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def _aotinductors(result: Mapping[str, Any]) -> list[tuple[Row, Row, list[Row]]]:
+    """What AOTInductor made of the plain and of the patched model, of each case with both."""
+    found = []
+    for race in races(result["rows"]):
+        if (plain := of(race, "aotinductor")) and (ours := of(race, "fastvit-aotinductor")):
+            found.append((plain, ours, race))
+    return found
+
+
+def deployment_block(result: Mapping[str, Any]) -> str:
+    """A line for each of those cases."""
+    lines = ["| model | dtype | batch | plain, ms | with the operators, ms | speed-up (95%) | patched, in Python, ms |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for plain, ours, race in _aotinductors(result):
+        cells = [ours[axis] for axis in ("name", "dtype", "batch")]
+        cells += [_ms(plain["ms"]["median"]), _ms(ours["ms"]["median"])]
+        cells += [_interval(ratio(slots(plain), slots(ours), Settings.tolerated))]
+        python = of(race, OURS)
+        lines.append("| " + " | ".join(map(str, [*cells, _ms(python["ms"]["median"]) if python else ""])) + " |")
+    return "\n".join([*lines, "", _where(result)])
+
+
+def steps_line(found: Sequence[Mapping[str, Any]]) -> str:
+    """README's sentence on steps of training: of the newest result, and of others of its machine, the ranges."""
+    newest = found[0]
+    told: dict[tuple[str, int], list[float]] = {}
+    for result in found:
+        if _machine(result) == _machine(newest):
+            for race in _of_modes(result, "fwd_bwd"):
+                if (ours := of(race, OURS)) and ours["ratio"]:
+                    told.setdefault((race[0]["dtype"], race[0]["batch"]), []).append(ours["ratio"]["median"])
+    cases = sorted(told.items(), key=lambda each: (each[0][0] != "float32", each[0]))
+    ranges = [f"{_range(speeds)} in {dtype} at batch {batch}" for (dtype, batch), speeds in cases]
+    return (
+        f"A step of training, forward and backward, is {', '.join(ranges)} as fast as eager PyTorch's, patched beside "
+        f"plain ({_measured_where(newest)}): [model by model, with memory and accuracy](docs/training.md#measured)."
+    )
 
 
 def ops_block(result: Mapping[str, Any]) -> str:
@@ -270,12 +332,16 @@ def classes_block() -> str:
     return "\n".join(["| class | operator |", "|---|---|", *lines])
 
 
-def _measured_where(result: Mapping[str, Any]) -> str:
-    """The CPU, the day and torch, for the picture and beneath it."""
+def _machine(result: Mapping[str, Any]) -> str:
     about = result["machine"]
     device = about["devices"][0]
     cpu = f"{about.get('model_name') or device['name']} ({device['in_use']})" if "in_use" in device else device["name"]
-    return f"{cpu}, {device['threads']} threads, {result['date']}, torch {about['versions']['torch']}"
+    return f"{cpu}, {device['threads']} threads"
+
+
+def _measured_where(result: Mapping[str, Any]) -> str:
+    """The CPU, the day and torch, for the picture and beneath it."""
+    return f"{_machine(result)}, {result['date']}, torch {result['machine']['versions']['torch']}"
 
 
 def speed_block(result: Mapping[str, Any]) -> str:
@@ -299,15 +365,20 @@ def _shown(result: Mapping[str, Any]) -> list[list[Row]]:
     return [race for race in found if tuple(race[0][axis] for axis in ("mode", "dtype", "allocator")) == axes]
 
 
-BLOCKS = {
-    "speed": ("models", speed_block),
-    "models": ("models", models_block),
-    "ops": ("ops", ops_block),
-    "coverage": ("coverage", coverage_block),
-    "left": ("coverage", left_block),
+BLOCKS: dict[str, tuple[str, Callable[[Any], str], Callable[[Mapping[str, Any]], Any]]] = {
+    "speed": ("models", speed_block, _shown),
+    "steps": ("models", steps_line, lambda result: _of_modes(result, "fwd_bwd")),
+    "models": ("models", models_block, lambda result: _of_modes(result, "fwd")),
+    "ops": ("ops", ops_block, bool),
+    "coverage": ("coverage", coverage_block, bool),
+    "training": ("models", training_block, lambda result: _of_modes(result, *TRAINING)),
+    "deployment": ("models", deployment_block, _aotinductors),
+    "left": ("coverage", left_block, bool),
 }
-"""By name, the suite of whose result a block is made, and how."""
+"""By name, the suite of whose results a block is made, how, and whether a result has anything for it."""
 PLOTTED = ("models", "ops")
+EVERY = ("models", "ops", "training")
+"""Blocks of all results, each with its plot; "steps" reads all for one sentence, the others are of the newest."""
 
 
 def results(suite: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -326,15 +397,13 @@ def block(name: str, folder: Path) -> str:
     """What stands between the marks of that name."""
     if name == "classes":
         return classes_block()
-    suite, written = BLOCKS[name]
-    found = results(suite, folder)
-    if name == "speed":
-        found = [each for each in found if _shown(each[1])]
+    suite, written, fits = BLOCKS[name]
+    found = [(path, result) for path, result in results(suite, folder) if fits(result)]
     if not found:
         return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
-    if name not in PLOTTED:
-        return written(found[0][1])
-    return "\n\n".join(f"{written(each)}\n\n![{name}](pictures/{path.stem}.svg)" for path, each in found)
+    if name in EVERY:
+        return "\n\n".join(f"{written(each)}\n\n![{name}](pictures/{path.stem}.svg)" for path, each in found)
+    return written([each for _, each in found] if name == "steps" else found[0][1])
 
 
 def render(text: str, folder: Path = RESULTS) -> str:

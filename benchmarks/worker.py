@@ -160,14 +160,28 @@ def wait(device: str) -> None:
 def _pooled(
     ours: Sequence[Tensor], plains: Sequence[Sequence[Tensor]], exact: Sequence[Tensor], few: int | None
 ) -> Deviation:
-    """The deviation of several tensors as if they were one, each scaled by a power of two to values around 1."""
+    """The deviation of several tensors as if they were one, each scaled by a power of two to values around 1.
+
+    One that is zero but for rounding, as the gradient of a bias in front of a norm, is scaled as the largest of all is:
+    alone, its noise would outweigh every error of the others.
+    """
     found = NONE
-    for mine, *others, right in zip(ours, *plains, exact, strict=True):
+    largest = [_largest(right) for right in exact]
+    for mine, *others, right, own in zip(ours, *plains, exact, largest, strict=True):
         mine = mine[:few] if few is not None else mine
-        largest = float(right.abs().max()) if right.numel() else 0.0
-        scale = 2.0 ** -round(math.log2(largest)) if 0.0 < largest < math.inf else 1.0
-        found = found.pooled(deviation(mine * scale, [other * scale for other in others], right * scale))
+        zero = any(_largest(other.double() - right) > own for other in others)
+        size = max(largest) if zero else own
+        scale = 2.0 ** -round(math.log2(size)) if 0.0 < size < math.inf else 1.0
+        each = deviation(mine * scale, [other * scale for other in others], right * scale)
+        if zero:  # errors relative to the largest value, too
+            own = max(own * scale, torch.finfo(mine.dtype).tiny)
+            each = each._replace(fused=each.fused * own, plain=each.plain * own)
+        found = found.pooled(each)
     return found
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def packed_products(x: Tensor, weight: Tensor) -> list[Callable[[], Tensor]]:

@@ -10,6 +10,8 @@ import io
 import itertools
 import math
 import random
+import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,13 @@ def open_source(data: str, val_data: str | None, samples: int | None, classes: i
     Raises:
         OptionError: there is nothing of the kind, or too little of it.
     """
+    source = _open(data, val_data, samples, classes)
+    if len(source.classes) < 2:
+        raise OptionError(f"--data: expected two classes or more, got {len(source.classes)}: {source.classes}")
+    return source
+
+
+def _open(data: str, val_data: str | None, samples: int | None, classes: int | None) -> Source:
     if data == "digits":
         return _digits()
     if data.endswith((".tar", ".tar.gz")) or "::" in data or data.startswith("pipe:"):
@@ -226,7 +235,7 @@ def _shards(data: str, val_data: str | None, samples: int | None, classes: int |
         if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
             raise OptionError(f"{option}: there is no file {missing[0]}")
     if samples is None or classes is None:
-        labels = [_label(sample) for sample in shard_samples(train)]
+        labels = [_label(sample) for sample in _whole_shards(train)]
         samples = len(labels) if samples is None else samples
         classes = max(labels, default=-1) + 1 if classes is None else classes
     if not samples:
@@ -242,6 +251,15 @@ def shard_samples(urls: list[str], shuffled: random.Random | None = None) -> Ite
     if shuffled is not None:
         stages.append(webdataset.shuffle(BUFFER, rng=shuffled))
     return iter(webdataset.DataPipeline(*stages))
+
+
+def _whole_shards(urls: list[str], shuffled: random.Random | None = None) -> Iterator[dict[str, Any]]:
+    """The same; OptionError names a shard that cannot be read to its end."""
+    try:
+        yield from shard_samples(urls, shuffled)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        url = next((each for each in error.args if each in urls), f"one of {urls}")  # webdataset adds it
+        raise OptionError(f"--data: {url} cannot be read, it may be damaged or cut off: {error.args[0]}") from error
 
 
 def picture_suffix(sample: dict[str, Any]) -> str | None:
@@ -342,7 +360,7 @@ class Streamed(IterableDataset):
         urls = [self.urls[i] for i in np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.urls))]
         for turn in itertools.count():
             shuffled = random.Random(int(np.random.default_rng((self.seed, 2, epoch, stream, turn)).integers(2**62)))
-            samples = shard_samples(urls[stream::streams], shuffled)
+            samples = _whole_shards(urls[stream::streams], shuffled)
             first = next(samples, None)
             if first is None:
                 raise OptionError(f"--data: expected samples for each worker, got none in {urls[stream::streams]}")
@@ -359,7 +377,7 @@ class StreamedOnce(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         urls = self.urls if worker is None else self.urls[worker.id :: worker.num_workers]
-        samples = itertools.islice(shard_samples(urls), self.part[0], None, self.part[1]) if urls else ()
+        samples = itertools.islice(_whole_shards(urls), self.part[0], None, self.part[1]) if urls else ()
         return (_decoded(sample, self.prepare) for sample in samples)
 
 

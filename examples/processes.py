@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from examples.images import OptionError
 from examples.records import replacing
 
 DDP, FSDP = "ddp", "fsdp"
@@ -191,9 +192,11 @@ def read_pointer(out: Path) -> tuple[Path, dict[str, Any]] | None:
     """The folder of the last sharded checkpoint and the run's facts; None where there is none."""
     try:
         told = json.loads((out / POINTER).read_text())
-    except FileNotFoundError:
+        return out / told["folder"], told["run"]
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return out / told["folder"], told["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--resume: {out / POINTER} is not what examples/train.py writes ({error})") from error
 
 
 def names_in(folder: Path) -> set[str]:

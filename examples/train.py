@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130
+
+
+def leave(*_: object) -> None:
+    """At Ctrl-C before the run begins, as while libraries are imported, which do not expect it."""
+    print("train.py: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)
 if __package__ in (None, ""):  # run as a file: make the packages beside it importable
     sys.path.insert(0, str(ROOT))
 
@@ -58,7 +71,6 @@ from examples.records import Table, events, plot, replacing  # noqa: E402
 from fastvit.losses import DistillationLoss  # noqa: E402
 from fastvit.reference import VisionModel  # noqa: E402
 
-INTERRUPTED = 130
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FREE = ("out", "resume", "device", "engine", "workers", "log_every", "save_every")
 """What may be another when a run is resumed, as may the number of processes."""
@@ -154,6 +166,10 @@ def last_checkpoint(out: Path) -> Saved | None:
     return max(found, key=lambda saved: saved[1]["step"], default=None)
 
 
+def holds_a_run(out: Path) -> bool:
+    return any((out / name).exists() for name in ("last.safetensors", POINTER))
+
+
 def parse(arguments: Sequence[str] | None, processes: Processes = ALONE) -> tuple[argparse.Namespace, Saved | None]:
     """The settings of the run, and its checkpoint where it is resumed; argparse reports errors, with status 2."""
     parser = argparse.ArgumentParser(
@@ -165,7 +181,9 @@ def parse(arguments: Sequence[str] | None, processes: Processes = ALONE) -> tupl
     given = vars(parser.parse_args(arguments))
     out, saved = given["out"], None
     settings = DEFAULTS | given
-    if "resume" not in given and any((out / name).exists() for name in ("last.safetensors", POINTER)):
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out: expected a folder, or a name for one, got the file {str(out)!r}")
+    if "resume" not in given and holds_a_run(out):
         parser.error(f"--out: {out} holds a run: --resume goes on with it, another folder begins a new one")
     try:
         saved = last_checkpoint(out)
@@ -515,7 +533,10 @@ class Run:
             workers=s.workers,
             part=self.part,
         )
-        s.out.mkdir(parents=True, exist_ok=True)
+        try:
+            s.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"--out: this folder cannot be made: {error}") from error
         first = self.processes.first
         train = Table(s.out / "train.csv", ("step", "epoch", "lr", "loss", "images_per_s"), self.step, keeps=first)
         val = Table(s.out / "val.csv", ("step", "epoch", "val_loss", "val_accuracy"), self.step, keeps=first)
@@ -604,6 +625,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; the exit status is 0 at the end, 130 after Ctrl-C, 2 for wrong arguments, 1 for a lost loss or process."""
     processes = Processes.of_environment()
     settings, saved = parse(arguments, processes)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with processes.joined(processes.device(settings.device)):
             Run(settings, saved, processes).train()
@@ -624,7 +647,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print(f"train.py: interrupted; --out {settings.out} --resume goes on", file=sys.stderr)
+        goes_on = f"; --out {settings.out} --resume goes on" if holds_a_run(settings.out) else ""
+        print(f"train.py: interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -177,6 +177,7 @@ def choose(
     configurations: Sequence[Configuration],
     run: Callable[[Configuration], object],
     on_cpu: bool = False,
+    preference: float = PREFERENCE,
 ) -> Configuration:
     """The configuration to launch a kernel with, on the current CUDA device or on the CPU.
 
@@ -187,6 +188,7 @@ def choose(
             numbers, strings, bools and dtypes.
         configurations: the candidates, tuples of numbers, bools and strings; the first one is valid everywhere.
         run: launches the kernel with a configuration, on output buffers of its own.
+        preference: of the first candidate, on the CPU: the part of its time that another one has to take less than.
 
     Returns:
         One of ``configurations``. Candidates that need more resources than the device has are skipped.
@@ -204,7 +206,7 @@ def choose(
             record = _record(kernel_name, key, cpu_name() if on_cpu else _device_name())
             found = _read(record, configurations)
             if found is None and not _unmeasured.get() and (on_cpu or not _capturing()):
-                found = _fastest(configurations, run, _time_on_cpu if on_cpu else _time)
+                found = _fastest(configurations, run, functools.partial(_time_on_cpu, preference) if on_cpu else _time)
                 if found is not None:
                     _write(record, found)
             if found is None:
@@ -362,7 +364,7 @@ def _time(calls: Sequence[Callable[[], object]]) -> list[float]:
     return [statistics.median(begin.elapsed_time(end) for begin, end in pairs) for pairs in events]
 
 
-def _time_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
+def _time_on_cpu(preference: float, calls: Sequence[Callable[[], object]]) -> list[float]:
     """The shortest time of each call, interleaved; the first one's a little shortened, as it is preferred.
 
     Calls that are clearly slower are timed no further, and one that is ahead of the first is timed once more beside it:
@@ -376,7 +378,7 @@ def _time_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
                 begin = time.perf_counter()
                 calls[place]()
                 if turn >= 0:
-                    passed = (time.perf_counter() - begin) * (PREFERENCE if place == 0 else 1.0)
+                    passed = (time.perf_counter() - begin) * (preference if place == 0 else 1.0)
                     seconds[place] = min(seconds[place], passed)
             if turn > 0:
                 places = [place for place in places if seconds[place] < HOPELESS * min(seconds)]

@@ -416,7 +416,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]],
 
 def test_on_the_cpu_what_is_clearly_slower_is_timed_no_further(clock):
     calls = [clock(lambda _: 1.0), clock(lambda _: 0.95), clock(lambda _: 2.0), clock(lambda turn: 100.0 - turn)]
-    seconds = autotune._time_on_cpu(calls)
+    seconds = autotune._time_on_cpu(autotune.PREFERENCE, calls)
     assert min(seconds) == seconds[0] == 0.9, "another has to take a tenth less"
     assert [call.count for call in calls] == [autotune.ROUNDS + 1, autotune.ROUNDS + 1, 3, 3]
 
@@ -434,9 +434,9 @@ def test_a_race_takes_turns_and_the_shortest_lap_counts(seconds, faster):
 
 def test_on_the_cpu_the_first_gets_a_second_chance(clock):
     disturbed = clock(lambda turn: 1.2 if turn <= autotune.ROUNDS else 1.0)
-    seconds = autotune._time_on_cpu([disturbed, clock(lambda _: 1.0)])
+    seconds = autotune._time_on_cpu(autotune.PREFERENCE, [disturbed, clock(lambda _: 1.0)])
     assert seconds[0] < seconds[1]
-    seconds = autotune._time_on_cpu([clock(lambda _: 1.2), clock(lambda _: 1.0)])
+    seconds = autotune._time_on_cpu(autotune.PREFERENCE, [clock(lambda _: 1.2), clock(lambda _: 1.0)])
     assert seconds[1] < seconds[0]
 
 

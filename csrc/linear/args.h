@@ -25,8 +25,8 @@ struct Windows {
 // product may be absent. Strides in elements.
 struct LinearParams {
   int64_t rows, columns, depth;
-  const void* x;  // rows contiguous
-  int64_t x_stride;
+  const void* x;  // one of its strides is 1
+  int64_t x_stride, x_depth_stride = 1;
   const Windows* windows;                // in x, or null: rows
   int64_t first;                         // element of the windows that is the depth's first
   bool has_norm;                         // a layer norm of each row of x
@@ -62,7 +62,7 @@ struct LinearKernel {
   bool pairs;            // a word of the depth is a pair of bfloat16, and a float otherwise
   // Packs panels [begin, end).
   void (*pack)(const LinearParams&, int64_t begin, int64_t end, float* packed);
-  // Copies rows of x, from `row` on, to a block, normalised.
+  // Copies rows of x, from `row` on, to a block, normalised if they are contiguous.
   void (*load)(const LinearParams&, int64_t row, const RowBlock&);
   // Computes panels [begin, end) of the rows in a block, which are rows from `row` on of out; `packed` is panel begin.
   void (*multiply)(const LinearParams&, int64_t row, const RowBlock&, int64_t begin, int64_t end, const float* packed);

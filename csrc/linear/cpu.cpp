@@ -11,7 +11,7 @@
 // kDepthBlock words, [part][row][kRowStride]: a constant distance between rows fits the addressing modes, and is no
 // power of two, at which rows would share cache sets.
 //
-// Rows may be windows of maps, which are copied to the block run by run.
+// Rows may be windows of maps, which are copied to the block run by run, or columns of a matrix.
 //
 // With the bfloat16 dot product (kPairs) a word is a pair along the depth, and the sums are float32.
 #include "linear/args.h"
@@ -307,6 +307,43 @@ void load_rows(const LinearParams& p, int64_t row, const RowBlock& block) {
   }
 }
 
+// Rows whose elements are not adjacent, but those of neighbouring rows are: a gradient's, seen from its columns.
+template <class T>
+void load_columns(const LinearParams& p, int64_t row, const RowBlock& block) {
+  const int64_t words = words_of(p.depth), stride = p.x_depth_stride;
+  for (int64_t first = 0; first < words; first += kLanes) {
+    float* to = block.data + first / kDepthBlock * block.block_rows * kRowStride + first % kDepthBlock;
+    for (int64_t r = 0; r < block.rows; r += kLanes) {
+      const int64_t count = smaller(kLanes, block.rows - r);
+      float buffer[kLanes][kLanes] = {};
+      const float* lines[kLanes];  // a word of each of the rows
+      for (int64_t i = 0; i < kLanes; ++i) {
+        lines[i] = buffer[i];
+        if (first + i >= words) continue;
+        const T* from = static_cast<const T*>(p.x) + (first + i) * kElementsOfWord * stride + row + r;
+        if constexpr (kPairs) {
+          const bool whole = 2 * (first + i) + 1 < p.depth;
+          for (int64_t c = 0; c < count; ++c) {
+            const uint32_t bits = from[c].bits | (whole ? static_cast<uint32_t>(from[stride + c].bits) << 16 : 0);
+            memcpy(buffer[i] + c, &bits, sizeof bits);
+          }
+        } else if (sizeof(T) == sizeof(float) && count == kLanes) {
+          lines[i] = reinterpret_cast<const float*>(from);
+        } else {
+          load(from, count).store(buffer[i]);
+        }
+      }
+      if (count == kLanes) {
+        transpose_square(lines, to + r * kRowStride, kRowStride);
+        continue;
+      }
+      float square[kLanes * kLanes];
+      transpose_square(lines, square, kLanes);
+      for (int64_t i = 0; i < count; ++i) Vec::load(square + i * kLanes).store(to + (r + i) * kRowStride);
+    }
+  }
+}
+
 void normalize_rows(const LinearParams& p, const RowBlock& block) {
   for (int64_t r = 0; r < block.rows; ++r) {
     const auto row = [&](int64_t k) { return element_of(block, r, k); };
@@ -392,7 +429,7 @@ void Panel::run(Finish finish) const {
   for (int64_t c = 0; c < kPanel; c += kLanes) {
     (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
   }
-  const int64_t rows = block.rows, words = words_of(p.depth), lines = divide_up(kPanel * kRows, rows);
+  const int64_t rows = block.rows, words = words_of(p.depth), lines = smaller(kPanel, divide_up(kPanel * kRows, rows));
   for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
     const int64_t count = smaller(kDepthBlock, words - first);
     const bool last = first + count == words;
@@ -592,7 +629,9 @@ LinearKernel make_kernel(const LinearParams& p) {
           kRowStride,
           kPairs,
           pack<T>,
-          p.windows == nullptr ? load_rows<T> : load_windows<T>,
+          p.windows != nullptr    ? load_windows<T>
+          : p.x_depth_stride == 1 ? load_rows<T>
+                                  : load_columns<T>,
           multiply<T>,
           multiply_to_block<T>,
           multiply_gated_to_block<T>,

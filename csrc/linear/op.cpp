@@ -18,8 +18,9 @@ namespace {
 constexpr int64_t kItems = 16;       // of work for each thread, where they are
 constexpr int64_t kBlockRows = 104;  // at most; with more, threads would share a block of short rows
 constexpr int64_t kProductsOfItem = kSerialProducts / 8;  // at least
-// Terms of a long float32 sum per slice: a deeper panel would not stay in the cache.
-constexpr int64_t kDepthSlice = 3072;
+// Terms of a long float32 sum per slice: a deeper panel would not stay in the cache. Of rows that are columns of a
+// matrix, which are many, and loaded anew for each group of panels, blocks hold more if their slices are shorter.
+constexpr int64_t kDepthSlice = 3072, kDepthSliceOfColumns = 1024;
 
 // --- Rows ------------------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,8 @@ void multiply(const LinearParams& p, const LinearKernel& kernel, const float* pa
 
 // Long float32 sums accumulate in the result, slice by slice.
 void run(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
-  const int64_t slices = p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, kDepthSlice));
+  const int64_t most = p.x_depth_stride == 1 ? kDepthSlice : kDepthSliceOfColumns;
+  const int64_t slices = p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, most));
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t begin = slice * p.depth / slices;
     LinearParams part = p;
@@ -229,7 +231,7 @@ void run(const LinearParams& p, const LinearKernel& kernel, const float* packed)
     if (p.windows != nullptr) {
       part.first = begin;
     } else if (slices > 1) {
-      part.x = static_cast<const float*>(p.x) + begin;
+      part.x = static_cast<const float*>(p.x) + begin * p.x_depth_stride;
     }
     part.accumulate = slice > 0;
     if (slice + 1 < slices) {
@@ -261,7 +263,9 @@ struct Input {
 
   Input(const char* op, Tensor& x, const NormOfRows& of, LinearParams& p)
       : norm(op, of, {"norm_weight", "norm_bias"}, last_size(op, x), p) {
-    p.rows = take_rows(op, x, p.x_stride);
+    const bool columns = x.dim() == 2 && x.stride(0) == 1 && x.stride(1) != 1 && !of.exists;
+    p.rows = columns ? x.size(0) : take_rows(op, x, p.x_stride);
+    if (columns) p.x_stride = 1, p.x_depth_stride = x.stride(1);
     p.x = x.data<void>();
   }
 

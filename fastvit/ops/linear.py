@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 from fastvit import autotune, backends
@@ -253,8 +254,29 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _packed_linear(x, weight, bias, None, *_ALONE)
 
 
+def _by_ours(x: Tensor, weight: Tensor) -> Tensor:
+    return _packed_linear(x, weight, None, None, *_ALONE)
+
+
+_GRADIENT_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cpp": _by_ours, REFERENCE: F.linear}
+
+
+def _gradient(x: Tensor, weight: Tensor, tokens_deep: bool) -> Tensor:
+    """x weight^T in a backward pass, by whichever product is faster: its operands lie otherwise than the forward's.
+
+    Tokens are the rows, or with ``tokens_deep`` the depth: of all sizes the one that changes with the images.
+    """
+    if torch.compiler.is_compiling():
+        return _linear(x, weight, None, *_ALONE)
+    (columns, depth), rows = weight.shape, x.numel() // max(x.shape[-1], 1)
+    tokens = autotune.token_bucket(min(depth if tokens_deep else rows, MOST_TOKENS))
+    sizes = (columns, tokens, rows) if tokens_deep else (columns, depth, tokens)
+    key = ("gradient", tokens_deep, *sizes, torch.get_num_threads(), x.dtype)
+    return _GRADIENT_PRODUCTS[_FASTER.get(key) or _measure_gradient(x, weight, key)](x, weight)
+
+
 class _Linear(torch.autograd.Function):
-    """A linear layer whose gradients are products of the same kind."""
+    """A linear layer by our product; those of its gradients are ours or the library's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -269,11 +291,11 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         of_x = of_weight = of_bias = None
         if needs_x:
-            of_x = _product(grad, weight.t(), None)
+            of_x = _gradient(grad, weight.t(), False)
         if needs_weight or needs_bias:
             rows = grad.flatten(0, -2)
             if needs_weight:
-                of_weight = _product(rows.t(), x.flatten(0, -2).t(), None)
+                of_weight = _gradient(rows.t(), x.flatten(0, -2).t(), True)
             if needs_bias:
                 of_bias = rows.sum(0)
         return of_x, of_weight, of_bias
@@ -443,13 +465,18 @@ def _reasons(
             yield "the compiler differentiates the library's products"
         return  # what is asked of x would be a guard on the batch size
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows < CPP_MIN_ROWS:
-        yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
+    trains = is_grad_enabled() and gradients_needed(x, *weights, *biases)
+    if rows < CPP_MIN_ROWS and (trains or not _packing.ENABLED or any(weight.is_inference() for weight in weights)):
+        yield f"fewer than {CPP_MIN_ROWS} rows are not worth packing a weight at each call"
+        return
+    if rows < CPP_MIN_ROWS:  # they wait for the weight, which a measurement would find in a cache
+        if not (ours and HAS_VECTORS):
+            yield f"fewer than {CPP_MIN_ROWS} rows wait for the weight, which ours reads by all threads"
         return
     # What the times depend on; within a bucket of rows they are taken to be in proportion.
     bucket = min((rows - 1).bit_length(), MOST_ROWS.bit_length())
-    trains = is_grad_enabled() and gradients_needed(x, *weights, *biases)
-    sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, trains)
+    mode = "fwd_bwd" if trains else "fwd"
+    sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, mode)
     around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
     key = (type(call).__name__, *sizes, *around)
     if isinstance(call, GluMlp):
@@ -495,6 +522,8 @@ _WINNERS: set[str] = set()
 """The implementations that were the fastest for any call."""
 MOST_ROWS = 512
 """That are measured."""
+MOST_TOKENS = 2048
+"""In a product of a backward pass: its time grows otherwise where they are the depth."""
 
 
 def _measure(call: Call, rows: int, columns: int, key: tuple[Any, ...]) -> str:
@@ -505,7 +534,7 @@ def _measure(call: Call, rows: int, columns: int, key: tuple[Any, ...]) -> str:
 
     twin = type(call)(*map(ones, call))
     twin = twin._replace(
-        x=ones(call.x.new_empty(rows, call.x.shape[-1])),
+        x=ones(call.x.new_empty(rows, call.x.shape[-1]).requires_grad_(call.x.requires_grad)),
         norm=None if call.norm is None else LayerNorm(*map(ones, call.norm)),
         residual=None if call.residual is None else ones(call.x.new_empty(rows, columns)),
     )
@@ -517,11 +546,41 @@ def _measure(call: Call, rows: int, columns: int, key: tuple[Any, ...]) -> str:
         # Named, so that nobody asks for what is measured here.
         if each.reasons is None or not any(each.reasons(twin, True)):
             runs[(each.name,)] = each.run
+    wanted = [each for each in pytree.tree_leaves(tuple(twin)) if isinstance(each, Tensor) and each.requires_grad]
+
+    def run(name: tuple[str]) -> Tensor:
+        out = runs[name](twin)
+        if out.requires_grad:
+            torch.autograd.grad(out, wanted, torch.ones_like(out))
+        return out
+
+    return _choose(key, list(runs), run, call.x, 1.0 if wanted else autotune.PREFERENCE)
+
+
+def _measure_gradient(x: Tensor, weight: Tensor, key: tuple[Any, ...]) -> str:
+    """The fastest product for gradients like this one, with ones for all values, lying as these do."""
+    _, tokens_deep, columns, depth, rows, *_ = key
+    if tokens_deep:
+        twins = x.new_ones(depth, rows).t(), x.new_ones(depth, columns).t()
+    else:
+        twins = x.new_ones(rows, depth), torch.ones_like(weight)
+    names = [(name,) for name in _GRADIENT_PRODUCTS]
+    return _choose(key, names, lambda name: _GRADIENT_PRODUCTS[name[0]](*twins), x, 1.0)
+
+
+def _choose(
+    key: tuple[Any, ...],
+    names: list[tuple[str]],
+    run: Callable[[tuple[str]], object],
+    x: Tensor,
+    preference: float,
+) -> str:
+    """The fastest of the products by ``run``, kept in ``_FASTER``, for calls like one with this x."""
     # What is first is taken where nothing is measured.
-    names = list(runs) if HAS_VECTORS else list(runs)[::-1]
-    hollow = type(call.x) not in _PLAIN  # a tensor without contents, which takes no time
+    names = names if HAS_VECTORS else names[::-1]
+    hollow = type(x) not in _PLAIN  # a tensor without contents, which takes no time
     with _disable_current_modes(), autotune.unmeasured() if hollow else contextlib.nullcontext():
-        (found,) = autotune.choose("products", key, names, lambda name: runs[name](twin), on_cpu=True)
+        (found,) = autotune.choose("products", key, names, run, on_cpu=True, preference=preference)
     if not hollow:
         _FASTER[key] = found
         _WINNERS.add(found)
@@ -583,7 +642,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     traced = is_dynamo_compiling() or torch.compiler._is_exporting_flag
     call, requested = Linear(x, weight, bias), backends.REQUESTED
     asks = not traced and type(weight) is not PackedWeight  # first, as small calls are short; a guard while tracing
-    if asks and (weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]):
+    few = weight.shape[0] < CPP_MIN_COLUMNS or (is_grad_enabled() and x.numel() < CPP_MIN_ROWS * x.shape[-1])
+    if asks and few:
         return LINEAR.implementations[-1].run(call)
     for each in LINEAR.implementations:
         if requested is not None and each.name not in requested and each.name != REFERENCE:

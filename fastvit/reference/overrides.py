@@ -61,11 +61,15 @@ def is_own(method: object, cls: type, name: str) -> bool:
     return source is None or code.co_filename == source  # functools.wraps copies the name of the module
 
 
-def own_forward(cls: type) -> Any:
-    """The forward a class was defined with; None where another had been put over it before it was seen here."""
+def own_forward(cls: type, ours: bool = False) -> Any:
+    """The forward a class was defined with; None where another had been put over it before it was seen here.
+
+    Args:
+        ours: whether the class was made just now with a forward of ours, which may be defined elsewhere.
+    """
     if cls not in _forwards:
         forward = getattr(cls, "forward", None)
-        _forwards[cls] = forward if is_own(forward, cls, "forward") else None
+        _forwards[cls] = forward if ours or is_own(forward, cls, "forward") else None
     return _forwards[cls]
 
 

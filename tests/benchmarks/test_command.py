@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import io
@@ -22,8 +23,9 @@ from benchmarks.ops import __main__ as ops_command
 from benchmarks.ops.cases import Op, open_case, rows
 from benchmarks.runner import Race
 from benchmarks.worker import Absent, Case, Contender, Form, Passes
-from fastvit import ops
+from fastvit import backends, ops
 from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.tiny import build, images
 
 SUITES = {"models": models.SUITE, "ops": ops_command.SUITE}
 STUB = str(Path(__file__).with_name("stub.py"))
@@ -221,6 +223,22 @@ def test_a_library_without_the_model_says_so():
     workload = models.open_case(Case("benchmarks.models", "ceit_tiny", batch=1, image_size=32))
     with pytest.raises(Absent, match="has no model 'ceit_tiny'"):
         workload.form("timm", workload.inputs(0))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", ["aotinductor", "fastvit-aotinductor"])
+def test_what_aotinductor_makes_gives_the_models_result(name):
+    if name.startswith("fastvit") and backends.cpp_reasons():
+        pytest.skip("; ".join(backends.cpp_reasons()))
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler on PATH")
+    model, x = build("vit"), images("vit")
+    with torch.inference_mode():
+        plain, exact = model(x), copy.deepcopy(model).double()(x.double())
+        run = providers.PROVIDERS[name].build(model, (x,), Case("", ""))
+        assert_as_accurate(run(x), plain, exact)
+    assert fastvit.is_patched(model) is name.startswith("fastvit")
 
 
 def test_a_patched_model_says_what_was_replaced():

@@ -109,10 +109,42 @@ def test_every_result_of_models_is_shown_and_readme_shows_the_newest_of_inferenc
     for name, mode, ms in (("01-zen", "fwd", 5.0), ("02-ice", "fwd", 2.0), ("03-training", "fwd_bwd", 4.0)):
         rows = [made_up("eager", 10.0, mode=mode), made_up("fastvit", ms, mode=mode), made_up("ort", 1.0, mode=mode)]
         (tmp_path / f"2026-01-{name}.json").write_text(json.dumps(result("models", rows)))
-    models, speed = (report.block(name, tmp_path) for name in ("models", "speed"))
-    shown = [models.index(f"![models](pictures/2026-01-{name}.svg)") for name in ("03-training", "02-ice", "01-zen")]
-    assert shown == sorted(shown) and models.count("| model |") == 3
+    models, speed, training = (report.block(name, tmp_path) for name in ("models", "speed", "training"))
+    shown = [models.index(f"![models](pictures/2026-01-{name}.svg)") for name in ("02-ice", "01-zen")]
+    assert shown == sorted(shown) and models.count("| model |") == 2
     assert "(0.50 of ort's speed)" in speed
+    assert training.count("| model |") == 1 and "![training](pictures/2026-01-03-training.svg)" in training
+
+
+def test_training_is_plain_beside_patched_and_a_sentence_of_readme(tmp_path):
+    modes = {"mode": "fwd_bwd", "dtype": "float32", "batch": 1}
+    rows = [
+        made_up(provider, ms, name=name, **modes)
+        for name, ours in (("a", 5.0), ("b", 4.0))
+        for provider, ms in (("eager", 10.0), ("inductor", 1.0), ("fastvit", ours))
+    ]
+    rows += [made_up("eager", 10.0, name="c", **modes), made_up("fastvit", None, name="c", status="failed", **modes)]
+    newest, older, elsewhere = (result("models", each) for each in (rows, [], []))
+    older["rows"] = [{**row, "dtype": "bfloat16", "batch": 8} for row in rows[:3]]
+    elsewhere["rows"] = [{**row, "batch": 64} for row in rows]
+    elsewhere["machine"] = {**elsewhere["machine"], "model_name": "Another", "devices": [{"name": "B", "threads": 9}]}
+    assert report.training_block(newest).splitlines()[2:5] == [
+        "| a | fwd_bwd | float32 | 1 | 10 | 5 | 2.00x (1.80 to 2.20) | 50% |",
+        "| b | fwd_bwd | float32 | 1 | 10 | 4 | 2.50x (2.25 to 2.75) | 50% |",
+        "| c | fwd_bwd | float32 | 1 | 10 |  | failed |  |",
+    ]
+    for number, each in enumerate((elsewhere, older, newest)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(each))
+    told = report.block("steps", tmp_path)
+    assert "is 2.00x to 2.50x in float32 at batch 1, 2.00x to 2.00x in bfloat16 at batch 8 as fast as eager" in told
+    assert "A CPU, 2 threads, 2026-01-02, torch 2.13.0" in told
+
+
+def test_what_aotinductor_makes_of_plain_and_patched_stands_side_by_side():
+    pairs = (("eager", 10.0), ("aotinductor", 8.0), ("fastvit-aotinductor", 4.0), ("fastvit", 5.0))
+    rows = [made_up(provider, ms) for provider, ms in pairs] + [made_up("aotinductor", 8.0, name="alone")]
+    lines = report.deployment_block(result("models", rows)).splitlines()
+    assert lines[2:4] == ["| m | float32 | 8 | 8 | 4 | 2.00x (2.00 to 2.00) | 5 |", ""]
 
 
 def test_complete_results_fill_a_block(tmp_path):

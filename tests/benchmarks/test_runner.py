@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import runner
 from benchmarks.runner import Failed, Race, Settings, Slot, Usage, Worker, others_share, ratio, spread, undisturbed
-from benchmarks.worker import Case, Passes
+from benchmarks.worker import Case, Passes, _pooled
 from tests.benchmarks import fakes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runner reads /proc")
@@ -114,6 +114,16 @@ def test_training_is_judged_by_its_gradients_as_well():
     ran = race("eager", "wrong gradient", mode="bwd")
     ran.run()
     assert [row["status"] for row in ran.rows()] == ["measured", "inaccurate"]
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_hides_no_error_of_another():
+    exact = [torch.randn(64, dtype=torch.float64), 1e-17 * torch.randn(8, dtype=torch.float64)]
+    plain = [exact[0].float(), exact[1].float() + 1e-9 * torch.randn(8)]
+    ours = [exact[0].float(), exact[1].float() + 1e-9 * torch.randn(8)]
+    assert _pooled(ours, [plain], exact, None).is_accurate
+    assert _pooled(ours, [plain], exact, None).fused < 1e-6
+    assert not _pooled([ours[0] + 1e-4, ours[1]], [plain], exact, None).is_accurate
+    assert not _pooled([ours[0], ours[1] + 1e-4], [plain], exact, None).is_accurate
 
 
 def test_results_of_a_training_step_are_outputs_and_the_gradients_of_inputs_and_parameters():

@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.libraries import declare_torchvision_nms
-from fastvit import accuracy
 from fastvit.patching import patch, unpatch
 from fastvit.patching.fusion import Fused
 from fastvit.reference.cvt import Stage
 from fastvit.reference.functional import recomputing
+from tests.compat.parts import BATCH, STEPS, Outcome, alone, assert_as_near, finished, loss_of, model_of, optimizer_of
 from tests.helpers import spawned
-from tests.tiny import FAMILIES, build, images
+from tests.tiny import FAMILIES, images
 
 TIMM = ("timm_vit", "timm_cait", "timm_twins")
 EVERY = (*FAMILIES, "deepvit_cnn", *TIMM)
@@ -38,106 +38,23 @@ MIXED = ("vit", "cait")
 """Also in bfloat16. FSDP2 casts the weights of a BatchNorm too, which torch's CPU kernel does not take."""
 RECOMPUTED = ("deepvit", "ceit")
 PROCESSES = 4
-STEPS = 3
-BATCH = 8
 
 
-class Outcome(NamedTuple):
-    """Of a training.
-
-    Attributes:
-        losses: of each step, then without gradients in training mode, then in evaluation mode.
-        parameters: of all of the model, one behind the other.
-        statistics: the running ones of the first process.
-    """
-
-    losses: Tensor
-    parameters: Tensor
-    statistics: Tensor
-
-
-def _loss(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A mean over images, so that those of parts of a batch can be averaged."""
-    outputs = output if isinstance(output, tuple) else (output,)
-    return torch.stack([tensor.square().mean() for tensor in outputs]).sum()
-
-
-def _model(name: str, patched: bool = True) -> nn.Module:
-    """In training, from the same weights in every process."""
-    torch.manual_seed(0)
-    model = build(name).train()
-    return patch(model) if patched else model
-
-
-def _outcome(model: nn.Module, losses: list[Tensor]) -> Outcome:
-    full = (getattr(each, "full_tensor", lambda each=each: each)() for each in model.parameters())
-    statistics = [buffer.double().flatten() for name, buffer in model.named_buffers() if "running" in name]
-    return Outcome(
-        torch.stack(losses).double(),
-        torch.cat([each.detach().double().flatten() for each in full]),
-        torch.cat(statistics) if statistics else torch.zeros(0, dtype=torch.float64),
-    )
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-# --- One process ------------------------------------------------------------------------------------------------------
-
-
-def _alone(name: str, parts: int, dtype: torch.dtype) -> Outcome:
-    """The plain model in one process; a BatchNorm sees so many parts of the batch apart, and tracks the first."""
-    model, x = _model(name, patched=False).to(dtype), images(name, BATCH).to(dtype)
-    optimizer, losses = _optimizer(model), []
-
-    def over_parts(learn: bool) -> Tensor:
-        total, kept = torch.zeros((), dtype=dtype), {}
-        for number, part in enumerate(x.chunk(parts)):
-            loss = _loss(model(part)) / parts
-            if learn:
-                loss.backward()
-            total += loss.detach()
-            if number == 0:
-                kept = {key: buffer.clone() for key, buffer in model.named_buffers()}
-        for key, buffer in model.named_buffers():
-            buffer.copy_(kept[key])
-        return total
-
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        losses.append(over_parts(True))
-        optimizer.step()
-    with torch.no_grad():
-        losses.append(over_parts(False))
-        model.eval()
-        losses.append(over_parts(False))
-    return _outcome(model, losses)
-
-
-# --- Several ----------------------------------------------------------------------------------------------------------
+# --- The processes ------------------------------------------------------------------------------------------------------
 
 
 def _together(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, x: Tensor, mesh: DeviceMesh) -> Outcome:
     """Training on this process's part of a batch, in the processes of a mesh."""
     group, rank, count = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     net, part = wrap(model), x.chunk(count)[rank]
-    optimizer, losses = _optimizer(net), []
+    optimizer, losses = optimizer_of(net), []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = _loss(net(part))
+        loss = loss_of(net(part))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    with torch.no_grad():
-        losses.append(_loss(net(part)))
-        for buffer in model.buffers():  # which DDP gives to all at the next step
-            distributed.broadcast(buffer, distributed.get_global_rank(group, 0), group=group)
-        net.eval()
-        losses.append(_loss(net(part)))
-    outcome = _outcome(model, losses)
-    distributed.all_reduce(outcome.losses.div_(count), group=group)
-    return outcome
+    return finished(net, model, part, losses, group)
 
 
 def _sharded(model: nn.Module, mesh: DeviceMesh, within: bool = False, **options: Any) -> nn.Module:
@@ -182,7 +99,7 @@ def _ways(name: str, mesh: DeviceMesh) -> dict[str, Callable[[], Outcome]]:
     synchronise = partial(nn.SyncBatchNorm.convert_sync_batchnorm, process_group=mesh.get_group())
 
     def train(wrap: Callable[[nn.Module], nn.Module], patched: bool = True) -> Callable[[], Outcome]:
-        return lambda: _together(wrap, _model(name, patched), x, mesh)
+        return lambda: _together(wrap, model_of(name, patched), x, mesh)
 
     ways = {"DDP": train(ddp), "FSDP2": train(fsdp)}
     if name in WITH_NORMS:
@@ -209,8 +126,8 @@ def _worker(rank: int, folder: str, names: list[str]) -> None:
     store = distributed.FileStore(f"{folder}/store", PROCESSES)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("number", "pair"))
-    alone = [name for name in names if name not in TIMM]
-    for mesh, theirs in ((pairs["pair"], names[rank // 2 :: 2]), (init_device_mesh("cpu", (PROCESSES,)), alone)):
+    ours = [name for name in names if name not in TIMM]
+    for mesh, theirs in ((pairs["pair"], names[rank // 2 :: 2]), (init_device_mesh("cpu", (PROCESSES,)), ours)):
         found = {(name, way): train() for name in theirs for way, train in _ways(name, mesh).items()}
         if mesh.get_local_rank() == 0:
             torch.save({key: tuple(outcome) for key, outcome in found.items()}, f"{folder}/{mesh.size()}-{rank}")
@@ -233,15 +150,6 @@ def outcomes(tmp_path_factory) -> dict[int, dict[tuple[str, str], Outcome]]:
     return found
 
 
-def _assert_as_near(got: Outcome, plain: Outcome, exact: Outcome, way: str) -> None:
-    """All of the weights, and of the statistics, to the accuracy rule; losses are those of the same run."""
-    for what in ("parameters", "statistics"):
-        right = getattr(exact, what)
-        strayed = [float((getattr(each, what) - right).norm()) for each in (got, plain)]
-        last_places = accuracy.ULPS * torch.finfo(torch.float32).eps * float(right.norm())
-        assert strayed[0] <= accuracy.FACTOR * strayed[1] + last_places, (way, what, strayed)
-
-
 @pytest.mark.parametrize("processes", [2, PROCESSES])
 @pytest.mark.parametrize("name", EVERY)
 def test_they_train_as_one_process(name, processes, outcomes):
@@ -253,7 +161,7 @@ def test_they_train_as_one_process(name, processes, outcomes):
     more = 4 * (name in WITH_NORMS) + 2 * (name in MIXED) + 2 * (name in RECOMPUTED)
     assert len(ways) == 2 + more + 2 * (name in OTHER_ORDERS and processes == 2)
     for parts in {processes, 1} if name in WITH_NORMS else {processes}:
-        exact, plain = (_alone(name, parts, dtype) for dtype in (torch.float64, torch.float32))
+        exact, plain = (alone(name, parts, dtype) for dtype in (torch.float64, torch.float32))
         assert not torch.allclose(exact.losses[0], exact.losses[1], rtol=1e-3)  # the weights do move
         for way, got in ways.items():
             if "mixed" in way or ("synchronised" in way) is not (parts == 1):
@@ -261,13 +169,13 @@ def test_they_train_as_one_process(name, processes, outcomes):
             torch.testing.assert_close(
                 got.losses, exact.losses, rtol=1e-4, atol=1e-6, msg=lambda text, way=way: f"{way}: {text}"
             )
-            _assert_as_near(got, plain, exact, way)
+            assert_as_near(got, plain, exact, way)
 
 
 def test_statistics_of_all_are_others():
     """The tests of synchronised norms would hold if they were not."""
     for name in WITH_NORMS:
-        whole, apart = (_alone(name, parts, torch.float64) for parts in (1, 2))
+        whole, apart = (alone(name, parts, torch.float64) for parts in (1, 2))
         assert not torch.allclose(whole.losses[:-1], apart.losses[:-1], rtol=1e-3)
 
 
@@ -275,8 +183,8 @@ def test_statistics_of_all_are_others():
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_precision(name, processes, outcomes):
     """At most twice as far from float64 as the plain model by the same policy, and farther than in float32."""
-    exact = _alone(name, 1, torch.float64)
+    exact = alone(name, 1, torch.float64)
     fused, plain = (outcomes[processes][name, way] for way in ("FSDP2, mixed", "FSDP2, mixed, plain"))
-    _assert_as_near(fused, plain, exact, "mixed")
+    assert_as_near(fused, plain, exact, "mixed")
     errors = [(outcomes[processes][name, way].losses - exact.losses).abs().max() for way in ("FSDP2, mixed", "FSDP2")]
     assert errors[0] > 10 * errors[1]

@@ -1,17 +1,29 @@
-"""accelerate and Lightning train a patched model as a loop by hand does, step by step to the same losses."""
+"""accelerate and Lightning train a patched model as a loop by hand does, step by step to the same losses.
+
+In two processes of torchrun, too: this file is what they run.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from benchmarks.libraries import declare_torchvision_nms
 from fastvit.patching import is_patched, patch, report
-from tests.tiny import build
+from tests.compat import parts
+from tests.compat.parts import Outcome
+from tests.helpers import HANG_GUARD
+from tests.tiny import build, images
 from tests.training.steps import SEVEN, batches, loss_of
 
 STEPS = 4
@@ -118,3 +130,114 @@ def test_lightning(name, precision, accumulate, tmp_path):
     saved = torch.load(tmp_path / "task.ckpt", weights_only=False)["state_dict"]
     again = build(name)
     again.load_state_dict({key.removeprefix("model."): tensor for key, tensor in saved.items()})
+
+
+# --- In two processes -------------------------------------------------------------------------------------------------
+
+PROCESSES = 2
+TRAINERS = {"accelerate": "accelerate", "lightning": "pytorch_lightning"}
+
+
+def two_by_accelerate(name: str, rank: int, folder: str) -> Outcome:
+    import accelerate
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert (accelerator.num_processes, accelerator.process_index) == (PROCESSES, rank)
+    model, x = parts.model_of(name), images(name, parts.BATCH)
+    loader = DataLoader(TensorDataset(x), batch_size=parts.BATCH // PROCESSES)
+    net, optimizer, loader = accelerator.prepare(model, parts.optimizer_of(model), loader)
+    losses = []
+    for _ in range(parts.STEPS):
+        for (part,) in loader:
+            optimizer.zero_grad()
+            loss = parts.loss_of(net(part))
+            accelerator.backward(loss)
+            optimizer.step()
+            losses.append(loss.detach())
+    assert accelerator.unwrap_model(net) is model and is_patched(model)
+    return parts.finished(net, model, x.chunk(PROCESSES)[rank], losses)
+
+
+def two_by_lightning(name: str, rank: int, folder: str) -> Outcome:
+    import pytorch_lightning as lightning
+
+    class Task(lightning.LightningModule):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            loss = parts.loss_of(self.model(batch[0]))
+            self.losses.append(loss.detach())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return parts.optimizer_of(self.model)
+
+    model, x = parts.model_of(name), images(name, parts.BATCH)
+    # Lightning's own sampler shuffles; that of torch deals images out in turns, to each process its part of the batch.
+    images_in_turns = TensorDataset(x.unflatten(0, (PROCESSES, -1)).transpose(0, 1).flatten(0, 1))
+    sampler = DistributedSampler(images_in_turns, PROCESSES, rank, shuffle=False)
+    task = Task(model)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=PROCESSES,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        max_epochs=parts.STEPS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(task, DataLoader(images_in_turns, batch_size=parts.BATCH // PROCESSES, sampler=sampler))
+    assert (trainer.world_size, trainer.global_rank) == (PROCESSES, rank)
+    assert task.model is model and is_patched(model)
+    return parts.finished(model.train(), model, x.chunk(PROCESSES)[rank], task.losses)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[tuple[str, str], Outcome]:
+    """By trainer and family."""
+    folder = tmp_path_factory.mktemp("trainers")
+    here = [trainer for trainer, package in TRAINERS.items() if importlib.util.find_spec(package)]
+    found = {}
+    for trainer in here:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "--module"]
+        run = subprocess.run(
+            [sys.executable, *start, __name__, trainer, str(folder)],
+            cwd=Path(__file__).resolve().parents[2],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=HANG_GUARD,
+        )
+        assert run.returncode == 0, run.stderr
+        loaded = torch.load(folder / trainer)
+        found |= {(trainer, name): Outcome(*outcome) for name, outcome in loaded.items()}
+    return found
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", SEVEN)
+def test_in_two_processes(name, trainer, outcomes):
+    pytest.importorskip(TRAINERS[trainer])
+    got = outcomes[trainer, name]
+    exact, plain = (parts.alone(name, PROCESSES, dtype) for dtype in (torch.float64, torch.float32))
+    assert not torch.allclose(exact.losses[0], exact.losses[1], rtol=1e-3)  # the weights do move
+    torch.testing.assert_close(got.losses, exact.losses, rtol=1e-4, atol=1e-6)
+    parts.assert_as_near(got, plain, exact, trainer)
+
+
+if __name__ == "__main__":
+    trainer, folder = sys.argv[1:]
+    declare_torchvision_nms()  # this process has not run the tests' conftest
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    found = {name: tuple(globals()[f"two_by_{trainer}"](name, rank, folder)) for name in SEVEN}
+    if rank == 0:
+        torch.save(found, f"{folder}/{trainer}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

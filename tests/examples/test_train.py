@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -18,8 +19,10 @@ from safetensors import safe_open
 import fastvit
 from examples.images import OptionError, training_batches
 from examples.models import SMALL, ConvNet, from_checkpoint
+from examples.processes import POINTER
 from examples.train import Run, main, parse
 from tests.examples.pictures import CLASSES, make_shards
+from tests.helpers import HANG_GUARD
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves shards open
 
@@ -414,6 +417,55 @@ def test_a_run_is_neither_overwritten_nor_changed(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(out), "--resume"])
     assert "--resume: " in capsys.readouterr().err
+
+
+def test_one_class_is_not_enough(folder, tmp_path, capsys):
+    shutil.copytree(folder / "red", tmp_path / "pictures" / "red")
+    assert main(arguments(tmp_path / "run", tmp_path / "pictures", "vit")) == 2
+    assert "--data: expected two classes or more, got 1: ['red']" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_named(tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"no archive" * 100)
+    for more in ([], ["--samples", "8", "--classes", "3"]):
+        options = ["--val-data", str(shard), *more]
+        assert main(arguments(tmp_path / "run", shard, "vit", *options)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"train.py: error: --data: {shard} cannot be read, it may be damaged or cut off: ")
+
+
+def test_no_folder_for_the_run(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(arguments(tmp_path / "file", folder, "vit"))
+    assert f"--out: expected a folder, or a name for one, got the file '{tmp_path / 'file'}'" in capsys.readouterr().err
+    assert main(arguments(tmp_path / "file" / "run", folder, "vit")) == 2
+    assert "--out: this folder cannot be made: " in capsys.readouterr().err
+    (tmp_path / POINTER).write_text("nothing")
+    with pytest.raises(SystemExit):
+        main([*arguments(tmp_path, folder, "vit"), "--resume"])
+    assert f"--resume: {tmp_path / POINTER} is not what examples/train.py writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["torch", "examples.images"])
+def test_ctrl_c_while_libraries_are_imported(at, tmp_path):
+    """The interrupt comes as a module is about to be imported."""
+    code = f"""
+import builtins, os, runpy, signal, sys
+plain = builtins.__import__
+def imported(name, *rest, **named):
+    if name == {at!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return plain(name, *rest, **named)
+builtins.__import__ = imported
+sys.argv = ["train.py", "--data", "digits", "--out", "run"]
+runpy.run_path({str(ROOT / "examples" / "train.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_GUARD)
+    assert (run.returncode, run.stderr) == (130, "train.py: interrupted\n")
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

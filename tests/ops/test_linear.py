@@ -69,6 +69,21 @@ def test_sums_so_long_that_they_are_worked_out_in_slices(isa: str, turned: bool,
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", FORWARD_DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (193, 6501, 40)])
+def test_rows_that_are_columns_of_a_matrix(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """As those of a weight's gradient are."""
+    x, weight, bias = _layer(*shape, dtype)
+    within = torch.full((x.shape[1] + 1, len(x) + 3), torch.nan, dtype=dtype)
+    within[:-1, :-3] = x.t()
+    for rows in (x.t().contiguous().t(), within[:-1, :-3].t()):
+        with poisoned_empty():
+            got = ops.linear(rows, weight, bias, "gelu", backend="cpp")
+        exact = functional.linear(x.double(), weight.double(), bias.double(), "gelu")
+        assert_as_accurate(got, functional.linear(x, weight, bias, "gelu"), exact)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES)
 @pytest.mark.parametrize("rows", [7, 50, 197, 1000])
 def test_the_same_bits_however_the_work_is_divided(isa: str, rows: int, dtype: torch.dtype) -> None:
     x, *up = _layer(rows, 192, 500, dtype)
@@ -535,9 +550,9 @@ def test_products_of_a_library(library: str, parts: dict, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_that_is_faster_is_taken(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(name: str, key: tuple, candidates: list, run: Callable, on_cpu: bool) -> tuple[str]:
+    def choose(name: str, key: tuple, candidates: list, run: Callable, **settings: Any) -> tuple[str]:
         assert all(run(candidate).shape == run(candidates[0]).shape for candidate in candidates)
-        return (library,)
+        return (library,) if (library,) in candidates else candidates[-1]
 
     monkeypatch.setattr(MODULE.autotune, "choose", choose)
     monkeypatch.setattr(MODULE, "_FASTER", {})
@@ -585,8 +600,8 @@ def _chosen(*args: Tensor) -> str:
 def test_the_library_does_what_it_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 
-    def choose(name: str, key: tuple, candidates: list, run: Callable, on_cpu: bool) -> tuple[str]:
-        assert on_cpu
+    def choose(name: str, key: tuple, candidates: list, run: Callable, **settings: Any) -> tuple[str]:
+        assert settings == {"on_cpu": True, "preference": MODULE.autotune.PREFERENCE}
         asked.append(key)
         outputs = [run(candidate) for candidate in candidates]
         assert outputs[0].shape == outputs[1].shape
@@ -604,6 +619,40 @@ def test_the_library_does_what_it_does_faster(monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 2
     assert _chosen(x[:30], weight, bias) == "reference"
     assert len(set(asked)) == len(asked) == 3
+
+
+@pytest.mark.usefixtures("kernels_first")
+@needs_cpp
+@pytest.mark.parametrize("faster", ["cpp", "reference"])
+def test_the_products_of_gradients_are_chosen_by_their_own_times(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    products = {
+        name: lambda x, weight, name=name, product=product: ran.append(name) or product(x, weight)
+        for name, product in MODULE._GRADIENT_PRODUCTS.items()
+    }
+    asked: list[tuple] = []
+
+    def choose(name: str, key: tuple, candidates: list, run: Callable, **settings: Any) -> tuple[str]:
+        ran.clear()
+        run(candidates[0])
+        assert settings == {"on_cpu": True, "preference": 1.0}
+        if key[0] == "gradient":
+            asked.append(key)
+            assert ran == [candidates[0][0]]
+            return (faster,)
+        assert len(ran) == 2  # a step of training is measured: the gradients of x and weight
+        return candidates[0]
+
+    monkeypatch.setattr(MODULE.autotune, "choose", choose)
+    monkeypatch.setattr(MODULE, "_GRADIENT_PRODUCTS", products)
+    monkeypatch.setattr(MODULE, "_FASTER", {})
+    x, weight, bias = (tensor.requires_grad_() for tensor in _layer(64, 24, 32, torch.float32))
+    for rows in (64, 60):  # of one bucket
+        out = ops.linear(x[:rows], weight, bias)
+        ran.clear()
+        torch.autograd.grad(out.square().sum(), (x, weight, bias))
+        assert ran == [faster, faster]
+    assert [key[1] for key in asked] == [False, True] and len(set(asked)) == 2
 
 
 @needs_cpp
