@@ -11,10 +11,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from benchmarks.jobs import JOBS, Job, parts, widened
 from fastvit import autotune, ops
 from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm
 from tests.helpers import assert_as_accurate, poisoned_empty
 
 pytestmark = [
@@ -113,6 +115,53 @@ def test_forward_is_as_accurate_as_the_reference(job, backend, dtype, small):
 @pytest.mark.parametrize("small", [True, False], ids=["small", "published"])
 def test_gradients_are_as_accurate_as_the_references(job, backend, dtype, small):
     check_step(job, job.tensors(BATCH, dtype, DEVICE, small=small), lambda t: run(job, t, backend))
+
+
+class Watched:
+    """A namespace of operators that keeps the norms which take the batch's statistics."""
+
+    def __init__(self, namespace):
+        self.namespace, self.norms = namespace, []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            leaves = pytree.tree_leaves((arguments, options), is_leaf=lambda value: isinstance(value, BatchNorm))
+            self.norms += [leaf for leaf in leaves if isinstance(leaf, BatchNorm) and leaf.use_batch_stats]
+            return getattr(self.namespace, name)(*arguments, **options)
+
+        return call
+
+
+def moved_statistics(job: Job, tensors, namespace, **backend):
+    """The running statistics behind a training step, by name."""
+    watched = Watched(namespace)
+    try:
+        job.call(watched, {**tensors, **job.leaves(tensors)}, **backend)
+    except RuntimeError as error:
+        if "cannot run this call" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert watched.norms
+    statistics = ("running_mean", "running_var")
+    return {f"{name} {i}": getattr(norm, name) for i, norm in enumerate(watched.norms) for name in statistics}
+
+
+@pytest.mark.parametrize(
+    ("job", "backend"),
+    [(job, backend) for job, backend in PAIRS if "training" in job.name],
+    ids=lambda value: getattr(value, "name", value),
+)
+@each_dtype
+def test_running_statistics_move_as_the_references_do(job, backend, dtype):
+    tensors = job.tensors(BATCH, dtype, DEVICE)
+    ours, reference, exact = (
+        moved_statistics(job, tensors, ops, backend=backend),
+        moved_statistics(job, tensors, functional),
+        moved_statistics(job, widened(tensors), functional),
+    )
+    assert ours.keys() == exact.keys()
+    for name in exact:
+        assert_as_accurate(ours[name], reference[name], exact[name], name=name)
 
 
 @each_pair

@@ -11,14 +11,17 @@ import dataclasses
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from benchmarks.jobs import JOBS, Job, is_statistic, parts
 from fastvit import autotune
 from fastvit.reference import functional
+from fastvit.reference.functional import BatchNorm
 from tests.compat import test_running, test_state
 from tests.kernels import test_on_gpu as gpu
 from tests.ops import test_token_depthwise_conv_cuda as conv
@@ -134,6 +137,37 @@ def test_the_gradient_of_every_input_is_looked_at(job, monkeypatch):
             monkeypatch.setattr(gpu, "run", wrong_gradient(name, 1.01))
             with caught(f"gradient of {name}"):
                 gpu.test_gradients_are_as_accurate_as_the_references(job, "triton", torch.float32, True)
+
+
+class Operators:
+    """The plain functions as if they were operators; with a fault running statistics stay, or move too far."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, backend: str, **options: Any) -> Any:
+            def given(leaf: Any) -> Any:
+                if not isinstance(leaf, BatchNorm):
+                    return leaf
+                if self.fault == "stays":
+                    return leaf._replace(running_mean=leaf.running_mean.clone(), running_var=leaf.running_var.clone())
+                return leaf._replace(momentum=leaf.momentum * (1.5 if self.fault == "moves too far" else 1.0))
+
+            arguments, options = pytree.tree_map(
+                given, (arguments, options), is_leaf=lambda x: isinstance(x, BatchNorm)
+            )
+            return getattr(functional, name)(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("fault", ["none", "stays", "moves too far"])
+@pytest.mark.parametrize("name", [job.name for job in JOBS if "training" in job.name])
+def test_running_statistics_that_are_wrong_are_missed(name, fault, monkeypatch):
+    monkeypatch.setattr(gpu, "ops", Operators(fault))
+    with unless(fault == "none", "running_"):
+        gpu.test_running_statistics_move_as_the_references_do(small(name), "triton", torch.float32)
 
 
 def test_a_wrong_candidate_of_the_autotuner_is_missed(monkeypatch):
