@@ -40,7 +40,7 @@ RECOMPUTED = ("deepvit", "ceit")
 PROCESSES = 4
 
 
-# --- The processes ------------------------------------------------------------------------------------------------------
+# --- The processes ----------------------------------------------------------------------------------------------------
 
 
 def _together(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, x: Tensor, mesh: DeviceMesh) -> Outcome:
