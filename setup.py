@@ -16,7 +16,8 @@ Environment:
     FASTVIT_SANITIZE        sanitizers, e.g. "address,undefined": a slow build, with objects of its own, for finding
                             errors, each of which ends the process. Python must then have been started with LD_PRELOAD
                             of libasan, libubsan and libstdc++.
-    CXX, CXXFLAGS, LDFLAGS  as usual.
+    CXX, CXXFLAGS, LDFLAGS  as usual. CXX may compile for another machine, such as aarch64-linux-gnu-g++.
+    ARCHFLAGS               on macOS: architectures, e.g. "-arch arm64". Default: that of the Python that runs this.
     MAX_JOBS                compilers run at once; default: from cores and available memory.
 A value that is none of these ends the build, whatever FASTVIT_BUILD_EXT says.
 """
@@ -76,7 +77,18 @@ ISA_FLAGS: dict[str, list[str]] = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    # As for x86, GCC is not to load ahead into registers that there are not; Clang, which does not, has no such flag.
+    "neon": ["-DFASTVIT_NEON", "-fno-schedule-insns", "-Wno-ignored-optimization-argument"],
 }
+# What the compiler must take with those flags, whatever machine this is: it may compile for another.
+X86_PROBE = "#include <immintrin.h>\n"
+NEON_PROBE = """
+#include <arm_neon.h>
+#if !defined(__aarch64__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error
+#endif
+"""
+ISA_PROBES = {isa: NEON_PROBE if isa == "neon" else X86_PROBE for isa in ISA_FLAGS if isa != "portable"}
 DEFAULT_ARCHS = ("80", "90", "100")
 
 
@@ -158,11 +170,12 @@ def torch_without_cuda() -> str | None:
 
 
 def find_cxx() -> list[str] | None:
-    """The C++ compiler's command: CXX, or the first of the usual names on PATH."""
+    """The C++ compiler's command: CXX, or the first of the usual names on PATH; on macOS for which architecture."""
     asked = shlex.split(os.environ.get("CXX", ""))
+    archs = shlex.split(os.environ.get("ARCHFLAGS", "") or f"-arch {platform.machine()}")
     for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
-            return command
+            return [*command, *archs] if platform.system() == "Darwin" else command
     return None
 
 
@@ -214,10 +227,8 @@ def find_isas(cxx: list[str]) -> list[str]:
     wanted = {"portable", *asked} if asked else set(ISA_FLAGS)
     if "avx512_bf16" in wanted:
         wanted.add("avx512")  # whose kernels it takes for all but bfloat16
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ["portable"]
-    probe = "#include <immintrin.h>\nint main() {}\n"
-    return [isa for isa, flags in ISA_FLAGS.items() if isa in wanted and (not flags or compiles(cxx, flags, probe))]
+    usable = {isa for isa in wanted - {"portable"} if compiles(cxx, ISA_FLAGS[isa], ISA_PROBES[isa])}
+    return [isa for isa in ISA_FLAGS if isa == "portable" or isa in usable]
 
 
 def find_nvcc() -> str | None:
@@ -344,7 +355,7 @@ def plan_binaries(toolchain: Toolchain, units: list[Unit], extension: str) -> li
     return [
         Binary(OBJECTS / extension, of_extension, toolchain.cxx, link_flags(toolchain, has_cuda)),
         # In this order: library.cpp registers, at its start, what the others list at theirs.
-        Binary(OBJECTS / LIBRARY, cpu + library, toolchain.cxx, link_flags(toolchain, False, "-dynamiclib")),
+        Binary(OBJECTS / LIBRARY, cpu + library, toolchain.cxx, link_flags(toolchain, False, library=True)),
     ]
 
 
@@ -384,11 +395,12 @@ def make_torch_stub(toolchain: Toolchain) -> Path:
     return stub
 
 
-def link_flags(toolchain: Toolchain, has_cuda: bool, kind: str = "-bundle") -> list[str]:
-    """The linker's flags; they follow the objects. ``kind``: what macOS's linker makes."""
+def link_flags(toolchain: Toolchain, has_cuda: bool, library: bool = False) -> list[str]:
+    """The linker's flags; they follow the objects. ``library``: of LIBRARY, which macOS tells from an extension."""
     extra = [*SANITIZE_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
     if platform.system() == "Darwin":
-        return [kind, "-undefined", "dynamic_lookup", *extra]
+        kind = ["-dynamiclib", f"-Wl,-install_name,@rpath/{LIBRARY}"] if library else ["-bundle"]
+        return [*kind, "-undefined", "dynamic_lookup", *extra]
     flags = ["-shared", "-Wl,--no-as-needed", str(make_torch_stub(toolchain)), "-Wl,--as-needed"]
     if has_cuda:
         flags += [str(toolchain.cuda_lib / "libcudart_static.a") if toolchain.cuda_lib else ""]

@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstring>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
 #include "common/torch_abi.h"
+#include "program.h"
 #include "snapshot.h"
 
 namespace py = pybind11;
@@ -67,26 +69,6 @@ py::dict cpu_info() {
   return info;
 }
 
-// A hash of 64 values spread over a matrix in memory; strides in elements.
-uint64_t fingerprint(uintptr_t address, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                     int64_t element_bytes) {
-  constexpr uint64_t kSamples = 64, kPrime = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio, which spreads the samples
-  const auto* data = reinterpret_cast<const char*>(address);
-  const auto count = static_cast<uint64_t>(rows) * static_cast<uint64_t>(columns);
-  uint64_t hash = count;
-  for (uint64_t i = 0; i < kSamples && count > 0 && data != nullptr; ++i) {
-    const uint64_t at = i == 0 ? count - 1 : static_cast<uint64_t>(static_cast<__uint128_t>(i * kPrime) * count >> 64);
-    const auto row = static_cast<int64_t>(at / static_cast<uint64_t>(columns));
-    const auto column = static_cast<int64_t>(at % static_cast<uint64_t>(columns));
-    uint64_t value = 0;
-    std::memcpy(&value, data + (row * row_stride + column * column_stride) * element_bytes,
-                static_cast<size_t>(element_bytes < 8 ? element_bytes : 8));
-    hash = (hash ^ value) * kPrime;
-    hash ^= hash >> 29;
-  }
-  return hash;
-}
-
 // (operator, dispatch key) of every kernel in this binary.
 std::vector<std::pair<std::string, std::string>> operators() {
   std::vector<std::pair<std::string, std::string>> all;
@@ -104,11 +86,34 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native part of fastvit: build and CPU information; operators are registered with torch.";
   module.def("build_info", &build_info, "How this binary was built.");
   module.def("cpu_info", &cpu_info, "Who made this CPU, the instruction sets it can run, and the one in use.");
-  module.def("fingerprint", &fingerprint, "A hash of 64 values spread over a matrix in memory, strides in elements.");
+  module.def(
+      "fingerprint",
+      [](uintptr_t address, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+         int64_t element_bytes) {
+        return fastvit::Sample(reinterpret_cast<const void*>(address), rows, columns, row_stride, column_stride,
+                               element_bytes)
+            .hash();
+      },
+      "A hash of 64 values spread over a matrix in memory, strides in elements.");
   module.def("operators", &operators, "(operator, dispatch key) of every kernel in this binary.");
   py::class_<fastvit::Snapshot>(module, "Snapshot", "What objects and some dictionaries of theirs were like.")
       .def(py::init<const py::iterable&, const py::iterable&>(), py::arg("objects"), py::arg("dictionaries"))
       .def("holds", &fastvit::Snapshot::holds, "Whether nothing was set, added, removed or replaced since.");
+  using fastvit::Program;
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program", "Operators called one after the other.")
+      .def(py::init(&Program::make))
+      .def_property_readonly("id", &Program::id)
+      .def("watch", &Program::watch)
+      .def("add_view", &Program::add_view)
+      .def("add_call",
+           [](Program& program, const std::string& name, const std::string& overload, Program::Words words,
+              Program::Lists lists, const std::vector<std::tuple<int64_t, int64_t, bool>>& tensors, int64_t results) {
+             Program::Tensors arguments;
+             for (const auto& [place, index, optional] : tensors) arguments.push_back({place, index, optional});
+             program.add_call(name, overload, std::move(words), std::move(lists), std::move(arguments), results);
+           })
+      .def("finish", &Program::finish)
+      .def("holds", &Program::holds, "Whether the tensors held are as they were.");
   module.def("_set_cpu_capability", &fastvit::set_cpu_isa, py::arg("name"),
              "Changes the instruction set in use (for tests); ValueError if this CPU cannot run it.");
 }

@@ -290,13 +290,14 @@ def _device_name() -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The CPU: its model by name, family, model and stepping, and the instruction set asked for."""
+    """The CPU: its model by name and by numbers, on x86 and on Arm, and the instruction set asked for."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
-    number = "/".join(fields.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    numbers = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    number = "/".join(fields[name] for name in numbers if name in fields)
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} {number} {os.environ.get('FASTVIT_CPU_CAPABILITY', '').lower()}".strip()
 

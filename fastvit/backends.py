@@ -6,7 +6,7 @@ Everything is looked up once, when this module is imported, so that each call of
 Environment, read at import; letter case does not matter, and any other value is a ValueError:
     FASTVIT_BACKEND          the backends that the automatic choice may take: "auto", or names joined by commas.
     FASTVIT_CPU_CAPABILITY   the instruction set of the C++ kernels, instead of the best this CPU has (read by the
-                             extension): portable, avx2, avx512, avx512_bf16.
+                             extension): portable, avx2, avx512, avx512_bf16, neon.
     FASTVIT_UNPROVEN         1: the automatic choice takes Triton and CUDA kernels where they are not proven, too.
     TRITON_INTERPRET         1 runs Triton kernels in Triton's interpreter, on any device.
 """
@@ -35,7 +35,7 @@ from fastvit.proven import PROVEN
 
 BACKENDS = ("reference", "sdpa", "channels_last", "mkl", "onednn", "cpp", "cuda", "triton")
 GPU_KERNELS = ("cuda", "triton")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "neon")
 MIN_TORCH = (2, 10)
 MIN_TRITON = (3, 6)
 

@@ -33,23 +33,24 @@ def load_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE_ROWS: tl.constexpr = False,
-    ALL_ROWS: tl.constexpr = False,
+    wanted=None,
 ):
     """The tile [ROWS, COLUMNS] at (first_row, first_column) of a (num_rows, num_columns) matrix, zeros out of bounds.
 
-    WHOLE_ROWS: the tile is exactly as wide as the matrix. ALL_ROWS: all of its rows are rows of the matrix.
+    WHOLE_ROWS: the tile is exactly as wide as the matrix. ``wanted``: [ROWS], where other rows are to be zeros; False
+    out of bounds.
     """
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     tile = matrix + (tl.cast(first_row, tl.int64) * stride_row + tl.cast(first_column, tl.int64) * stride_column)
     pointers = tile + rows[:, None] * stride_row + columns[None, :] * stride_column
-    if WHOLE_ROWS and ALL_ROWS:
-        values = tl.load(pointers)
-    elif WHOLE_ROWS:
-        values = tl.load(pointers, mask=(first_row + rows < num_rows)[:, None], other=0)
+    inside = first_row + rows < num_rows
+    if wanted is not None:
+        inside = wanted
+    if WHOLE_ROWS:
+        values = tl.load(pointers, mask=inside[:, None], other=0)
     else:
-        inside = (first_row + rows < num_rows)[:, None] & (first_column + columns < num_columns)[None, :]
-        values = tl.load(pointers, mask=inside, other=0)
+        values = tl.load(pointers, mask=inside[:, None] & (first_column + columns < num_columns)[None, :], other=0)
     return values
 
 
@@ -76,17 +77,31 @@ def load_key_mask(key_mask, first_key, num_keys, stride, KEYS: tl.constexpr):
 
 
 @triton.jit
-def visible_range(key_mask, num_keys, stride, BLOCK: tl.constexpr):
-    """(first visible key, last + 1, number of visible keys) of a key padding mask; an empty range where none is."""
-    first = num_keys
-    end = 0
-    count = 0
-    for start in range(0, num_keys, BLOCK):
-        keys = start + tl.arange(0, BLOCK)
-        visible = load_key_mask(key_mask, start, num_keys, stride, BLOCK)
-        first = tl.minimum(first, tl.min(tl.where(visible, keys, num_keys), axis=0))
-        end = tl.maximum(end, tl.max(tl.where(visible, keys + 1, 0), axis=0))
-        count += tl.sum(visible.to(tl.int32), axis=0)
+def _joined(first, end, count, other_first, other_end, other_count):
+    return tl.minimum(first, other_first), tl.maximum(end, other_end), count + other_count
+
+
+@triton.jit
+def _range_of(visible, first_key, num_keys, BLOCK: tl.constexpr):
+    """The same of BLOCK keys; all three in one reduction."""
+    keys = first_key + tl.arange(0, BLOCK)
+    found = (tl.where(visible, keys, num_keys), tl.where(visible, keys + 1, 0), visible.to(tl.int32))
+    return tl.reduce(found, 0, _joined)
+
+
+@triton.jit
+def visible_range(key_mask, num_keys, stride, BLOCK: tl.constexpr, visible=None):
+    """(first visible key, last + 1, number of visible keys) of a key padding mask; an empty range where none is.
+
+    ``visible``: the first BLOCK keys by :func:`load_key_mask`, where they were loaded ahead.
+    """
+    if visible is None:
+        visible = load_key_mask(key_mask, 0, num_keys, stride, BLOCK)
+    first, end, count = _range_of(visible, 0, num_keys, BLOCK)
+    for start in range(BLOCK, num_keys, BLOCK):
+        more = load_key_mask(key_mask, start, num_keys, stride, BLOCK)
+        other_first, other_end, other_count = _range_of(more, start, num_keys, BLOCK)
+        first, end, count = _joined(first, end, count, other_first, other_end, other_count)
     return first, end, count
 
 

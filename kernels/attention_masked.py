@@ -14,9 +14,9 @@ and V come from the cache. The program keeps Q [BLOCK_M, BLOCK_D] (BLOCK_D is D 
   out = P V / sum(P). Nothing is rescaled. Vision transformers usually have so few tokens.
 - streaming otherwise: the same for one tile of BLOCK_N keys after another, with a running row maximum m, a running sum
   l and an accumulator; where a tile raises m, the sum and the accumulator are multiplied by exp(m_old - m_new).
-  With a key padding mask the loop runs from the tile of the first visible key to that of the last. Tiles that hold
-  visible keys alone are attended to without looking at a mask; what is left of keys without a mask is cut into small
-  tiles.
+  With a key padding mask the tiles begin at the first visible key and end at the last. Where all keys between are
+  visible too, no mask is looked at again, and the loads of a tile are on their way while others are attended to;
+  otherwise each tile reads its part of the mask, and values behind it are replaced by zeros.
 
 Matrix products take the input dtype (float32 as true float32, or TF32 where PyTorch's setting allows it) and accumulate
 in float32; everything between them is float32.
@@ -26,6 +26,7 @@ Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiling).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from fastvit.kernels._primitives import (
     finite_maximum,
     input_precision,
     inverse_of_sum,
+    load_key_mask,
     load_tile,
     product_kind,
     store_rows,
@@ -50,13 +52,17 @@ from fastvit import autotune
 
 
 class Config(NamedTuple):
-    """A launch configuration: tile sizes, warps, pipeline stages, and whether all keys of a head fit BLOCK_N."""
+    """A launch configuration: tile sizes, warps, pipeline stages, and whether all keys of a head fit BLOCK_N.
+
+    ``registers``: the most a thread of the forward may have, on chips from Hopper on; products need more before.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 1
     one_pass: bool = False
+    registers: int | None = None
 
     def options(self) -> dict[str, int]:
         """The launch options of every kernel with this tiling."""
@@ -73,6 +79,9 @@ def one_pass(block_m: int, block_n: int, num_warps: int) -> Config:
     return Config(block_m, block_n, num_warps, one_pass=True)
 
 
+HOPPER = 9
+"""Its major compute capability."""
+
 FEW_QUERIES = 16
 """Up to so many, 16-bit products take tiles of one row of the tensor cores' instructions."""
 
@@ -81,7 +90,11 @@ FEW_QUERIES = 16
 # sm_89; 64 kB on gfx942) for the inputs of its table: tests/kernels checks that.
 REGULAR: dict[tuple[str, int], tuple[Config, ...]] = {
     ("half", 32): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(128, 64, 4, 3)),
-    ("half", 64): (one_pass(64, 64, 4), one_pass(64, 128, 4), Config(64, 32, 4, 3), Config(128, 64, 8, 2)),
+    # With 96 registers five blocks fit a multiprocessor.
+    ("half", 64): (
+        *(one_pass(64, 64, 4), one_pass(64, 128, 4)),
+        *(Config(64, 32, 4, 3, registers=96), Config(128, 64, 8)),
+    ),
     ("half", 128): (one_pass(64, 64, 4), one_pass(64, 128, 8), Config(64, 32, 4, 2)),
     ("few", 32): (Config(16, 64, 2, 3),),
     ("few", 64): (Config(16, 64, 2, 3),),
@@ -111,6 +124,9 @@ registers, so tiles are smaller."""
 
 SMALLEST_SCALE = tl.constexpr(1e-30)
 """In the place of a scale of 0: no logit is told from 0 by it, and -inf times it is -inf."""
+
+MASK_BLOCK = tl.constexpr(256)
+"""Keys whose mask is looked at in one go."""
 
 AMD_ONE_PASS_KEYS = 128
 """Larger one-pass tiles spill on gfx942, whose matrix instructions take 16 rows per warp."""
@@ -164,12 +180,18 @@ def attend_tile(
     PRECISION: tl.constexpr,
     ALL_VISIBLE: tl.constexpr,
 ):
-    """The running maximum, sum and accumulator behind one more tile of keys."""
-    k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, ALL_VISIBLE)
+    """The running maximum, sum and accumulator behind one more tile of keys.
+
+    ALL_VISIBLE: all keys in front of ``num_keys`` are.
+    """
+    k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D)
     logits = logits_tile(
         q_tile, k_tile, scale, mask, bias, first_query, start, num_queries, num_keys, stride_mq, stride_mk,
         stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION, False, ALL_VISIBLE,
     )  # fmt: skip
+    if ALL_VISIBLE:  # noqa: SIM102 - it is known when compiled
+        if start + BLOCK_N > num_keys:
+            logits = tl.where((start + tl.arange(0, BLOCK_N) < num_keys)[None, :], logits, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(logits, 1))
     finite_max = finite_maximum(new_max)
     if HAS_BIAS:
@@ -179,7 +201,10 @@ def attend_tile(
         shift = finite_max * unit
         p = tl.exp2(logits * unit - shift[:, None])
         rescale = tl.exp2(row_max * unit - shift)
-    v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, ALL_VISIBLE)
+    wanted = None
+    if MASK_KIND == 1 and not ALL_VISIBLE:  # 0 times NaN is NaN
+        wanted = load_key_mask(mask, start, num_keys, stride_mk, BLOCK_N)
+    v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, BLOCK_D == D, wanted)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return new_max, row_sum * rescale + tl.sum(p, 1), acc
 
@@ -222,17 +247,16 @@ def masked_attention_kernel(
     MASK_KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WRITE_LSE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of BLOCK_M queries of one head."""
     scale = tl.cast(scale, tl.float32)  # a Python float may arrive as float64
 
-    # Adjacent programs share the head.
+    # Adjacent programs share the head. A division takes as long as loading a tile, so there is but one.
     blocks = tl.cdiv(num_queries, BLOCK_M)
-    program = tl.program_id(0)
-    head = program // blocks
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
+    image = tl.program_id(0) // blocks
+    b, h = image.to(tl.int64), tl.program_id(1).to(tl.int64)
     q += b * stride_qb + h * stride_qh
     k += b * stride_kb + h * stride_kh
     v += b * stride_vb + h * stride_vh
@@ -241,16 +265,26 @@ def masked_attention_kernel(
         mask += b * stride_mb + h * stride_mh
     if HAS_BIAS:
         bias += b * stride_biasb + h * stride_biash
+    if WRITE_LSE:
+        lse += (b * H + h) * num_queries
 
-    first_query = (program % blocks) * BLOCK_M
+    first_query = (tl.program_id(0) - image * blocks) * BLOCK_M
     EXACT_D: tl.constexpr = BLOCK_D == D
+    if MASK_KIND == 1 and not ONE_PASS:
+        visible = load_key_mask(mask, 0, num_keys, stride_mk, MASK_BLOCK)
     q_tile = load_tile(q, first_query, 0, num_queries, D, stride_qn, 1, BLOCK_M, BLOCK_D, EXACT_D)
+
+    first, end, solid_end = 0, num_keys, num_keys  # up to solid_end all keys are visible
+    if MASK_KIND == 1 and not ONE_PASS:  # before the queries are waited for
+        first, end, count = visible_range(mask, num_keys, stride_mk, MASK_BLOCK, visible)
+        solid_end = tl.where(count == end - first, end, first)
 
     # Without a bias the maximum is taken of the products alone, and scaling, subtracting the maximum and the change to
     # base 2 are one multiply-add a logit. So the scale has to be positive.
     unit = scale
     if not HAS_BIAS:
-        q_tile = tl.where(scale < 0, -q_tile, q_tile)
+        if NEGATIVE:
+            q_tile = -q_tile
         unit = tl.maximum(tl.abs(scale), SMALLEST_SCALE) * LOG2_E
         scale = 1.0
 
@@ -264,29 +298,21 @@ def masked_attention_kernel(
             MASK_KIND, HAS_BIAS, PRECISION, False,
         )  # fmt: skip
     else:
-        first, end = 0, num_keys
-        plain_end = num_keys // BLOCK_N * BLOCK_N  # the end of the tiles that need no mask
-        if MASK_KIND == 1:
-            first, end, count = visible_range(mask, num_keys, stride_mk, 256)
-            solid = (count == end - first) & (first % BLOCK_N == 0)
-            first = first // BLOCK_N * BLOCK_N
-            plain_end = tl.where(solid, end // BLOCK_N * BLOCK_N, first)
         if MASK_KIND != 2:
-            for start in range(first, plain_end, BLOCK_N):
+            for start in range(first, solid_end, BLOCK_N):
+                row_max, row_sum, acc = attend_tile(
+                    row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, start, num_queries,
+                    solid_end, stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M,
+                    BLOCK_N, BLOCK_D, MASK_KIND, HAS_BIAS, PRECISION, True,
+                )  # fmt: skip
+            first = tl.maximum(first, solid_end)
+        if MASK_KIND != 0:
+            for start in tl.range(first, end, BLOCK_N, num_stages=1 if MASK_KIND == 1 else None):
                 row_max, row_sum, acc = attend_tile(
                     row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, start, num_queries,
                     num_keys, stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M,
-                    BLOCK_N, BLOCK_D, MASK_KIND, HAS_BIAS, PRECISION, True,
+                    BLOCK_N, BLOCK_D, MASK_KIND, HAS_BIAS, PRECISION, False,
                 )  # fmt: skip
-            first = tl.maximum(first, plain_end)
-        # Without a mask few keys are left: small tiles compute little that does not exist.
-        REST: tl.constexpr = min(BLOCK_N, 16) if MASK_KIND == 0 else BLOCK_N
-        for start in tl.range(first, end, REST, num_stages=1 if MASK_KIND != 2 else None):
-            row_max, row_sum, acc = attend_tile(
-                row_max, row_sum, acc, q_tile, k, v, mask, bias, scale, unit, first_query, start, num_queries, num_keys,
-                stride_kn, stride_vn, stride_mq, stride_mk, stride_biasq, stride_biask, D, BLOCK_M, REST, BLOCK_D,
-                MASK_KIND, HAS_BIAS, PRECISION, False,
-            )  # fmt: skip
 
     # A row without visible keys has sum 0 and accumulator 0.
     acc = acc * inverse_of_sum(row_sum)[:, None]
@@ -295,7 +321,14 @@ def masked_attention_kernel(
         rows = first_query + tl.arange(0, BLOCK_M)
         # -inf + -inf without a key
         row_lse = row_max * (1.0 if HAS_BIAS else unit / LOG2_E) + tl.log(row_sum)
-        tl.store(lse + head.to(tl.int64) * num_queries + rows, row_lse, mask=rows < num_queries)
+        tl.store(lse + rows, row_lse, mask=rows < num_queries)
+
+
+@functools.cache
+def chip(device: torch.device) -> int:
+    """The major compute capability of one of NVIDIA's GPUs; 0 for any other device."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device)[0] if is_nvidia else 0
 
 
 def masked_attention_forward(
@@ -334,7 +367,7 @@ def masked_attention_forward(
     product = product_kind(q.dtype)
 
     def launch(config: Config, out: Tensor) -> None:
-        masked_attention_kernel[(triton.cdiv(num_queries, config.block_m) * batch * heads,)](
+        masked_attention_kernel[triton.cdiv(num_queries, config.block_m) * batch, heads](
             **operands.arguments(scale),
             out=out,
             lse=lse if need_lse else None,
@@ -342,8 +375,10 @@ def masked_attention_forward(
             MASK_KIND=operands.mask_kind,
             HAS_BIAS=bias is not None,
             WRITE_LSE=need_lse,
+            NEGATIVE=scale < 0,
             PRECISION=input_precision(product),
             **config.options(),
+            **({"maxnreg": config.registers} if config.registers and chip(q.device) >= HOPPER else {}),
         )
 
     with torch.cuda.device_of(q):

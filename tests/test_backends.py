@@ -203,7 +203,7 @@ class TestEnvironment:
 
     @pytest.mark.parametrize("name", ["mmx", "avx512_fp16", " "])
     def test_instruction_sets_without_an_extension(self, name: str) -> None:
-        expected = "FASTVIT_CPU_CAPABILITY: expected one of portable, avx2, avx512, avx512_bf16, got"
+        expected = "FASTVIT_CPU_CAPABILITY: expected one of portable, avx2, avx512, avx512_bf16, neon, got"
         with pytest.raises(ValueError, match=f"{expected} '{name}'"):
             backends._check_cpu_capability(name)
         hide = "import sys, importlib.machinery; importlib.machinery.EXTENSION_SUFFIXES.clear(); "

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from fastvit._version import __version__
+from tests.standalone.program import build_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "csrc" / "common" / "torch_abi.h"
@@ -309,11 +310,10 @@ def test_no_cuda_kernel_spills_or_has_local_memory(complete: Path) -> None:
     assert {"sm_80", "sm_90"} <= set(chips)
     functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     # Forward: 3 dtypes x (3 kernel sizes x 2 strides + any other); so are gradients, beside what both need.
-    assert sum("Forward" in name for name, *_ in functions) == 21 * len(set(chips))
+    assert sum("7Forward" in name for name, *_ in functions) == 21 * len(set(chips))
+    assert sum("17ProjectionForward" in name for name, *_ in functions) == 3 * len(set(chips))
     assert sum("Gradient" in name for name, *_ in functions) == 21 * len(set(chips))
-    # On sm_80 the gradients of 3 x 3 in 16 bits want two of 128 registers more.
-    most = {name: 8 if re.search(r"Gradient.*Li8ELi3ELi1E", name) else 0 for name, *_ in functions}
-    assert not [name for name, _, stack, local in functions if int(stack) + int(local) > most[name]]
+    assert not [name for name, _, stack, local in functions if int(stack) + int(local) > 0]
 
 
 @needs_compiler
@@ -515,6 +515,43 @@ def test_avx512_bf16_brings_the_set_whose_other_kernels_it_takes(small_source: P
     if "avx512_bf16" not in record["isa_levels"]:
         pytest.skip("neither this architecture nor its compiler has it")
     assert record["isa_levels"] == ["portable", "avx512", "avx512_bf16"]
+
+
+def test_compiles_for_arm(small_source: Path, tmp_path: Path) -> None:
+    """By a compiler for another machine, which it is asked what it compiles for."""
+    compiler = "aarch64-linux-gnu-g++"
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    env = clean_environment(**QUICKLY, CXX=compiler, FASTVIT_BUILD_EXT="1")
+    run(sys.executable, "setup.py", "build", "--build-lib", tmp_path / "built", cwd=small_source, env=env)
+    record = json.loads((tmp_path / "built" / "fastvit" / "_build_info.json").read_text(encoding="utf-8"))
+    assert record["isa_levels"] == ["portable", "neon"]
+    for binary in (tmp_path / "built" / "fastvit").glob("*.so"):
+        assert struct.unpack_from("<H", binary.read_bytes(), 18)[0] == 183  # ELF's number of AArch64
+
+
+@pytest.mark.parametrize(
+    ("archflags", "archs"), [("", ["-arch", "arm64"]), ("-arch x86_64 -arch arm64", "-arch x86_64 -arch arm64".split())]
+)
+def test_flags_of_macos(monkeypatch: pytest.MonkeyPatch, archflags: str, archs: list[str]) -> None:
+    """What Apple's compiler and linker are given; nothing of it is Linux's."""
+    rules = build_rules()
+    monkeypatch.setattr(rules.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(rules.platform, "machine", lambda: "arm64")
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setenv("ARCHFLAGS", archflags)
+    monkeypatch.delenv("LDFLAGS", raising=False)
+    cxx = rules.find_cxx()
+    assert cxx == ["c++", *archs]
+    toolchain = rules.Toolchain(cxx=cxx, compiler="Apple clang", isas=["portable", "neon"])
+    rules.LIBRARY = "libfastvit.dylib"
+    extension, library = rules.plan_binaries(toolchain, rules.plan_units(toolchain), "_C.so")
+    assert extension.flags == ["-bundle", "-undefined", "dynamic_lookup"]
+    assert library.flags[0] == "-dynamiclib" and library.flags[1].endswith(",@rpath/libfastvit.dylib")
+    commands = [unit.command for unit in extension.units] + [extension.command(), library.command()]
+    assert all(command[: 1 + len(archs)] == ["c++", *archs] for command in commands)
+    linux = re.compile(r"-Wl,--|-Wl,-soname|-l(dl|rt|pthread)|-fopenmp|-m(avx|fma)")
+    assert not [word for command in commands for word in command if linux.match(word)]
 
 
 @needs_compiler

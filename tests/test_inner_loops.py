@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from tests.standalone.program import build_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = 19
@@ -24,20 +27,27 @@ def find_mca() -> str | None:
 
 
 MCA = find_mca()
-COMPILER = shutil.which("g++")
-FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+
+
+class Target(NamedTuple):
+    """What the loop is compiled by, and for."""
+
+    compiler: str
+    triple: str
+    multiply_add: str
+    steps: int  # 16 of a whole tile
+    cpus: tuple[str, ...]
+
+
+TARGETS = {
+    "avx2": Target("g++", "x86_64", "vfmadd", 16 * 12, ("haswell", "znver3", "znver4", "icelake-server")),
+    # llvm-mca has a 512-bit broadcast of Zen 4 wait for the pipes of the multipliers, which the CPU's load ports make.
+    "avx512": Target("g++", "x86_64", "vfmadd", 16 * 28, ("icelake-server", "sapphirerapids")),
+    "neon": Target(
+        *("aarch64-linux-gnu-g++", "aarch64", "fmla", 16 * 24),
+        ("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2", "apple-m1"),
+    ),
 }
-# llvm-mca has a 512-bit broadcast of Zen 4 wait for the pipes of the multipliers, which the CPU's load ports make.
-CPUS = (
-    ("avx2", "haswell"),
-    ("avx2", "znver3"),
-    ("avx2", "znver4"),
-    ("avx2", "icelake-server"),
-    ("avx512", "icelake-server"),
-    ("avx512", "sapphirerapids"),
-)
 LEAST = 0.95
 """Of the rate of the multiply-adds alone."""
 
@@ -46,39 +56,50 @@ def straight_lines(assembly: str) -> list[list[str]]:
     """Instructions that run one after the other: what lies between labels and jumps."""
     found: list[list[str]] = [[]]
     for line in assembly.splitlines():
-        if re.match(r"\.?\w+:|\s+j", line):
+        if re.match(r"\.?\w+:|\s+(j|b\W|b\w\w\s|b\.|cbn?z|tbn?z|ret)", line):
             found.append([])
         elif re.match(r"\s+[a-z]", line):
             found[-1].append(line)
     return found
 
 
-def cycles(body: list[str], cpu: str) -> float:
+def cycles(body: list[str], target: Target, cpu: str) -> float:
     """Of one turn of a loop."""
     turns = 200
-    command = [str(MCA), "-mtriple=x86_64", f"-mcpu={cpu}", f"-iterations={turns}"]
+    command = [str(MCA), f"-mtriple={target.triple}", f"-mcpu={cpu}", f"-iterations={turns}"]
     run = subprocess.run(command, input="\n".join(body), capture_output=True, text=True, check=True)
     total = re.search(r"Total Cycles:\s+(\d+)", run.stdout)
     assert total is not None, run.stdout
     return int(total[1]) / turns
 
 
-@pytest.fixture(scope="module", params=FLAGS)
-def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """An instruction set, and the body of the loop with the most multiply-adds that it is compiled to."""
-    if MCA is None or COMPILER is None:
-        pytest.skip(f"needs llvm-mca of LLVM {OLDEST} (Debian: llvm-19) and g++")
-    target = tmp_path_factory.mktemp("assembly") / f"{request.param}.s"
-    command = [COMPILER, "-std=c++20", "-O3", "-DNDEBUG", "-fno-math-errno", "-ffp-contract=fast", "-Icsrc", "-S"]
-    options = [*FLAGS[request.param], f"-DFASTVIT_ISA={request.param}", "csrc/linear/cpu.cpp", "-o", str(target)]
+@pytest.mark.parametrize("isa", TARGETS)
+def test_the_loop_of_products_is_bound_by_its_multiply_adds(isa: str, tmp_path: Path) -> None:
+    target = TARGETS[isa]
+    if MCA is None or shutil.which(target.compiler) is None:
+        pytest.skip(f"needs llvm-mca of LLVM {OLDEST} (Debian: llvm-19) and {target.compiler}")
+    command = [
+        target.compiler,
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        "-fno-math-errno",
+        "-ffp-contract=fast",
+        "-Icsrc",
+        "-S",
+    ]
+    options = [
+        *build_rules().ISA_FLAGS[isa],
+        f"-DFASTVIT_ISA={isa}",
+        "csrc/linear/cpu.cpp",
+        "-o",
+        str(tmp_path / "linear.s"),
+    ]
     subprocess.run([*command, *options], cwd=ROOT, check=True)
-    lines = straight_lines(target.read_text(encoding="utf-8"))
-    return request.param, max(lines, key=lambda body: sum("vfmadd" in line for line in body))
-
-
-def test_the_loop_of_products_is_bound_by_its_multiply_adds(loop: tuple[str, list[str]]) -> None:
-    isa, body = loop
-    alone = [line for line in body if "vfmadd" in line]
-    assert len(alone) == {"avx2": 16 * 12, "avx512": 16 * 28}[isa]  # 16 steps of a whole tile
-    shares = {cpu: cycles(alone, cpu) / cycles(body, cpu) for of, cpu in CPUS if of == isa}
+    lines = straight_lines((tmp_path / "linear.s").read_text(encoding="utf-8"))
+    # The loop with the most multiply-adds.
+    body = max(lines, key=lambda line: sum(target.multiply_add in word for word in line))
+    alone = [line for line in body if target.multiply_add in line]
+    assert len(alone) == target.steps
+    shares = {cpu: cycles(alone, target, cpu) / cycles(body, target, cpu) for cpu in target.cpus}
     assert all(share >= LEAST for share in shares.values()), shares

@@ -125,6 +125,8 @@ def test_commands_of_the_workflows_exist() -> None:
             assert {word.partition("=")[0] for word in words[2:]} <= variables, command
         elif words[0] == "python3":
             assert (ROOT / words[1]).is_file(), command
+        elif words[0] == "sudo":
+            assert words[1:4] == ["apt-get", "install", "--yes"], command
         else:
             assert words[:3] == ["gh", "release", "create"], command
 
@@ -134,6 +136,8 @@ def test_workflows_test_what_the_metadata_promises() -> None:
     ci, release = (path.read_text(encoding="utf-8") for path in WORKFLOWS)
     assert re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.+)\]", ci)[1]) == promised
     assert [f"3.{minor}" for minor in re.findall(r"/cp3(\d+)-cp3\1/bin/python\n(?! *PYTHONS)", release)] == promised
+    assert re.search(r"PYTHONS: (python3.+)", release)[1].split() == [f"python{version}" for version in promised]
+    assert re.search(r"python-version: \|\s+((3\.\d+\s+)+)", release)[1].split() == promised
     (oldest,) = re.findall(r'"torch>=(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert f"torch=={oldest}.0 " in ci and f"torch=={oldest}.0 " in release
 

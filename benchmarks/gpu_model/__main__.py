@@ -50,7 +50,7 @@ def predict_launch(launch: Launch, keys: int = 0) -> dict[str, Any]:
         limiter = max(limits, key=limits.__getitem__)
         return {**facts, "limiter": limiter, "microseconds": 1e6 * limits[limiter]}
     binary, shared = launch.build()
-    trips = (max(1, keys // launch.block), 1)
+    trips = (-(-keys // launch.block), 0) if keys else (1,)
     ran = trace(binary.instructions, Warp(launch.parameters, 32 * launch.warps, launch.grid, trips, launch.thread))
     found = predict(ran, binary.registers, shared, launch.warps, math.prod(launch.grid), launch.traffic)
     return facts | {

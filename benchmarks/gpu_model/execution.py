@@ -2,8 +2,8 @@
 
 Registers hold a known integer or None. Arguments come from the constant bank, the thread is one of the first block's;
 what comes from memory or out of floating-point arithmetic is unknown, except for the reciprocals that integer divisions
-are made of. A branch that depends on something unknown falls through, unless a call
-(the slow path of a division) lies in between; loops that do so run given numbers of times.
+are made of. A branch that depends on something unknown falls through, unless a call (the slow path of a division) lies
+in between; loops that do so run given numbers of times, and are gone around where that is none.
 """
 
 from __future__ import annotations
@@ -389,12 +389,17 @@ OPERATIONS: dict[str, Callable[[Warp, Instruction], None]] = {
 UNIFORM = frozenset("U" + name for name in OPERATIONS) | {"ULDC"}
 
 
+def goes_back(i: Instruction) -> bool:
+    return i.base == "BRA" and i.target <= i.address
+
+
 def trace(instructions: Sequence[Instruction], warp: Warp) -> Trace:
     """Run a kernel to its end.
 
     RuntimeError for one that runs longer than ``LONGEST`` instructions.
     """
     place_of = {i.address: place for place, i in enumerate(instructions)}
+    loops_at = {place_of[i.target]: place for place, i in enumerate(instructions) if goes_back(i)}
     ran: list[Instruction] = []
     loops: list[Loop] = []
     ends: dict[int, list[int]] = collections.defaultdict(list)
@@ -416,13 +421,17 @@ def trace(instructions: Sequence[Instruction], warp: Warp) -> Trace:
             taken: bool | None = (
                 False if False in conditions or ".DIV" in i.name else None if None in conditions else True
             )
-            backward = i.target <= i.address
+            backward = goes_back(i)
             if taken is None and backward:
                 unknown += not ends[i.address]
                 taken = len(ends[i.address]) + 1 < warp.trips[min(unknown, len(warp.trips)) - 1]
             elif taken is None:
                 between = instructions[place : min(place_of[i.target], place + SLOW_PATH)]
                 taken = any(each.base == "CALL" for each in between)
+                around = any(place <= begin <= end < place_of[i.target] for begin, end in loops_at.items())
+                if around and warp.trips[min(unknown, len(warp.trips) - 1)] == 0:
+                    taken = True
+                    unknown += 1
             if backward:
                 ends[i.address].append(len(ran))
                 if not taken:

@@ -28,7 +28,14 @@ from benchmarks.gpu_model.machine_code import Binary, disassemble
 from fastvit import backends
 from fastvit.ops._operator import Operator
 from fastvit.ops._schema import REGISTERED
+from fastvit.ops.conv_projection import convolved_together
 from fastvit.ops.token_depthwise_conv import convolved
+
+IN_CUDA = {
+    "token_depthwise_conv": (lambda a: convolved(a.x, a.weight, a), cuda.convolution),
+    "conv_projection": (convolved_together, cuda.projection),
+}
+"""The operators with CUDA kernels: their empty results, and their launches."""
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT, MULTIPROCESSORS = 232448, 132
@@ -77,11 +84,12 @@ class _Library(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "fastvit" and name == "token_depthwise_conv":  # in CUDA
+        if func.namespace == "fastvit" and name in IN_CUDA:
+            empty, launches_of = IN_CUDA[name]
             arguments = REGISTERED[name].Arguments(*args)
-            out = convolved(arguments.x, arguments.weight, arguments)
-            self._launches.append(cuda.launch(arguments, out))
-            return out
+            result = empty(arguments)
+            self._launches.extend(launches_of(arguments, result))
+            return result
         if func.namespace == "fastvit":  # what its implementation asks of torch counts
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
@@ -164,7 +172,7 @@ def recording(configuration: int = 0) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.object(backends, "TRITON_INTERPRETED", True))  # takes tensors on the CPU
         stack.enter_context(mock.patch.object(backends, "REQUESTED", frozenset(backends.GPU_KERNELS)))
         projections = importlib.import_module("fastvit.ops.conv_projection")
-        stack.enter_context(mock.patch.dict(projections._HAS_TOGETHER, cpu=False))  # that is the CPU's kernel
+        stack.enter_context(mock.patch.dict(projections._HAS_TOGETHER, cpu=True))  # in CUDA
         stack.enter_context(mock.patch.object(Operator, "__call__", call))
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))

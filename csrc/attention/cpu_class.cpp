@@ -39,6 +39,11 @@ FASTVIT_INLINE Vec sums_of(const Vec (&x)[kLanes]) {
   };
   const __m256 low = fours(0), high = fours(4);
   return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+#elif defined(FASTVIT_NEON)
+  const auto two = [&](int i) {
+    return vpaddq_f32(vaddq_f32(x[i].low, x[i].high), vaddq_f32(x[i + 1].low, x[i + 1].high));
+  };
+  return {vpaddq_f32(two(0), two(2)), vpaddq_f32(two(4), two(6))};
 #else
   Vec result = Vec::fill(0.0f);
   for (int64_t i = 0; i < kLanes; ++i) result.v[i] = sum(x[i]);

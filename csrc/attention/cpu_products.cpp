@@ -59,7 +59,7 @@ FASTVIT_NOINLINE void add_outer(int64_t depth, const float* a, int64_t a_stride,
     for (int c = 0; c < kC; ++c) columns[c] = Vec::load(b + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r * a_stride + k]);
+      const Broadcast row = broadcast(a[r * a_stride + k]);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add(row, columns[c], sums[r][c]);
     }

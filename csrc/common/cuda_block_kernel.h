@@ -34,9 +34,11 @@
 #endif
 #ifdef __CUDA_ARCH__
 #define FASTVIT_UNROLL _Pragma("unroll")
+#define FASTVIT_UNROLL_TWO _Pragma("unroll 2")
 #define FASTVIT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FASTVIT_UNROLL
+#define FASTVIT_UNROLL_TWO
 #define FASTVIT_NO_UNROLL
 #endif
 
@@ -56,6 +58,26 @@ struct Place {
   int64_t block;
   int thread;
   unsigned char* shared;
+};
+
+// Division of numbers below 2^31 by one that is known at launch, in three instructions; nvcc's own takes twenty.
+struct Divisor {
+  uint32_t value = 1, multiplier = 1u << 31, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : value(static_cast<uint32_t>(divisor)) {
+    while ((uint64_t{1} << shift) < value) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + value - 1) / value);
+  }
+  FASTVIT_DEVICE uint32_t quotient(uint32_t number) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(2 * number) * multiplier >> 32) >> shift;
+  }
+  // The remainder; the number becomes the quotient.
+  FASTVIT_DEVICE uint32_t split(uint32_t& number) const {
+    const uint32_t before = number;
+    number = quotient(before);
+    return before - number * value;
+  }
 };
 
 struct BlockKernel {
@@ -295,15 +317,13 @@ FASTVIT_DEVICE float near_exp2(float x) {
 #endif
 }
 
-// 1 + erf(x / sqrt(2)), halved, with an error of 1e-7, in a third of erff's instructions: for 16-bit results.
-// Abramowitz and Stegun 7.1.26, whose error is relative in the left tail.
-FASTVIT_DEVICE float near_normal_distribution(float x) {
-  const float z = fabsf(x) * 0.70710678f;
-  const float t = near_inverse(fmaf(0.3275911f, z, 1.0f)), density = near_exp2(-1.44269504f * z * z);
-  const float series =
-      fmaf(fmaf(fmaf(fmaf(0.530702715f, t, -0.726576013f), t, 0.71070687f), t, -0.142248368f), t, 0.127414796f);
-  const float tail = series * t * density;  // the coefficients are half of theirs
-  return x < 0.0f ? tail : 1.0f - tail;
+// GELU for 16-bit results, in ten instructions: x times the sigmoid of log(Phi(x) / Phi(-x)), which is odd, and here a
+// polynomial, fitted by weighted least squares. The error is at most 6e-5 of the result, or 2e-6 where it is small.
+FASTVIT_DEVICE float near_gelu(float x) {
+  const float t = x * x;
+  float odds = fmaf(fmaf(-2.5261975e-6f, t, 7.1039184e-5f), t, 4.9203e-4f);  // of -x, in base 2, over x
+  odds = fmaf(fmaf(odds, t, -0.105580902f), t, -2.30179688f);
+  return x * near_inverse(1.0f + near_exp2(odds * x));
 }
 
 FASTVIT_DEVICE float activate(Activation activation, float x) {
@@ -321,7 +341,7 @@ template <class T, int V>
 FASTVIT_DEVICE void activate_all(Activation activation, float (&values)[V]) {
   if (sizeof(T) == 2 && activation == Activation::gelu) {
     FASTVIT_UNROLL
-    for (int i = 0; i < V; ++i) values[i] *= near_normal_distribution(values[i]);
+    for (int i = 0; i < V; ++i) values[i] = near_gelu(values[i]);
     return;
   }
   FASTVIT_UNROLL

@@ -9,7 +9,7 @@
 namespace fastvit {
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::neon};
 
 bool is_compiled(Isa isa) {
   switch (isa) {
@@ -18,6 +18,7 @@ bool is_compiled(Isa isa) {
       FASTVIT_IF_AVX2(case Isa::avx2 : return true;)
       FASTVIT_IF_AVX512(case Isa::avx512 : return true;)
       FASTVIT_IF_AVX512_BF16(case Isa::avx512_bf16 : return true;)
+      FASTVIT_IF_NEON(case Isa::neon : return true;)
     default: return false;
   }
 }
@@ -34,10 +35,10 @@ bool runs_here([[maybe_unused]] Isa isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
     case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    default: return false;
   }
-  return false;
 #else
-  return isa == Isa::portable;
+  return true;  // NEON, where it is compiled, is part of the architecture
 #endif
 }
 
@@ -71,6 +72,7 @@ const char* name_of(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::neon: return "neon";
   }
   return "unknown";
 }

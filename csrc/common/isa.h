@@ -12,7 +12,7 @@
 
 namespace fastvit {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16 };  // from the least to the most capable
+enum class Isa { portable, avx2, avx512, avx512_bf16, neon };  // from the least to the most capable of an architecture
 
 const char* name_of(Isa isa);
 std::vector<Isa> compiled_isas();   // in this binary
@@ -43,6 +43,11 @@ void set_cpu_isa(const std::string& name);
 #else
 #define FASTVIT_IF_AVX512_BF16(...)
 #endif
+#ifdef FASTVIT_HAS_NEON
+#define FASTVIT_IF_NEON(...) __VA_ARGS__
+#else
+#define FASTVIT_IF_NEON(...)
+#endif
 
 // FASTVIT_DECLARE_PER_ISA(void f(const Params&);) inside namespace fastvit declares avx2::f, portable::f, ...
 #define FASTVIT_DECLARE_PER_ISA(...)               \
@@ -51,7 +56,7 @@ void set_cpu_isa(const std::string& name);
   }                                                \
   FASTVIT_IF_AVX2(namespace avx2{__VA_ARGS__})     \
   FASTVIT_IF_AVX512(namespace avx512{__VA_ARGS__}) \
-  FASTVIT_IF_AVX512_BF16(namespace avx512_bf16{__VA_ARGS__})
+  FASTVIT_IF_AVX512_BF16(namespace avx512_bf16{__VA_ARGS__}) FASTVIT_IF_NEON(namespace neon{__VA_ARGS__})
 
 // FASTVIT_PER_ISA(f, element): the function f of the instruction set in use, to be called, or passed on, for tensors of
 // such elements. What avx512_bf16 adds is for bfloat16 alone: its other kernels are those of avx512.
@@ -63,6 +68,7 @@ void set_cpu_isa(const std::string& name);
                              [[fallthrough]];)                                                                     \
       FASTVIT_IF_AVX512(case ::fastvit::Isa::avx512 : return &::fastvit::avx512::function;)                        \
       FASTVIT_IF_AVX2(case ::fastvit::Isa::avx2 : return &::fastvit::avx2::function;)                              \
+      FASTVIT_IF_NEON(case ::fastvit::Isa::neon : return &::fastvit::neon::function;)                              \
       default: static_cast<void>(of); return &::fastvit::portable::function;                                       \
     }                                                                                                              \
   }(element))

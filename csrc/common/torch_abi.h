@@ -27,6 +27,8 @@ struct TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 struct DeviceGuardOpaque;
 using DeviceGuardHandle = DeviceGuardOpaque*;
+struct StableListOpaque;
+using StableListHandle = StableListOpaque*;
 using StableIValue = uint64_t;
 using AOTITorchError = int32_t;
 
@@ -54,6 +56,9 @@ AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** ret);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** ret);
 AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, AtenTensorHandle* ret);
+AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* ret);
+AOTITorchError aoti_torch__reinterpret_tensor(AtenTensorHandle self, int64_t ndim, const int64_t* sizes,
+                                              const int64_t* strides, int64_t offset, AtenTensorHandle* ret);
 AOTITorchError aoti_torch_copy_(AtenTensorHandle self, AtenTensorHandle src, int32_t non_blocking);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_device_type_cuda();
@@ -62,6 +67,17 @@ int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_bool();
+
+// Calls of operators.
+AOTITorchError aoti_torch_cpu_add_Tensor(AtenTensorHandle self, AtenTensorHandle other, double alpha,
+                                         AtenTensorHandle* ret);
+AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle left,
+                                        AtenTensorHandle right, double beta, double alpha);
+AOTITorchError aoti_torch_cpu_cat(const AtenTensorHandle* tensors, int64_t count, int64_t axis, AtenTensorHandle* ret);
+AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack,
+                                     uint64_t extension_build_version);
+AOTITorchError torch_new_list_reserve_size(size_t size, StableListHandle* ret);
+AOTITorchError torch_list_push_back(StableListHandle list, StableIValue element);
 
 // Devices.
 AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret);
@@ -137,6 +153,8 @@ class Tensor {
     return static_cast<T*>(get<void*>(torch_get_mutable_data_ptr, "get_mutable_data_ptr"));
   }
 
+  // The same tensor once more.
+  Tensor share() const { return Tensor(get<AtenTensorHandle>(aoti_torch_new_tensor_handle, "new_tensor_handle")); }
   AtenTensorHandle handle() const { return handle_; }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
@@ -285,13 +303,22 @@ template <class Result, class... Args, Result (*function)(Args...)>
 struct Box<function> {
   static void call(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
     using Taken = Unbox<std::tuple<std::remove_cvref_t<Args>...>>;
-    constexpr uint64_t results = results_of(static_cast<const Result*>(nullptr));
+    constexpr uint64_t results = [] {
+      if constexpr (std::is_void_v<Result>)
+        return uint64_t{0};
+      else
+        return results_of(static_cast<const Result*>(nullptr));
+    }();
     check(num_args == Taken::slots && num_outputs == results, "fastvit: the schema has ", num_args, " arguments and ",
           num_outputs, " results, the kernel takes ", Taken::slots, " and returns ", results);
     // Takes ownership of every argument before the function runs, so that all are released if it throws.
     StableIValue* next = stack;
     auto args = Taken::take(next);
-    put(std::apply(function, std::move(args)), stack);
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(function, std::move(args));
+    } else {
+      put(std::apply(function, std::move(args)), stack);
+    }
   }
 };
 
@@ -300,7 +327,7 @@ struct Box<function> {
 
 // FASTVIT_REGISTER(token_depthwise_conv, "CPU", run): `run` implements fastvit::token_depthwise_conv there. `run` is a
 // function of Tensor, OptionalTensor, int64_t, double and bool, and of structs of them that have a Schema (by value or
-// const reference), that returns a Tensor or a std::tuple of them.
+// const reference), that returns a Tensor, a std::tuple of them, or nothing.
 #define FASTVIT_REGISTER(op, key, function)                                                                      \
   static const ::fastvit::Registration fastvit_register_##op(#op, key, ::fastvit::detail::Box<(function)>::call, \
                                                              __FILE__, __LINE__)

@@ -1,8 +1,9 @@
 // Vectors of float32 for the kernels that are compiled once per instruction set (csrc/<operator>/cpu*.cpp).
 //
 // Vec is the widest register of the instruction set this file is compiled for: 16 lanes with AVX-512, 8 with AVX2, 4
-// elsewhere (a GNU vector type, which compilers map to SSE, NEON and the like). bfloat16 and float16 are storage types:
-// they are widened on load and rounded to nearest even on store.
+// elsewhere (a GNU vector type, which compilers map to SSE and the like). With NEON it is two registers: of 8 lanes,
+// too, and as many as AVX2 has, so that what is laid out for the one suits the other. bfloat16 and float16 are storage
+// types: they are widened on load and rounded to nearest even on store.
 #pragma once
 
 #include <stdint.h>
@@ -27,6 +28,8 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#elif defined(FASTVIT_NEON)  // set by setup.py: every aarch64 compiler has NEON, for the portable kernels, too
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTVIT_ISA
@@ -249,6 +252,115 @@ FASTVIT_INLINE float largest(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+#elif defined(FASTVIT_NEON)
+
+struct Vec {
+  static constexpr int64_t lanes = 8;
+  float32x4_t low, high;
+
+  // Bit by bit of n, at most 8: memcpy would be a call.
+  template <class T>
+  static FASTVIT_INLINE void copy_first(const T* from, int64_t n, T* to) {
+    if (n & 8) memcpy(to, from, 8 * sizeof(T));
+    if (n & 4) memcpy(to, from, 4 * sizeof(T)), from += 4, to += 4;
+    if (n & 2) memcpy(to, from, 2 * sizeof(T)), from += 2, to += 2;
+    if (n & 1) memcpy(to, from, sizeof(T));
+  }
+  static FASTVIT_INLINE Vec fill(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+  static FASTVIT_INLINE Vec load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+  static FASTVIT_INLINE Vec load(const bf16* p) {
+    const uint16x8_t h = vld1q_u16(&p->bits);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(h, 16))};
+  }
+  static FASTVIT_INLINE Vec widen(float16x8_t h) { return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)}; }
+  static FASTVIT_INLINE Vec load(const f16* p) { return widen(vreinterpretq_f16_u16(vld1q_u16(&p->bits))); }
+  template <class T>
+  static FASTVIT_INLINE Vec load(const T* p, int64_t n) {
+    T whole[lanes] = {};
+    copy_first(p, n, whole);
+    return load(whole);
+  }
+
+  static FASTVIT_INLINE uint16x8_t rounded(float32x4_t v) {  // to bfloat16, in the odd elements
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), even = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t result = vaddq_u32(bits, vaddq_u32(even, vdupq_n_u32(0x7fff)));
+    return vreinterpretq_u16_u32(vbslq_u32(vceqq_f32(v, v), result, vdupq_n_u32(0x7fc00000)));
+  }
+  FASTVIT_INLINE float16x8_t halves() const { return vcvt_high_f16_f32(vcvt_f16_f32(low), high); }
+  FASTVIT_INLINE void store(float* p) const { vst1q_f32(p, low), vst1q_f32(p + 4, high); }
+  FASTVIT_INLINE void store(bf16* p) const { vst1q_u16(&p->bits, vuzp2q_u16(rounded(low), rounded(high))); }
+  FASTVIT_INLINE void store(f16* p) const { vst1q_u16(&p->bits, vreinterpretq_u16_f16(halves())); }
+  template <class T>
+  FASTVIT_INLINE void store(T* p, int64_t n) const {
+    T whole[lanes];
+    store(whole);
+    copy_first(whole, n, p);
+  }
+};
+
+FASTVIT_INLINE float32x4_t masked(float32x4_t v, uint32x4_t mask) {
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), mask));
+}
+
+FASTVIT_INLINE Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+FASTVIT_INLINE Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+FASTVIT_INLINE Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+FASTVIT_INLINE Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+FASTVIT_INLINE Vec sqrt(Vec a) { return {vsqrtq_f32(a.low), vsqrtq_f32(a.high)}; }
+FASTVIT_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
+FASTVIT_INLINE Vec fnma(Vec a, Vec b, Vec c) {
+  return {vfmsq_f32(c.low, a.low, b.low), vfmsq_f32(c.high, a.high, b.high)};
+}
+// Not FMIN and FMAX, which give NaN where either is.
+FASTVIT_INLINE Vec min(Vec a, Vec b) {
+  return {vbslq_f32(vcltq_f32(a.low, b.low), a.low, b.low), vbslq_f32(vcltq_f32(a.high, b.high), a.high, b.high)};
+}
+FASTVIT_INLINE Vec max(Vec a, Vec b) {
+  return {vbslq_f32(vcgtq_f32(a.low, b.low), a.low, b.low), vbslq_f32(vcgtq_f32(a.high, b.high), a.high, b.high)};
+}
+FASTVIT_INLINE Vec round_even(Vec a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+FASTVIT_INLINE float32x4_t power_of_two(int32x4_t n) {
+  return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+// By two factors, as with AVX2.
+FASTVIT_INLINE float32x4_t scale_by_power(float32x4_t mantissa, float32x4_t n) {
+  const int32x4_t whole = vcvtq_s32_f32(n), half = vshrq_n_s32(whole, 1);
+  return vmulq_f32(vmulq_f32(mantissa, power_of_two(half)), power_of_two(vsubq_s32(whole, half)));
+}
+FASTVIT_INLINE Vec scale_by_power(Vec mantissa, Vec n) {
+  return {scale_by_power(mantissa.low, n.low), scale_by_power(mantissa.high, n.high)};
+}
+FASTVIT_INLINE float32x4_t scale_by_low_bits(float32x4_t mantissa, float32x4_t shifted) {
+  return vmulq_f32(mantissa, power_of_two(vreinterpretq_s32_f32(shifted)));
+}
+FASTVIT_INLINE Vec scale_by_low_bits(Vec mantissa, Vec shifted) {
+  return {scale_by_low_bits(mantissa.low, shifted.low), scale_by_low_bits(mantissa.high, shifted.high)};
+}
+FASTVIT_INLINE Vec abs(Vec a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
+FASTVIT_INLINE Vec keep_below(Vec a, float limit, Vec value) {
+  const float32x4_t most = vdupq_n_f32(limit);
+  return {masked(value.low, vcltq_f32(a.low, most)), masked(value.high, vcltq_f32(a.high, most))};
+}
+FASTVIT_INLINE Vec keep_positive(Vec a, Vec value) {
+  return {masked(value.low, vmvnq_u32(vclezq_f32(a.low))), masked(value.high, vmvnq_u32(vclezq_f32(a.high)))};
+}
+FASTVIT_INLINE Vec if_negative(Vec a, Vec yes, Vec no) {
+  return {vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(a.low)), yes.low, no.low),
+          vbslq_f32(vcltzq_s32(vreinterpretq_s32_f32(a.high)), yes.high, no.high)};
+}
+FASTVIT_INLINE Vec if_hidden(Vec limit, Vec yes, Vec no) {
+  const float32x4_t hidden = vdupq_n_f32(-__builtin_inff());
+  return {vbslq_f32(vceqq_f32(limit.low, hidden), yes.low, no.low),
+          vbslq_f32(vceqq_f32(limit.high, hidden), yes.high, no.high)};
+}
+FASTVIT_INLINE bool any_nan(Vec a) {
+  return vminvq_u32(vandq_u32(vceqq_f32(a.low, a.low), vceqq_f32(a.high, a.high))) == 0;
+}
+FASTVIT_INLINE float sum(Vec a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
+FASTVIT_INLINE float largest(Vec a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
+
 #else  // portable
 
 struct Vec {
@@ -370,7 +482,7 @@ FASTVIT_INLINE Vec exp(Vec x) {
 // e^x for x <= 0 or NaN, as softmax needs it, by two thirds of the instructions of exp: 0 below -87.3 instead of
 // subnormal results, and 1.4e-8 |x| of the result less accurate.
 FASTVIT_INLINE Vec exp_nonpositive(Vec x) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(FASTVIT_NEON)
   // x = (n + r) ln 2 with |r| <= 1/2, n in the low bits of a sum with 1.5 * 2^23; 2^r = 1 + r p(r), p a minimax fit of
   // degree 5 (relative error 2e-9).
   const Vec log2e = Vec::fill(1.44269504f), magic = Vec::fill(12582912.0f);
@@ -398,6 +510,8 @@ FASTVIT_INLINE float widen(bf16 x) { return float_of_bfloat16(x.bits); }
 FASTVIT_INLINE float widen(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(FASTVIT_NEON)
+  return static_cast<float>(__builtin_bit_cast(__fp16, x.bits));
 #else
   return float_of_float16(x.bits);
 #endif
@@ -411,6 +525,8 @@ FASTVIT_INLINE Vec round_to(Vec x) {
   return {_mm512_cvtph_ps(x.halves())};
 #elif defined(__AVX2__)
   return {_mm256_cvtph_ps(x.halves())};
+#elif defined(FASTVIT_NEON)
+  return Vec::widen(x.halves());
 #else
   for (int64_t i = 0; i < Vec::lanes; ++i) x.v[i] = float_of_float16(float16_of_float(x.v[i]));
   return x;

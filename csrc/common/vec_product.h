@@ -17,13 +17,32 @@ constexpr bool kPairs = false;
 
 constexpr int64_t words_of(int64_t elements) { return kPairs ? divide_up(elements, 2) : elements; }
 
+// A word that vectors are multiplied by.
+#if defined(FASTVIT_NEON)
+// Alone in its register, since a multiply-add takes one lane for all. Compilers would load it to all lanes (LD1R),
+// which takes a turn of a multiplier.
+struct Broadcast {
+  float word;
+};
+FASTVIT_INLINE Broadcast broadcast(float word) { return {word}; }
+#else
+using Broadcast = Vec;
+FASTVIT_INLINE Broadcast broadcast(float word) { return Vec::fill(word); }
+#endif
+
 // a * b + c on floats, or c + the dot product of two pairs.
 template <bool pairs = kPairs>
-FASTVIT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+FASTVIT_INLINE Vec multiply_add(Broadcast a, Vec b, Vec c) {
+#if defined(FASTVIT_NEON)
+  asm("fmla %0.4s, %1.4s, %2.s[0]" : "+w"(c.low) : "w"(b.low), "w"(a.word));
+  asm("fmla %0.4s, %1.4s, %2.s[0]" : "+w"(c.high) : "w"(b.high), "w"(a.word));
+  return c;
+#else
 #if defined(__AVX512BF16__)
   if constexpr (pairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
 #endif
   return fma(a, b, c);
+#endif
 }
 
 template <int N>
@@ -49,7 +68,7 @@ FASTVIT_INLINE void product(int64_t depth, const float* a, int64_t a_stride, con
     for (int c = 0; c < kC; ++c) columns[c] = column(k, c);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(a[r]);
+      const Broadcast row = broadcast(a[r]);
 #pragma GCC unroll 8
       for (int c = 0; c < kC; ++c) sums[r][c] = multiply_add<pairs>(row, columns[c], sums[r][c]);
     }

@@ -25,6 +25,19 @@ inline void transpose4(const float* const (&rows)[4], int64_t length, float* out
     _mm_storeu_ps(out + (d + 2) * stride, c);
     _mm_storeu_ps(out + (d + 3) * stride, e);
   }
+#elif defined(FASTVIT_NEON)
+  for (; d + 4 <= length; d += 4) {
+    const float32x4_t a = vld1q_f32(rows[0] + d), b = vld1q_f32(rows[1] + d);
+    const float32x4_t c = vld1q_f32(rows[2] + d), e = vld1q_f32(rows[3] + d);
+    const auto pairs = [](float32x4_t x) { return vreinterpretq_f64_f32(x); };
+    const auto floats = [](float64x2_t x) { return vreinterpretq_f32_f64(x); };
+    const float64x2_t even = pairs(vtrn1q_f32(a, b)), even2 = pairs(vtrn1q_f32(c, e));
+    const float64x2_t odd = pairs(vtrn2q_f32(a, b)), odd2 = pairs(vtrn2q_f32(c, e));
+    vst1q_f32(out + d * stride, floats(vtrn1q_f64(even, even2)));
+    vst1q_f32(out + (d + 1) * stride, floats(vtrn1q_f64(odd, odd2)));
+    vst1q_f32(out + (d + 2) * stride, floats(vtrn2q_f64(even, even2)));
+    vst1q_f32(out + (d + 3) * stride, floats(vtrn2q_f64(odd, odd2)));
+  }
 #endif
   for (; d < length; ++d) {
     for (int i = 0; i < 4; ++i) out[d * stride + i] = rows[i][d];

@@ -373,7 +373,7 @@ FASTVIT_NOINLINE void add_products(int64_t words, const float* x, const float* w
     for (int c = 0; c < kPanelVectors; ++c) columns[c] = Vec::load(weight + k * kPanel + c * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::fill(x[r * kRowStride + k]);
+      const Broadcast row = broadcast(x[r * kRowStride + k]);
 #pragma GCC unroll 2
       for (int c = 0; c < kPanelVectors; ++c) sums[r][c] = multiply_add(row, columns[c], sums[r][c]);
     }
@@ -429,7 +429,7 @@ void Panel::run(Finish finish) const {
   for (int64_t c = 0; c < kPanel; c += kLanes) {
     (c < columns ? load(p.bias + column + c, smaller(kLanes, columns - c)) : Vec::fill(0.0f)).store(bias + c);
   }
-  const int64_t rows = block.rows, words = words_of(p.depth), lines = divide_up(kPanel * kRows, rows);
+  const int64_t rows = block.rows, words = words_of(p.depth), lines = smaller(kPanel, divide_up(kPanel * kRows, rows));
   for (int64_t first = 0; first == 0 || first < words; first += kDepthBlock) {
     const int64_t count = smaller(kDepthBlock, words - first);
     const bool last = first + count == words;

@@ -1,11 +1,9 @@
 // The forward CUDA kernel of token_depthwise_conv, as a BlockKernel, and what it shares with the kernels of training.
 //
-// A block computes a tile of outputs of a few channels of one image. It loads the parameters of its channels to shared
-// memory (start), then, where a norm or an activation comes in front, the input tile with its halo, normalised and
-// activated, in the tensor's own element type (load), and computes the outputs (compute). Without them the windows are
-// read where they lie: what they share comes from the L1 cache, and a copy in shared memory took as many instructions
-// as the convolution. A thread computes `run` outputs of a row at a time, so that a value is used for several of them,
-// and a tap for all.
+// A block computes a tile of outputs of a few channels of one image. It sets off copies of the input tile with its halo
+// to shared memory, in the tensor's own element type, and loads the parameters of its channels meanwhile (start). Where
+// a norm or an activation comes in front, every thread then normalises and activates what it has copied (load). Outputs
+// are computed `run` of a row at a time, so that a value is used for several of them, and a tap for all (compute).
 #pragma once
 
 #include "common/cuda_block_kernel.h"
@@ -17,14 +15,44 @@ using namespace blocks;
 
 // --- Parameters ------------------------------------------------------------------------------------------------------
 
-FASTVIT_DEVICE float read(const ChannelParameter& parameter, int64_t i, float absent) {
-  if (parameter.data == nullptr) return absent;
+// An element of a parameter is loaded and read apart where other work is to be done while loads are on their way.
+FASTVIT_DEVICE uint32_t load_bits(const ChannelParameter& parameter, int64_t i) {
+  const bool wide = parameter.element == Element::float32;
+  const char* from = static_cast<const char*>(parameter.data) + (i << (wide ? 2 : 1));
+  return wide ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from);
+}
+
+FASTVIT_DEVICE float float_of_bits(const ChannelParameter& parameter, uint32_t bits) {
   switch (parameter.element) {
-    case Element::bfloat16: return widen(static_cast<const BFloat16*>(parameter.data)[i]);
-    case Element::float16: return widen(static_cast<const Half*>(parameter.data)[i]);
-    default: return static_cast<const float*>(parameter.data)[i];
+    case Element::bfloat16: return bits_as<float>(bits << 16);
+    case Element::float16: return widen(bits_as<Half>(static_cast<uint16_t>(bits)));
+    default: return bits_as<float>(bits);
   }
 }
+
+FASTVIT_DEVICE float read(const ChannelParameter& parameter, int64_t i, float absent) {
+  return parameter.data == nullptr ? absent : float_of_bits(parameter, load_bits(parameter, i));
+}
+
+// Some of them. They are waited for where they are read: behind copies that are set off before.
+template <int N>
+struct Held {
+  uint32_t bits[N];
+
+  FASTVIT_DEVICE void load(int n, const ChannelParameter& parameter, int64_t i) {
+    bits[n] = parameter.data == nullptr ? 0 : load_bits(parameter, i);
+  }
+  FASTVIT_DEVICE float read(int n, const ChannelParameter& parameter, float absent) const {
+    return parameter.data == nullptr ? absent : float_of_bits(parameter, arrived(n));
+  }
+  FASTVIT_DEVICE uint32_t arrived(int n) const {
+    uint32_t word = bits[n];
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(word));
+#endif
+    return word;
+  }
+};
 
 // A norm as scale * x + shift.
 struct Affine {
@@ -35,49 +63,66 @@ FASTVIT_DEVICE float deviation_of(const ChannelNorm& norm, int64_t channel) {
   return sqrtf(read(norm.var, channel, 1.0f) + norm.eps);
 }
 
-FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
+FASTVIT_DEVICE void load_norm(Held<4>& held, const ChannelNorm& norm, int64_t channel) {
+  held.load(0, norm.weight, channel);
+  held.load(1, norm.bias, channel);
+  held.load(2, norm.mean, channel);
+  held.load(3, norm.var, channel);
+}
+
+FASTVIT_DEVICE Affine fold(const Held<4>& held, const ChannelNorm& norm) {
   if (norm.mean.data == nullptr) return {1.0f, 0.0f};
-  const float scale = read(norm.weight, channel, 1.0f) / deviation_of(norm, channel);
-  return {scale, read(norm.bias, channel, 0.0f) - read(norm.mean, channel, 0.0f) * scale};
+  const float scale = held.read(0, norm.weight, 1.0f) / sqrtf(held.read(3, norm.var, 1.0f) + norm.eps);
+  return {scale, held.read(1, norm.bias, 0.0f) - held.read(2, norm.mean, 0.0f) * scale};
 }
 
-// Loads the taps of a block's channels from (C, area) to shared memory as (area, channels); zeros beyond the last
-// channel. Area: that of the kernel, or 0 if it is known at run time only; then all of a thread's loads are on their
-// way at once.
-template <int Area, int Channels, class P>
-FASTVIT_DEVICE void load_taps_of(const P* weight, int area, int64_t left, int thread, float* taps) {
-  const auto load = [&](int i) {  // neighbouring threads read neighbouring elements
-    return i < area * Channels && i / area < left ? widen(weight[i]) : 0.0f;
-  };
-  const auto store = [&](int i, float tap) {
-    if (i < area * Channels) taps[i % area * Channels + i / area] = tap;
-  };
-  if constexpr (Area > 0) {
-    area = Area;
-    constexpr int rounds = (Area * Channels + kThreads - 1) / kThreads;
-    float values[rounds];
-    FASTVIT_UNROLL
-    for (int n = 0; n < rounds; ++n) values[n] = load(thread + n * kThreads);
-    FASTVIT_UNROLL
-    for (int n = 0; n < rounds; ++n) store(thread + n * kThreads, values[n]);
-  } else {
-    for (int i = thread; i < area * Channels; i += kThreads) store(i, load(i));
-  }
+FASTVIT_DEVICE Affine fold(const ChannelNorm& norm, int64_t channel) {
+  Held<4> held;
+  load_norm(held, norm, channel);
+  return fold(held, norm);
 }
 
+// Takes the taps of a block's channels from (C, area) to shared memory as (area, channels); any beyond the last
+// channel. Area: that of the kernel, or 0 if it is known at run time only; then they are loaded when they are stored.
 template <int Area, int Channels>
-FASTVIT_DEVICE void load_taps(const TokenDepthwiseConv& op, int64_t first_channel, int thread, float* taps) {
-  const int area = static_cast<int>(op.kernel * op.kernel);
-  const int64_t first = first_channel * area, left = op.channels - first_channel;
-  const void* weight = op.weight.data;
-  switch (op.weight.element) {
-    case Element::bfloat16:
-      return load_taps_of<Area, Channels>(static_cast<const BFloat16*>(weight) + first, area, left, thread, taps);
-    case Element::float16:
-      return load_taps_of<Area, Channels>(static_cast<const Half*>(weight) + first, area, left, thread, taps);
-    default: return load_taps_of<Area, Channels>(static_cast<const float*>(weight) + first, area, left, thread, taps);
+struct Taps {
+  static constexpr int rounds = Area > 0 ? (Area * Channels + kThreads - 1) / kThreads : 1;
+  Held<rounds> held;
+
+  FASTVIT_DEVICE static int area_of(const TokenDepthwiseConv& op) {
+    return Area > 0 ? Area : static_cast<int>(op.kernel * op.kernel);
   }
-}
+
+  // count: of the channels there are.
+  FASTVIT_DEVICE void load(const TokenDepthwiseConv& op, int64_t first_channel, int count, int thread) {
+    if constexpr (Area > 0) {
+      const int64_t first = first_channel * Area;
+      const int last = count * Area - 1;
+      FASTVIT_UNROLL
+      for (int n = 0; n < rounds; ++n) {  // neighbouring threads read neighbouring elements
+        const int i = thread + n * kThreads;
+        held.bits[n] = load_bits(op.weight, first + (i < last ? i : last));
+      }
+    }
+  }
+  FASTVIT_DEVICE void store(const TokenDepthwiseConv& op, int64_t first_channel, int count, int thread,
+                            float* taps) const {
+    if constexpr (Area > 0) {
+      FASTVIT_UNROLL
+      for (int n = 0; n < rounds; ++n) {
+        const uint32_t i = static_cast<uint32_t>(thread) + n * kThreads;
+        if ((n + 1) * kThreads <= Area * Channels || i < Area * Channels) {
+          taps[i % Area * Channels + i / Area] = float_of_bits(op.weight, held.arrived(n));
+        }
+      }
+    } else {
+      const int area = area_of(op);
+      for (int i = thread; i < count * area; i += kThreads) {
+        taps[i % area * Channels + i / area] = read(op.weight, first_channel * area + i, 0.0f);
+      }
+    }
+  }
+};
 
 // --- Tokens ----------------------------------------------------------------------------------------------------------
 
@@ -145,8 +190,9 @@ inline void choose_tiles(int64_t height, int64_t width, const Cut& cut_into, con
 // --- The kernel ------------------------------------------------------------------------------------------------------
 
 // sums[r][i] += the taps times the windows of R neighbouring outputs. K and S are kernel and stride; K is 0, and R is
-// 1, if the kernel is known at run time only. window: of the first output, with `channels` per token.
-template <class T, int V, int K, int S, int R>
+// 1, if the kernel is known at run time only. window: of the first output, with `channels` per token. With Residual the
+// value under the middle tap is added as well.
+template <class T, int V, int K, int S, int R, bool Residual = false>
 FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int channels, const float* taps,
                              float (&sums)[R][V]) {
   if constexpr (K == 0) {
@@ -160,8 +206,7 @@ FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int c
       }
     }
   } else {
-    FASTVIT_NO_UNROLL
-    for (int dy = 0; dy < K; ++dy) {
+    const auto add_row = [&](int dy) {
       float tap[K][V];
       FASTVIT_UNROLL
       for (int dx = 0; dx < K; ++dx) load_floats<V>(taps + (dy * K + dx) * channels, tap[dx]);
@@ -175,9 +220,17 @@ FASTVIT_DEVICE void convolve(int kernel, const T* window, int token_width, int c
           if (dx < 0 || dx >= K) continue;
           FASTVIT_UNROLL
           for (int i = 0; i < V; ++i) sums[r][i] = fmaf(value[i], tap[dx][i], sums[r][i]);
+          if (!Residual || dx != K / 2) continue;
+          if (dy == K / 2) {
+            FASTVIT_UNROLL
+            for (int i = 0; i < V; ++i) sums[r][i] += value[i];
+          }
         }
       }
-    }
+    };
+    add_row(0);  // apart, so that the first sums need not be moved to where they are added to
+    FASTVIT_NO_UNROLL
+    for (int dy = 1; dy < K; ++dy) add_row(dy);
   }
 }
 
@@ -193,23 +246,26 @@ struct Forward : BlockKernel, Lanes<T, V> {
   void* conv;  // the convolution's result, laid out as out; null if not wanted
   Tiles tiles;
   int halo_height, halo_width;
-  int step_columns;  // that walkers load at a time, a power of two
-  int64_t channel_blocks;
+  int column_bits;                                        // walkers load 2^column_bits columns at a time
+  Divisor channel_blocks, tile_columns, tile_rows, runs;  // runs: of a tile's row
 
-  // op.out may be null if only conv is wanted.
-  Forward(const TokenDepthwiseConv& operation, void* result) : op(operation), conv(result) {
-    channel_blocks = divide_up(op.channels, channels);
+  // op.out may be null if only conv is wanted. Heights of tiles are multiples of `row_step`, widths of `column_step`.
+  Forward(const TokenDepthwiseConv& operation, void* result, int64_t row_step = 1, int64_t column_step = run)
+      : op(operation), conv(result), channel_blocks(divide_up(op.channels, channels)) {
     const auto cut_into = [&](int64_t height, int64_t width) {
-      tiles = cut(op.out_height, op.out_width, height, width, 1, run);
+      tiles = cut(op.out_height, op.out_width, height, width, row_step, column_step);
       halo_height = static_cast<int>((tiles.height - 1) * op.stride + op.kernel);
       halo_width = static_cast<int>((tiles.width - 1) * op.stride + op.kernel);
     };
-    const int64_t width = smaller(divide_up(op.out_width, run), 28 / run) * run;
+    const int64_t width = smaller(divide_up(op.out_width, column_step), 28 / column_step) * column_step;
     choose_tiles(larger(walkers / (width / run), K == 0 ? 8 : 1), width, cut_into, [&] { return shared_bytes(); });
-    for (step_columns = 1; step_columns < walkers && step_columns < halo_width;) step_columns *= 2;
+    tile_columns = Divisor(tiles.columns);
+    tile_rows = Divisor(tiles.rows);
+    runs = Divisor(tiles.width / run);
+    for (column_bits = 0; 1 << column_bits < walkers && 1 << column_bits < halo_width;) ++column_bits;
   }
 
-  int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks; }
+  int64_t grid() const { return op.batch * tiles.per_image() * channel_blocks.value; }
   // Whether the tile holds x as it is.
   FASTVIT_DEVICE bool copies() const {
     return op.pre_norm.mean.data == nullptr && op.pre_activation == Activation::none;
@@ -221,6 +277,7 @@ struct Forward : BlockKernel, Lanes<T, V> {
   }
 
   enum Vector { bias, scale, shift, pre_scale, pre_shift, vectors };
+  FASTVIT_DEVICE int stride() const { return S > 0 ? S : static_cast<int>(op.stride); }
   FASTVIT_DEVICE int taps() const { return K > 0 ? K * K : static_cast<int>(op.kernel * op.kernel); }
   FASTVIT_DEVICE static float* floats(const Place& place) { return reinterpret_cast<float*>(place.shared); }
   FASTVIT_DEVICE float* vector_of(const Place& place, int index) const {
@@ -229,138 +286,200 @@ struct Forward : BlockKernel, Lanes<T, V> {
   FASTVIT_DEVICE T* tile_of(const Place& place) const { return reinterpret_cast<T*>(vector_of(place, vectors)); }
 
   struct State {
-    int64_t image, first_channel;
+    int64_t first_channel;
+    int count;  // of its channels there are
+    uint32_t image;
     int first_row, first_column;  // of the outputs
     int lane, walker;
   };
 
-  FASTVIT_DEVICE void start(State& state, const Place& place) const {
-    // In 32 bits, as the grid is: divisions of 64 take a hundred instructions each.
-    auto index = static_cast<unsigned>(place.block);
-    const auto next = [&](int64_t count) {
-      const unsigned digit = index % static_cast<unsigned>(count);
-      index /= static_cast<unsigned>(count);
-      return static_cast<int>(digit);
-    };
-    state.first_channel = static_cast<int64_t>(next(channel_blocks)) * channels;
-    state.first_column = next(tiles.columns) * tiles.width;
-    state.first_row = next(tiles.rows) * tiles.height;
+  FASTVIT_DEVICE void find_tile(State& state, const Place& place) const {
+    auto index = static_cast<uint32_t>(place.block);
+    state.first_channel = static_cast<int64_t>(channel_blocks.split(index)) * channels;
+    state.count = static_cast<int>(smaller(op.channels - state.first_channel, channels));
+    state.first_column = static_cast<int>(tile_columns.split(index)) * tiles.width;
+    state.first_row = static_cast<int>(tile_rows.split(index)) * tiles.height;
     state.image = index;
     state.lane = place.thread % lanes;
     state.walker = place.thread / lanes;
-    if (copies()) {  // which take their time: the parameters are loaded meanwhile
-      for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
-    }
-    load_taps<K * K, channels>(op, state.first_channel, place.thread, floats(place));
-    for (int i = place.thread; i < channels; i += kThreads) {
-      const int64_t channel = state.first_channel + i;
-      if (channel >= op.channels) continue;
-      const Affine pre = fold(op.pre_norm, channel), post = fold(op.norm, channel);
-      vector_of(place, bias)[i] = read(op.bias, channel, 0.0f);
-      vector_of(place, scale)[i] = post.scale;
-      vector_of(place, shift)[i] = post.shift;
-      vector_of(place, pre_scale)[i] = pre.scale;
-      vector_of(place, pre_shift)[i] = pre.shift;
-    }
   }
+
+  FASTVIT_DEVICE void start(State& state, const Place& place) const {
+    find_tile(state, place);
+    Parameters parameters;
+    parameters.load(op, state, place);
+    start_copies(state, place);
+    parameters.store(op, state, place, floats(place));
+  }
+
+  FASTVIT_DEVICE void start_copies(const State& state, const Place& place) const {
+    for_each_position(state, place, [](const T* from, bool exists, T* to) { copy_pack<T, V>(from, exists, to); });
+  }
+
+  // The parameters of a block's channels: the taps, and behind them (vectors, channels), each sort by warps of its own.
+  struct Parameters {
+    Taps<K * K, channels> taps;
+    Held<4> vector;
+
+    FASTVIT_DEVICE static uint32_t which(const Place& place) { return static_cast<uint32_t>(place.thread) / channels; }
+    FASTVIT_DEVICE static int lane(const Place& place) {
+      return static_cast<int>(static_cast<uint32_t>(place.thread) % channels);
+    }
+
+    FASTVIT_DEVICE void load(const TokenDepthwiseConv& of, const State& state, const Place& place) {
+      taps.load(of, state.first_channel, state.count, place.thread);
+      vector = {};
+      if (which(place) > 2 || lane(place) >= state.count) return;
+      const int64_t channel = state.first_channel + lane(place);
+      if (which(place) == 0) return vector.load(0, of.bias, channel);
+      load_norm(vector, which(place) == 1 ? of.norm : of.pre_norm, channel);
+    }
+
+    FASTVIT_DEVICE void store(const TokenDepthwiseConv& of, const State& state, const Place& place, float* to) const {
+      taps.store(of, state.first_channel, state.count, place.thread, to);
+      if (which(place) > 2 || lane(place) >= state.count) return;
+      to += taps.area_of(of) * channels + lane(place);
+      if (which(place) == 0) {
+        to[bias * channels] = vector.read(0, of.bias, 0.0f);
+      } else {
+        const Affine affine = fold(vector, which(place) == 1 ? of.norm : of.pre_norm);
+        to += (which(place) == 1 ? scale : pre_scale) * channels;
+        to[0] = affine.scale;
+        to[channels] = affine.shift;
+      }
+    }
+  };
 
   // f(where from, whether it exists, where to) for the positions of the tile that the thread loads, column by column.
   template <class F>
   FASTVIT_DEVICE void for_each_position(const State& state, const Place& place, const F& f) const {
     const int c = state.lane * V;
-    const int64_t channel = state.first_channel + c;
-    if (channel >= op.channels) return;  // V divides the channels; nothing reads this lane
-    const auto height = static_cast<unsigned>(op.height), width = static_cast<unsigned>(op.width);
-    const int first_y = static_cast<int>(state.first_row * op.stride - op.padding);
-    const int first_x = static_cast<int>(state.first_column * op.stride - op.padding);
-    const int first = state.walker / step_columns, step_rows = walkers / step_columns;
-    const int64_t row_stride = op.width * op.x_token_stride;
-    const T* image = input_of<T>(op).grid(state.image, 0, channel);
+    if (c >= state.count) return;  // V divides the channels; nothing reads this lane
+    const int first_y = state.first_row * stride() - static_cast<int>(op.padding);
+    const int first_x = state.first_column * stride() - static_cast<int>(op.padding);
+    const int first = state.walker >> column_bits, step_rows = walkers >> column_bits, step_columns = 1 << column_bits;
+    const int64_t row_stride = op.width * op.x_token_stride, step = step_rows * row_stride;
+    const T* image = input_of<T>(op).grid(state.image, 0, state.first_channel + c);
     FASTVIT_NO_UNROLL
-    for (int column = state.walker % step_columns; column < halo_width; column += step_columns) {
-      const bool inside = static_cast<unsigned>(first_x + column) < width;
-      const T* from = fixed(image + (first_y + first) * row_stride + (first_x + column) * op.x_token_stride);
+    for (int column = state.walker & (step_columns - 1); column < halo_width; column += step_columns) {
+      const int x = first_x + column;
+      const uint32_t rows = x >= 0 && x < op.width ? static_cast<uint32_t>(op.height) : 0;  // that exist
+      const T* from = fixed(image + (first_y + first) * row_stride + x * op.x_token_stride);
       T* to = tile_of(place) + (first * halo_width + column) * channels + c;
-      FASTVIT_NO_UNROLL
-      for (int row = first; row < halo_height; row += step_rows) {
-        f(from, inside && static_cast<unsigned>(first_y + row) < height, to);
-        from += step_rows * row_stride;
+      FASTVIT_UNROLL_TWO  // so that one's chain of instructions goes on while the other's waits
+          for (int y = first_y + first; y < first_y + halo_height; y += step_rows) {
+        f(from, static_cast<uint32_t>(y) < rows, to);
+        from += step;
         to += step_rows * halo_width * channels;
       }
     }
   }
 
   FASTVIT_DEVICE void load(State& state, const Place& place, int64_t) const {
-    if (copies()) return finish_copies();
+    finish_copies();
+    if (copies()) return;
     const int c = state.lane * V;
     float scales[V], shifts[V];  // without a norm 1 and 0
     load_floats<V>(vector_of(place, pre_scale) + c, scales);
     load_floats<V>(vector_of(place, pre_shift) + c, shifts);
-    for_each_position(state, place, [&](const T* from, bool exists, T* to) {
-      float values[V] = {};
-      if (exists) {
-        load_wide<T, V>(from, values);
+    const auto transform = [&](const auto& activate) {
+      for_each_position(state, place, [&](const T*, bool exists, T* tile) {
+        if (!exists) return;
+        float values[V];
+        load_wide<T, V>(tile, values);
         FASTVIT_UNROLL
         for (int i = 0; i < V; ++i) values[i] = fmaf(values[i], scales[i], shifts[i]);
-        activate_all<T>(op.pre_activation, values);
-      }
-      store_narrow<T, V>(values, to);
-    });
+        activate(values);
+        store_narrow<T, V>(values, tile);
+      });
+    };
+    if (sizeof(T) == 2 && op.pre_activation == Activation::gelu) {
+      transform([](float (&values)[V]) { activate_all<T>(Activation::gelu, values); });
+    } else {
+      transform([&](float (&values)[V]) { activate_all<T>(op.pre_activation, values); });
+    }
   }
 
   // The blocks of the first tile also copy the prefix tokens.
   FASTVIT_DEVICE void compute(State& state, const Place& place, int64_t) const {
     const int c = state.lane * V;
     const int64_t channel = state.first_channel + c;
-    if (channel >= op.channels) return;
-    const auto x = input_of<T>(op);
+    if (c >= state.count) return;
     const int64_t tokens = op.out_height * op.out_width;
     const auto out = contiguous_view<T>(op, op.out, tokens), convs = contiguous_view<T>(op, conv, tokens);
-    if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) {
-      for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
-        store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
-      }
-    }
-    const T* x_image = fixed(x.grid(state.image, 0, channel));
+    if (op.out != nullptr && state.first_row == 0 && state.first_column == 0) copy_prefix(state, channel, out);
     T* out_image = fixed((op.out != nullptr ? out : convs).grid(state.image, 0, channel));
     const int out_width = static_cast<int>(op.out_width), out_height = static_cast<int>(op.out_height);
-    const int runs = tiles.width / run, stride = S > 0 ? S : static_cast<int>(op.stride);
-    for (int index = state.walker; index < tiles.height * runs; index += walkers) {
-      const int tile_row = static_cast<int>(static_cast<unsigned>(index) / static_cast<unsigned>(runs));
-      const int tile_column = (index - tile_row * runs) * run;
-      if (state.first_row + tile_row >= out_height) break;
+    const float* vectors_of_lane = vector_of(place, 0) + c;
+    const int all_runs = tiles.height * static_cast<int>(runs.value);
+    for (int index = state.walker; index < all_runs; index += walkers) {
+      auto quotient = static_cast<uint32_t>(index);
+      const int tile_column = static_cast<int>(runs.split(quotient)) * run, tile_row = static_cast<int>(quotient);
+      const int row = state.first_row + tile_row;
+      if (row >= out_height) break;
       float sums[run][V];
       FASTVIT_UNROLL
-      for (int r = 0; r < run; ++r) load_floats<V>(vector_of(place, bias) + c, sums[r]);
-      const T* window = tile_of(place) + (tile_row * stride * halo_width + tile_column * stride) * channels + c;
-      convolve<T, V, K, S, run>(static_cast<int>(op.kernel), window, halo_width, channels, floats(place) + c, sums);
-      const int column = state.first_column + tile_column, count = out_width - column < run ? out_width - column : run;
-      const int64_t token = static_cast<int64_t>(state.first_row + tile_row) * out_width + column;
-      const Ends ends{fixed(out_image + token * op.channels), fixed(x_image + token * op.x_token_stride)};
-      if (op.activation == Activation::none && conv == nullptr) {
-        if (op.norm.mean.data != nullptr) {
-          FASTVIT_UNROLL
-          for (int r = 0; r < run; ++r) normalize(place, c, sums[r]);
-        }
-        const bool in_tile = S == 1 && copies();  // then the residual is under the middle tap
-        if (op.residual && in_tile) {
-          const T* middle = window + static_cast<int>(op.padding) * (halo_width + 1) * channels;
-          FASTVIT_UNROLL
-          for (int r = 0; r < run; ++r) add<V>(middle + r * channels, sums[r]);
-        }
-        FASTVIT_UNROLL
-        for (int r = 0; r < run; ++r) {
-          if (r < count) store(ends, r, op.residual && !in_tile, sums[r]);
+      for (int r = 0; r < run; ++r) load_floats<V>(vectors_of_lane + bias * channels, sums[r]);
+      const T* window = tile_of(place) + (tile_row * halo_width + tile_column) * stride() * channels + c;
+      const bool plain = op.activation == Activation::none && conv == nullptr;
+      const bool adds = K == 3 && S == 1 && op.residual && plain && copies() && op.norm.mean.data == nullptr;
+      const bool residual = op.residual && !adds;
+      const bool gelu = sizeof(T) == 2 && op.activation == Activation::gelu && conv == nullptr;  // in few instructions
+      if constexpr (K == 3 && S == 1) {
+        if (adds) {
+          convolve<T, V, K, S, run, true>(K, window, halo_width, channels, floats(place) + c, sums);
+        } else {
+          convolve<T, V, K, S, run>(K, window, halo_width, channels, floats(place) + c, sums);
         }
       } else {
-        // An activation is long code: to have one copy of it, every sum is moved to sums[0] in turn.
+        convolve<T, V, K, S, run>(static_cast<int>(op.kernel), window, halo_width, channels, floats(place) + c, sums);
+      }
+      const int column = state.first_column + tile_column, count = out_width - column < run ? out_width - column : run;
+      const int64_t token = static_cast<uint32_t>(row) * op.out_width + column;
+      T* to = fixed(out_image + token * op.channels);  // of the first token of the run
+      const auto x = input_of<T>(op);
+      if (gelu) {
+        float scales[V], shifts[V];
+        load_floats<V>(vectors_of_lane + scale * channels, scales);
+        load_floats<V>(vectors_of_lane + shift * channels, shifts);
+        FASTVIT_UNROLL
+        for (int r = 0; r < run; ++r) {
+          FASTVIT_UNROLL
+          for (int i = 0; i < V; ++i) sums[r][i] = near_gelu(fmaf(sums[r][i], scales[i], shifts[i]));
+          if (r >= count) continue;
+          if (residual) add<V>(x.grid(state.image, token + r, channel), sums[r]);
+          store_narrow<T, V>(sums[r], moved(to, out_step(), r));
+        }
+      } else if (plain) {
+        if (op.norm.mean.data != nullptr) {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) normalize(vectors_of_lane, sums[r]);
+        }
+        if (residual) {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) {
+            if (r < count) add<V>(x.grid(state.image, token + r, channel), sums[r]);
+          }
+        }
+        if (count >= run) {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) store_narrow<T, V>(sums[r], moved(to, out_step(), r));
+        } else {
+          FASTVIT_UNROLL
+          for (int r = 0; r < run; ++r) {
+            if (r < count) store_narrow<T, V>(sums[r], moved(to, out_step(), r));
+          }
+        }
+      } else {
+        // Other activations are long code: to have one copy of it, every sum is moved to sums[0] in turn.
         FASTVIT_NO_UNROLL
         for (int r = 0; r < count; ++r) {
           if (conv != nullptr) store_narrow<T, V>(sums[0], convs.grid(state.image, token + r, channel));
           if (op.out != nullptr) {
-            normalize(place, c, sums[0]);
+            normalize(vectors_of_lane, sums[0]);
             activate_all<T>(op.activation, sums[0]);
-            store(ends, r, op.residual, sums[0]);
+            if (residual) add<V>(x.grid(state.image, token + r, channel), sums[0]);
+            store_narrow<T, V>(sums[0], moved(to, out_step(), r));
           }
           FASTVIT_UNROLL
           for (int next = 1; next < run; ++next) {
@@ -372,18 +491,20 @@ struct Forward : BlockKernel, Lanes<T, V> {
     }
   }
 
-  // The first token of a run.
-  struct Ends {
-    T* out;
-    const T* x;
-  };
+  FASTVIT_DEVICE void copy_prefix(const State& state, int64_t channel, const TokenView<T>& out) const {
+    const auto x = input_of<T>(op);
+    for (int64_t token = state.walker; token < op.prefix_tokens; token += walkers) {
+      store_pack<T, V>(load_pack<T, V>(x.at(state.image, token, channel)), out.at(state.image, token, channel));
+    }
+  }
 
   FASTVIT_DEVICE int out_step() const { return static_cast<int>(op.channels * static_cast<int64_t>(sizeof(T))); }
 
-  FASTVIT_DEVICE void normalize(const Place& place, int c, float (&sum)[V]) const {
+  // from: the vectors, from the thread's channels on.
+  FASTVIT_DEVICE static void normalize(const float* from, float (&sum)[V]) {
     float scales[V], shifts[V];
-    load_floats<V>(vector_of(place, scale) + c, scales);
-    load_floats<V>(vector_of(place, shift) + c, shifts);
+    load_floats<V>(from + scale * channels, scales);
+    load_floats<V>(from + shift * channels, shifts);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) sum[i] = fmaf(sum[i], scales[i], shifts[i]);
   }
@@ -394,12 +515,6 @@ struct Forward : BlockKernel, Lanes<T, V> {
     load_wide<T, N>(from, values);
     FASTVIT_UNROLL
     for (int i = 0; i < N; ++i) sum[i] += values[i];
-  }
-
-  // Stores the r-th sum of a run to out.
-  FASTVIT_DEVICE void store(const Ends& ends, int r, bool residual, float (&sum)[V]) const {
-    if (residual) add<V>(ends.x + r * op.x_token_stride, sum);
-    store_narrow<T, V>(sum, moved(ends.out, out_step(), r));
   }
 };
 

@@ -118,7 +118,10 @@ struct Gradient : BlockKernel, Lanes<T, V> {
     for (int i = 0; i < kept_taps; ++i) clear(state.weight[i]);
     FASTVIT_UNROLL
     for (int i = 0; i < V; ++i) bias_sums(place)[place.thread * V + i] = 0.0f;
-    load_taps<K * K, channels>(op, first_channel(place), place.thread, floats(place));
+    Taps<K * K, channels> taps_of_thread;
+    const int count = static_cast<int>(smaller(op.channels - first_channel(place), channels));
+    taps_of_thread.load(op, first_channel(place), count, place.thread);
+    taps_of_thread.store(op, first_channel(place), count, place.thread, floats(place));
     for (int i = place.thread; i < channels; i += kThreads) {
       const int64_t channel = first_channel(place) + i;
       if (channel >= op.channels) continue;

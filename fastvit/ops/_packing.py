@@ -121,6 +121,11 @@ def _run_pack_constant(weight: Tensor) -> Tensor:
     return pack(weight) if kept is None else kept
 
 
+def owner_of(packing: Tensor) -> Tensor | None:
+    """The weight, or what it is a view of, that a copy kept here was made of."""
+    return next((kept.owner() for kept in list(_kept.values()) if kept.packed is packing), None)
+
+
 def sole_packings() -> dict[int, Tensor]:
     """By the identity of a weight, its packed copy for our kernels, where that is whole and the only one."""
     found: dict[int, list[Tensor | None]] = {}
@@ -187,9 +192,15 @@ class PackedWeight(Tensor):
         return Parameter, (self.unpacked(), self.trainable)
 
 
+on_release: list[Callable[[], object]] = []
+"""Called when memory is released, by those who hold packed copies."""
+
+
 def release_memory() -> None:
     """Give up every packed copy of a weight, and give freed memory back to the system; the next call packs anew."""
     _kept.clear()
+    for release in on_release:
+        release()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:

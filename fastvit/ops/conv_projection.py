@@ -2,7 +2,8 @@
 
 - ``cpp``, ``cuda``, ``triton``: ``token_depthwise_conv`` by that backend with the norm in it, then a product, on GPUs
   the library's: by prediction (``benchmarks/gpu_model``) it takes a third of the time of a kernel that computes the
-  convolution within the product. For q, k and v at inference ``cpp`` reads x once (``csrc/conv_projection``).
+  convolution within the product. For q, k and v at inference ``cpp`` and ``cuda`` read x once
+  (``csrc/conv_projection``).
 - ``reference``: the functions of the same names in ``fastvit.reference.functional``.
 """
 
@@ -114,7 +115,8 @@ class _Geometry(NamedTuple):
     prefix_tokens: int
 
 
-def _fake_together(a: Any) -> tuple[Tensor, ...]:
+def convolved_together(a: Any) -> tuple[Tensor, ...]:
+    """Empty, of the sizes of the results of the convolutions; ``a``: the arguments of ``fastvit::conv_projection``."""
     outputs = []
     for name in "qkv":
         stride, padding = getattr(a, f"{name}_stride"), getattr(a, f"{name}_padding")
@@ -127,7 +129,7 @@ _together = define(
     "conv_projection",
     f"Tensor x, {', '.join(map(_part, 'qkv'))}, SymInt height, SymInt width, int prefix_tokens",
     "(Tensor, Tensor, Tensor)",
-    _fake_together,
+    convolved_together,
 )
 _HAS_TOGETHER = {device: backends.extension().has_op("conv_projection", device) for device in ("cpu", "cuda")}
 

@@ -465,12 +465,16 @@ def _reasons(
             yield "the compiler differentiates the library's products"
         return  # what is asked of x would be a guard on the batch size
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows < CPP_MIN_ROWS:
-        yield f"fewer than {CPP_MIN_ROWS} rows do not fill a tile"
+    trains = is_grad_enabled() and gradients_needed(x, *weights, *biases)
+    if rows < CPP_MIN_ROWS and (trains or not _packing.ENABLED or any(weight.is_inference() for weight in weights)):
+        yield f"fewer than {CPP_MIN_ROWS} rows are not worth packing a weight at each call"
+        return
+    if rows < CPP_MIN_ROWS:  # they wait for the weight, which a measurement would find in a cache
+        if not (ours and HAS_VECTORS):
+            yield f"fewer than {CPP_MIN_ROWS} rows wait for the weight, which ours reads by all threads"
         return
     # What the times depend on; within a bucket of rows they are taken to be in proportion.
     bucket = min((rows - 1).bit_length(), MOST_ROWS.bit_length())
-    trains = is_grad_enabled() and gradients_needed(x, *weights, *biases)
     mode = "fwd_bwd" if trains else "fwd"
     sizes = (bucket, *weights[0].shape, weights[-1].shape[0], torch.get_num_threads(), x.dtype, mode)
     around = (call.activation is not None, call.norm is not None, call.scale is not None, call.residual is not None)
@@ -638,7 +642,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     traced = is_dynamo_compiling() or torch.compiler._is_exporting_flag
     call, requested = Linear(x, weight, bias), backends.REQUESTED
     asks = not traced and type(weight) is not PackedWeight  # first, as small calls are short; a guard while tracing
-    if asks and (weight.shape[0] < CPP_MIN_COLUMNS or x.numel() < CPP_MIN_ROWS * x.shape[-1]):
+    few = weight.shape[0] < CPP_MIN_COLUMNS or (is_grad_enabled() and x.numel() < CPP_MIN_ROWS * x.shape[-1])
+    if asks and few:
         return LINEAR.implementations[-1].run(call)
     for each in LINEAR.implementations:
         if requested is not None and each.name not in requested and each.name != REFERENCE:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvit.ops._packing import PackedWeight, sole_packings
 from fastvit.patching.plan import check_model
+from fastvit.patching.replay import forget
 from fastvit.patching.verification import as_call
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,7 @@ def freeze(model: Model, example: Any = None) -> Model:
     for module, name, weight in found:
         if id(weight) in frozen:
             module._parameters[name] = frozen[id(weight)]
+    forget()  # records, which hold the weights
     return model
 
 

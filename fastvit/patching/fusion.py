@@ -102,7 +102,7 @@ def fused_class(override: type[Fused], plain: type[nn.Module], backend: str = "a
             for name, owner in looked_up
             if not name.startswith("__") and isinstance(inspect.getattr_static(owner, name), FunctionType)
         )
-        own_forward(cls)  # a class first seen by a later call would compile a compiled model anew
+        own_forward(cls, ours=hasattr(override, "forward"))  # first seen by a later call, it would be compiled anew
         _classes.setdefault(key, cls)  # whichever thread is first
     return _classes[key]
 

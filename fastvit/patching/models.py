@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastvit import backends
+from fastvit.patching.fusion import is_ours
 from fastvit.patching.plan import apply, survey
+from fastvit.patching.replay import replayed
 from fastvit.patching.swap import unpatch
-from fastvit.reference import VisionModel, registry
+from fastvit.reference import VisionModel, base, registry
+from fastvit.reference.overrides import is_own
 
 
 def fuse(model: nn.Module) -> None:
     """Fuse a reference model that has just been built, unless FASTVIT_BACKEND asks for the reference alone."""
     if {"reference"} != backends.REQUESTED:
         apply(survey(model), "auto")
+
+
+def _run_features(features: Callable[..., Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
+    """features(x, mask) of a fused model; without the Python between the blocks where nothing changed since a call."""
+    model = getattr(features, "__self__", None)
+    if isinstance(model, VisionModel) and any(is_ours(type(part)) for part in model.modules()):
+        alone = features.__name__ == "forward_prefix"
+        out = replayed(model, _prefix if alone else _features, x, mask)
+        if out is not None:
+            return out
+    return features(x, mask)
+
+
+def _features(model: VisionModel, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    return model.forward_features(x, mask) if _is_as_defined(model) else None
+
+
+def _prefix(model: VisionModel, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    return model.forward_prefix(x, mask) if _is_as_defined(model) else None
+
+
+def _is_as_defined(model: VisionModel) -> bool:
+    """Whether a model, at inference, is of one of our classes, and nobody has put a method of his own on either."""
+    cls = type(model)
+    if torch.is_grad_enabled() or model.training or not cls.__module__.startswith("fastvit."):
+        return False
+    if any(isinstance(value, (FunctionType, MethodType, partial)) for value in vars(model).values()):
+        return False
+    known = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    names = {name for each in known for name, value in vars(each).items() if isinstance(value, FunctionType)}
+    return all(is_own(getattr(cls, name), cls, name) for name in names)
+
+
+base.run_features = _run_features
 
 
 def create_model(

@@ -16,6 +16,10 @@ from fastvit.reference.overrides import calls_everything, is_plain, is_untouched
 on_build: list[Callable[[nn.Module], object]] = [*getattr(sys.modules[__name__.partition(".")[0]], "_on_build", ())]
 """Called with every family model once it is built, in order. The package around has the swap to fused blocks here."""
 
+run_features: Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor] | None = None
+"""Called with ``forward_features`` or ``forward_prefix`` of a model and their arguments: the package around has its
+faster way to call them again here."""
+
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION_MEAN = INCEPTION_STD = (0.5, 0.5, 0.5)
@@ -125,7 +129,7 @@ class VisionModel(nn.Module, metaclass=_BuiltModel):
         never masked; a query with no key left attends to nothing.
         """
         features = self.forward_prefix if self.reads_prefix_alone() else self.forward_features
-        return self.forward_head(features(x, mask))
+        return self.forward_head(features(x, mask) if run_features is None else run_features(features, x, mask))
 
     def needs_patches(self) -> bool:
         """Whether anything behind the last block reads its patch tokens."""

@@ -37,6 +37,16 @@ def take_for_ordinary(cls: type[Tensor]) -> None:
     _ordinary = (*_ordinary, cls)
 
 
+if hasattr(_symbolic_trace, "_is_fx_tracing_flag"):
+
+    def is_fx_tracing() -> bool:
+        """Whether ``torch.fx`` or ``torch.export`` traces, without the warning of torch's own function of that name."""
+        return _symbolic_trace._is_fx_tracing_flag
+
+else:  # torch >= 2.14, where it is a thread's own
+    is_fx_tracing = _symbolic_trace._get_is_fx_tracing
+
+
 def symbolically_traced() -> bool:
     """Whether ``torch.fx`` traces with proxies in place of tensors; ``make_fx`` traces with tensors."""
     return _symbolic_trace.is_fx_symbolic_tracing() and get_proxy_mode() is None
@@ -46,7 +56,7 @@ def calls_everything() -> bool:
     """Whether no module may be read instead of called: hooks for all, another ``nn.Module.__call__``, torch.fx."""
     if any(HOOKS_FOR_ALL):
         return True
-    if _symbolic_trace._is_fx_tracing_flag:  # which replaces nn.Module.__call__ itself
+    if is_fx_tracing():  # which replaces nn.Module.__call__ itself
         return symbolically_traced()
     return nn.Module.__call__ is not _CALL
 
@@ -61,11 +71,15 @@ def is_own(method: object, cls: type, name: str) -> bool:
     return source is None or code.co_filename == source  # functools.wraps copies the name of the module
 
 
-def own_forward(cls: type) -> Any:
-    """The forward a class was defined with; None where another had been put over it before it was seen here."""
+def own_forward(cls: type, ours: bool = False) -> Any:
+    """The forward a class was defined with; None where another had been put over it before it was seen here.
+
+    Args:
+        ours: whether the class was made just now with a forward of ours, which may be defined elsewhere.
+    """
     if cls not in _forwards:
         forward = getattr(cls, "forward", None)
-        _forwards[cls] = forward if is_own(forward, cls, "forward") else None
+        _forwards[cls] = forward if ours or is_own(forward, cls, "forward") else None
     return _forwards[cls]
 
 

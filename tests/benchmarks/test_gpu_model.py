@@ -16,6 +16,7 @@ from benchmarks.gpu_model.execution import Warp, trace
 from benchmarks.gpu_model.machine_code import Instruction, bytes_of, kind_of, operands_of, parse
 from benchmarks.gpu_model.rows import ROWS
 from fastvit import ops
+from fastvit.reference import functional
 
 FREE = 7  # no scoreboard
 
@@ -70,6 +71,15 @@ def test_a_loop_whose_end_is_data_runs_an_assumed_number_of_times():
     ran = trace(code("LDG.E R9, [R2.64]", *(line.replace("0x10", "0x20") for line in lines)), warp(trips=(3, 9)))
     assert [len(loop.ends) for loop in ran.loops] == [3]
     assert ran.unknown == 1
+
+
+def test_a_loop_that_data_skips_is_gone_around_where_it_is_to_run_never():
+    lines = ["LDG.E R9, [R2.64]", "ISETP.GE.AND P0, PT, R9, RZ, PT", "@P0 BRA 0x80"]
+    loop = [line.replace("c[0x0][0x210]", "R9").replace("BRA 0x10", "BRA 0x40") for line in LOOP[:-1]]
+    for trips, runs in (((0,), 0), ((1,), 1), ((3,), 3)):
+        ran = trace(code(*lines, *loop, "EXIT"), warp(trips=trips))
+        assert [i.name for i in ran.instructions].count("FFMA") == runs
+        assert ran.unknown == 1
 
 
 @pytest.mark.parametrize(("a", "b"), [(197, 64), (-197, 64), (5, 7), (2363, 12)])
@@ -198,9 +208,22 @@ def test_a_composition_has_our_convolution_and_the_librarys_products():
     if (reason := cuda.missing()) is not None:
         pytest.skip(reason)
     found = command.launches_of({row.name: row for row in ROWS}["cvt13_stage3_projection_cuda"], 0)
-    names = [launch.kernel for launch in found]
-    assert [name.startswith("tokens::Forward") for name in names] == [True, False] * 3
-    assert sum(launch.flops for launch in found) == 2 * 64 * (197 + 50 + 50) * 384**2
+    ours, *products = found
+    assert ours.kernel.startswith("tokens::ProjectionForward")  # of q, k and v
+    assert ours.traffic == pytest.approx(2 * 64 * (197 + 197 + 50 + 50) * 384, rel=0.01)
+    assert [launch.kernel for launch in products] == ["torch's addmm"] * 3
+    assert sum(launch.flops for launch in products) == 2 * 64 * (197 + 50 + 50) * 384**2
+
+
+def test_projections_of_other_strides_are_one_launch_each():
+    if (reason := cuda.missing()) is not None:
+        pytest.skip(reason)
+    x = torch.zeros(2, 49, 64, dtype=torch.bfloat16)
+    one = functional.Projection(torch.zeros(64, 1, 3, 3), None, torch.zeros(64, 64), None, 1)
+    with launches.recording() as found, torch.no_grad():
+        ops.conv_projection(x, one, one, one, grid=(7, 7), backend="cuda")
+    names = [launch.kernel for launch in found if launch.build is not None]
+    assert len(names) == 3 and all(name.startswith("tokens::Forward") for name in names)
 
 
 def test_the_loops_of_a_streaming_kernel_are_those_of_its_keys():
@@ -209,10 +232,18 @@ def test_the_loops_of_a_streaming_kernel_are_those_of_its_keys():
         ops.masked_attention(q, q, q, backend="triton")
     (launch,) = found
     facts = command.predict_launch(launch)
-    # 15 tiles of 32 keys, and the last 20 keys in tiles of 16.
     assert launch.block == 32
-    assert facts["loops"] == [15, 2] and facts["assumed_loops"] == facts["spilled"] == 0
-    assert facts["grid"] == (-(-500 // 64) * 2, 1, 1)
+    assert facts["loops"] == [16] and facts["assumed_loops"] == facts["spilled"] == 0
+    assert facts["grid"] == (-(-500 // 64), 2, 1)
+
+
+def test_with_a_key_padding_mask_the_loop_runs_over_the_visible_keys():
+    q, mask = torch.zeros(2, 2, 500, 64, dtype=torch.float16), torch.ones(2, 500, dtype=torch.bool)
+    with launches.recording() as found:
+        ops.masked_attention(q, q, q, mask, backend="triton")
+    (launch,) = found
+    facts = command.predict_launch(launch, keys=100)
+    assert 4 in facts["loops"] and facts["assumed_loops"] == 2  # that of masks with gaps is gone around
 
 
 def test_a_cuda_kernel_is_predicted_or_skipped_with_the_reason(monkeypatch):
@@ -225,7 +256,7 @@ def test_a_cuda_kernel_is_predicted_or_skipped_with_the_reason(monkeypatch):
     (launch,) = command.launches_of(row, 0)
     facts = command.predict_launch(launch)
     assert facts["grid"] == (64 * 384 // 64, 1, 1) and facts["spilled"] == 0
-    assert 3 in facts["loops"]  # rows of the 3x3 window
+    assert 2 in facts["loops"]  # rows of the 3x3 window behind the first
 
 
 def test_every_row_names_a_job():

@@ -23,6 +23,7 @@ os.environ.setdefault("FASTVIT_AUTOTUNE", "0")  # a case is the same one when it
 from tests.fuzz.cases import OPERATORS, draw
 from tests.fuzz.judge import Finding
 from tests.fuzz.workers import hunt, supported_isas
+from tests.standalone.program import TARGETS
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
@@ -65,7 +66,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seeds", type=_seeds, default=range(2000), help="FIRST:LAST, or how many (2000)")
     parser.add_argument("--op", choices=OPERATORS, action="append", help="these operators only, each with every seed")
-    parser.add_argument("--isa", choices=isas, action="append", help="instruction sets (all that this CPU has)")
+    choices = [*isas, *(name for name in TARGETS if name not in isas)]
+    parser.add_argument("--isa", choices=choices, action="append", help="instruction sets (all that this CPU has)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--replay", type=int, metavar="SEED", help="one case of --op, spelled out")
     parser.add_argument("--json", type=Path, help="append each finding to this file as a line")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 from tests.fuzz.cases import draw
 from tests.fuzz.judge import Finding, judge
 from tests.helpers import HANG_GUARD
+from tests.standalone.program import TARGETS, Program
 
 Task = tuple[str, int]
 """An operator and a seed."""
@@ -24,7 +26,10 @@ MEMORY = 16 << 30
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that this CPU has; one entry that changes nothing where there is no extension."""
+    """The instruction sets that this CPU has; one entry that changes nothing where there is no extension.
+
+    A name of TARGETS that is none of them stands for a program that computes in place of the extension.
+    """
     from fastvit import backends
 
     if backends.cpp_reasons():
@@ -40,13 +45,16 @@ def _work(tasks: Sequence[Task], isa: str, results: Connection, trace: str) -> N
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Path(trace).open("w") as file:
         faulthandler.enable(file)
-        if isa != "none":
-            from fastvit import _C
+        with contextlib.ExitStack() as stack:
+            if isa in TARGETS and isa not in supported_isas():
+                stack.enter_context(Program(isa).in_place_of_the_extension())
+            elif isa != "none":
+                from fastvit import _C
 
-            _C._set_cpu_capability(isa)
-        for op, seed in tasks:
-            results.send((op, seed))
-            results.send(judge(op, seed, isa))
+                _C._set_cpu_capability(isa)
+            for op, seed in tasks:
+                results.send((op, seed))
+                results.send(judge(op, seed, isa))
 
 
 class _Worker:

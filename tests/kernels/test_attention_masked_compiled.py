@@ -50,11 +50,14 @@ def build(case: Case) -> Build:
         "MASK_KIND": primitives.KEY_MASK if regular else primitives.FULL_MASK,
         "HAS_BIAS": not regular,
         "WRITE_LSE": True,
+        "NEGATIVE": False,
         "PRECISION": "tf32" if case.product == "tf32" else "ieee",
     }
     constants |= {"stride_mk": 1, "stride_biask": 1} | ({"bias": None} if regular else {})
     types = {name: kind for name, kind in types.items() if name not in constants}
-    return Build(kernels.masked_attention_kernel, case.target, types, constants, config.num_warps, config.num_stages)
+    registers = config.registers if case.target in ("sm_90", "sm_100") else None
+    settings = (config.num_warps, config.num_stages, registers)
+    return Build(kernels.masked_attention_kernel, case.target, types, constants, *settings)
 
 
 def dtypes(product: str, target: str) -> list[str]:

@@ -87,20 +87,19 @@ def test_rows_without_keys_are_zero(config):
     assert check(q, k, v, bias=bias, config=config)[:, :, 7].eq(0).all()
 
 
-@pytest.mark.parametrize("visible", [(0, 1), (17, 18), (34, 35), (3, 33), (20, 31), (0, 16), (16, 32)], ids=str)
-def test_key_padding_confines_the_loop_to_visible_tiles(visible):
-    """Keys and values outside the visible tiles are NaN: reading them would give NaN, since 0 * NaN is NaN."""
+@pytest.mark.parametrize("config", [STREAMING, ONE_PASS], ids=["streaming", "one_pass"])
+@pytest.mark.parametrize(
+    "visible", [(0, 1), (17, 18), (34, 35), (3, 33), (20, 31), (0, 16), (16, 32), (2, 35, 3), (0, 34, 2)], ids=str
+)
+def test_what_stands_at_hidden_keys_reaches_nothing(visible, config):
+    """Not even NaN does, though 0 * NaN is NaN: of keys before, behind and between the visible ones."""
     q, k, v = packed(1, 2, 35, 16, torch.float32)
     mask = torch.zeros(1, 35, dtype=torch.bool)
     mask[:, slice(*visible)] = True
     exact = functional.masked_attention(q.double(), k.double(), v.double(), mask)
     plain = functional.masked_attention(q, k, v, mask)
-    k, v = k.clone(), v.clone()
-    first, end = visible[0] // 16 * 16, -(-visible[1] // 16) * 16
-    for tensor in (k, v):
-        tensor[:, :, :first] = float("nan")
-        tensor[:, :, end:] = float("nan")
-    out, _ = kernels.masked_attention_forward(q, k, v, mask[:, None, None], None, 16**-0.5, config=STREAMING)
+    k, v = (tensor.masked_fill(~mask[0, :, None], float("nan")) for tensor in (k, v))
+    out, _ = kernels.masked_attention_forward(q, k, v, mask[:, None, None], None, 16**-0.5, config=config)
     assert_as_accurate(out, plain, exact)
 
 
@@ -148,6 +147,7 @@ def test_scale_and_empty_sizes():
     q, k, v = packed(1, 2, 9, 16, torch.float32)
     check(q, k, v, scale=0.3)
     check(q, k, v, scale=0.0)
+    check(q, k, v, scale=-0.3)
     for batch, queries in ((0, 4), (2, 0)):
         out, _ = kernels.masked_attention_forward(torch.randn(batch, 2, queries, 16), *torch.randn(2, batch, 2, 3, 16))
         assert out.shape == (batch, 2, queries, 16)

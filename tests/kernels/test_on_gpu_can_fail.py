@@ -195,6 +195,58 @@ def test_wrong_class_attention_kernels_are_missed(which, monkeypatch):
         gpu.test_class_attention_kernels(torch.float32)
 
 
+# --- Kernels with a fault -------------------------------------------------------------------------------------------
+
+THROUGH_OUR_KERNELS = gpu.run
+
+STEP_FAULTS = [
+    ("deepvit_s_training", "tiles.map_products", None, "output 0"),
+    ("deepvit_s_training", "tiles.weighted_rows", None, "output 0"),
+    ("deepvit_s_training", "tiles.row_sums", 0, "gradient of q"),
+    ("deepvit_s_training", "tiles.row_sums", 1, "gradient of q"),
+    ("deepvit_s_training", "tiles.row_sums", 2, "gradient of q"),
+    ("deepvit_s_training", "tiles.query_gradients", 0, "gradient of q"),
+    ("deepvit_s_training", "tiles.key_gradients", 0, "gradient of k"),
+    ("deepvit_s_training", "tiles.key_gradients", 1, "gradient of v"),
+    ("cait_s24", "whole.whole_rows", None, "output 0"),
+    ("cait_s24", "tiles.query_gradients", 1, "gradient of pre_weight"),
+]
+"""A job; the function of a kernel of its step, and which of its results is wrong; what is to tell of that."""
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "function", "place", "tells"), [("deepvit_s_training", "", None, ""), *STEP_FAULTS])
+def test_a_kernel_of_a_step_that_is_off_is_missed(name, function, place, tells, monkeypatch):
+    """The kernels themselves, in the interpreter, of which one gives a tenth too much."""
+    names = ("", "_backward", "_training", "_tiles", "_whole")
+    forward, backward, training, tiles, whole = (
+        pytest.importorskip(f"fastvit.kernels.head_mixed_attention{part}", exc_type=ImportError) for part in names
+    )
+    for module in (forward, backward, training):
+        monkeypatch.setattr(module, "gluon_runs", lambda _: True)
+        monkeypatch.setattr(module, "shared_limit", lambda _: 227 * 1024)
+    called = []
+
+    if function:
+        module_name, attribute = function.split(".")
+        module = {"tiles": tiles, "whole": whole}[module_name]
+        kernel = getattr(module, attribute)
+
+        def wrong(*arguments, **options):
+            called.append(function)
+            found = kernel(*arguments, **options)
+            if place is None:
+                return found * 1.1
+            return tuple(each * 1.1 if i == place else each for i, each in enumerate(found))
+
+        monkeypatch.setattr(module, attribute, wrong)
+    monkeypatch.setattr(gpu, "run", THROUGH_OUR_KERNELS)
+    monkeypatch.setattr(gpu, "BATCH", 1)
+    with unless(not function, tells):
+        gpu.test_gradients_are_as_accurate_as_the_references(small(name), "triton", torch.float16, True)
+    assert bool(called) is bool(function)
+
+
 # --- Streams and graphs ---------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvit import backends
+from fastvit import autotune, backends
 from fastvit.ops import OPERATORS, masked_attention
+from fastvit.ops._operator import recording
+from fastvit.ops.attention import Call, _masked_triton_reasons
 from fastvit.reference import functional
 from tests.helpers import assert_as_accurate, on_pooled_draws
 from tests.ops import attention_checks
@@ -255,6 +258,24 @@ def test_backends_by_name():
         masked_attention(q, k, v, backend="triton")
     with pytest.raises(ValueError, match="backend: .*'sdpa'"):
         masked_attention(q, k, v, backend="flash")
+
+
+def test_more_heads_than_a_grid_takes_are_a_reason():
+    call = Call(*torch.empty(3, 1, 70_000, 1, 8).unbind(), None, None, None, 0.0)
+    assert "70000 heads are more than a grid of programs takes, 65535" in list(_masked_triton_reasons(call, True))
+
+
+def test_without_a_mask_the_librarys_kernels_come_first_on_a_gpu(monkeypatch):
+    """Ours is not predicted to beat them (benchmarks/results/README.md)."""
+    monkeypatch.setattr(backends, "UNPROVEN", True)
+    monkeypatch.setattr(backends, "triton_reasons", lambda device: [])
+    seen = []
+    with FakeTensorMode(), recording(seen.append), autotune.unmeasured(), torch.no_grad():
+        q, k, v = torch.empty(3, 64, 6, 197, 64, device="cuda", dtype=torch.bfloat16).unbind()
+        mask = torch.empty(64, 197, device="cuda", dtype=torch.bool)
+        masked_attention(q, k, v)
+        masked_attention(q, k, v, mask)
+    assert [choice.backend for choice in seen] == ["sdpa", "triton"]
 
 
 def test_fake_of_the_operator_has_the_strides_of_the_kernel():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import skip_without
-from tests.test_inner_loops import FLAGS
+from tests.standalone.program import build_rules
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = shutil.which("c++") or shutil.which("g++")
@@ -47,7 +47,7 @@ extern "C" void round_all(float* values, int64_t count) {
 """
 
 
-@pytest.fixture(scope="module", params=("portable", *FLAGS))
+@pytest.fixture(scope="module", params=("portable", "avx2", "avx512", "neon"))
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, Tensor, Tensor], None]:
@@ -59,7 +59,14 @@ def run(
     (folder / "conversions.cpp").write_text(SOURCE, encoding="utf-8")
     library = folder / "conversions.so"
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", f"-I{CSRC}", f"-DFASTVIT_ISA={request.param}"]
-    command = [CXX, *flags, *FLAGS.get(request.param, ()), str(folder / "conversions.cpp"), "-o", str(library)]
+    command = [
+        CXX,
+        *flags,
+        *build_rules().ISA_FLAGS[request.param],
+        str(folder / "conversions.cpp"),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
 

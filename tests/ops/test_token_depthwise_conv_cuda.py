@@ -39,7 +39,7 @@ NUMBERS = (
 
 
 class Arguments(ctypes.Structure):
-    """token_depthwise_conv_host.cpp's struct of that name."""
+    """cuda_host.h's struct of that name."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -126,17 +126,21 @@ class Host:
         return dx, *gradients
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    """token_depthwise_conv by the CUDA kernels' functions on the host, with gradients and batch statistics."""
+def built(name: str, folder: Path) -> ctypes.CDLL:
+    """A file beside this one as a library; the test is skipped where there is no compiler."""
     if CXX is None:
         pytest.skip("no C++ compiler on PATH")
-    path = tmp_path_factory.mktemp("host") / "host.so"
-    source = Path(__file__).with_name("token_depthwise_conv_host.cpp")
+    path, source = folder / "host.so", Path(__file__).with_name(name)
     command = [CXX, "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
     command += ["-DFASTVIT_BLOCKS=12"]  # several tiles a block, several partial results
     subprocess.run([*command, str(source), "-o", str(path)], check=True)
-    computed = Host(ctypes.CDLL(str(path)))
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """token_depthwise_conv by the CUDA kernels' functions on the host, with gradients and batch statistics."""
+    computed = Host(built("token_depthwise_conv_host.cpp", tmp_path_factory.mktemp("host")))
     by_host = _runner(Kernels(computed.forward, computed.forward, computed.training, computed.backward))
     return lambda **arguments: by_host(Convolution(**arguments))
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import logging
+import resource
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from fastvit import backends
 from fastvit.ops._operator import log, recording
 from fastvit.patching import patch, replay, unpatch
 from fastvit.reference.layers import Block
+from fastvit.reference.vit import ViT
 from tests.patching.test_blocks import FAMILIES, Case, fused, make
-from tests.tiny import build
+from tests.tiny import ISOTROPIC, build
 
 pytestmark = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 
@@ -54,31 +56,36 @@ def warm(case: Case, block: nn.Module) -> Tensor:
     return out
 
 
-def test_a_weight_packed_in_another_way_is_not_recorded(ran):
-    """PCPVT's reduction has a kernel by pixels, which nobody but its operator can ask for anew."""
-    case = make("twins_pcpvt")
-    block = fused(case)
-    with torch.no_grad():
-        results = [case.run(block) for _ in range(2 * replay.MOST_KINDS)]
-    assert ran == ["recorded"] * 4
-    assert all(torch.equal(results[0], each) for each in results)
-
-
-def test_a_weight_is_not_packed_at_each_call(ran):
-    case = make("vit")
-    block = fused(case)
+@pytest.mark.parametrize("name", ["vit", "twins_pcpvt"])  # whose reduction packs its weight by pixels
+def test_a_weight_is_not_packed_at_each_call(name, ran, monkeypatch):
+    case = make(name)
+    block, made = fused(case), []
     warm(case, block)
     _values(block)
     with torch.no_grad():
         for _ in range(3):
             case.run(block)
+        pack = torch.ops.fastvit.pack_weight.default
+        with _Noting(made):
+            case.run(block)
         (kept,) = replay._blocks[id(block)].replays.values()
-        operators = {step.operator for step in kept.steps}
-    assert ran[-1] == "replayed" and torch.ops.fastvit.packed_mlp.default._op in operators
-    assert torch.ops.fastvit.pack_weight.default._op not in operators
+        assert pack not in made and len(kept.weights) >= 4
+        ran.clear()
+        case.run(block)
+    assert ran == ["replayed"]
 
 
-@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"twins_pcpvt"}))
+class _Noting(TorchDispatchMode):
+    def __init__(self, made: list[Any]) -> None:
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append(func)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_second_call_is_recorded_and_further_ones_replayed_with_the_same_bits(name, ran):
     case = make(name)
     block = fused(case)
@@ -278,6 +285,7 @@ WATCHED = {
     "recorder": lambda: recording(lambda _: None),
     "debugging": _debugging,
     "forward_gradients": torch.autograd.forward_ad.dual_level,
+    "profiler": torch.profiler.profile,
 }
 
 
@@ -319,7 +327,19 @@ ELSEWHERE = torch.ones(4)
     ("run", "recorded"),
     [
         (lambda block, x: block(x), True),
-        (lambda block, x: torch.cat([x, x]), False),  # tensors in a list
+        (lambda block, x: torch.cat([x, x, block.weight], 1 - 1), True),
+        (lambda block, x: torch.cat([x]), False),
+        (lambda block, x: torch.stack([x, x + x, x[:, :1].expand_as(x)], -1), True),
+        (lambda block, x: torch.stack([x, ELSEWHERE.expand_as(x)]), False),
+        (lambda block, x: x.t().unflatten(0, (2, 2)).permute(2, 0, 1).unbind(0)[1][1:], True),
+        (lambda block, x: torch.nn.functional.layer_norm(x, (4,), block.weight[0], None, 0.5), True),
+        (lambda block, x: torch.nn.functional.layer_norm(x, (4,)), True),
+        (lambda block, x: torch.add(x, x, alpha=2), False),
+        (lambda block, x: x + 1, False),  # numbers that torch alone can pass on
+        (lambda block, x: torch.nn.functional.gelu(x), False),
+        (lambda block, x: torch.nn.functional.adaptive_avg_pool2d(x[None, None], 2).flatten(), True),
+        (lambda block, x: block.weight, False),  # not made of x
+        (lambda block, x: x, False),
         (lambda block, x: x + ELSEWHERE, False),  # which may change
         (lambda block, x: x + torch.rand(4), False),
         (lambda block, x: torch.nn.functional.dropout(x, 0.5), False),
@@ -330,7 +350,7 @@ ELSEWHERE = torch.ones(4)
     ],
 )
 def test_only_what_can_be_called_again_is_recorded(run, recorded):
-    block = nn.Linear(4, 4)
+    block = nn.Linear(4, 4).eval()
     made = _replay_of(run, block, torch.randn(3, 4))
     assert (made is not None) == recorded
     if made is not None:
@@ -367,7 +387,7 @@ def test_what_hangs_on_a_part_that_is_called_is_called_each_time(how, ran):
 
 
 def test_a_block_that_changes_while_it_runs_is_not_recorded():
-    block = nn.Linear(4, 4)
+    block = nn.Linear(4, 4).eval()
 
     def run(block: Any, x: Tensor) -> Tensor:
         block.calls = getattr(block, "calls", 0) + 1
@@ -403,7 +423,16 @@ def test_nothing_is_kept_alive():
     key, weight = id(block), weakref.ref(block.mlp.fc1.weight)
     assert key in replay._blocks
     block.mlp.fc1.weight = nn.Parameter(torch.zeros_like(block.mlp.fc1.weight))
+    with torch.no_grad():
+        case.run(block)  # until then the record holds it
     assert weight() is None
+    warm(case, block)
+    weight = weakref.ref(block.mlp.fc1.weight)
+    fastvit.release_memory()
+    assert key not in replay._blocks
+    block.mlp.fc1.weight = nn.Parameter(torch.zeros_like(block.mlp.fc1.weight))
+    assert weight() is None
+    warm(case, block)
     gone = weakref.ref(block)
     del block
     gc.collect()
@@ -442,11 +471,179 @@ def test_threads_share_a_record():
     assert not failed
 
 
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("vit", "deit", "deepvit", "cait", "cpvt", "cvt", "ceit", "twins_pcpvt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_is_replayed_up_to_its_head_with_the_same_bits(name, inference, ran):
+    plain = build(name)
+    model = patch(copy.deepcopy(plain))
+    x, other = torch.randn(2, 2, 3, *model.img_size)  # of one memory: a program's views are of wherever its input lies
+    with torch.inference_mode(inference), torch.no_grad():
+        first = [model(x) for _ in range(3)]
+        ran.clear()
+        got = model(other)
+        assert ran == ["replayed"]
+        with recording(lambda _: None):
+            assert torch.equal(model(other), got)
+        torch.testing.assert_close(got, plain(other), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(first[0], each) for each in first[1:])
+
+
+def _model(ran: list[str], name: str = "vit") -> tuple[Any, Tensor]:
+    """A model that has been replayed, and images for it."""
+    model = patch(build(name))
+    x = torch.randn(1, 3, *model.img_size)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert ran[-1] == "replayed"
+    ran.clear()
+    return model, x
+
+
+def _on_instance(name: str) -> Callable[..., object]:
+    def change(model: Any, called: list[str], monkeypatch: Any) -> None:
+        method = getattr(model, name)
+        setattr(model, name, lambda *args, **kwargs: called.append(name) or method(*args, **kwargs))
+
+    return change
+
+
+def _on_class(name: str) -> Callable[..., object]:
+    def change(model: Any, called: list[str], monkeypatch: Any) -> None:
+        owner = next(cls for cls in type(model).__mro__ if name in vars(cls))
+        method = vars(owner)[name]
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: called.append(name) or method(*args, **kwargs))
+
+    return change
+
+
+def _hooked(part: str) -> Callable[..., object]:
+    def change(model: Any, called: list[str], monkeypatch: Any) -> None:
+        model.get_submodule(part).register_forward_hook(lambda *_: called.append(part))
+
+    return change
+
+
+MEDDLES = {
+    **{f"instance {name}": _on_instance(name) for name in ("forward_features", "run_blocks", "embed", "finish")},
+    **{f"class {name}": _on_class(name) for name in ("run_blocks", "embed", "call_block", "after_block")},
+    **{f"hook {part}": _hooked(part) for part in ("norm", "pos_drop", "blocks.1", "blocks.0.attn", "blocks.0.mlp.fc1")},
+}
+
+
+@pytest.mark.parametrize("how", MEDDLES)
+@pytest.mark.parametrize("before", [False, True])
+def test_whoever_meddles_with_a_model_is_heard_at_each_call(how, before, ran, monkeypatch):
+    model, x = (patch(build("vit")), None) if before else _model(ran)
+    x = torch.randn(1, 3, *model.img_size) if x is None else x
+    called: list[str] = []
+    MEDDLES[how](model, called, monkeypatch)
+    with torch.no_grad():
+        for calls in range(1, 6):
+            model(x)
+            assert len(called) >= calls
+    assert not called or len(called) % 5 == 0
+
+
+class _Own(ViT):
+    seen = 0
+
+    def after_block(self, index: int, x: Tensor, grid: Any) -> Tensor:
+        type(self).seen += 1
+        return super().after_block(index, x, grid)
+
+
+def test_a_class_of_the_users_own_is_called(ran):
+    model = patch(_Own(**ISOTROPIC).eval())
+    with torch.no_grad():
+        for calls in range(1, 6):
+            model(torch.randn(1, 3, 32, 32))
+            assert _Own.seen == 2 * calls
+
+
+def test_a_model_that_trains_or_is_plain_is_not_replayed(ran):
+    model, x = _model(ran)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x).sum().backward()
+    assert "replayed" not in ran
+    unpatch(model)
+    ran.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert not ran
+
+
+def test_a_program_gives_up_intermediate_results_as_it_runs():
+    program = replay._C.Program()
+    replay._hold(torch.ones(3), program.id, True)
+    for index in range(50):
+        program.add_call("add", "", [0, 0], [], [(0, index, False), (1, -1, False)], 1)
+    program.finish(50)
+    big = torch.zeros(1 << 22, 3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = replay._run(big, program.id)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert torch.equal(out, torch.full_like(big, 50.0))
+    assert grown < 5 * big.nbytes / 1024
+
+
+# --- Programs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_says_what_is_wrong_with_it():
+    program = replay._C.Program()
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"there is no program -1"):
+        replay._run(x, -1)
+    with pytest.raises(RuntimeError, match="is not finished"):
+        replay._run(x, program.id)
+    with pytest.raises(RuntimeError, match="fastvit::nothing has no kernel"):
+        program.add_call("fastvit::nothing", "", [], [], [], 1)
+    with pytest.raises(RuntimeError, match="no result 1"):
+        program.finish(1)
+    program.add_call("add", "", [0, 0], [], [(0, 0, False), (1, -1, False)], 1)
+    with pytest.raises(RuntimeError, match="no tensor -1"):
+        program.finish(1)
+    identity = program.id
+    del program
+    gc.collect()
+    with pytest.raises(RuntimeError, match="there is no program"):
+        replay._run(x, identity)
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        (lambda w: w.data.mul_(1.0), True),
+        (lambda w: w.data.mul_(1.5), False),
+        (lambda w: setattr(w, "data", w.data.clone()), False),
+        (lambda w: setattr(w, "data", w.data.t()), False),
+        (lambda w: w.share_memory_(), False),
+    ],
+)
+def test_a_program_sees_what_happens_to_a_weight(change, holds):
+    program, weight = replay._C.Program(), nn.Parameter(torch.randn(4, 4))
+    replay._hold(weight, program.id, True)
+    program.watch(-1)
+    assert program.holds()
+    change(weight)
+    assert program.holds() == holds
+
+
 # --- Snapshots -------------------------------------------------------------------------------------------------------
 
 
 def _snapshot(*objects: Any) -> Any:
-    return replay._Snapshot(objects, ("_parameters", "_forward_hooks"))
+    return replay._C.Snapshot(objects, ("_parameters", "_forward_hooks"))
 
 
 CHANGES_OF_A_MODULE: dict[str, Callable[[Any], object]] = {
@@ -496,9 +693,9 @@ def test_a_snapshot_sees_an_object_that_is_gone():
 
 def test_a_snapshot_of_another_object():
     with pytest.raises(AttributeError):
-        replay._Snapshot([1], ())
+        replay._C.Snapshot([1], ())
     with pytest.raises(TypeError):
-        replay._Snapshot(1, ())
+        replay._C.Snapshot(1, ())
 
 
 def test_what_is_not_looked_at():
