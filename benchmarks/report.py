@@ -376,6 +376,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str], Callable[[Mapping[str, Any]],
     "left": ("coverage", left_block, bool),
 }
 """By name, the suite of whose results a block is made, how, and whether a result has anything for it."""
+OPTIONS = dict.fromkeys(("steps", "training"), " --mode fwd_bwd")
+OPTIONS["deployment"] = " --providers aotinductor fastvit-aotinductor fastvit"
+"""By name, what makes the suite give results for a block."""
 PLOTTED = ("models", "ops")
 EVERY = ("models", "ops", "training")
 """Blocks of all results, each with its plot; "steps" reads all for one sentence, the others are of the newest."""
@@ -400,7 +403,7 @@ def block(name: str, folder: Path) -> str:
     suite, written, fits = BLOCKS[name]
     found = [(path, result) for path, result in results(suite, folder) if fits(result)]
     if not found:
-        return f"No result of `python -m benchmarks.{suite}` is in `benchmarks/results/` yet."
+        return f"No result of `python -m benchmarks.{suite}{OPTIONS.get(name, '')}` is in `benchmarks/results/` yet."
     if name in EVERY:
         return "\n\n".join(f"{written(each)}\n\n![{name}](pictures/{path.stem}.svg)" for path, each in found)
     return written([each for _, each in found] if name == "steps" else found[0][1])

@@ -95,7 +95,8 @@ def attentions() -> Iterable[Call]:
 def products() -> Iterable[Call]:
     for rows, inner, columns in ((17, 16, 16), (33, 40, 19), (70, 24, 100), (15, 1100, 40)):
         x, weight = torch.randn(1, rows, inner), torch.randn(columns, inner)
-        yield ops.linear, {"x": x, "weight": weight, "bias": torch.randn(columns), "activation": "gelu"}
+        for each in (x, x[0].t().contiguous().t()):
+            yield ops.linear, {"x": each, "weight": weight, "bias": torch.randn(columns), "activation": "gelu"}
         around = {"norm": LayerNorm(torch.ones(inner), torch.zeros(inner)), "residual": torch.randn(1, rows, inner)}
         layers = {"fc1_weight": weight, "fc1_bias": None, "fc2_weight": torch.randn(inner, columns), "fc2_bias": None}
         yield ops.mlp, {"x": x, **layers, "scale": torch.randn(inner), **around}
