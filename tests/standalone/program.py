@@ -69,7 +69,8 @@ def build(name: str) -> Path:
     with mock.patch.dict("os.environ", FASTVIT_ISA_LIST=target.isa, CXXFLAGS=" ".join(target.flags)):
         cxx = list(target.compiler)
         toolchain = rules.Toolchain(cxx=cxx, compiler="", isas=rules.find_isas(cxx))
-        units = [u for u in rules.plan_units(toolchain) if u.source.stem not in (*rules.PYTHON_FILES, "library")]
+        # Operators and what they share; above them lies what calls them, from Python or C++.
+        units = [unit for unit in rules.plan_units(toolchain) if unit.source.parent != rules.CSRC]
     plain = next(unit for unit in units if unit.source.stem == "isa")
     units.append(rules.Unit(SOURCE, rules.OBJECTS / "program.o", plain.command))
     binary = rules.Binary(rules.OBJECTS / "program", units, cxx, list(target.link_flags))
