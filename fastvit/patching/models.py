@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import backends
+from fastvit.ops._operator import is_dynamo_compiling
 from fastvit.patching.fusion import is_ours
 from fastvit.patching.plan import apply, survey
 from fastvit.patching.replay import replayed
@@ -27,6 +28,8 @@ def fuse(model: nn.Module) -> None:
 
 def _run_features(features: Callable[..., Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
     """features(x, mask) of a fused model; without the Python between the blocks where nothing changed since a call."""
+    if is_dynamo_compiling() or torch.compiler._is_exporting_flag:
+        return features(x, mask)
     model = getattr(features, "__self__", None)
     if isinstance(model, VisionModel) and any(is_ours(type(part)) for part in model.modules()):
         alone = features.__name__ == "forward_prefix"
