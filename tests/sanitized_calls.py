@@ -158,6 +158,31 @@ def run(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
         torch.autograd.grad([out.float().sum() for out in outs], list(trained.values()), allow_unused=True)
 
 
+def run_program() -> None:
+    """A view, a call of ours, one by torch's dispatcher, and the three that it cannot pass on; a weight is watched."""
+    program, weight = _C.Program(), torch.randn(16, 8)
+    torch.ops.fastvit._program_hold(weight, program.id, True)
+    torch.ops.fastvit._program_hold(torch.ops.fastvit.pack_weight(weight), program.id, False)
+    torch.ops.fastvit._program_hold(torch.randn(16), program.id, False)
+    torch.ops.fastvit._program_hold(torch.randn(3, 3), program.id, False)
+    program.watch(-1)
+    program.add_view(0, [3, 8], [16, 1], 8)  # 1: of rows of 16
+    zeros = torch.ops.fastvit.packed_linear.default._schema.arguments
+    program.add_call("fastvit::packed_linear", "", [0] * len(zeros), [], [(0, 1, False), (1, -1, False)], 1)
+    program.add_call("add", "", [0, 0], [], [(0, 2, False), (1, -3, False)], 1)
+    program.add_view(2, [16, 3], [1, 16], 0)  # 4: transposed
+    program.add_call("addmm", "", [0, 0, 0], [], [(0, 4, False), (1, 4, False), (2, -4, False)], 1)
+    program.add_call("cat", "", [0, 0, 0], [], [(0, 2, False), (1, 3, False)], 1)
+    layer_norm = torch.ops.aten.native_layer_norm.default._schema
+    words = [0] * len(layer_norm.arguments)
+    program.add_call("aten::native_layer_norm", "", words, [(1, [16])], [(0, 6, False), (2, -3, True)], 3)
+    program.finish(7)
+    assert program.holds()
+    torch.ops.fastvit._program_run(torch.randn(3, 16), program.id)
+    weight.mul_(2.0)
+    assert not program.holds()
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -171,6 +196,7 @@ def main() -> None:
                 for function, arguments in (*convolutions(), *attentions(), *products(), *windows(), *feed_forwards()):
                     changed = {name: lower(value) for name, value in arguments.items()}
                     run(function, arguments if dtype == "float32" else changed)
+            run_program()
     print(json.dumps(sorted(recorder.names)))
 
 

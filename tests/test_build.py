@@ -25,6 +25,9 @@ from fastvit._version import __version__
 from tests.standalone.program import build_rules
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIMS = "".join(
+    f"#include <torch/csrc/{each}.h>\n" for each in ("stable/library", "inductor/aoti_torch/generated/c_shim_cpu")
+)
 HEADER = ROOT / "csrc" / "common" / "torch_abi.h"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX = shutil.which(os.environ.get("CXX", "c++"))
@@ -660,7 +663,7 @@ def check_syntax(folder: Path, code: str, *flags: str, ok: bool = True) -> str:
 
 @needs_torch_headers
 def test_declarations_agree_with_torch(tmp_path: Path) -> None:
-    check_syntax(tmp_path, "#include <torch/csrc/stable/library.h>\n#include <common/torch_abi.h>\n", TORCH_2_10)
+    check_syntax(tmp_path, f"{SHIMS}#include <common/torch_abi.h>\n", TORCH_2_10)
 
 
 @needs_torch_headers
@@ -669,14 +672,14 @@ def test_a_wrong_declaration_would_be_noticed(tmp_path: Path) -> None:
     wrong = text.replace("int64_t grain_size", "int32_t grain_size")
     assert wrong != text
     (tmp_path / "torch_abi.h").write_text(wrong, encoding="utf-8")
-    code = f'#include <torch/csrc/stable/library.h>\n#include "{tmp_path}/torch_abi.h"\n'
+    code = f'{SHIMS}#include "{tmp_path}/torch_abi.h"\n'
     assert "torch_parallel_for" in check_syntax(tmp_path, code, TORCH_2_10, ok=False)
 
 
 @needs_torch_headers
 def test_every_declared_function_is_in_torch_2_10(tmp_path: Path) -> None:
     uses = "\n".join(f"  use(&{name});" for name in sorted(declared()))
-    code = "#include <torch/csrc/stable/library.h>\ntemplate <class F> void use(F) {}\n"
+    code = f"{SHIMS}template <class F> void use(F) {{}}\n"
     check_syntax(tmp_path, code + "void all() {\n" + uses + "\n}\n", TORCH_2_10)
 
 

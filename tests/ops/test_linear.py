@@ -658,7 +658,10 @@ def test_the_products_of_gradients_are_chosen_by_their_own_times(faster: str, mo
 @needs_cpp
 def test_the_library_does_what_is_small_or_of_another_dtype() -> None:
     x, weight, bias = _layer(64, 24, 32, torch.float32)
-    assert _chosen(x[:4], weight, bias) == "reference"
+    assert _chosen(x[:4], weight, bias) == "cpp"  # which wait for the weight
+    assert _chosen(x[:4], weight.clone().requires_grad_(), bias) == "reference"
+    with torch.inference_mode():
+        assert _chosen(x[:4], weight.clone(), bias) == "reference"  # a weight that would be packed at each call
     assert _chosen(x, weight[:3], bias[:3]) == "reference"
     assert _chosen(x.double(), weight.double(), bias.double()) == "reference"
     with torch.autocast("cpu", torch.bfloat16):
