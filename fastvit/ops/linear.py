@@ -254,11 +254,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _packed_linear(x, weight, bias, None, *_ALONE)
 
 
-def _by_ours(x: Tensor, weight: Tensor) -> Tensor:
-    return _packed_linear(x, weight, None, None, *_ALONE)
-
-
-_GRADIENT_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cpp": _by_ours, REFERENCE: F.linear}
+_GRADIENT_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cpp": partial(_product, bias=None),
+    REFERENCE: F.linear,
+}
 
 
 def _gradient(x: Tensor, weight: Tensor, tokens_deep: bool) -> Tensor:
@@ -267,7 +266,7 @@ def _gradient(x: Tensor, weight: Tensor, tokens_deep: bool) -> Tensor:
     Tokens are the rows, or with ``tokens_deep`` the depth: of all sizes the one that changes with the images.
     """
     if torch.compiler.is_compiling():
-        return _linear(x, weight, None, *_ALONE)
+        return _product(x, weight, None)
     (columns, depth), rows = weight.shape, x.numel() // max(x.shape[-1], 1)
     tokens = autotune.token_bucket(min(depth if tokens_deep else rows, MOST_TOKENS))
     sizes = (columns, tokens, rows) if tokens_deep else (columns, depth, tokens)

@@ -493,6 +493,34 @@ def test_a_model_is_replayed_up_to_its_head_with_the_same_bits(name, inference, 
     assert all(torch.equal(first[0], each) for each in first[1:])
 
 
+def _written(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.25)
+
+
+def _statistics(model: nn.Module) -> None:
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.mul_(1.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", [_values, _data, _written, _parameters, _state, _assigned, _statistics])
+def test_what_changes_in_a_model_is_seen(name, change, ran):
+    plain = build(name)
+    model = patch(copy.deepcopy(plain))
+    x = torch.randn(2, 3, *model.img_size)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        assert ran[-1] == "replayed"
+        change(plain)
+        change(model)
+        expected = plain(x)
+        for _ in range(4):  # the long way, recorded, replayed
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+
+
 def _model(ran: list[str], name: str = "vit") -> tuple[Any, Tensor]:
     """A model that has been replayed, and images for it."""
     model = patch(build(name))
