@@ -61,8 +61,9 @@ class Program {
 
   // A result that is a view of another tensor, `offset` elements behind its first.
   void add_view(int64_t source, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t offset);
-  // A call of `name`: of ours by its kernel, of others by torch's dispatcher, but for "add" and "addmm" without factors,
-  // and "cat" of two tensors along an axis. `words` has the arguments but for tensors and lists; all results are Tensors.
+  // A call of `name`: of ours by its kernel, of others by torch's dispatcher, but for "add" and "addmm" without
+  // factors, and "cat" of two tensors along an axis. `words` has the arguments but for tensors and lists; all results
+  // are Tensors.
   void add_call(const std::string& name, const std::string& overload, Words words, Lists lists, Tensors tensors,
                 int64_t results);
   void finish(int64_t result);
