@@ -35,7 +35,7 @@ MODELS = (
     "cvt_13",
     "ceit_tiny",
 )
-FOREIGN = ("timm/vit_tiny_patch16_224", "transformers/CvtConfig", "vit_pytorch/DeepViT")
+FOREIGN = ("timm/vit_tiny_patch16_224", "transformers/CvtConfig", "vit_pytorch/deepvit.DeepViT")
 JUDGED = 2
 """Images of a result that are judged at inference: float64 on a CPU is slow, and two show an error as well as eight."""
 

@@ -88,6 +88,7 @@ class TestModels:
             ("timm/cait_xxs24_224", "timm", {"head_mixed_attention", "class_attention"}),
             ("torchvision/vit_b_32", "torchvision", {"masked_attention"}),
             ("transformers/CvtConfig", "transformers", {"masked_attention", "conv_projection", "linear"}),
+            ("transformers/DeiTConfig", "transformers", {"masked_attention", "linear"}),
             ("vit_pytorch/SimpleViT", "vit_pytorch", {"masked_attention", "linear"}),
             ("vit_pytorch/cait.CaiT", "vit_pytorch", {"head_mixed_attention"}),
         ],

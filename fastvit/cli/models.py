@@ -167,7 +167,8 @@ def _of_config(transformers: Any, config: Any) -> nn.Module:
     for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel):
         try:
             if type(config) in auto._model_mapping:
-                return auto.from_config(config)
+                found = auto._model_mapping[type(config)]  # of DeiT two, which from_config needs a choice between
+                return (found[0] if isinstance(found, tuple) else found)._from_config(config)
         except ImportError as error:  # its models are imported when they are asked for
             raise CannotLoad(f"transformers cannot import the model of a {type(config).__name__}: {error}") from error
     raise CannotLoad(f"transformers has no model for a bare {type(config).__name__}")

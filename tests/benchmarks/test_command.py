@@ -322,6 +322,12 @@ def test_the_models_of_the_suite_exist():
     assert set(models.MODELS) <= set(fastvit.list_models())
 
 
+@pytest.mark.parametrize("name", models.FOREIGN)
+def test_the_models_of_other_libraries_exist(name):
+    pytest.importorskip(name.partition("/")[0])
+    assert models.Whole(Case("benchmarks.models", name)).foreign
+
+
 @pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "cait_xxs24_224"])
 def test_the_right_results_of_a_model_can_be_made(name, mode, tmp_path):
