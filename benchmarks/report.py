@@ -162,6 +162,12 @@ def _of_modes(result: Mapping[str, Any], *modes: str) -> list[list[Row]]:
     return [race for race in races(result["rows"]) if race[0]["mode"] in modes]
 
 
+def _has_peers(found: Sequence[Sequence[Row]]) -> bool:
+    """Whether anybody was measured beside eager and ours."""
+    names = {row["provider"] for row in itertools.chain.from_iterable(found) if measured(row)}
+    return any(name != "eager" and not name.startswith(OURS) for name in names)
+
+
 def models_block(result: Mapping[str, Any]) -> str:
     """A line for each case of inference: fastvit beside the baseline and beside the fastest of all others."""
     lines = [
@@ -237,6 +243,23 @@ def steps_line(found: Sequence[Mapping[str, Any]]) -> str:
         f"A step of training, forward and backward, is {', '.join(ranges)} as fast as eager PyTorch's, patched beside "
         f"plain ({_measured_where(newest)}): [model by model, with memory and accuracy](docs/training.md#measured)."
     )
+
+
+def eager_block(found: Sequence[Mapping[str, Any]]) -> str:
+    """Of every CPU, dtype and batch size: the range of inference beside eager, and the lowest bound of an interval."""
+    told: dict[tuple[str, str, int], list[tuple[str, Mapping[str, float]]]] = {}
+    for result in found:
+        for race in _of_modes(result, "fwd"):
+            if (ours := of(race, OURS)) and ours["ratio"] and of(race, "eager"):
+                key = (_machine(result), race[0]["dtype"], race[0]["batch"])
+                told.setdefault(key, []).append((race[0]["name"], ours["ratio"]))
+    lines = ["| CPU | dtype | batch | models | over eager | lowest bound |", "|---|---|---|---|---|---|"]
+    for key, rows in sorted(told.items(), key=lambda each: (each[0][0], each[0][1] != "float32", each[0])):
+        name, lowest = min(rows, key=lambda row: row[1]["low"])
+        cells = [*key, len(rows), _range([ratio["median"] for _, ratio in rows]), f"{lowest['low']:.2f}x ({name})"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    files = ", ".join(f"`{result['command']}` ({result['date']})" for result in found)
+    return "\n".join([*lines, "", files])
 
 
 def ops_block(result: Mapping[str, Any]) -> str:
@@ -368,7 +391,8 @@ def _shown(result: Mapping[str, Any]) -> list[list[Row]]:
 BLOCKS: dict[str, tuple[str, Callable[[Any], str], Callable[[Mapping[str, Any]], Any]]] = {
     "speed": ("models", speed_block, _shown),
     "steps": ("models", steps_line, lambda result: _of_modes(result, "fwd_bwd")),
-    "models": ("models", models_block, lambda result: _of_modes(result, "fwd")),
+    "models": ("models", models_block, lambda result: _has_peers(_of_modes(result, "fwd"))),
+    "eager": ("models", eager_block, lambda result: _of_modes(result, "fwd")),
     "ops": ("ops", ops_block, bool),
     "coverage": ("coverage", coverage_block, bool),
     "training": ("models", training_block, lambda result: _of_modes(result, *TRAINING)),
@@ -379,9 +403,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str], Callable[[Mapping[str, Any]],
 OPTIONS = dict.fromkeys(("steps", "training"), " --mode fwd_bwd")
 OPTIONS["deployment"] = " --providers aotinductor fastvit-aotinductor fastvit"
 """By name, what makes the suite give results for a block."""
-PLOTTED = ("models", "ops")
 EVERY = ("models", "ops", "training")
-"""Blocks of all results, each with its plot; "steps" reads all for one sentence, the others are of the newest."""
+"""Blocks of all results, each with its plot; those of SUMMARIES read all, the others are of the newest."""
+SUMMARIES = ("steps", "eager")
 
 
 def results(suite: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -406,7 +430,12 @@ def block(name: str, folder: Path) -> str:
         return f"No result of `python -m benchmarks.{suite}{OPTIONS.get(name, '')}` is in `benchmarks/results/` yet."
     if name in EVERY:
         return "\n\n".join(f"{written(each)}\n\n![{name}](pictures/{path.stem}.svg)" for path, each in found)
-    return written([each for _, each in found] if name == "steps" else found[0][1])
+    return written([each for _, each in found] if name in SUMMARIES else found[0][1])
+
+
+def has_plot(result: Mapping[str, Any]) -> bool:
+    """Whether a page shows a plot of it."""
+    return any(BLOCKS[name][0] == result.get("suite") and BLOCKS[name][2](result) for name in EVERY)
 
 
 def render(text: str, folder: Path = RESULTS) -> str:
@@ -508,8 +537,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.files:
         for page in PAGES:
             page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
-        for path, found in itertools.chain.from_iterable(results(suite, RESULTS) for suite in PLOTTED):
-            plot(found["rows"], PICTURES / f"{path.stem}.svg")
+        suites = dict.fromkeys(BLOCKS[name][0] for name in EVERY)
+        for path, found in itertools.chain.from_iterable(results(suite, RESULTS) for suite in suites):
+            if has_plot(found):
+                plot(found["rows"], PICTURES / f"{path.stem}.svg")
         shown = next((found for _, found in results("models", RESULTS) if _shown(found)), None)
         if shown is not None:
             picture(shown, PICTURES / "speed.svg")

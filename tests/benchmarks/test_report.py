@@ -48,8 +48,8 @@ def test_the_pages_are_what_the_report_would_write():
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*.json")), ids=lambda path: path.name)
 def test_a_result_of_the_suite_has_its_plot(path: Path):
     found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("suite") not in report.PLOTTED:
-        pytest.skip("older than the suite, or without a plot")
+    if not report.has_plot(found):
+        pytest.skip("without a plot")
     assert (report.PICTURES / f"{path.stem}.svg").exists()
 
 
@@ -114,6 +114,25 @@ def test_every_result_of_models_is_shown_and_readme_shows_the_newest_of_inferenc
     assert shown == sorted(shown) and models.count("| model |") == 2
     assert "(0.50 of ort's speed)" in speed
     assert training.count("| model |") == 1 and "![training](pictures/2026-01-03-training.svg)" in training
+
+
+def test_beside_eager_all_results_of_a_cpu_are_a_line_for_each_dtype_and_batch(tmp_path):
+    """With the model whose interval reaches lowest; of those without a peer there is no table and no plot."""
+    first = [made_up(provider, ms, name="a") for provider, ms in (("eager", 10.0), ("ort", 1.0), ("fastvit", 5.0))]
+    second = [
+        made_up(provider, ms, name=name, dtype=dtype)
+        for name, dtype, ours in (("timm/b", first[0]["dtype"], 8.0), ("timm/c", "float16", 4.0))
+        for provider, ms in (("eager", 10.0), ("fastvit", ours))
+    ]
+    for number, rows in enumerate((first, second)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result("models", rows)))
+    lines = report.block("eager", tmp_path).splitlines()
+    assert lines[2:4] == [
+        "| A CPU, 2 threads | float32 | 8 | 2 | 1.25x to 2.00x | 1.12x (timm/b) |",
+        "| A CPU, 2 threads | float16 | 8 | 1 | 2.50x to 2.50x | 2.25x (timm/c) |",
+    ]
+    assert report.block("models", tmp_path).count("| model |") == 1
+    assert report.has_plot(result("models", first)) and not report.has_plot(result("models", second))
 
 
 def test_training_is_plain_beside_patched_and_a_sentence_of_readme(tmp_path):
