@@ -109,6 +109,22 @@ def test_rows_without_keys_have_zero_gradients(configs):
 
 
 @both_forms
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keys", [(0, 1, 17, 34), (*range(3), *range(20, 35))], ids=["between", "around"])
+def test_what_stands_at_hidden_keys_reaches_no_gradient(keys, biased, configs):
+    q, k, v = packed(2, 2, 35, 16, torch.float32)
+    mask, grad = torch.rand(2, 35) > 0.4, torch.randn(q.shape)
+    hidden = torch.zeros(35, 1, dtype=torch.bool)
+    hidden[list(keys)] = True
+    mask[:, hidden[:, 0]] = False
+    bias = torch.randn(1, 2, 35, 35) if biased else None
+    before = check(q, k, v, mask, bias, grad=grad, configs=configs)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        spoiled = (tensor.masked_fill(hidden, value) for tensor in (k, v))
+        assert all(map(torch.equal, check(q, *spoiled, mask, bias, grad=grad, configs=configs), before))
+
+
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_logits_and_rows_of_one_key(dtype, configs):
     check(*packed(1, 2, 35, 16, dtype, size=6.0), configs=configs)
