@@ -10,8 +10,8 @@ With few queries there is little arithmetic per key, and the time is that of rea
 matrix products, and to keep every multiprocessor reading, even for one image, the keys of a head are split:
 
 In 16 bits, where there are heads enough to fill the device and neither a bias nor a mask that varies by query, the
-kernel of masked attention takes them in tiles of 16 queries: by prediction (``benchmarks/gpu_model``) products with rows
-that do not exist cost less there than these kernels' sums, whose reductions wait for each other. Otherwise
+kernel of masked attention takes them in tiles of 16 queries: by prediction (``benchmarks/gpu_model``) products with
+rows that do not exist cost less there than these kernels' sums, whose reductions wait for each other. Otherwise
 
 1. parts: a program takes one query and a range of keys, in tiles [BLOCK_N, BLOCK_D] with a running maximum m, a running
    sum l and an accumulator. Programs that share keys are adjacent, so that all but the first find them in the cache.

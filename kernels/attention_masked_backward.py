@@ -70,7 +70,7 @@ class Configs(NamedTuple):
 CONFIGS: dict[tuple[str, int], Configs] = {
     ("half", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
     ("half", 64): Configs((one_pass(32, 64, 4), Config(32, 32, 8)), (Config(32, 32, 4),), Config(32, 32, 8)),
-    ("half", 128): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("half", 128): Configs((one_pass(32, 64, 8), Config(32, 16, 8, 2)), (Config(16, 32, 8),), Config(16, 32, 8)),
     ("tf32", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
     ("tf32", 64): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
     ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
@@ -89,7 +89,7 @@ REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
     ),
     ("half", 64): Configs(
         (one_pass(32, 64, 4), Config(64, 64, 8, 2)),
-        (Config(32, 64, 4, 2), Config(32, 128, 8, 2)),
+        (Config(32, 64, 4), Config(32, 128, 8, 2)),
         Config(32, 32, 8),
     ),
 }
@@ -297,12 +297,11 @@ def masked_attention_dkv_kernel(
     first_key = (program % blocks) * BLOCK_N
     EXACT_D: tl.constexpr = BLOCK_D == D
     k_tile = load_tile(k, first_key, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-    wanted = None
+    v_tile = load_tile(v, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
     end = num_queries
-    if MASK_KIND == 1:  # 0 times NaN is NaN
-        wanted = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
-        end = tl.where(tl.max(wanted.to(tl.int32), 0) > 0, num_queries, 0)
-    v_tile = load_tile(v, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted)
+    if MASK_KIND == 1:
+        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
+        end = tl.where(tl.max(visible.to(tl.int32), 0) > 0, num_queries, 0)
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -322,6 +321,10 @@ def masked_attention_dkv_kernel(
         ds = p * (dp - row_delta[None, :])
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
 
+    if MASK_KIND == 1:  # 0 times NaN is NaN; loaded again, for there are no registers to keep it in
+        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
+        dk_acc = tl.where(visible[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(visible[:, None], dv_acc, 0.0)
     store_rows(dk, dk_acc * scale, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv, dv_acc, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
 
