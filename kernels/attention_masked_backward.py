@@ -84,7 +84,7 @@ CONFIGS: dict[tuple[str, int], Configs] = {
 REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
     ("half", 32): Configs(
         (one_pass(32, 64, 4), one_pass(64, 128, 8), Config(64, 64, 4, 2)),
-        (Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+        (Config(64, 64, 8), Config(32, 128, 8, 2)),
         Config(32, 32, 4),
     ),
     ("half", 64): Configs(
