@@ -1,6 +1,7 @@
 """Attention mixed across heads: talking heads (CaiT), re-attention (DeepViT), and both.
 
-- ``cpp``: ``csrc/head_mixed_attention``: all heads of a few queries at a time, so that their maps stay in the caches.
+- ``cpp``: ``csrc/head_mixed_attention``: all heads of a few queries at a time, so that their maps stay in the caches;
+  float16 at inference alone.
 - ``triton``: ``kernels/head_mixed_attention*.py``, the same on a GPU.
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
@@ -54,7 +55,7 @@ from fastvit.reference.functional import BatchNorm, LayerNorm, sums_over_process
 
 __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRAINED_DTYPES = (torch.float16, torch.bfloat16)
 TRAINED_HEADS = 16
@@ -680,7 +681,19 @@ def _unavailable_triton(q: Tensor, named: bool) -> Sequence[str]:
     return reasons if named or not q.is_cpu else [*reasons, "on the CPU it is interpreted"]
 
 
-_cpp_reasons = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS, folds=True)
+_cpp_reasons_of_any = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS, folds=True)
+
+
+def _cpp_reasons(call: Call, named: bool) -> Iterator[str]:
+    yield from _cpp_reasons_of_any(call, named)
+    q, norm = call.q, call.norm
+    if (compute_dtype(q) if any_autocast() else q.dtype) == torch.float16:
+        if torch.is_grad_enabled() and gradients_needed(q, call.k, call.v, *_parameters(call)):
+            yield "it has no backward in float16"
+        if isinstance(norm, BatchNorm) and norm.use_batch_stats:
+            yield "it takes no batch statistics in float16"
+
+
 _triton_reasons = _reasons_of(_unavailable_triton, TRITON_DTYPES)
 
 

@@ -1,6 +1,6 @@
 """Depthwise convolution of tokens as they lie, with the norms, activations and residual around it.
 
-- ``cuda``: ``csrc/token_depthwise_conv``, its CUDA kernels; ``cpp``: its CPU kernels, float32 and bfloat16.
+- ``cuda``: ``csrc/token_depthwise_conv``, its CUDA kernels; ``cpp``: its CPU kernels, float16 at inference alone.
 - ``triton``: ``kernels/token_depthwise_conv*.py``, for ROCm and for installations without the extension; where both it
   and ``cuda`` take a call at inference, the faster one by measuring.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
@@ -71,7 +71,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Convolution(NamedTuple):
@@ -484,12 +484,23 @@ def _run_reference(call: Convolution) -> Tensor:
     return functional.token_depthwise_conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
-_CPP = _reasons_of(_unavailable_cpp, (torch.float32, torch.bfloat16), available=not _CPP_REASONS)
-_CUDA = _reasons_of(_unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one output's window must fit shared memory
-_TRITON = _reasons_of(_unavailable_triton, _GPU_DTYPES, max_kernel=7)
+_cpp_reasons_of_any = _reasons_of(_unavailable_cpp, _DTYPES, available=not _CPP_REASONS)
+
+
+def _cpp_reasons(call: Convolution, named: bool) -> Iterator[str]:
+    yield from _cpp_reasons_of_any(call, named)
+    if call.x.dtype == torch.float16:
+        if is_grad_enabled() and gradients_needed(*call.tensors()):
+            yield "it has no backward in float16"
+        if any(norm is not None and norm.use_batch_stats for norm in (call.pre_norm, call.norm)):
+            yield "it takes no batch statistics in float16"
+
+
+_CUDA = _reasons_of(_unavailable_cuda, _DTYPES, max_kernel=13)  # one output's window must fit shared memory
+_TRITON = _reasons_of(_unavailable_triton, _DTYPES, max_kernel=7)
 
 KERNELS = (
-    Implementation("cpp", _runner(NATIVE), _CPP, validates=True),
+    Implementation("cpp", _runner(NATIVE), _cpp_reasons, validates=True),
     Implementation("cuda", _runner(NATIVE), _CUDA, validates=True),
     Implementation("triton", _runner(TRITON), _TRITON),
 )
