@@ -350,7 +350,10 @@ def test_float16_is_for_inference() -> None:
     arguments = make_arguments(Case((5, 4), **LEFF), torch.float16)
     batch = arguments | {"norm": arguments["norm"]._replace(use_batch_stats=True)}
     grows = arguments | {"x": arguments["x"].requires_grad_()}
-    for each, why in ((batch, "it takes no batch statistics in float16"), (grows, "it has no backward in float16")):
+    for each, why in (
+        (batch, "it takes no statistics of a batch in torch.float16"),
+        (grows, "it has no backward in torch.float16"),
+    ):
         with pytest.raises(RuntimeError, match=why):
             run_cpp(**each)
         assert torch.equal(token_depthwise_conv(**each), functional.token_depthwise_conv(**each))
