@@ -39,6 +39,8 @@ GOALS = (
     Goal("vit_b_padding", "inference", "sdpa", 1.3),
     Goal("vit_b_512_padding", "inference", "sdpa", 1.3),
     Goal("vit_b", "inference", "sdpa", 1.0),
+    Goal("vit_s", "inference", "sdpa", 1.0),
+    Goal("cait_s_class", "inference", "sdpa", 1.0),
     *(Goal(job, mode, "floor_copy", 1 / 1.3) for job in _CONVOLUTIONS for mode in _MODES),
     *(Goal(job, mode, "cudnn_nchw", 3.0) for job in _CONVOLUTIONS for mode in _MODES),
     Goal("ceit_s_leff", "inference", _COMPILED, 2.0),

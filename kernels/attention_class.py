@@ -9,9 +9,9 @@ bias are read through the strides of their broadcast to (B, H, Nq, Nk). The resu
 With few queries there is little arithmetic per key, and the time is that of reading K and V once. So there are no
 matrix products, and to keep every multiprocessor reading, even for one image, the keys of a head are split:
 
-In 16 bits, where there are heads enough to fill the device, the kernel of masked attention takes them in tiles of 16
-queries: by prediction (``benchmarks/gpu_model``) the tensor cores' products with rows that do not exist cost less than
-the multiplications and sums of these kernels, whose reductions wait for each other. Otherwise
+In 16 bits, where there are heads enough to fill the device and neither a bias nor a mask that varies by query, the
+kernel of masked attention takes them in tiles of 16 queries: by prediction (``benchmarks/gpu_model``) products with
+rows that do not exist cost less there than these kernels' sums, whose reductions wait for each other. Otherwise
 
 1. parts: a program takes one query and a range of keys, in tiles [BLOCK_N, BLOCK_D] with a running maximum m, a running
    sum l and an accumulator. Programs that share keys are adjacent, so that all but the first find them in the cache.
@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from fastvit.kernels._primitives import (
+    FULL_MASK,
     LOG2_E,
     empty_heads_last,
     finite_maximum,
@@ -90,16 +91,18 @@ def row_logits(
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Logits [BLOCK_N] of one query, -inf where a key is masked or out of bounds."""
+    """Logits [BLOCK_N] of one query, -inf where a key is masked or out of bounds; and where it is neither."""
     logits = tl.sum(k_tile * q_row[None, :], 1) * scale
     keys = tl.arange(0, BLOCK_N)
-    inside = first_key + keys < num_keys
+    visible = first_key + keys < num_keys
+    if HAS_MASK:
+        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
     if HAS_BIAS:
         place = bias + tl.cast(first_key, tl.int64) * stride_biask
-        logits += tl.load(place + keys * stride_biask, mask=inside, other=0).to(tl.float32)
-    if HAS_MASK:
-        inside = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
-    return tl.where(inside, logits, float("-inf"))
+        added = tl.load(place + keys * stride_biask, mask=visible, other=0).to(tl.float32)
+        logits += added
+        visible = visible & (added != float("-inf"))
+    return tl.where(visible, logits, float("-inf")), visible
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -178,7 +181,7 @@ def class_attention_parts_kernel(
     first = part * keys_per_part
     for start in range(first, tl.minimum(first + keys_per_part, num_keys), BLOCK_N):
         k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D).to(tl.float32)
-        logits = row_logits(
+        logits, visible = row_logits(
             q_row, k_tile, scale, mask, bias, start, num_keys, stride_mk, stride_biask, BLOCK_N, HAS_MASK, HAS_BIAS
         )
         new_max = tl.maximum(row_max, tl.max(logits, 0))
@@ -186,7 +189,10 @@ def class_attention_parts_kernel(
         p = tl.exp2((logits - finite_max) * LOG2_E)
         rescale = tl.exp2((row_max - finite_max) * LOG2_E)
         row_sum = row_sum * rescale + tl.sum(p, 0)
-        v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D).to(tl.float32)
+        wanted = None
+        if HAS_MASK or HAS_BIAS:  # 0 times NaN is NaN
+            wanted = visible
+        v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted).to(tl.float32)
         if BACKWARD:
             acc = acc * rescale + tl.sum(p * tl.sum(v_tile * g_row[None, :], 1), 0)
         else:
@@ -333,11 +339,13 @@ def class_attention_forward(
     out = empty_heads_last(q, q.shape[2])
     if 0 in (*q.shape, k.shape[2]):
         return out.zero_()
+    operands = Operands.of(q, k, v, mask, bias)
     few = product_kind(q.dtype) == "half" and q.shape[2] <= FEW_QUERIES
+    few = few and bias is None and operands.mask_kind != FULL_MASK
     if config is None and few and q.shape[0] * q.shape[1] >= 2 * autotune.multiprocessors(q.device):
         return masked_attention_forward(q, k, v, mask, bias, scale)[0]
     with torch.cuda.device_of(q):
-        launches = Launches(Operands.of(q, k, v, mask, bias), None, scale)
+        launches = Launches(operands, None, scale)
         if config is None:
             config = launches.choose(
                 "class_attention", lambda config: _combine(launches, config, torch.empty_like(out))

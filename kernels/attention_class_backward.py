@@ -123,15 +123,20 @@ def class_attention_tokens_kernel(
         bias_row = bias
         if HAS_BIAS:
             bias_row = bias + at * stride_biasq
-        logits = row_logits(
+        logits, visible = row_logits(
             q_row, k_tile, scale, mask_row, bias_row, first_key, num_keys, stride_mk, stride_biask,
             BLOCK_N, HAS_MASK, HAS_BIAS,
         )  # fmt: skip
         p = tl.exp(logits - row_max) * inverse
         ds = p * (tl.sum(v_tile * g_row[None, :], 1) - delta)
+        if HAS_MASK or HAS_BIAS:  # 0 times NaN is NaN
+            p, ds = tl.where(visible, p, 0.0), tl.where(visible, ds, 0.0)
         dv_tile += p[:, None] * g_row[None, :]
+        terms = ds[:, None] * k_tile
+        if HAS_MASK or HAS_BIAS:
+            terms = tl.where(visible[:, None], terms, 0.0)
         dk_tile += ds[:, None] * q_row[None, :]
-        tl.store(dq + at * D + columns, tl.sum(ds[:, None] * k_tile, 0) * scale, mask=columns < D)
+        tl.store(dq + at * D + columns, tl.sum(terms, 0) * scale, mask=columns < D)
         if WRITE_DLOGITS:
             tl.store(dlogits + row * num_keys + keys, ds, mask=keys < num_keys)
 

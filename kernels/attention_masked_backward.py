@@ -70,11 +70,11 @@ class Configs(NamedTuple):
 CONFIGS: dict[tuple[str, int], Configs] = {
     ("half", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
     ("half", 64): Configs((one_pass(32, 64, 4), Config(32, 32, 8)), (Config(32, 32, 4),), Config(32, 32, 8)),
-    ("half", 128): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(16, 32, 8),), Config(16, 32, 8)),
+    ("half", 128): Configs((one_pass(32, 64, 8), Config(32, 16, 8, 2)), (Config(16, 32, 8),), Config(16, 32, 8)),
     ("tf32", 32): Configs((one_pass(32, 64, 4), Config(32, 32, 4)), (Config(32, 32, 4),), Config(32, 32, 4)),
     ("tf32", 64): Configs((one_pass(32, 64, 8), Config(32, 16, 8)), (Config(32, 32, 8),), Config(16, 32, 8)),
     ("tf32", 128): Configs((Config(32, 16, 8),), (Config(16, 16, 8),), Config(16, 16, 8)),
-    ("ieee", 32): Configs((Config(16, 32, 8),), (Config(16, 32, 8),), Config(32, 32, 4)),
+    ("ieee", 32): Configs((Config(16, 32, 8, 2),), (Config(16, 32, 8),), Config(32, 32, 4)),
     ("ieee", 64): Configs((Config(16, 32, 8, 2),), (Config(16, 32, 8),), Config(16, 32, 8)),
     ("ieee", 128): Configs((Config(16, 16, 8),), (Config(16, 32, 8),), Config(16, 16, 8)),
 }
@@ -84,12 +84,12 @@ CONFIGS: dict[tuple[str, int], Configs] = {
 REGULAR_CONFIGS: dict[tuple[str, int], Configs] = {
     ("half", 32): Configs(
         (one_pass(32, 64, 4), one_pass(64, 128, 8), Config(64, 64, 4, 2)),
-        (Config(64, 64, 8, 2), Config(32, 128, 8, 2)),
+        (Config(64, 64, 8), Config(32, 128, 8, 2)),
         Config(32, 32, 4),
     ),
     ("half", 64): Configs(
-        (one_pass(32, 64, 4), one_pass(32, 256, 8), Config(64, 64, 8, 2)),
-        (Config(32, 64, 4, 2), Config(32, 128, 8, 2)),
+        (one_pass(32, 64, 4), Config(64, 64, 8, 2)),
+        (Config(32, 64, 4), Config(32, 128, 8, 2)),
         Config(32, 32, 8),
     ),
 }
@@ -172,8 +172,11 @@ def masked_attention_dq_kernel(
     g_tile = load_tile(grad, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D, EXACT_D)
 
     if ONE_PASS:
-        k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
-        v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+        wanted = None
+        if MASK_KIND == 1:  # 0 times NaN is NaN
+            wanted = load_key_mask(mask, 0, num_keys, stride_mk, BLOCK_N)
+        k_tile = load_tile(k, 0, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted)
+        v_tile = load_tile(v, 0, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted)
         logits = logits_tile(
             q_tile, k_tile, logits_scale, mask, bias, first_query, 0, num_queries, num_keys,
             stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
@@ -201,14 +204,17 @@ def masked_attention_dq_kernel(
         delta_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(first, end, BLOCK_N):
-            k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+            wanted = None
+            if MASK_KIND == 1:
+                wanted = load_key_mask(mask, start, num_keys, stride_mk, BLOCK_N)
+            k_tile = load_tile(k, start, 0, num_keys, D, stride_kn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted)
             logits = logits_tile(
                 q_tile, k_tile, logits_scale, mask, bias, first_query, start, num_queries, num_keys,
                 stride_mq, stride_mk, stride_biasq, stride_biask, BLOCK_M, BLOCK_N, MASK_KIND, HAS_BIAS, PRECISION,
             )  # fmt: skip
             p = exponentials(logits, row_shift[:, None], HAS_BIAS)
             row_sum += tl.sum(p, 1)
-            v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D)
+            v_tile = load_tile(v, start, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D, wanted)
             dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
             delta_sum += tl.sum(p * dp, 1)
             ds = p * (dp - forward_delta[:, None])
@@ -315,6 +321,10 @@ def masked_attention_dkv_kernel(
         ds = p * (dp - row_delta[None, :])
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
 
+    if MASK_KIND == 1:  # 0 times NaN is NaN; loaded again, for there are no registers to keep it in
+        visible = load_key_mask(mask, first_key, num_keys, stride_mk, BLOCK_N)
+        dk_acc = tl.where(visible[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(visible[:, None], dv_acc, 0.0)
     store_rows(dk, dk_acc * scale, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
     store_rows(dv, dv_acc, first_key, num_keys, H * D, D, BLOCK_N, BLOCK_D)
 

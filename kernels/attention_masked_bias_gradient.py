@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels._primitives import load_tile
+from fastvit.kernels._primitives import load_key_mask, load_tile
 from fastvit.kernels.attention_masked import Config
 from fastvit.kernels.attention_tiles import NOT_SPECIALIZED, exponentials, load_row_values, logits_tile
 from torch import Tensor
@@ -124,9 +124,13 @@ def masked_attention_dbias_kernel(
             grad + b * stride_gb + h * stride_gh, first_query, 0, num_queries, D, stride_gn, 1, BLOCK_M, BLOCK_D,
             EXACT_D,
         )  # fmt: skip
+        wanted = None
+        if MASK_KIND == 1:  # 0 times NaN is NaN
+            wanted = load_key_mask(head_mask, first_key, num_keys, stride_mk, BLOCK_N)
         v_tile = load_tile(
-            v + b * stride_vb + h * stride_vh, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D
-        )
+            v + b * stride_vb + h * stride_vh, first_key, 0, num_keys, D, stride_vn, 1, BLOCK_N, BLOCK_D, EXACT_D,
+            wanted,
+        )  # fmt: skip
         dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
         row_delta = load_row_values(delta + head * num_queries, first_query, num_queries, BLOCK_M)
         acc += p * (dp - row_delta[:, None])

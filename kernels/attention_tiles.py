@@ -147,7 +147,7 @@ class Operands(NamedTuple):
     def mask_kind(self) -> int:
         if self.mask is None:
             return NO_MASK
-        return KEY_MASK if self.mask.stride(2) == 0 else FULL_MASK
+        return KEY_MASK if self.mask.stride(2) == 0 or self.mask.shape[2] == 1 else FULL_MASK
 
     @property
     def regular(self) -> bool:

@@ -118,7 +118,7 @@ template <class To, class From>
 FASTVIT_DEVICE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
-  memcpy(&to, &from, sizeof to);
+  memcpy(static_cast<void*>(&to), &from, sizeof to);  // __half is no trivial type
   return to;
 }
 
@@ -193,7 +193,7 @@ FASTVIT_DEVICE void store_pack(const Pack<T, V>& pack, T* to) {
     return;
   }
 #endif
-  memcpy(to, &pack, sizeof pack);
+  memcpy(static_cast<void*>(to), &pack, sizeof pack);
 }
 
 template <class T, int V>

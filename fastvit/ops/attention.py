@@ -303,8 +303,10 @@ def masked_attention(
         q: (B, H, Nq, D), floating, any strides.
         k, v: (B, H, Nk, D), dtype and device of q (under autocast dtypes may differ).
         mask: bool, True = attend; (B, Nk) key padding, or broadcastable to (B, H, Nq, Nk). A row with no key left gives
-            zeros, and zero gradients. What stands at masked keys has no influence, be it NaN.
-        bias: floating, added to the logits; broadcastable to (B, H, Nq, Nk); -inf masks a key.
+            zeros, and zero gradients. What stands at masked keys has no influence, be it NaN; with "triton" that holds
+            of masks that are the same for all queries.
+        bias: floating, added to the logits; broadcastable to (B, H, Nq, Nk); -inf masks a key, but with "triton" not a
+            NaN there.
         scale: D ** -0.5 by default.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
         backend: "auto", "cpp", "triton", "sdpa" (without mask and bias) or "reference".
@@ -335,7 +337,8 @@ def class_attention(
 
     Args:
         q: (B, H, Nq, D), floating, any strides; made for one to four queries, right for any number.
-        k, v, mask, bias, scale, dropout_p, backend: as in :func:`masked_attention`.
+        k, v, mask, bias, scale, dropout_p, backend: as in :func:`masked_attention`; what stands at masked keys has no
+            influence with any backend, mask or bias.
 
     Returns:
         (B, H, Nq, D) in q's dtype, or autocast's.

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import gpu_peers, gpu_rows, gpu_timing
 from benchmarks.gpu_goals import GOALS, MEMORY_GOALS, judge
+from benchmarks.gpu_model.rows import ROWS
 from benchmarks.gpu_models import MODELS, measure_inference
 from benchmarks.gpu_rows import JOB
 from benchmarks.jobs import JOBS, images, parts, widened
@@ -105,6 +106,8 @@ def test_goals_name_jobs_and_candidates_that_exist():
         names |= set(gpu_peers.floors(jobs[goal.job], tensors, out, goal.mode == "training"))
         assert any(name.startswith(goal.over) for name in names), goal
     assert {goal.model for goal in MEMORY_GOALS} <= set(MODELS)
+    predicted = {(row.job, "training" if row.training else "inference") for row in ROWS}
+    assert predicted <= {(goal.job, goal.mode) for goal in GOALS}, "what is predicted is measured first"
 
 
 def test_a_goal_is_met_by_its_own_measurement_alone():

@@ -92,6 +92,33 @@ def test_bias_and_its_gradient(shape):
     check(*tokens(2, 2, 2, 33, 16), mask=torch.rand(2, 33) > 0.3, bias=bias)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(2, 33), (1, 1, 1, 33), (2, 2, 3, 33)], ids=str)
+def test_what_stands_at_hidden_keys_reaches_nothing(shape, biased):
+    q, k, v = tokens(2, 2, 3, 33, 16)
+    mask, grad = torch.rand(shape) > 0.4, torch.randn(q.shape)
+    hidden = torch.zeros(33, 1, dtype=torch.bool)
+    hidden[[0, 1, 10]] = hidden[16:32] = True  # a whole tile, and keys between visible ones
+    mask[..., hidden[:, 0]] = False
+    bias = torch.randn(2, 2, 3, 33) if biased else None
+    before = check(q, k, v, mask, bias, grad=grad)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        spoiled = (tensor.masked_fill(hidden, value) for tensor in (k, v))
+        assert all(map(torch.equal, check(q, *spoiled, mask, bias, grad=grad), before))
+
+
+@pytest.mark.parametrize("how", ["mask", "bias"])
+def test_what_is_hidden_from_one_query_does_not_reach_it(how):
+    q, k, v = tokens(2, 2, 3, 33, 16)
+    k[:, 0, 4, 0], v[:, 0, 9, 1], v[:, 1, 20] = float("nan"), float("inf"), float("nan")
+    hidden = torch.rand(2, 2, 3, 33) < 0.5
+    if how == "mask":
+        out = check(q, k, v, mask=~hidden)[0]
+    else:
+        out = check(q, k, v, bias=torch.randn(hidden.shape).masked_fill(hidden, float("-inf")))[0]
+    assert out.isnan().any() and out.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_logits_and_one_visible_key(dtype):
     check(*tokens(1, 2, 2, 50, 16, dtype, size=8.0))
@@ -120,6 +147,24 @@ def test_many_heads_in_16_bits_take_the_tensor_cores(masked, monkeypatch):
     check(*tokens(1, 2, 2, 70, 48, torch.float16), mask=mask if mask is None else mask[:1], config=None)
     check(*tokens(2, 2, 2, 20, 48), config=None)
     assert len(calls) == 1
+
+
+def test_tensor_cores_take_no_mask_that_varies_by_query_and_no_bias(monkeypatch):
+    """There NaN at a masked key would spread."""
+    monkeypatch.setattr(kernels.autotune, "multiprocessors", lambda device: 2)
+    calls = []
+    forward = kernels.masked_attention_forward
+    monkeypatch.setattr(kernels, "masked_attention_forward", lambda *a: calls.append(a) or forward(*a))
+    for queries, of_tensor_cores in ((1, 1), (2, 0)):
+        q, k, v = tokens(2, 2, queries, 70, 48, torch.float16)
+        mask = torch.rand(2, 2, queries, 70) > 0.3
+        mask[..., 3] = False
+        k[:, :, 3], v[:, :, 3] = float("nan"), float("inf")
+        bias = torch.zeros(1, 1, 1, 70, dtype=torch.float16).masked_fill(mask[:1, :1, :1].logical_not(), float("-inf"))
+        for masked in ({"mask": mask}, {"bias": bias}):
+            calls.clear()
+            assert check(q, k, v, **masked, config=None)[0].isfinite().all()
+            assert len(calls) == (of_tensor_cores if "mask" in masked else 0)
 
 
 def test_every_shipped_configuration_is_right():

@@ -109,6 +109,32 @@ def test_rows_without_keys_have_zero_gradients(configs):
 
 
 @both_forms
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keys", [(0, 1, 17, 34), (*range(3), *range(20, 35))], ids=["between", "around"])
+def test_what_stands_at_hidden_keys_reaches_no_gradient(keys, biased, configs):
+    q, k, v = packed(2, 2, 35, 16, torch.float32)
+    mask, grad = torch.rand(2, 35) > 0.4, torch.randn(q.shape)
+    hidden = torch.zeros(35, 1, dtype=torch.bool)
+    hidden[list(keys)] = True
+    mask[:, hidden[:, 0]] = False
+    bias = torch.randn(1, 2, 35, 35) if biased else None
+    before = check(q, k, v, mask, bias, grad=grad, configs=configs)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        spoiled = (tensor.masked_fill(hidden, value) for tensor in (k, v))
+        assert all(map(torch.equal, check(q, *spoiled, mask, bias, grad=grad, configs=configs), before))
+
+
+@both_forms
+def test_hidden_keys_have_no_gradient_beside_rows_of_nan(configs):
+    q, k, v = (tensor.clone() for tensor in packed(2, 2, 35, 16, torch.float32))
+    mask = torch.rand(2, 35) > 0.4
+    mask[:, 20], mask[:, 3] = True, False
+    k[:, 0, 20, 0], v[:, 1, 20, 1], k[:, :, 3] = float("nan"), float("nan"), float("nan")
+    gradients = check(q, k, v, mask, configs=configs)
+    assert all(gradient[:, :, 3].eq(0).all() and gradient.isnan().any() for gradient in gradients[1:3])
+
+
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_logits_and_rows_of_one_key(dtype, configs):
     check(*packed(1, 2, 35, 16, dtype, size=6.0), configs=configs)
