@@ -628,10 +628,12 @@ class BuildWheel(bdist_wheel):
 
     @property
     def wheel_dist_name(self) -> str:
-        """Name, version and build tag, once it is built."""
+        """Name, version, and the build tag once it is built."""
+        if self.build_number or not self.distribution.have_run.get("build"):
+            return super().wheel_dist_name
         record = Path(self.get_finalized_command("build").build_lib, "fastvit", "_build_info.json")
         native = json.loads(record.read_text(encoding="utf-8"))["extension"]
-        return super().wheel_dist_name + ("" if native or self.build_number else "-0without_native_part")
+        return super().wheel_dist_name + ("" if native else "-0without_native_part")
 
 
 class EditableWheel(editable_wheel):
