@@ -659,7 +659,11 @@ def tell(info: dict[str, Any]) -> None:
     if details:
         print("\n".join(details), file=sys.stderr)
     for_what = ", ".join([*info.get("isa_levels", ()), *info.get("cuda_archs", ())])
-    with_it = f"with its native part, for {for_what}" if info["extension"] else f"WITHOUT its native part: {first.rstrip(':')}"
+    with_it = (
+        f"with its native part, for {for_what}"
+        if info["extension"]
+        else f"WITHOUT its native part: {first.rstrip(':')}"
+    )
     print(f"fastvit is built {with_it}", file=sys.stderr, flush=True)
 
 
