@@ -212,6 +212,7 @@ print(json.dumps([fastvit.__file__, warned, rows, str(report), strict, asked]))
         r"fastvit: \d+ of the blocks found run as they did before: nothing faster here: fastvit\._C", warning
     )
     assert "with a C++ compiler there, install fastvit anew (python -m fastvit info)" in warning
+    assert warning.count("nothing faster here") == warning.count("was never built") == 1
     plain = {op: (status, *reasons) for op, status, reasons in rows}
     for op in ("head_mixed_attention", "mlp"):
         assert plain[op][0] == "plain" and plain[op][1].startswith("nothing faster here: fastvit._C was never built")

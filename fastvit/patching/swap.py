@@ -311,7 +311,8 @@ def _lacking(slow: dict[str, str]) -> str | None:
     if not slow:
         return None
     cure = "; with a C++ compiler there, install fastvit anew" if backends.cpp_reasons() else ""
-    told = "; ".join(dict.fromkeys(slow.values()))
+    reasons = [part for each in slow.values() for part in each.removeprefix(preference.NOTHING_FASTER).split("; ")]
+    told = preference.NOTHING_FASTER + "; ".join(dict.fromkeys(reasons))  # those that two operators share once
     return f"fastvit: {len(slow)} of the blocks found run as they did before: {told}{cure} (python -m fastvit info)"
 
 
