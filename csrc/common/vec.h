@@ -580,5 +580,6 @@ FASTVIT_INLINE void stream(Vec v, float* p) { v.store(p); }
 FASTVIT_INLINE void end_streams() {}
 #endif
 FASTVIT_INLINE void stream(Vec v, bf16* p) { v.store(p); }
+FASTVIT_INLINE void stream(Vec v, f16* p) { v.store(p); }
 
 }  // namespace fastvit::FASTVIT_ISA

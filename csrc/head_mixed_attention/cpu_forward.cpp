@@ -15,7 +15,7 @@ void pack(const HeadMixParams& p, int64_t b, AttentionKeys keys, int64_t part, i
   const Packed layout(p.dim, keys.count);
   const int64_t panels = layout.key_panels.blocks, words = layout.words(keys.count);
   // Heads in the inner loop: the heads of a key are adjacent in memory.
-  with_element(p.element, [&]<class T>() {
+  with_element<true>(p.element, [&]<class T>() {
     for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
       for (int64_t h = 0; h < p.heads; ++h) {
         pack_key_panel(Rows<T>(p.k, b, h), layout, keys.indices, panel, packed + h * layout.head_words);

@@ -99,7 +99,7 @@ struct MapTile {
 
   // out[h][word of channels][lane] of q, or of a tensor of its shape.
   void load_lanes(const AttentionOperand& q, float* out) const {
-    with_element(p.element, [&]<class T>() {
+    with_element<true>(p.element, [&]<class T>() {
       for (int64_t first = 0; first < kWidth; first += 4) {
         for (int64_t h = 0; h < p.heads; ++h) {  // innermost: the heads of a query are adjacent
           load_four_queries(Rows<T>(q, b, h), first_query + first, queries - first, p.dim,
@@ -143,8 +143,8 @@ struct MapTile {
   void leave_hidden_out(const AttentionOperand& of, int64_t h, const float* map, float factor, const Hide& hide,
                         float* out) const {
     if (p.mask == nullptr || !has_nan(out, p.dim * kWidth)) return;
-    with_rows(p.element, of, b, h,
-              [&](auto rows) { product_of_visible<kV>(rows, keys, p.dim, map, factor, hide, out, false); });
+    with_rows<true>(p.element, of, b, h,
+                    [&](auto rows) { product_of_visible<kV>(rows, keys, p.dim, map, factor, hide, out, false); });
   }
 
   // A sum of exponentials is zero where no key is left, but also where all logits are -inf: those rows are NaN.
@@ -216,7 +216,7 @@ struct MapTile {
   // Stores [head][channel][lane] as rows of a contiguous (B, N, H, D).
   void store_lanes(const float* channels, void* to) const {
     const int64_t stride = p.heads * p.dim;
-    with_element(p.element, [&]<class T>() {
+    with_element<true>(p.element, [&]<class T>() {
       T* out = static_cast<T*>(to) + (b * p.queries + first_query) * stride;
       for (int64_t i = 0; i < queries; i += 4) {
         for (int64_t h = 0; h < p.heads; ++h) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/bfloat16.h"
+#include "common/float16.h"
 #include "linear/op.h"
 #include "token_depthwise_conv/cpu_division.h"
 #include "token_depthwise_conv/op.h"
@@ -26,10 +27,19 @@ struct Tokens {
   int64_t height, width, prefix;
 };
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 float value(const float* at) { return *at; }
-float value(const uint16_t* at) { return float_of_bfloat16(*at); }
+float value(const Bfloat16* at) { return float_of_bfloat16(at->bits); }
+float value(const Float16* at) { return float_of_float16(at->bits); }
 void store(float value, float* to) { *to = value; }
-void store(float value, uint16_t* to) { *to = bfloat16_of_float(value); }
+void store(float value, Bfloat16* to) { to->bits = bfloat16_of_float(value); }
+void store(float value, Float16* to) { to->bits = float16_of_float(value); }
 
 // A row as the layer norm in front gives it.
 template <class T>
@@ -94,7 +104,9 @@ Tensor leff(Tensor x, const NormOfRows& norm, Layer up, Depthwise depthwise, Lay
   Tensor out = linear(kOp, hidden, down, {}, behind.columns(), last, addition);
   if (out.numel() == 0 || tokens.prefix == 0) return out;
   if (x.dtype() == Dtype::bfloat16) {
-    put_prefix<uint16_t>(x, norm, addition.residual, tokens.prefix, paper, out);
+    put_prefix<Bfloat16>(x, norm, addition.residual, tokens.prefix, paper, out);
+  } else if (x.dtype() == Dtype::float16) {
+    put_prefix<Float16>(x, norm, addition.residual, tokens.prefix, paper, out);
   } else {
     put_prefix<float>(x, norm, addition.residual, tokens.prefix, paper, out);
   }

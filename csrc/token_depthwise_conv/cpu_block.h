@@ -30,10 +30,19 @@ FASTVIT_INLINE void store(Vec v, T* p, int64_t n, bool streams) {
   }
 }
 
+// f.operator()<T>() for the type of a parameter, which may be another than that of x.
+template <class F>
+FASTVIT_INLINE auto with_parameter(const ChannelParameter& parameter, const F& f) {
+  switch (parameter.element) {
+    case Element::bfloat16: return f(static_cast<const bf16*>(parameter.data));
+    case Element::float16: return f(static_cast<const f16*>(parameter.data));
+    default: return f(static_cast<const float*>(parameter.data));
+  }
+}
+
 Vec read(ChannelParameter parameter, int64_t at, int64_t n, float absent) {
   if (parameter.data == nullptr) return Vec::fill(absent);
-  return parameter.element == Element::bfloat16 ? load(static_cast<const bf16*>(parameter.data) + at, n)
-                                                : load(static_cast<const float*>(parameter.data) + at, n);
+  return with_parameter(parameter, [&](const auto* values) { return load(values + at, n); });
 }
 
 // A norm as scale * x + shift.
@@ -131,11 +140,7 @@ void transpose(const T* weight, int64_t channels, int64_t area, int64_t width, f
 void Block::pack() {
   const int64_t width = op.channel_block, area = op.kernel * op.kernel;
   if (channels < width) memset(taps, 0, static_cast<size_t>((area + 3) * width) * sizeof(float));
-  if (op.weight.element == Element::bfloat16) {
-    transpose(static_cast<const bf16*>(op.weight.data) + first * area, channels, area, width, taps);
-  } else {
-    transpose(static_cast<const float*>(op.weight.data) + first * area, channels, area, width, taps);
-  }
+  with_parameter(op.weight, [&](const auto* weight) { transpose(weight + first * area, channels, area, width, taps); });
   for_each_vector(channels, [&](int64_t c, int64_t n) {
     Vec offset = read(op.bias, first + c, n, 0.0f);
     if (op.norm.mean.data != nullptr) {

@@ -88,7 +88,7 @@ void run(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* sc
 }  // namespace
 
 void token_depthwise_conv(const TokenDepthwiseConvWork& op, int64_t begin, int64_t end, float* scratch) {
-  with_element(op.element, [&]<class T>() { run<T>(op, begin, end, scratch); });
+  with_element<true>(op.element, [&]<class T>() { run<T>(op, begin, end, scratch); });
 }
 
 }  // namespace fastvit::FASTVIT_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <type_traits>
 
 #include "common/arguments.h"
 #include "token_depthwise_conv/args.h"
@@ -38,9 +39,10 @@ struct ConvolutionArguments {
 // its schema does: `prefix` and then the name given here.
 class TokenArguments {
  public:
-  TokenArguments(const char* op, const Tensor& x, const char* prefix = "") : op_(op), prefix_(prefix), x_(x) {
+  TokenArguments(const char* op, const Tensor& x, const char* prefix = "", bool trains = false)
+      : op_(op), prefix_(prefix), x_(x) {
     check(x.dim() == 3, op, ": x must be (B, P + h*w, C), got shape ", shape_of(x));
-    if (x.is_cpu()) check_cpu_dtype(op, x, "x");
+    if (x.is_cpu()) check_cpu_dtype(op, x, "x", !trains);
   }
 
   Element element() const { return element_of(x_, "", "x"); }
@@ -125,7 +127,7 @@ class TokenArguments {
 // Everything but x and out.
 template <class Norm>
 TokenDepthwiseConv describe(const char* name, const Tensor& x, const ConvolutionArguments<Norm>& from) {
-  const TokenArguments arguments(name, x);
+  const TokenArguments arguments(name, x, "", !std::is_same_v<Norm, NormArguments>);
   TokenDepthwiseConv op{};
   op.element = arguments.element();
   op.height = from.height;

@@ -1,6 +1,7 @@
 """Attention mixed across heads: talking heads (CaiT), re-attention (DeepViT), and both.
 
-- ``cpp``: ``csrc/head_mixed_attention``: all heads of a few queries at a time, so that their maps stay in the caches.
+- ``cpp``: ``csrc/head_mixed_attention``: all heads of a few queries at a time, so that their maps stay in the caches;
+  float16 at inference alone.
 - ``triton``: ``kernels/head_mixed_attention*.py``, the same on a GPU.
 - ``reference``: ``fastvit.reference.functional.head_mixed_attention``; attention dropout is left to it.
 
@@ -54,7 +55,7 @@ from fastvit.reference.functional import BatchNorm, LayerNorm, sums_over_process
 
 __all__ = ["head_mixed_attention", "re_attention", "talking_heads_attention"]
 
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRAINED_DTYPES = (torch.float16, torch.bfloat16)
 TRAINED_HEADS = 16
@@ -617,6 +618,7 @@ def _run(infer: Kernels, kernels: Kernels, call: Call) -> Tensor:
 def _reasons_of(
     unavailable: Callable[[Tensor, bool], Sequence[str]],
     dtypes: tuple[torch.dtype, ...],
+    untrained: torch.dtype | None = None,
     available: bool = False,
     folds: bool = False,
 ) -> Callable[[Call, bool], Iterator[str]]:
@@ -624,6 +626,7 @@ def _reasons_of(
 
     Args:
         unavailable: ``unavailable(q, named)`` says why it cannot run where q is.
+        untrained: one of the dtypes, in which it computes neither gradients nor statistics of a batch.
         available: whether that is nothing on the CPU, so that it need not be asked.
         folds: whether its kernels take running statistics, so that inference needs no matrix to fold them into.
     """
@@ -635,6 +638,11 @@ def _reasons_of(
         dtype = compute_dtype(q) if any_autocast() else q.dtype
         if dtype not in dtypes:
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
+        if dtype is untrained:
+            if torch.is_grad_enabled() and gradients_needed(q, call.k, call.v, *_parameters(call)):
+                yield f"it has no backward in {dtype}"
+            if isinstance(norm, BatchNorm) and norm.use_batch_stats:
+                yield f"it takes no statistics of a batch in {dtype}"
         if q.shape[1] > MAX_HEADS:
             yield f"{q.shape[1]} heads are more than {MAX_HEADS}"
         if q.shape[3] > MAX_HEAD_DIM:
@@ -680,7 +688,9 @@ def _unavailable_triton(q: Tensor, named: bool) -> Sequence[str]:
     return reasons if named or not q.is_cpu else [*reasons, "on the CPU it is interpreted"]
 
 
-_cpp_reasons = _reasons_of(_unavailable_cpp, CPP_DTYPES, available=not _CPP_REASONS, folds=True)
+_cpp_reasons = _reasons_of(
+    _unavailable_cpp, CPP_DTYPES, untrained=torch.float16, available=not _CPP_REASONS, folds=True
+)
 _triton_reasons = _reasons_of(_unavailable_triton, TRITON_DTYPES)
 
 

@@ -217,6 +217,8 @@ def _by(kernels: Implementation) -> Implementation:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda"):  # the hidden tokens may have another dtype than x
             convolution = convolution._replace(x=x[:, :, :1].to(linear_dtype(x)))
         yield from convolution_reasons(convolution, named)
+        if kernels.name == "cpp" and convolution.x.dtype == torch.float16 and _trains(call):
+            yield "it has no backward in torch.float16"
         if norm is not None:
             if norm.process_group is not None:
                 if is_dynamo_compiling():

@@ -1,6 +1,6 @@
 """Depthwise convolution of tokens as they lie, with the norms, activations and residual around it.
 
-- ``cuda``: ``csrc/token_depthwise_conv``, its CUDA kernels; ``cpp``: its CPU kernels, float32 and bfloat16.
+- ``cuda``: ``csrc/token_depthwise_conv``, its CUDA kernels; ``cpp``: its CPU kernels, float16 at inference alone.
 - ``triton``: ``kernels/token_depthwise_conv*.py``, for ROCm and for installations without the extension; where both it
   and ``cuda`` take a call at inference, the faster one by measuring.
 - ``reference``: ``fastvit.reference.functional.token_depthwise_conv``.
@@ -71,7 +71,7 @@ from fastvit.reference.functional import BatchNorm
 __all__ = ["token_depthwise_conv"]
 
 _NAME = "token_depthwise_conv"
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Convolution(NamedTuple):
@@ -420,6 +420,7 @@ _CUDA_REASONS = _missing_kernel("cuda", backends.cuda_reasons())
 def _reasons_of(
     unavailable: Callable[[Tensor, bool], Sequence[str]],
     dtypes: tuple[torch.dtype, ...],
+    untrained: torch.dtype | None = None,
     max_kernel: int | None = None,
     available: bool = False,
 ) -> Callable[[Convolution, bool], Iterator[str]]:
@@ -427,6 +428,7 @@ def _reasons_of(
 
     Args:
         unavailable: ``unavailable(x, named)`` says why it cannot run where x is.
+        untrained: one of the dtypes, in which it computes neither gradients nor statistics of a batch.
         available: whether that is nothing on the CPU, so that it need not be asked.
     """
 
@@ -436,6 +438,11 @@ def _reasons_of(
             yield from unavailable(x, named)
         if x.dtype not in dtypes:
             yield f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}"
+        if x.dtype is untrained:
+            if is_grad_enabled() and gradients_needed(*call.tensors()):
+                yield f"it has no backward in {x.dtype}"
+            if any(each is not None and each.use_batch_stats for each in (pre_norm, norm)):
+                yield f"it takes no statistics of a batch in {x.dtype}"
         if max_kernel is not None and weight.shape[3] > max_kernel:
             yield f"kernel size {weight.shape[3]} is larger than {max_kernel}"
         for each in (pre_norm, norm):
@@ -484,9 +491,9 @@ def _run_reference(call: Convolution) -> Tensor:
     return functional.token_depthwise_conv(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), **options)
 
 
-_CPP = _reasons_of(_unavailable_cpp, (torch.float32, torch.bfloat16), available=not _CPP_REASONS)
-_CUDA = _reasons_of(_unavailable_cuda, _GPU_DTYPES, max_kernel=13)  # one output's window must fit shared memory
-_TRITON = _reasons_of(_unavailable_triton, _GPU_DTYPES, max_kernel=7)
+_CPP = _reasons_of(_unavailable_cpp, _DTYPES, untrained=torch.float16, available=not _CPP_REASONS)
+_CUDA = _reasons_of(_unavailable_cuda, _DTYPES, max_kernel=13)  # one output's window must fit shared memory
+_TRITON = _reasons_of(_unavailable_triton, _DTYPES, max_kernel=7)
 
 KERNELS = (
     Implementation("cpp", _runner(NATIVE), _CPP, validates=True),

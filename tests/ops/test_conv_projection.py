@@ -19,6 +19,7 @@ from tests.ops.composed import Arguments, check_inference, check_training, conve
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_AT_INFERENCE = (*DTYPES, torch.float16)
 
 
 def projection(channels: int, stride: int, batch_statistics: bool = False, **changes: Any) -> Projection:
@@ -63,7 +64,7 @@ CASES = {
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_inference(case: str, dtype: torch.dtype, isa: str) -> None:
     check_inference(conv_projection, functional.conv_projection, converted(CASES[case], dtype), backend="cpp")
@@ -138,7 +139,7 @@ def test_the_kernel_names_the_operator_and_the_argument() -> None:
     run(**good)
     bad = {
         "x must be (B, P + h*w, C), got shape (2, 8)": {"x": torch.zeros(2, 8)},
-        "x must be float32 or bfloat16 on the CPU, got float64": {"x": torch.zeros(2, 21, 8).double()},
+        "x must be float32, bfloat16 or float16 on the CPU, got float64": {"x": torch.zeros(2, 21, 8).double()},
         "x has 21 tokens, expected 1 + 5 * 5": {"width": 5},
         "q_weight must be (C, 1, k, k)": {"q_weight": torch.zeros(8, 1, 3, 5)},
         "k_bias must be contiguous with 8 elements, got shape (7,)": {"k_bias": torch.zeros(7)},
@@ -194,7 +195,7 @@ def test_the_kernel_itself_checks() -> None:
     for message, part in bad.items():
         with pytest.raises(RuntimeError, match=re.escape(message)):
             run(x, *good, *part, *good, 5, 4, 1)
-    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
-        run(x.half(), *good, *good, *good, 5, 4, 1)
+    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
+        run(x.double(), *good, *good, *good, 5, 4, 1)
     with pytest.raises(RuntimeError, match="x has 21 tokens"):
         run(x, *good, *good, *good, 5, 5, 1)

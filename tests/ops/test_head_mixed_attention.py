@@ -17,7 +17,7 @@ from tests.helpers import assert_as_accurate, poisoned_empty
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 pytestmark = needs_cpp
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("re", "talking", "pre", "post", "norm", "plain")
 
 
@@ -347,13 +347,17 @@ def test_refusals_give_their_reasons() -> None:
     refused("a parameter has dtype torch.float64", q, k, v, post_weight=torch.eye(4).double())
     refused("33 heads", *make_qkv(1, 33, 2, 2, 4, torch.float32))
     refused("head dimension 129", *make_qkv(1, 2, 2, 2, 129, torch.float32))
-    refused("dtype torch.float16.*dropout", q.half(), k.half(), v.half(), dropout_p=0.5)
+    refused("dtype torch.float64.*dropout", q.double(), k.double(), v.double(), dropout_p=0.5)
+    halves = q.half(), k.half(), v.half()
+    batch = BatchNorm(*statistics, None, None, use_batch_stats=True)
+    refused("it takes no statistics of a batch in torch.float16", *halves, post_weight=torch.eye(4), norm=batch)
+    refused("it has no backward in torch.float16", *halves, post_weight=torch.eye(4).requires_grad_())
     meta = [t.to("meta") for t in (q, k, v)]
     refused("on meta", *meta)
 
 
 LOW_LEVEL_BAD = {
-    "q must be float32 or bfloat16": {"q": lambda t: t.double()},
+    "q must be float32, bfloat16 or float16": {"q": lambda t: t.double()},
     r"q and k must be \(B, H, N, D\)": {"q": lambda t: t[0]},
     "k has shape": {"k": lambda t: t[:, :3]},
     "v is bfloat16, q is float32": {"v": lambda t: t.bfloat16()},

@@ -17,6 +17,7 @@ needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(ba
 pytestmark = needs_cpp
 
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_AT_INFERENCE = (*DTYPES, torch.float16)
 KINDS = ("post", "talking", "pre", "layer norm", "bare layer norm")
 
 
@@ -93,7 +94,7 @@ def check_forward(q: Tensor, k: Tensor, v: Tensor, mix: Mix, mask: Tensor | None
     assert_as_accurate(forward(q, k, v, mix, mask, scale), plain(q, k, v, mix, mask, scale), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE)
 @pytest.mark.parametrize("kind", ["layer norm", "bare layer norm"])
 def test_layer_norm_forward(isa: str, kind: str, dtype: torch.dtype) -> None:
     for heads, queries, keys in ((1, 5, 7), (4, 37, 53), (12, 17, 20), (16, 33, 9), (32, 3, 4)):

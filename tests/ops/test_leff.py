@@ -19,6 +19,7 @@ from tests.ops.composed import Arguments, check_inference, check_training, conve
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_AT_INFERENCE = (*DTYPES, torch.float16)
 
 
 def make(
@@ -89,14 +90,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_inference(case: str, dtype: torch.dtype, way: str, isa: str) -> None:
     check_inference(leff, functional.leff, converted(CASES[case], dtype), backend="cpp")
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE, ids=str)
 def test_large_sums_and_a_mean_far_from_zero(dtype: torch.dtype) -> None:
     case = make((14, 14), channels=96, batch=1, norm=random_layer_norm(96), residual=torch.randn(1, 197, 96))
     far = case["down_norm"]._replace(running_mean=torch.full((96,), 100.0))
@@ -273,6 +274,17 @@ def test_other_dtypes_take_the_plain_path() -> None:
     assert torch.equal(leff(**case), functional.leff(**case))
     mixed = converted(make(), torch.bfloat16, torch.float32)
     assert leff(**mixed).dtype == leff(**mixed, backend="reference").dtype == torch.bfloat16
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["x", "up_weight", "dw_weight", "down_bias"])
+def test_no_gradients_in_float16(name: str) -> None:
+    case = converted(make(), torch.float16)
+    case[name].requires_grad_()
+    with pytest.raises(RuntimeError, match="it has no backward in torch.float16"):
+        leff(**case, backend="cpp")
+    leff(**case).float().sum().backward()
+    assert case[name].grad is not None
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

@@ -26,6 +26,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CXX = shutil.which("c++") or shutil.which("g++")
 NVCC = shutil.which("nvcc")
 DTYPES = (torch.float32, torch.bfloat16)
+DTYPES_AT_INFERENCE = (*DTYPES, torch.float16)
 ACTIVATIONS = (None, "gelu", "quick_gelu", "silu", "relu", "gelu_tanh")
 
 
@@ -156,14 +157,14 @@ def run_cpp(**arguments: Any) -> Tensor:
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_accurate_as_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
     check(run_cpp, make_arguments(case, dtype))
 
 
 @needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES_AT_INFERENCE, ids=str)
 @pytest.mark.parametrize(("stride", "residual"), [(1, False), (1, True), (2, False)])
 def test_every_edge_of_the_tiles(stride: int, residual: bool, dtype: torch.dtype, isa: str) -> None:
     """Maps of every small size: rows in pairs and alone, columns in fours, twos and alone, each with its padding;
@@ -340,13 +341,32 @@ def test_under_autocast_the_dtype_is_the_references(change: dict[str, Any], dtyp
 
 def test_reference_takes_what_the_kernels_do_not() -> None:
     case = Case((5, 4), **LEFF)
-    for arguments in (
-        make_arguments(case, torch.float64),
-        make_arguments(case, torch.float16, torch.float32),
+    arguments = make_arguments(case, torch.float64)
+    assert torch.equal(token_depthwise_conv(**arguments), functional.token_depthwise_conv(**arguments))
+
+
+@needs_cpp
+def test_float16_is_for_inference() -> None:
+    arguments = make_arguments(Case((5, 4), **LEFF), torch.float16)
+    batch = arguments | {"norm": arguments["norm"]._replace(use_batch_stats=True)}
+    grows = arguments | {"x": arguments["x"].requires_grad_()}
+    for each, why in (
+        (batch, "it takes no statistics of a batch in torch.float16"),
+        (grows, "it has no backward in torch.float16"),
     ):
-        got = token_depthwise_conv(**arguments)
-        weight, bias = arguments["weight"].to(got.dtype), arguments["bias"].to(got.dtype)
-        assert torch.equal(got, functional.token_depthwise_conv(**arguments | {"weight": weight, "bias": bias}))
+        with pytest.raises(RuntimeError, match=why):
+            run_cpp(**each)
+        assert torch.equal(token_depthwise_conv(**each), functional.token_depthwise_conv(**each))
+    with torch.no_grad():
+        run_cpp(**grows)
+    ops = torch.ops.fastvit
+    inference, training = (
+        [argument.name for argument in op.default._schema.arguments]
+        for op in (ops.token_depthwise_conv, ops.token_depthwise_conv_training)
+    )
+    given = dict(zip(inference, low_level_arguments(arguments | {"x": arguments["x"].detach()}), strict=True))
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16 on the CPU, got float16"):
+        ops.token_depthwise_conv_training(*(given.get(name, False) for name in training))
 
 
 # --- Refusals -------------------------------------------------------------------------------------------------------
@@ -355,11 +375,11 @@ GOOD = make_arguments(Case((5, 4), 8, prefix=1), torch.float32)
 
 
 def test_backend_asked_for_gives_every_reason() -> None:
-    arguments = make_arguments(Case((5, 4), norm=True), torch.float16)
+    arguments = make_arguments(Case((5, 4), norm=True), torch.float64)
     arguments["norm"] = arguments["norm"]._replace(layer=torch.nn.Identity())
     with pytest.raises(RuntimeError) as error:
         run_cpp(**arguments)
-    for reason in ("dtype torch.float16 is not one of", "a norm is a Identity, which has to be called"):
+    for reason in ("dtype torch.float64 is not one of", "a norm is a Identity, which has to be called"):
         assert reason in str(error.value)
 
 
@@ -371,8 +391,7 @@ def test_the_kernel_itself_checks() -> None:
     good = dict(zip(names, low_level_arguments(GOOD), strict=False))
     run(**good)
     bad = {
-        "x must be float32 or bfloat16 on the CPU, got float64": {"x": GOOD["x"].double()},
-        "x must be float32 or bfloat16 on the CPU, got float16": {"x": GOOD["x"].half()},
+        "x must be float32, bfloat16 or float16 on the CPU, got float64": {"x": GOOD["x"].double()},
         "weight must be float32 or of x's dtype": {"weight": GOOD["weight"].bool()},
         "weight must be (C, 1, k, k)": {"weight": torch.zeros(8, 1, 3, 5)},
         "bias must be contiguous with 8 elements": {"bias": torch.zeros(7)},
