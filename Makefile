@@ -133,4 +133,4 @@ $(STAMPS)/native-complete: $(NATIVE) | $(STAMPS)/test
 	@touch $@ $(STAMPS)/native
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) fastvit/*.so fastvit/_build_info.json
+	rm -rf build dist *.egg-info $(VENV) .editable fastvit/kernels fastvit/*.so fastvit/_build_info.json

@@ -43,11 +43,14 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+EDITABLE = ROOT / ".editable"  # holds a link to fastvit/ alone: what an editable install puts on Python's path
 EXTENSION = "fastvit._C"
 # The operators for C++ programs, beside it: the same objects without Python.
 LIBRARY = "libfastvit.dylib" if platform.system() == "Darwin" else "libfastvit.so"
@@ -587,6 +590,7 @@ class BuildExtension(build_ext):
         write_build_info(target.parent, info)
         if self.inplace:
             put_in_source(target, info)
+        tell(info)
 
     def build(self, target: Path) -> dict[str, Any]:
         """Build the native part if possible, and describe what was built."""
@@ -597,7 +601,6 @@ class BuildExtension(build_ext):
         except BuildError as error:
             if extension_mode() == "1":
                 raise SystemExit(f"FASTVIT_BUILD_EXT=1, but the native part cannot be built: {error}") from error
-            print(f"fastvit: continuing without the native part: {error}", file=sys.stderr, flush=True)
             for name in (target.name, LIBRARY):
                 target.with_name(name).unlink(missing_ok=True)
             return build_info(None, str(error))
@@ -617,6 +620,51 @@ class BuildPython(build_py):
             put_in_source(ROOT / "build" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", info)
         else:
             write_build_info(Path(self.build_lib, "fastvit"), info)
+        tell(info)
+
+
+class BuildWheel(bdist_wheel):
+    """Names a wheel without the native part so, by its build tag: pip shows the name, and nothing else of a build."""
+
+    @property
+    def wheel_dist_name(self) -> str:
+        """Name, version, and the build tag once it is built."""
+        if self.build_number or not self.distribution.have_run.get("build"):
+            return super().wheel_dist_name
+        record = Path(self.get_finalized_command("build").build_lib, "fastvit", "_build_info.json")
+        native = json.loads(record.read_text(encoding="utf-8"))["extension"]
+        return super().wheel_dist_name + ("" if native else "-0without_native_part")
+
+
+class EditableWheel(editable_wheel):
+    """Editable by a path, which type checkers follow: an import hook they do not see.
+
+    Nor does a hook see ``import fastvit`` in the folder that holds the checkout: Python takes a folder of that name for
+    an empty package first. A package on the path comes before those.
+    """
+
+    def finalize_options(self) -> None:
+        """Lay the links that make fastvit/ the package as it is installed."""
+        EDITABLE.mkdir(exist_ok=True)
+        for link, target in ((ROOT / "fastvit" / "kernels", "../kernels"), (EDITABLE / "fastvit", "../fastvit")):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+        self.distribution.package_dir = {"": EDITABLE.name}
+        super().finalize_options()
+
+
+def tell(info: dict[str, Any]) -> None:
+    """Say, as the last line of a build, whether there is a native part; what a compiler said comes before it."""
+    first, *details = (info["reason"] or "").splitlines() or [""]
+    if details:
+        print("\n".join(details), file=sys.stderr)
+    for_what = ", ".join([*info.get("isa_levels", ()), *info.get("cuda_archs", ())])
+    with_it = (
+        f"with its native part, for {for_what}"
+        if info["extension"]
+        else f"WITHOUT its native part: {first.rstrip(':')}"
+    )
+    print(f"fastvit is built {with_it}", file=sys.stderr, flush=True)
 
 
 def put_in_source(built: Path, info: dict[str, Any]) -> None:
@@ -638,10 +686,15 @@ def native_modules() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(str(ROOT), include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
+    packages=sorted({*find_packages(str(ROOT), include=["fastvit", "fastvit.*"]), "fastvit.kernels"}),
     package_dir={"fastvit.kernels": "kernels"},
     package_data={"fastvit": ["py.typed"]},
     include_package_data=False,
     ext_modules=native_modules(),
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    cmdclass={
+        "bdist_wheel": BuildWheel,
+        "build_ext": BuildExtension,
+        "build_py": BuildPython,
+        "editable_wheel": EditableWheel,
+    },
 )

@@ -23,6 +23,7 @@ import platform
 import re
 import struct
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,19 @@ def _find_binary(package: Path) -> tuple[Path | None, str | None]:
     if record.get("extension"):
         return None, f"the native part was built, but its binary is missing from {package}; reinstall fastvit"
     return None, f"fastvit._C was never built in {package}; {_HOW_TO_BUILD}"
+
+
+def _unbuilt_checkout(package: Path) -> str | None:
+    """What to do where ``import fastvit`` took a checkout in which nothing was built; None elsewhere."""
+    if not (package.parent / "setup.py").is_file() or (package / "_build_info.json").exists():
+        return None
+    others = [path for path in sys.path if Path(path or ".", "fastvit").resolve() != package]
+    installed = importlib.machinery.PathFinder.find_spec("fastvit", others)
+    if installed is None or installed.origin is None:
+        cure = "`make build` builds it"
+    else:
+        cure = f"run elsewhere for the copy in {Path(installed.origin).parent}, or `make build`"
+    return f"fastvit is the checkout in {package.parent}, whose native part was never built: {cure}"
 
 
 def _damage(path: Path) -> str | None:
@@ -211,6 +225,8 @@ _TRITON_PROBLEM: str | None = _triton_problem()
 _EXTENSION: Extension = load_extension()
 if not _EXTENSION.available:
     _check_cpu_capability(os.environ.get("FASTVIT_CPU_CAPABILITY", ""))
+    if advice := _unbuilt_checkout(_PACKAGE):
+        warnings.warn(advice, stacklevel=2)
 
 
 def extension() -> Extension:

@@ -32,6 +32,7 @@ HEADER = ROOT / "csrc" / "common" / "torch_abi.h"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc")
+PURE = "0without_native_part"  # the build tag of a wheel
 QUICKLY = {"CXXFLAGS": "-O0"}  # what is compiled here is inspected, not timed
 VARIABLES = ("FASTVIT_", "CXX", "CUDA", "LDFLAGS", "TORCH_CUDA", "MAX_JOBS", "PYTHONPATH", "TRITON_")
 
@@ -68,7 +69,8 @@ def copy_sources(target: Path) -> Path:
     target.mkdir(parents=True)
     left_behind = shutil.ignore_patterns("*.so", "*.so.new", "__pycache__", "_build_info.json", "*.egg-info")
     for name in ("fastvit", "kernels", "csrc", "tests", "requirements"):
-        shutil.copytree(ROOT / name, target / name, ignore=left_behind)
+        shutil.copytree(ROOT / name, target / name, ignore=left_behind, symlinks=True)
+    (target / "fastvit" / "kernels").unlink(missing_ok=True)  # the link of an editable install
     for pattern in ("*.py", "*.toml", "*.in", "*.md", "LICENSE"):
         for path in ROOT.glob(pattern):
             shutil.copy2(path, target)
@@ -222,7 +224,7 @@ def test_isolated_wheel_is_compiled_and_complete(source: Path, wheel: Path) -> N
     strangers = {name.split("/")[0] for name in names} - {"fastvit", f"fastvit-{__version__}.dist-info"}
     assert not strangers, "nothing may be installed beside the package: no top-level kernels, csrc, tests"
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h"))]
-    assert not wheel.name.endswith("py3-none-any.whl")
+    assert re.fullmatch(rf"fastvit-{__version__}-cp\d+-.*\.whl", wheel.name)
 
 
 def test_metadata_says_what_the_package_needs(wheel: Path) -> None:
@@ -380,16 +382,20 @@ def test_malformed_architectures_are_refused(small_source: Path) -> None:
 
 
 def test_pure_python_on_request(small_source: Path) -> None:
-    wheel = make_wheel(small_source, "--no-build-isolation", env=clean_environment(FASTVIT_BUILD_EXT="0"))
-    assert wheel.name.endswith("-py3-none-any.whl")
+    env = clean_environment(FASTVIT_BUILD_EXT="0")
+    wheel = make_wheel(small_source, "--no-build-isolation", env=env)
+    assert wheel.name == f"fastvit-{__version__}-{PURE}-py3-none-any.whl", "pip shows the name"
+    told = run(sys.executable, "setup.py", "--quiet", "build", cwd=small_source, env=env)
+    reason = "FASTVIT_BUILD_EXT=0 was set at build time"
+    assert told.splitlines()[-1] == f"fastvit is built WITHOUT its native part: {reason}"
     assert not [name for name in names_in(wheel) if name.endswith(".so")]
-    assert build_record(wheel)["reason"] == "FASTVIT_BUILD_EXT=0 was set at build time"
+    assert build_record(wheel)["reason"] == reason
 
 
 def test_pure_python_where_there_is_no_compiler(small_source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     wheel = make_wheel(small_source, "--no-build-isolation", env=clean_environment(PATH=str(tmp_path / "empty")))
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name.endswith(f"-{PURE}-py3-none-any.whl")
     assert "no C++ compiler found" in build_record(wheel)["reason"]
     python = Python(tmp_path / "venv")
     python.install("--no-index", wheel)
@@ -403,6 +409,7 @@ def test_pure_python_where_there_is_no_compiler(small_source: Path, tmp_path: Pa
 def test_a_failed_build_gives_pure_python_and_the_reason(small_source: Path) -> None:
     (small_source / "csrc" / "bindings.cpp").write_text("this is not C++\n", encoding="utf-8")
     wheel = make_wheel(small_source, "--no-build-isolation")
+    assert f"-{PURE}-" in wheel.name
     assert not [name for name in names_in(wheel) if name.endswith(".so")]
     record = build_record(wheel)
     assert record["extension"] is False
@@ -455,7 +462,7 @@ def test_builds_in_place_and_again_only_what_changed(small_source: Path) -> None
     build = functools.partial(
         run, sys.executable, "setup.py", "build_ext", "--inplace", cwd=small_source, env=clean_environment(**QUICKLY)
     )
-    build()
+    assert build().splitlines()[-1].startswith("fastvit is built with its native part, for portable, ")
     assert (small_source / "fastvit" / f"_C{SUFFIX}").is_file()
     assert (small_source / "fastvit" / "libfastvit.so").is_file()
     assert json.loads((small_source / "fastvit" / "_build_info.json").read_text())["extension"] is True
@@ -558,14 +565,23 @@ def test_flags_of_macos(monkeypatch: pytest.MonkeyPatch, archflags: str, archs: 
 
 
 @needs_compiler
-def test_editable_install(small_source: Path, tmp_path: Path) -> None:
+def test_editable_install(tmp_path: Path) -> None:
+    small_source = without_kernels(copy_sources(tmp_path / "parent" / "fastvit"))
     python = Python(tmp_path / "venv")
     python.install("--no-build-isolation", "-e", ".", cwd=small_source, env=clean_environment(**QUICKLY))
     info = python.info()
     assert info["location"] == str(small_source / "fastvit")
     assert info["build"]["extension"] is True
     kernels = python.run("import fastvit.kernels; print(fastvit.kernels.__file__)").strip()
-    assert kernels == str(small_source / "kernels" / "__init__.py")
+    assert Path(kernels).resolve() == small_source / "kernels" / "__init__.py"
+    # By a path, which type checkers follow, with nothing else of the checkout on it.
+    (path,) = python.packages.glob("__editable__*")
+    folder = Path(path.read_text(encoding="utf-8").strip())
+    assert [each.name for each in folder.iterdir()] == ["fastvit"] and (folder / "fastvit" / "py.typed").is_file()
+    # Where a folder called fastvit lies, it is not taken for an empty package.
+    code = "import fastvit; print(fastvit.__version__)"
+    told = run(python.executable, "-W", "ignore", "-c", code, cwd=tmp_path / "parent", env=clean_environment())
+    assert told.split() == [__version__]
     env = clean_environment(FASTVIT_BUILD_EXT="0")
     python.install("--no-build-isolation", "-e", ".", cwd=small_source, env=env)
     info = python.info()

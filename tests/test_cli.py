@@ -54,6 +54,7 @@ class TestInfo:
         table = [[cell.strip() for cell in line.split("│")[1:]] for line in text.splitlines()]
         rows = {row[0]: row for row in table if row}
         assert rows["cpp"][1:3] == ["no", reason]
+        assert text.splitlines()[1] == reason
         assert rows["cuda"][1:3] == ["no", f"{reason}; disabled by FASTVIT_BACKEND"]
         assert rows["sdpa"][1:3] == ["no", "disabled by FASTVIT_BACKEND"]
         assert rows["reference"][1:3] == ["yes", ""]

@@ -179,6 +179,14 @@ class TestModels:
         ):
             models.load(f"{own}:number")
 
+    def test_a_torchvision_of_another_torch(self, monkeypatch, tmp_path):
+        text = 'raise RuntimeError("operator torchvision::nms does not exist")'
+        (tmp_path / "timm.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "timm", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(models.CannotLoad, match="nms does not exist; the torchvision here is not that of torch 2"):
+            models.load("timm/vit_tiny_patch16_224")
+
     def test_a_library_that_is_not_there(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(

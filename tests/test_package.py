@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 import json
 import os
@@ -211,6 +212,7 @@ print(json.dumps([fastvit.__file__, warned, rows, str(report), strict, asked]))
         r"fastvit: \d+ of the blocks found run as they did before: nothing faster here: fastvit\._C", warning
     )
     assert "with a C++ compiler there, install fastvit anew (python -m fastvit info)" in warning
+    assert warning.count("nothing faster here") == warning.count("was never built") == 1
     plain = {op: (status, *reasons) for op, status, reasons in rows}
     for op in ("head_mixed_attention", "mlp"):
         assert plain[op][0] == "plain" and plain[op][1].startswith("nothing faster here: fastvit._C was never built")
@@ -219,3 +221,26 @@ print(json.dumps([fastvit.__file__, warned, rows, str(report), strict, asked]))
     assert table.count("was never built in") <= 2, "a reason is said once"
     assert strict.startswith("strict: not every block can be fused:\n  blocks.0.attn: nothing faster here: fastvit._C")
     assert set(asked) == {"patched"}, "who asks for it by name gets it"
+
+
+def test_an_unbuilt_checkout_says_so(tmp_path, monkeypatch):
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "site-packages"
+    ignored = shutil.ignore_patterns("_C.*", "_build_info.json", "__pycache__", "kernels")
+    shutil.copytree(Path(fastvit.__file__).parent, checkout / "fastvit", ignore=ignored)
+    (checkout / "setup.py").touch()
+    result = run(f"import sys; sys.path.insert(0, {str(checkout)!r}); import fastvit; fastvit.patch, fastvit.report")
+    said = f"fastvit is the checkout in {checkout}, whose native part was never built: "
+    assert result.stderr.count(said) == 1, result.stderr
+
+    advice = fastvit.backends._unbuilt_checkout
+    monkeypatch.setattr(sys, "path", ["", str(checkout), str(elsewhere)])
+    monkeypatch.chdir(checkout)
+    assert advice(checkout / "fastvit") == f"{said}`make build` builds it"
+    (elsewhere / "fastvit").mkdir(parents=True)
+    assert advice(checkout / "fastvit") == f"{said}`make build` builds it", "that folder is no copy"
+    (elsewhere / "fastvit" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert advice(checkout / "fastvit") == f"{said}run elsewhere for the copy in {elsewhere}/fastvit, or `make build`"
+    (checkout / "fastvit" / "_build_info.json").touch()
+    assert advice(checkout / "fastvit") is None, "it is known then why there is none"
+    assert advice(elsewhere / "fastvit") is None, "this is no checkout"

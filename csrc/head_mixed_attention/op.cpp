@@ -13,7 +13,7 @@ constexpr char kOp[] = "head_mixed_attention";
 
 Tensor head_mixed_attention_cpu(const MixArguments& a, const OptionalTensor& norm_mean, const OptionalTensor& norm_var,
                                 const MixOptions& options) {
-  HeadMixParams p{attention_params(kOp, a.q, a.k, a.v, options.scale, true)};
+  HeadMixParams p{{attention_params(kOp, a.q, a.k, a.v, options.scale, true)}};
   check_heads(kOp, p);
   check(norm_mean.has_value() == norm_var.has_value(), kOp, ": norm_mean and norm_var must be given together");
   check(!options.layer_norm || !norm_mean, kOp, ": a layer norm takes no norm_mean and norm_var");

@@ -346,8 +346,9 @@ void convolve_3x3(const Block& block, int64_t top, const Target<T>& target) {
   }
 }
 
-// `count` neighbouring outputs of any kernel and stride: each tap is loaded once for all of them.
-template <int64_t count, Activation activation, class T>
+// `count` neighbouring outputs of any kernel and stride, or, with `kernel`, of that kernel and stride 1: each tap is
+// loaded once for all of them, and so is then each input of a row of taps.
+template <int64_t count, int64_t kernel, Activation activation, class T>
 FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t column, int64_t c, Target<T>& to) {
   const TokenDepthwiseConvWork& op = block.op;
   const int64_t width = op.channel_block, step = op.stride * width;
@@ -355,11 +356,25 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   const float* tap = block.taps + c;
   Vec sum[count];
   for (int64_t i = 0; i < count; ++i) sum[i] = Vec::fill(0.0f);
-  for (int64_t dy = 0; dy < op.kernel; ++dy) {
+  const int64_t rows = kernel != 0 ? kernel : op.kernel;
+#pragma GCC unroll 1
+  for (int64_t dy = 0; dy < rows; ++dy) {
     const float* p = block.input_row(top + dy) + (column * op.stride - op.padding) * width + c;
-    for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
-      const Vec weight = Vec::load(tap);
-      for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
+    if constexpr (kernel != 0) {
+      Vec inputs[count + kernel - 1];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < count + kernel - 1; ++i) inputs[i] = Vec::load(p + i * width);
+#pragma GCC unroll 8
+      for (int64_t dx = 0; dx < kernel; ++dx, tap += width) {
+        const Vec weight = Vec::load(tap);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < count; ++i) sum[i] = fma(inputs[i + dx], weight, sum[i]);
+      }
+    } else {
+      for (int64_t dx = 0; dx < op.kernel; ++dx, tap += width, p += width) {
+        const Vec weight = Vec::load(tap);
+        for (int64_t i = 0; i < count; ++i) sum[i] = fma(Vec::load(p + i * step), weight, sum[i]);
+      }
     }
   }
   const Vec shift = Vec::load(block.shift + c);  // last, as in convolve_rows_3x3
@@ -370,16 +385,18 @@ FASTVIT_INLINE void convolve_columns(const Block& block, int64_t top, int64_t co
   }
 }
 
-// Output rows of any convolution.
-template <Activation activation, class T>
+// Output rows of any convolution, or of one with that kernel and stride 1.
+template <int64_t kernel, Activation activation, class T>
 void convolve_any(const Block& block, int64_t top, const Target<T>& target) {
+  constexpr int64_t most = kernel != 0 && kLanes == 16 ? 7 : 4;
   const TokenDepthwiseConvWork& op = block.op;
   for (int64_t row = 0; row < target.rows; ++row, top += op.stride) {
     for (int64_t c = 0; c < block.channels; c += kLanes) {
       Target<T> to = target.from(row);
       int64_t column = 0;
-      for (; column + 4 <= op.out_width; column += 4) convolve_columns<4, activation>(block, top, column, c, to);
-      for (; column < op.out_width; ++column) convolve_columns<1, activation>(block, top, column, c, to);
+      for (; column + most <= op.out_width; column += most)
+        convolve_columns<most, kernel, activation>(block, top, column, c, to);
+      for (; column < op.out_width; ++column) convolve_columns<1, kernel, activation>(block, top, column, c, to);
     }
   }
 }
@@ -390,9 +407,10 @@ using Convolve = void (*)(const Block&, int64_t top, const Target<T>&);
 // The convolution of the rows in the ring buffer, without or with the activation after it.
 template <class T, Activation activation = Activation::none>
 Convolve<T> choose_plain_convolve(const TokenDepthwiseConvWork& op) {
-  return !is_3x3(op)      ? convolve_any<activation, T>
-         : op.stride == 1 ? convolve_3x3<1, activation, T>
-                          : convolve_3x3<2, activation, T>;
+  return op.kernel == 5 && op.stride == 1 ? convolve_any<5, activation, T>
+         : !is_3x3(op)                    ? convolve_any<0, activation, T>
+         : op.stride == 1                 ? convolve_3x3<1, activation, T>
+                                          : convolve_3x3<2, activation, T>;
 }
 
 template <class T>

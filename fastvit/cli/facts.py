@@ -23,6 +23,8 @@ def info(arguments: argparse.Namespace, console: Console) -> int:
         print_json(description)
         return 0
     console.print(f"fastvit {description['fastvit']} in {escape(description['location'])}", highlight=False)
+    if not description["build"]["extension"]:
+        console.print(description["build"]["reason"], style="red", markup=False, highlight=False)
     console.print(f"Python {description['python']} on {description['platform']}", highlight=False)
     found = {name: version for name, version in description["versions"].items() if version}
     console.print(", ".join(f"{name} {version}" for name, version in found.items()), highlight=False)

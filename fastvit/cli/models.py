@@ -76,7 +76,10 @@ def _library(name: str) -> Any:
             raise CannotLoad(f"{name} is not installed here: pip install {name.replace('_', '-')}") from error
         raise CannotLoad(f"{name} cannot be imported: {error}") from error
     except Exception as error:
-        raise CannotLoad(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+        cure = ""
+        if "torchvision::" in str(error):  # its operators, which its binary declares
+            cure = f"; the torchvision here is not that of torch {torch.__version__}: pip install --upgrade torchvision"
+        raise CannotLoad(f"{name} cannot be imported: {type(error).__name__}: {error}{cure}") from error
 
 
 def _images(model: nn.Module, size: int | None) -> Callable[[int], Any]:

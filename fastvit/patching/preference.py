@@ -128,6 +128,9 @@ def backend_for(op: str, backend: str, dtype: torch.dtype, device: torch.device)
     return None if selection is None else selection.backend
 
 
+NOTHING_FASTER = "nothing faster here: "
+
+
 def nothing_faster(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a call of ``op`` runs plain though nobody asked for it; None where it does not, or somebody did."""
     if backend != _operator.AUTO or backends.REQUESTED is not None:
@@ -146,7 +149,7 @@ def _runs_plain(op: str, dtype: torch.dtype, device: torch.device) -> str | None
         return None
     native = "cpp" if device.type == "cpu" else "triton"
     reasons = selection.turned_down.get(native) or next(iter(selection.turned_down.values()))
-    return f"nothing faster here: {'; '.join(reasons)}"
+    return NOTHING_FASTER + "; ".join(reasons)
 
 
 def backends_by_dtype(op: str, backend: str, device: torch.device) -> dict[str, str]:

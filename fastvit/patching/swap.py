@@ -151,7 +151,7 @@ def patch(
         states = [] if dry_run else targets(model, findings, backend)
         if undecided and not dry_run and not any(finding.module is model and finding.fused for finding in findings):
             states.append((model, undecided_class(model, options._replace(warns=waits), backend)))
-        _commit(model, states, memory, warning)
+        _commit(model, states, memory, "\n".join(filter(None, (_namesake(model), warning))) or None)
     return model
 
 
@@ -296,12 +296,23 @@ def _plain_for_lack_of_kernels(findings: list[Finding], backend: str) -> dict[st
     return found
 
 
+def _namesake(model: nn.Module) -> str | None:
+    """A warning for timm's ``fastvit_*``, which who patches them may take for ours."""
+    if f"{plain_class(model).__module__}.{plain_class(model).__name__}" != "timm.models.fastvit.FastVit":
+        return None
+    return (
+        "fastvit: FastVit is Apple's FastViT, a model that shares no more than its name with this package; what it has "
+        "of attention, MLPs and depthwise convolutions of tokens is fused as in any other (fastvit.report tells)"
+    )
+
+
 def _lacking(slow: dict[str, str]) -> str | None:
     """A warning of what is lost without the native part or another kernel."""
     if not slow:
         return None
     cure = "; with a C++ compiler there, install fastvit anew" if backends.cpp_reasons() else ""
-    told = "; ".join(dict.fromkeys(slow.values()))
+    reasons = [part for each in slow.values() for part in each.removeprefix(preference.NOTHING_FASTER).split("; ")]
+    told = preference.NOTHING_FASTER + "; ".join(dict.fromkeys(reasons))  # those that two operators share once
     return f"fastvit: {len(slow)} of the blocks found run as they did before: {told}{cure} (python -m fastvit info)"
 
 

@@ -41,6 +41,8 @@ def find_variant(name: str) -> Variant:
     if name not in VARIANTS:
         near = nearest_names(str(name))
         hint = f"; did you mean {', '.join(near)}?" if near else ""
+        if str(name).startswith("fastvit_"):  # as timm calls them
+            hint = "; Apple's FastViT, a model, shares no more than its name with this package: timm has it"
         raise ValueError(f"name: unknown model {name!r}{hint} (fastvit.list_models() names all {len(VARIANTS)})")
     return VARIANTS[name]
 

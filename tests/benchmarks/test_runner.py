@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from benchmarks import runner
 from benchmarks.runner import Failed, Race, Settings, Slot, Usage, Worker, others_share, ratio, spread, undisturbed
 from benchmarks.worker import Case, Passes, _pooled
 from tests.benchmarks import fakes
+from tests.helpers import HANG_GUARD
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the runner reads /proc")
 
 SUITE = "tests.benchmarks.fakes"
 STUB = str(Path(__file__).with_name("stub.py"))
-FEW = Settings(rounds=3, slot_seconds=0.005, prepare_seconds=300.0, tolerated=100.0)
+FEW = Settings(rounds=3, slot_seconds=0.005, prepare_seconds=HANG_GUARD, tolerated=100.0)
 
 
 def race(*providers: str, settings: Settings = FEW, kind: type[Race] = Race, mode: str = "fwd") -> Race:
@@ -82,8 +84,14 @@ def test_who_cannot_take_part_is_listed_with_the_reason_and_without_a_time(finis
     ],
 )
 def test_a_contender_that_ends_or_hangs_is_dropped_alone(provider, reason):
-    settings = Settings(rounds=3, prepare_seconds=1.0 if provider == "hangs" else 60.0, tolerated=100.0)
-    ran = stubs("eager", provider, settings=settings)
+    class Impatient(Race):
+        """With the one that hangs alone: what the others take depends on the machine."""
+
+        def _judge(self, entry, keep, **arguments):
+            self.settings = replace(FEW, prepare_seconds=1.0 if entry.provider == "hangs" else HANG_GUARD)
+            super()._judge(entry, keep, **arguments)
+
+    ran = stubs("eager", provider, kind=Impatient)
     ran.run()
     eager, other = ran.rows()
     assert (eager["status"], len(eager["slots"])) == ("measured", 3)
@@ -173,7 +181,7 @@ def test_what_was_measured_before_ctrl_c_is_kept_and_no_process_is_left(notes):
 def test_a_stopped_contender_does_not_outlive_a_killed_runner(tmp_path):
     code = (
         "from benchmarks.runner import Worker; import sys, time; w = Worker(sys.executable, {});"
-        "w.ask('rates', 300); w.pause(); print(w.process.pid, flush=True); time.sleep(600)"
+        "w.ask('rates', 3600); w.pause(); print(w.process.pid, flush=True); time.sleep(600)"
     )
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=runner.ROOT, stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
@@ -181,7 +189,7 @@ def test_a_stopped_contender_does_not_outlive_a_killed_runner(tmp_path):
         pid = int(killed.stdout.readline())
         killed.kill()
         killed.wait()
-    for _ in range(600):
+    for _ in range(36_000):
         if not Path("/proc", str(pid)).exists() or state_of(pid) == "Z":
             return
         time.sleep(0.1)
@@ -195,8 +203,16 @@ def test_after_the_time_limit_the_rest_is_skipped():
 
 
 def test_where_time_is_short_some_is_left_for_timing_and_ours_comes_first():
-    settings = Settings(rounds=2, tolerated=100.0, deadline=time.monotonic() + 12)
-    ran = stubs("other", "hangs", "eager", "fastvit", settings=settings)
+    class Late(Race):
+        """When the one that hangs is prepared, the time for preparing is over in a second."""
+
+        def _judge(self, entry, keep, **arguments):
+            if entry.provider == "hangs":
+                self.settings = replace(self.settings, deadline=time.monotonic() + keep + 1.0)
+            super()._judge(entry, keep, **arguments)
+
+    settings = Settings(rounds=2, tolerated=100.0, deadline=time.monotonic() + HANG_GUARD)
+    ran = stubs("other", "hangs", "eager", "fastvit", settings=settings, kind=Late)
     ran.run()
     rows = {row["provider"]: row for row in ran.rows()}
     assert (rows["hangs"]["status"], rows["hangs"]["reason"]) == ("skipped", "the time limit was reached")
@@ -279,7 +295,7 @@ def test_the_allocators_variables_reach_the_contenders_alone(monkeypatch):
     for allocator, expected in (("default", None), ("raised", "0")):
         worker = Worker(STUB, runner.environment_of(allocator))
         try:
-            worker.ask("rates", 300.0)  # it runs its program by then
+            worker.ask("rates", HANG_GUARD)  # it runs its program by then
             variables = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
         finally:
             worker.close()
@@ -291,7 +307,7 @@ def test_a_process_that_cannot_start_says_why():
     worker = Worker(sys.executable, {"PYTHONHOME": "/nowhere"})
     try:
         with pytest.raises(Failed, match="its process ended with status 1: "):
-            worker.ask("rates", 300.0)
+            worker.ask("rates", HANG_GUARD)
     finally:
         worker.close()
 
@@ -299,11 +315,11 @@ def test_a_process_that_cannot_start_says_why():
 def test_rates_of_the_machine_are_measured_by_the_reference():
     worker = Worker(sys.executable, {})
     try:
-        assert "failed" in worker.ask("rates", 300.0)  # before a case is there
+        assert "failed" in worker.ask("rates", HANG_GUARD)  # before a case is there
         case = {**runner.as_json(Case(SUITE, "tiny")), "dtype": "float32"}
-        answer = worker.ask("reference", 300.0, case=case, path=os.devnull)
+        answer = worker.ask("reference", HANG_GUARD, case=case, path=os.devnull)
         assert answer["flops"] == 2 * 8 * 8
-        rates = worker.ask("rates", 300.0)
+        rates = worker.ask("rates", HANG_GUARD)
     finally:
         worker.close()
     assert rates["product"] > 1e8

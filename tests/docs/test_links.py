@@ -36,8 +36,7 @@ def test_broken_links_would_be_found():
     assert "predicted" not in anchors(DOCS / "results.md")
 
 
-def test_the_navigation_names_every_page_but_training():
-    """Whose entry comes with it."""
+def test_the_navigation_names_every_page():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r": (\S+\.md)$", text, re.MULTILINE))
-    assert named | {"training.md"} == {page.name for page in DOCS.glob("*.md")} | {"training.md"}
+    assert named == {page.name for page in DOCS.glob("*.md")}

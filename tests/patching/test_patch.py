@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -174,6 +175,15 @@ def test_nothing_to_fuse_warns_without_a_list_of_classes():
         patch(nn.Sequential(nn.MultiheadAttention(4, 1)), strict=True)
     with pytest.raises(RuntimeError, match="strict: fastvit: nothing to fuse"):
         patch(nn.Sequential(nn.Linear(2, 2)), strict=True)
+
+
+def test_apples_fastvit_is_told_from_this_package():
+    timm = pytest.importorskip("timm")
+    with pytest.warns(UserWarning, match="fastvit: FastVit is Apple's FastViT, a model that shares no more than"):
+        patch(timm.create_model("fastvit_t8"), dry_run=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch(timm.create_model("vit_tiny_patch16_224", depth=1), dry_run=True)
 
 
 def test_everything_turned_down_warns_with_the_reasons(model):

@@ -390,6 +390,8 @@ class TestRegistry:
             create_model(wrong)
 
     def test_nothing_near(self):
+        with pytest.raises(ValueError, match="unknown model 'fastvit_t8'; Apple's FastViT, a model, shares no more"):
+            create_model("fastvit_t8")
         with pytest.raises(ValueError, match=r"unknown model 'zzzz' \(fastvit.list_models\(\) names all"):
             find_variant("zzzz")
 
