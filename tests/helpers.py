@@ -7,11 +7,12 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import accuracy, backends
 
@@ -159,3 +160,15 @@ def poisoned_empty() -> Iterator[None]:
             mallopt(_M_PERTURB, 0)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+class CallCounter(TorchDispatchMode):
+    """Names of the operators that are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fastvit import backends
 from fastvit.ops._schema import define
 
-__all__ = ["PackedWeight", "derived", "pack", "packed", "release_memory", "sole_packings"]
+__all__ = ["PackedWeight", "as_matrix", "derived", "pack", "packed", "release_memory", "sole_packings"]
 
 
 def _enabled(value: str) -> bool:
@@ -71,6 +71,15 @@ _kept: dict[tuple[Any, ...], _Kept] = {}
 """By whose layout it is, the identity of the weight, or of what it is a view of, and its place in that."""
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """(O, C, k, l) as (O, C * k * l).
+
+    ``flatten`` gives in inference mode, while a dispatch mode records, a view that does not tell what it is a view of:
+    it would be packed anew, and what is recorded would do so at each call.
+    """
+    return weight.view(weight.shape[0], weight.shape[1:].numel()) if weight.is_contiguous() else weight.flatten(1)
+
+
 def derived(weight: Tensor, name: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
     """make(weight), the same tensor at each call as long as a packed weight would be; ``name`` says what is made.
 
@@ -81,7 +90,7 @@ def derived(weight: Tensor, name: Hashable, make: Callable[[Tensor], Tensor]) ->
         with torch.inference_mode(False), torch.no_grad():  # it may be kept for a call that differentiates
             return make(matrix.view_as(weight))
 
-    kept = packed(weight.flatten(1), name, make=make_to_keep)
+    kept = packed(as_matrix(weight), name, make=make_to_keep)
     return make(weight) if kept is None else kept
 
 

@@ -13,7 +13,7 @@ from fastvit import backends, ops
 from fastvit.ops._operator import recording
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm
-from tests.helpers import assert_as_accurate, poisoned_empty
+from tests.helpers import CallCounter, assert_as_accurate, poisoned_empty
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "channels_last"]
@@ -212,3 +212,17 @@ def test_compiled(layout):
             got = compiled(x)
             torch.testing.assert_close(got, conv(x))
             assert got.stride() == ops.conv_batch_norm(x, conv.weight, conv.bias, None, stride=2, padding=1).stride()
+
+
+@needs_cpp
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_recording_in_inference_mode_packs_nothing_anew(channels_last: bool) -> None:
+    x, weight = torch.randn(1, 16, 9, 9), nn.Parameter(torch.randn(24, 16, 3, 3))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    counter = CallCounter()
+    with torch.inference_mode():
+        ops.conv_batch_norm(x, weight, None, None, backend="cpp")
+        with counter:
+            ops.conv_batch_norm(x, weight, None, None, backend="cpp")
+    assert counter.names == ["aten.view.default", "fastvit.packed_conv_batch_norm.default"]

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops import leff
 from fastvit.reference import functional
 from fastvit.reference.functional import BatchNorm, LayerNorm
-from tests.helpers import assert_as_accurate
+from tests.helpers import CallCounter, assert_as_accurate
 from tests.ops.composed import Arguments, check_inference, check_training, converted, random_norm
 
 needs_cpp = pytest.mark.skipif(bool(backends.cpp_reasons()), reason="; ".join(backends.cpp_reasons()))
@@ -85,7 +84,7 @@ CASES = {
 @pytest.fixture(params=["whole", "composed"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether ``cpp`` computes all of it in one call."""
-    monkeypatch.setattr(sys.modules["fastvit.ops.leff"], "takes_mlp", lambda call: request.param == "whole")
+    monkeypatch.setattr(sys.modules["fastvit.ops.leff"], "takes", lambda call: request.param == "whole")
     return request.param
 
 
@@ -197,16 +196,6 @@ def test_the_argument_is_left_as_it_was() -> None:
         with torch.no_grad():
             leff(**case)
         assert torch.equal(case["x"], before)
-
-
-class CallCounter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
 
 
 class Chain(nn.Module):
