@@ -75,9 +75,7 @@ def convolutions() -> Iterable[Call]:
             yield ops.token_depthwise_conv, call
     weight, square = torch.randn(24, 1, 3, 3), torch.randn(24, 24)
     q, k, v = (Projection(weight, norm(24, False), square, torch.randn(24), stride) for stride in (1, 2, 2))
-    for in_front in (None, LayerNorm(torch.ones(24), torch.zeros(24))):
-        call = {"x": torch.randn(2, 36, 24), "q": q, "k": k, "v": v, "grid": (5, 7), "prefix_tokens": 1}
-        yield ops.conv_projection, {**call, "norm": in_front}
+    yield ops.conv_projection, {"x": torch.randn(2, 36, 24), "q": q, "k": k, "v": v, "grid": (5, 7), "prefix_tokens": 1}
 
 
 def attentions() -> Iterable[Call]:

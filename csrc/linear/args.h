@@ -75,8 +75,6 @@ struct LinearKernel {
                                   const RowBlock& next);
   // Normalises rows in a block in place.
   void (*normalize)(const LinearParams&, const RowBlock&);
-  // Normalises rows [begin, end) of x, which are contiguous, to out.
-  void (*normalize_to_out)(const LinearParams&, int64_t begin, int64_t end);
 };
 
 FASTVIT_DECLARE_PER_ISA(LinearKernel linear_kernel(const LinearParams& p);)

@@ -354,15 +354,6 @@ void normalize_rows(const LinearParams& p, const RowBlock& block) {
   }
 }
 
-template <class T>
-void normalize_to_out(const LinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* from = static_cast<const T*>(p.x) + row * p.x_stride;
-    const Moments of = moments([from](int64_t k) { return from + k; }, p.depth, p.norm_eps);
-    normalize(p, from, of, 0, p.depth, static_cast<T*>(p.out) + row * p.depth);
-  }
-}
-
 // --- A tile ----------------------------------------------------------------------------------------------------------
 
 // totals[r][c] = before[r][c] + sum_k x[r][k] weight[k][c] over `words` words, where rows of `before` are
@@ -644,8 +635,7 @@ LinearKernel make_kernel(const LinearParams& p) {
           multiply<T>,
           multiply_to_block<T>,
           multiply_gated_to_block<T>,
-          normalize_rows,
-          normalize_to_out<T>};
+          normalize_rows};
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <deque>
 #include <optional>
 #include <vector>
 
@@ -184,18 +183,13 @@ class BlockOfThread {
   float* data_;
 };
 
-// Of panels, for each block of rows.
-int64_t groups_of(const LinearParams& p, const LinearKernel& kernel, int64_t blocks, int64_t threads) {
-  const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
-  return threads == 1 ? 1 : std::min({panels_of(p, kernel), most, divide_up(kItems * threads, blocks)});
-}
-
 // f(row, rows, first panel, last panel) for groups of panels of blocks of rows. `start` gives f to each thread.
 template <class F>
 void for_each_block(const LinearParams& p, const LinearKernel& kernel, const F& start) {
   const int64_t threads = threads_for(p), panels = panels_of(p, kernel);
   const int64_t step = rows_of_block(p, kernel), blocks = divide_up(p.rows, step);
-  const int64_t groups = groups_of(p, kernel, blocks, threads);
+  const int64_t most = larger(1, p.rows * p.columns * larger(1, p.depth) / blocks / kProductsOfItem);
+  const int64_t groups = threads == 1 ? 1 : std::min({panels, most, divide_up(kItems * threads, blocks)});
   parallel_dynamic(blocks, groups, threads, [&] {
     return [&, f = start()](int64_t block, int64_t group) mutable {
       const int64_t row = block * step;
@@ -226,14 +220,10 @@ void multiply(const LinearParams& p, const LinearKernel& kernel, const float* pa
   });
 }
 
-int64_t slices_of(const LinearParams& p) {
-  const int64_t most = p.x_depth_stride == 1 ? kDepthSlice : kDepthSliceOfColumns;
-  return p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, most));
-}
-
 // Long float32 sums accumulate in the result, slice by slice.
 void run(const LinearParams& p, const LinearKernel& kernel, const float* packed) {
-  const int64_t slices = slices_of(p);
+  const int64_t most = p.x_depth_stride == 1 ? kDepthSlice : kDepthSliceOfColumns;
+  const int64_t slices = p.element != Element::float32 || p.has_norm ? 1 : larger(1, divide_up(p.depth, most));
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t begin = slice * p.depth / slices;
     LinearParams part = p;
@@ -482,73 +472,6 @@ Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, c
   run(product.p, product.kernel, product.packed);
   Workspace::of_call().give_back();
   return std::move(output.out);
-}
-
-Tensor layer_norm(const char* op, Tensor x, const NormOfRows& norm) {
-  if (!norm.exists) return x;
-  LinearParams p{};
-  const Input input(op, x, norm, p);
-  p.depth = x.size(x.dim() - 1), p.element = element_of(x.dtype());
-  Tensor out = Output::result(x, p.depth);
-  p.out = out.mutable_data<void>();
-  if (out.numel() == 0) return out;
-  const LinearKernel kernel = FASTVIT_PER_ISA(linear_kernel, p.element)(p);
-  parallel_for(0, p.rows, grain_of(8 * p.depth),
-               [&](int64_t begin, int64_t end) { kernel.normalize_to_out(p, begin, end); });
-  return out;
-}
-
-std::vector<Tensor> linear_layers(const char* op, std::vector<LayerOf> layers) {
-  struct Block {
-    const PackedLayer& product;
-    int64_t row, rows, groups;
-  };
-  std::deque<PackedLayer> products;  // which stay where they are
-  std::vector<Tensor> results;
-  std::vector<Block> blocks;
-  int64_t packed_floats = 0, block_floats = 0, most_groups = 1, slices = 1, threads = 1;
-  Addition none;
-  for (LayerOf& each : layers) {
-    LinearParams rows{};
-    const Input input(op, each.x, {}, rows);
-    PackedLayer& product =
-        products.emplace_back(op, each.names, each.layer, each.x.size(each.x.dim() - 1), each.x.dtype(), rows);
-    results.push_back(Output(op, each.x, none, product.p).out.share());
-    packed_floats += product.floats;
-    if (results.back().numel() == 0) continue;
-    const LinearParams& p = product.p;
-    const int64_t step = rows_of_block(p, product.kernel), count = divide_up(p.rows, step);
-    const int64_t groups = groups_of(p, product.kernel, count, num_threads());
-    for (int64_t row = 0; row < p.rows; row += step) {
-      blocks.push_back({product, row, smaller(step, p.rows - row), groups});
-    }
-    threads = larger(threads, threads_for(p));
-    block_floats = larger(block_floats, step * product.kernel.row_floats);
-    most_groups = larger(most_groups, groups), slices = larger(slices, slices_of(p));
-  }
-  float* memory = Workspace::of_call().take(packed_floats);
-  for (PackedLayer& each : products) memory = each.pack_if_absent(memory);
-  const auto multiply_groups = [&] {
-    return [&, memory = BlockOfThread(block_floats), loaded = int64_t{-1}](int64_t index, int64_t group) mutable {
-      const auto& [product, row, rows, groups] = blocks[static_cast<size_t>(index)];
-      if (group >= groups) return;
-      const RowBlock block{memory.data(), rows, rows};
-      if (index != loaded) product.kernel.load(product.p, row, block);
-      loaded = index;
-      const int64_t panels = panels_of(product.p, product.kernel), first = group * panels / groups;
-      product.kernel.multiply(product.p, row, block, first, (group + 1) * panels / groups,
-                              product.packed + first * product.p.panel_stride);
-    };
-  };
-  if (slices > 1) {
-    for (size_t i = 0; i < products.size(); ++i) {
-      if (results[i].numel() > 0) run(products[i].p, products[i].kernel, products[i].packed);
-    }
-  } else if (!blocks.empty()) {
-    parallel_dynamic(static_cast<int64_t>(blocks.size()), most_groups, threads, multiply_groups);
-  }
-  Workspace::of_call().give_back();
-  return results;
 }
 
 Tensor convolve(const char* op, const Tensor& x, Layer& layer, const Windows& windows, const NormOfColumns& behind,

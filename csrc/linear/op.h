@@ -1,7 +1,6 @@
 // A linear layer as operators call it: its arguments, in the order of the schemas, and the call.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -93,19 +92,6 @@ Tensor pack_weight(Tensor weight);
 // `op`, and replaces those that it cannot read as they lie by copies.
 Tensor linear(const char* op, Tensor& x, Layer& layer, const NormOfRows& norm, const NormOfColumns& behind,
               Activation activation, Addition& addition);
-
-// norm(x); of no norm x itself.
-Tensor layer_norm(const char* op, Tensor x, const NormOfRows& norm);
-
-// A linear layer of `x` among several; names: of its weight and bias.
-struct LayerOf {
-  Tensor x;
-  Layer layer;
-  std::array<const char*, 2> names;
-};
-
-// Linear layers of different rows, each as by `linear` without anything around it, in one parallel loop.
-std::vector<Tensor> linear_layers(const char* op, std::vector<LayerOf> layers);
 
 // activation(behind(the windows of maps x (B, C, H, W), as rows, times weight^T + bias)), (B, O, rows, columns) in
 // channels-last layout; x and the windows fit each other. Checks the layer.

@@ -66,16 +66,8 @@ def _depthwise_backward(a: Any) -> int:
 
 
 def _projections(a: Any) -> int:
-    """The convolutions, and the linear layers of an operator that has them."""
-    total = 0
-    for name in "qkv":
-        part = [getattr(a, f"{name}_{field}") for field in ("weight", "stride", "padding")]
-        total += _convolution(a, *part)
-        layer = getattr(a, f"{name}_pw_weight", None)
-        if layer is not None:
-            batch, _, rows, columns = _images(a, *part)[1]
-            total += 2 * batch * (a.prefix_tokens + rows * columns) * layer.numel()
-    return total
+    parts = ([getattr(a, f"{name}_{field}") for field in ("weight", "stride", "padding")] for name in "qkv")
+    return sum(_convolution(a, *part) for part in parts)
 
 
 def _leff(a: Any) -> int:

@@ -3,7 +3,7 @@
 - ``cpp``, ``cuda``, ``triton``: ``token_depthwise_conv`` by that backend with the norm in it, then a product, on GPUs
   the library's: by prediction (``benchmarks/gpu_model``) it takes a third of the time of a kernel that computes the
   convolution within the product. For q, k and v at inference ``cpp`` and ``cuda`` read x once
-  (``csrc/conv_projection``); where the products are ours, ``cpp`` is one call with the norm in front.
+  (``csrc/conv_projection``).
 - ``reference``: the functions of the same names in ``fastvit.reference.functional``.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastvit import backends
@@ -37,11 +36,10 @@ from fastvit.ops._operator import (
     is_grad_enabled,
 )
 from fastvit.ops._schema import NO_NORM, define, norm_arguments
-from fastvit.ops.linear import NO_NORM as NO_LAYER_NORM
-from fastvit.ops.linear import Linear, cast_like, check_norm, multiply, takes, with_packed
+from fastvit.ops.linear import cast_like, multiply
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution, convolved
 from fastvit.reference import functional
-from fastvit.reference.functional import BatchNorm, LayerNorm, Projection
+from fastvit.reference.functional import BatchNorm, Projection
 
 __all__ = ["conv_projection", "depthwise_separable_conv"]
 
@@ -57,21 +55,12 @@ class Separable(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Those of q, k and v, of norm(x)."""
+    """Those of q, k and v, of one x."""
 
     x: Tensor
     q: Separable
     k: Separable
     v: Separable
-    norm: LayerNorm | None = None
-
-    def normed(self) -> Projections:
-        """The same with the norm computed."""
-        if self.norm is None:
-            return self
-        x = self.norm.over_last(self.x)
-        q, k, v = (part._replace(x=x, convolution=part.convolution._replace(x=x)) for part in (self.q, self.k, self.v))
-        return Projections(x, q, k, v)
 
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -98,8 +87,6 @@ def _check_separable(call: Separable) -> None:
 
 def _check_projections(call: Projections) -> None:
     parts = (call.q, call.k, call.v)
-    check_tokens(call.x)
-    check_norm("norm", call.norm, call.x.shape[2], call.x)
     for part, values in zip(parts, [_check_part(part) for part in parts], strict=True):
         check_batch(f"{part.part}norm", part.convolution.norm, values)
 
@@ -118,9 +105,6 @@ def _trains(call: Separable) -> bool:
 def _part(name: str) -> str:
     tensors = f"Tensor {name}_weight, Tensor? {name}_bias"
     return f"{tensors}, {norm_arguments(f'{name}_norm')}, int {name}_stride, int {name}_padding"
-
-
-_LAYER = "Tensor {0}_pw_weight, Tensor? {0}_pw_bias, Tensor? {0}_pw_packed"
 
 
 class _Geometry(NamedTuple):
@@ -147,21 +131,6 @@ _together = define(
     "(Tensor, Tensor, Tensor)",
     convolved_together,
 )
-_WHOLE = define(
-    "packed_conv_projection",
-    ", ".join(
-        (
-            "Tensor x, bool has_norm, Tensor? norm_weight, Tensor? norm_bias, float norm_eps",
-            *(f"{_part(name)}, {_LAYER.format(name)}" for name in "qkv"),
-            "SymInt height, SymInt width, int prefix_tokens",
-        )
-    ),
-    "(Tensor, Tensor, Tensor)",
-    lambda a: tuple(
-        each.new_empty((*each.shape[:2], getattr(a, f"{name}_pw_weight").shape[0]))
-        for each, name in zip(convolved_together(a), "qkv", strict=True)
-    ),
-)
 _HAS_TOGETHER = {device: backends.extension().has_op("conv_projection", device) for device in ("cpu", "cuda")}
 
 
@@ -187,19 +156,14 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
             yield from convolution_reasons(part.convolution, named)
 
     def run_together(call: Projections) -> Projected:
-        x, *parts, _ = call
+        x, *parts = call
         together = kernels.name != "triton" and _HAS_TOGETHER["cpu" if x.is_cpu else "cuda"]
         for part in parts:
             norm = part.convolution.norm
             together = together and not (norm is not None and norm.use_batch_stats)
-        trains = is_grad_enabled() and (any(map(_trains, parts)) or gradients_needed(*(call.norm or ())[:2]))
-        if together and not trains and kernels.name == "cpp" and _takes_whole(call):
-            return _run_whole(call)
-        if not together or trains or call.norm is not None:
+        if not together or (is_grad_enabled() and any(map(_trains, parts))):
             _check_projections(call)  # before running statistics move
-        call = call.normed()
-        if not together or trains:
-            q, k, v = map(run, (call.q, call.k, call.v))
+            q, k, v = map(run, parts)
             return q, k, v
         q, k, v = _convolve_together(call)
         _, _, q_weight, q_bias, _ = call.q
@@ -213,43 +177,16 @@ def _by(kernels: Implementation) -> tuple[Implementation, Implementation]:
 
 
 def _convolve_together(call: Projections) -> Projected:
-    q, k, v = (_convolution_arguments(call, part) for part in call[1:4])
-    (height, width), prefix_tokens = call.q.convolution.grid, call.q.convolution.prefix_tokens
+    arguments: list[Any] = []
+    for part in call[1:]:
+        _, weight, bias, (height, width), stride, padding, prefix_tokens, _, _, norm, _, _ = part.convolution
+        mean, var, gamma, beta, _, _, eps, _, _ = norm or NO_NORM
+        padding = weight.shape[3] // 2 if padding is None else padding
+        if not type(height) is type(width) is type(prefix_tokens) is type(stride) is type(padding) is int:
+            _check_projections(call)  # a schema takes True, and a tensor of one number
+        arguments += (weight, bias, gamma, beta, mean, var, eps, stride, padding)
     together = _together.call if is_dynamo_compiling() else _together.eager
-    return together(call.x, *q, *k, *v, height, width, prefix_tokens)
-
-
-def _convolution_arguments(call: Projections, part: Separable) -> tuple[Any, ...]:
-    _, weight, bias, (height, width), stride, padding, prefix_tokens, _, _, norm, _, _ = part.convolution
-    mean, var, gamma, beta, _, _, eps, _, _ = norm or NO_NORM
-    padding = weight.shape[3] // 2 if padding is None else padding
-    if not type(height) is type(width) is type(prefix_tokens) is type(stride) is type(padding) is int:
-        _check_projections(call)  # a schema takes True, and a tensor of one number
-    return weight, bias, gamma, beta, mean, var, eps, stride, padding
-
-
-def _takes_whole(call: Projections) -> bool:
-    """Whether the products are ours, and their parameters in x's dtype: by the rows of x, which q's are."""
-    if is_dynamo_compiling() or torch.compiler._is_exporting_flag:
-        return False
-    x, *parts, _ = call
-    for part in parts:
-        if part.pw_weight.dtype != x.dtype or (part.pw_bias is not None and part.pw_bias.dtype != x.dtype):
-            return False
-        if not takes(Linear(x, part.pw_weight, part.pw_bias)):
-            return False
-    return True
-
-
-def _run_whole(call: Projections) -> Projected:
-    """By ``csrc/conv_projection`` with norm and products."""
-    norm = NO_LAYER_NORM if call.norm is None else (True, *call.norm)
-    layers = with_packed([each for part in call[1:4] for each in (part.pw_weight, part.pw_bias)])
-    q = *_convolution_arguments(call, call.q), *layers[:3]
-    k = *_convolution_arguments(call, call.k), *layers[3:6]
-    v = *_convolution_arguments(call, call.v), *layers[6:]
-    (height, width), prefix_tokens = call.q.convolution.grid, call.q.convolution.prefix_tokens
-    return _WHOLE.eager(call.x, *norm, *q, *k, *v, height, width, prefix_tokens)
+    return together(call.x, *arguments, height, width, prefix_tokens)
 
 
 def _run_reference(call: Separable) -> Tensor:
@@ -270,10 +207,8 @@ def _run_reference(call: Separable) -> Tensor:
 
 
 def _run_reference_together(call: Projections) -> Projected:
-    if call.norm is not None:
-        _check_projections(call)
-    call = call.normed()
-    q, k, v = map(_run_reference, (call.q, call.k, call.v))
+    _, *parts = call
+    q, k, v = map(_run_reference, parts)
     return q, k, v
 
 
@@ -333,18 +268,16 @@ def conv_projection(
     *,
     grid: tuple[int, int],
     prefix_tokens: int = 0,
-    norm: LayerNorm | None = None,
     backend: str = AUTO,
 ) -> Projected:
     """CvT's queries, keys and values: three depthwise-separable convolutions of the same tokens.
 
-    Prefix tokens skip the convolutions and the BatchNorms, and join at the linear layers.
+    Prefix tokens skip the convolutions and the norms, and join at the linear layers.
 
     Args:
         x: (B, P + h*w, C), floating, row-major grid tokens behind P prefix tokens.
         q, k, v: the parameters and the stride of each, as :func:`depthwise_separable_conv` takes them.
         grid: (h, w).
-        norm: LayerNorm over C of all tokens, in front, in x's dtype or float32.
         backend: "auto", "cuda", "cpp", "triton" or "reference".
 
     Returns:
@@ -360,8 +293,7 @@ def conv_projection(
     for name, part in (("q.", q), ("k.", k), ("v.", v)):
         if not isinstance(part, Projection):
             fail(name[0], "a Projection", part)
-        dw_weight, behind, pw_weight, pw_bias, stride, padding, dw_bias = part
-        convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=behind)
+        dw_weight, norm, pw_weight, pw_bias, stride, padding, dw_bias = part
+        convolution = Convolution(x, dw_weight, dw_bias, grid, stride, padding, prefix_tokens, norm=norm)
         parts.append(Separable(x, convolution, pw_weight, pw_bias, name))
-    q_part, k_part, v_part = parts
-    return PROJECTION(Projections(x, q_part, k_part, v_part, norm), backend)
+    return PROJECTION(Projections(x, *parts), backend)

@@ -42,7 +42,7 @@ from fastvit.ops.linear import (
     linear_dtype,
     multiply,
     packed_in_graph,
-    takes,
+    takes_mlp,
 )
 from fastvit.ops.token_depthwise_conv import KERNELS, Convolution
 from fastvit.reference import functional
@@ -186,7 +186,7 @@ def _takes_whole(call: Call) -> bool:
     for tensor in (*layers, call.residual):
         if tensor is not None and tensor.dtype != call.x.dtype:
             return False
-    return not _trains(call) and takes(Mlp(call.x, *layers, "gelu", call.norm, None, call.residual))
+    return not _trains(call) and takes_mlp(Mlp(call.x, *layers, "gelu", call.norm, None, call.residual))
 
 
 def _run_whole(call: Call) -> Tensor:

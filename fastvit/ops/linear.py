@@ -220,16 +220,16 @@ def _run_compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *around
 @torch.library.impl("fastvit::mlp", "cpu")
 def _run_compiled_mlp(x: Tensor, *layers_and_around: Any) -> Tensor:
     layers, around = layers_and_around[:4], layers_and_around[4:]
-    return _packed_mlp(x, *with_packed(layers), *around)
+    return _packed_mlp(x, *_with_packed(layers), *around)
 
 
 @torch.library.impl("fastvit::glu_mlp", "cpu")
 def _run_compiled_glu_mlp(x: Tensor, *layers_and_around: Any) -> Tensor:
     layers, around = layers_and_around[:6], layers_and_around[6:]
-    return _packed_glu_mlp(x, *with_packed(layers), *around)
+    return _packed_glu_mlp(x, *_with_packed(layers), *around)
 
 
-def with_packed(layers: Sequence[Any]) -> list[Any]:
+def _with_packed(layers: Sequence[Any]) -> list[Any]:
     """Weight, bias and packed weight of layers, from weights and biases in turn."""
     found: list[Any] = []
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
@@ -332,7 +332,7 @@ def _run_mlp_cpp(call: Mlp, traced: bool = False) -> Tensor:
         return PACKED_MLP.call(x, *layers, *norm_arguments, *behind)
     if traced or torch.compiler._is_compiling_flag:
         return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *norm_arguments, *behind)
-    return _packed_mlp(x, *with_packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias)), *norm_arguments, *behind)
+    return _packed_mlp(x, *_with_packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias)), *norm_arguments, *behind)
 
 
 def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
@@ -346,7 +346,7 @@ def _run_glu_mlp_cpp(call: GluMlp, traced: bool = False) -> Tensor:
         return PACKED_GLU_MLP.call(x, *(each for pair in pairs for each in packed_in_graph(*pair)), *norms, *behind)
     if traced or torch.compiler._is_compiling_flag:
         return _glu_mlp(x, *layers, *norms, *behind)
-    return _packed_glu_mlp(x, *with_packed(layers), *norms, *behind)
+    return _packed_glu_mlp(x, *_with_packed(layers), *norms, *behind)
 
 
 def _run_glu_mlp_by_layers(call: GluMlp, run: Callable[[Linear], Tensor]) -> Tensor:
@@ -654,11 +654,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return each.traced(call) if traced and each.traced is not None else each.run(call)
 
 
-def takes(call: Linear | Mlp) -> bool:
-    """Whether ``cpp`` would run this, which another operator has within."""
+def takes_mlp(call: Mlp) -> bool:
+    """Whether ``cpp`` would run this MLP, whose layers another operator has with something in between."""
     if backends.REQUESTED is not None and "cpp" not in backends.REQUESTED:
         return False
-    reasons = (LINEAR if isinstance(call, Linear) else MLP).implementations[0].reasons
+    reasons = MLP.implementations[0].reasons
     for _ in () if reasons is None else reasons(call, False):
         return False
     return True

@@ -872,22 +872,12 @@ class Projection(NamedTuple):
 
 
 def conv_projection(
-    x: Tensor,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    *,
-    grid: tuple[int, int],
-    prefix_tokens: int = 0,
-    norm: LayerNorm | None = None,
+    x: Tensor, q: Projection, k: Projection, v: Projection, *, grid: tuple[int, int], prefix_tokens: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CvT's queries, keys and values: three :func:`depthwise_separable_conv` of the same tokens (B, P + h*w, C).
 
-    ``norm``: over C, of all tokens, in front.
-
     Source: Wu et al. 2021 (CvT), section 3.2; microsoft/CvT ``cls_cvt.py``.
     """
-    x = x if norm is None else norm.over_last(x)
     q_out, k_out, v_out = (
         depthwise_separable_conv(x, **part._asdict(), grid=grid, prefix_tokens=prefix_tokens) for part in (q, k, v)
     )

@@ -230,9 +230,7 @@ def _depthwise_separable_conv(d: Draw) -> dict[str, Any]:
 
 def _conv_projection(d: Draw) -> dict[str, Any]:
     arguments, channels = _tokens(d)
-    projections = {name: _projection(d, arguments["grid"], channels) for name in "qkv"}
-    around = _around(d, arguments["x"], channels, channels)
-    return {**arguments, **projections, **{name: value for name, value in around.items() if name == "norm"}}
+    return {**arguments, **{name: _projection(d, arguments["grid"], channels) for name in "qkv"}}
 
 
 def _leff(d: Draw) -> dict[str, Any]:

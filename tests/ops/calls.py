@@ -82,7 +82,6 @@ CALLS: dict[str, Callable[[bool], dict[str, Any]]] = {
         "x": torch.randn(2, 13, CHANNELS),
         **{name: projection(batch) for name in "qkv"},
         **TOKENS,
-        "norm": LayerNorm(torch.randn(CHANNELS), torch.randn(CHANNELS)),
     },
     "leff": lambda batch: {
         "x": torch.randn(2, 13, CHANNELS),

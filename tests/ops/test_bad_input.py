@@ -235,13 +235,10 @@ _LINEAR_X_CASES = [
     *_BACKEND,
 ]
 
-_LAYER_NORM_CASES = [
+_AROUND_LEFF = [
     ("norm", nn.LayerNorm(CHANNELS), "norm: expected LayerNorm.of(module) or None, got LayerNorm("),
     ("norm", LayerNorm(torch.ones(7), None), "norm.weight: expected a floating tensor (6,), got (7,) torch.float32"),
     ("norm", LayerNorm(None, None, "1"), "norm.eps: expected a number, got '1' (str)"),
-]
-_AROUND_LEFF = [
-    *_LAYER_NORM_CASES,
     ("residual", torch.ones(CHANNELS), "residual: expected a floating tensor (2, 13, 6), got (6,) torch.float32"),
     ("residual", torch.ones(2, 12, CHANNELS), "residual: expected a floating tensor (2, 13, 6), got (2, 12, 6) torch"),
     ("residual", torch.ones(2, 13, CHANNELS, **META), "residual: expected a tensor on cpu, got (2, 13, 6) torch"),
@@ -287,7 +284,6 @@ MESSAGES: dict[str, list[tuple[str, Any, str]]] = {
             (part, projection(**{name: value}), f"{part}.{message}")
             for part, (name, value, message) in zip(itertools.cycle("qkv"), _DEPTHWISE_CASES)
         ),
-        *_LAYER_NORM_CASES,
         *_BACKEND,
     ],
     "leff": [

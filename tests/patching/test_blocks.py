@@ -50,7 +50,7 @@ FAMILIES = {
     "deepvit_cnn": Family("blocks.1", None, 17, 9),
     "cait": Family("blocks.0", None, 16, 8),
     "cpvt": Family("blocks.0", None, 17, 8),
-    "cvt": Family("stage2.blocks.0", (3, 3), 10, 8, 5),
+    "cvt": Family("stage2.blocks.0", (3, 3), 10, 12, 5),
     "ceit": Family("blocks.0", (4, 4), 17, 10),
     "twins_pcpvt": Family("blocks.1.0", (8, 8), 64, 14, 4),
     "twins_pcpvt_unreduced": Family("blocks.3.0", (2, 2), 4, 9),

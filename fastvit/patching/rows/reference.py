@@ -94,17 +94,12 @@ class ConvAttentionOverride(ProjectingOverride):
 
     attend = AttentionOverride.attend
 
-    def project(
-        self, x: Tensor, grid: tuple[int, int], norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of norm(x), where the block in which this attention is gives its norm, which may be read."""
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         backend = fused_backend(self)
         if backend is None or not _are_projections(self, backend):
-            return plain_class(self).project(self, x if norm is None else norm(x), grid)
+            return plain_class(self).project(self, x, grid)
         q, k, v = (_projection(self, name) for name in "qkv")
-        in_front = None if norm is None else LayerNorm.of(norm)
-        settings = {"grid": grid, "prefix_tokens": self.prefix_tokens, "norm": in_front}
-        return ops.conv_projection(x, q, k, v, **settings, backend=backend)
+        return ops.conv_projection(x, q, k, v, grid=grid, prefix_tokens=self.prefix_tokens, backend=backend)
 
 
 def _projection(attention: Any, name: str) -> Projection:
@@ -252,7 +247,7 @@ def _run_first(block: Any, x: Tensor, mask: Tensor | None, count: int) -> Tensor
 
 
 class ConvBlockOverride(Fused):
-    """A block of CvT: norm and projections, and then as other blocks."""
+    """A block of CvT: the norm, the projections, and then as other blocks."""
 
     fastvit_op = "linear"
     fastvit_needs = ("attn", "mlp")
@@ -273,9 +268,7 @@ def _run_conv_block(block: Any, x: Tensor, grid: tuple[int, int], mask: Tensor |
     if backend is None or not (adds_attention(block, backend, _CONV_ATTENTION) and adds_mlp(block, backend)):
         return None
     attention = block.attn
-    # Not looked up on the attention, whose class another thread may put back.
-    projected = ConvAttentionOverride.project(attention, x, grid, block.norm1)
-    heads = (split_heads(attention, part)[0] for part in projected)
+    heads = (split_heads(attention, part)[0] for part in attention.project(block.norm1(x), grid))
     return add_mlp(block, add_projection(block, x, attention.attend(*heads, mask), backend), backend)
 
 
