@@ -84,7 +84,7 @@ CASES = {
 @pytest.fixture(params=["whole", "composed"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether ``cpp`` computes all of it in one call."""
-    monkeypatch.setattr(sys.modules["fastvit.ops.leff"], "takes", lambda call: request.param == "whole")
+    monkeypatch.setattr(sys.modules["fastvit.ops.leff"], "takes_mlp", lambda call: request.param == "whole")
     return request.param
 
 
