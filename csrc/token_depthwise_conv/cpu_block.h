@@ -30,7 +30,7 @@ FASTVIT_INLINE void store(Vec v, T* p, int64_t n, bool streams) {
   }
 }
 
-// f.operator()<T>() for the type of a parameter, which may be another than that of x.
+// f(values) of the parameter's type, which may be another than that of x.
 template <class F>
 FASTVIT_INLINE auto with_parameter(const ChannelParameter& parameter, const F& f) {
   switch (parameter.element) {

@@ -142,7 +142,7 @@ def _run_cpp(call: Call, traced: bool = False) -> Tensor:
     if traced:
         return _convolution.call(x, weight, bias, *weight.shape[2:], *sizes, *behind)
     channels_last = x.stride(1) == 1 and x.stride(3) == x.shape[1]
-    # As by as_matrix, without its call.
+    # as_matrix, written out: tests/patching/test_blocks.py counts the Python calls of a block.
     matrix = weight.view(weight.shape[0], weight.shape[1:].numel()) if weight.is_contiguous() else weight.flatten(1)
     if channels_last:
         kept = packed(matrix, "windows", make=lambda matrix: pack(_by_pixels(matrix.view_as(weight))))

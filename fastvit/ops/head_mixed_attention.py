@@ -640,9 +640,9 @@ def _reasons_of(
             yield f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
         if dtype is untrained:
             if torch.is_grad_enabled() and gradients_needed(q, call.k, call.v, *_parameters(call)):
-                yield f"it has no backward in {dtype}"
+                yield f"it has no backward in {str(dtype).removeprefix('torch.')}"
             if isinstance(norm, BatchNorm) and norm.use_batch_stats:
-                yield f"it takes no statistics of a batch in {dtype}"
+                yield f"it takes no statistics of a batch in {str(dtype).removeprefix('torch.')}"
         if q.shape[1] > MAX_HEADS:
             yield f"{q.shape[1]} heads are more than {MAX_HEADS}"
         if q.shape[3] > MAX_HEAD_DIM:

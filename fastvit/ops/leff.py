@@ -218,7 +218,7 @@ def _by(kernels: Implementation) -> Implementation:
             convolution = convolution._replace(x=x[:, :, :1].to(linear_dtype(x)))
         yield from convolution_reasons(convolution, named)
         if kernels.name == "cpp" and convolution.x.dtype == torch.float16 and _trains(call):
-            yield "it has no backward in torch.float16"
+            yield "it takes neither gradients nor statistics of a batch in float16"
         if norm is not None:
             if norm.process_group is not None:
                 if is_dynamo_compiling():

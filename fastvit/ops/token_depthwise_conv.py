@@ -440,9 +440,9 @@ def _reasons_of(
             yield f"dtype {x.dtype} is not one of {', '.join(map(str, dtypes))}"
         if x.dtype is untrained:
             if is_grad_enabled() and gradients_needed(*call.tensors()):
-                yield f"it has no backward in {x.dtype}"
+                yield f"it has no backward in {str(x.dtype).removeprefix('torch.')}"
             if any(each is not None and each.use_batch_stats for each in (pre_norm, norm)):
-                yield f"it takes no statistics of a batch in {x.dtype}"
+                yield f"it takes no statistics of a batch in {str(x.dtype).removeprefix('torch.')}"
         if max_kernel is not None and weight.shape[3] > max_kernel:
             yield f"kernel size {weight.shape[3]} is larger than {max_kernel}"
         for each in (pre_norm, norm):

@@ -350,8 +350,8 @@ def test_refusals_give_their_reasons() -> None:
     refused("dtype torch.float64.*dropout", q.double(), k.double(), v.double(), dropout_p=0.5)
     halves = q.half(), k.half(), v.half()
     batch = BatchNorm(*statistics, None, None, use_batch_stats=True)
-    refused("it takes no statistics of a batch in torch.float16", *halves, post_weight=torch.eye(4), norm=batch)
-    refused("it has no backward in torch.float16", *halves, post_weight=torch.eye(4).requires_grad_())
+    refused("it takes no statistics of a batch in float16", *halves, post_weight=torch.eye(4), norm=batch)
+    refused("it has no backward in float16", *halves, post_weight=torch.eye(4).requires_grad_())
     meta = [t.to("meta") for t in (q, k, v)]
     refused("on meta", *meta)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import backends
 from fastvit.ops._operator import recording
@@ -24,7 +23,7 @@ from fastvit.patching.fusion import Fused, give
 from fastvit.patching.rows import blocks
 from fastvit.patching.rows import reference as table
 from fastvit.reference.deepvit import ReAttentionBlock
-from tests.helpers import assert_as_accurate, on_pooled_draws
+from tests.helpers import CallCounter, assert_as_accurate, on_pooled_draws
 from tests.ops.test_call_counts import python_calls
 from tests.tiny import build
 
@@ -86,16 +85,6 @@ def fused(case: Case, **options: Any) -> nn.Module:
     return patch(copy.deepcopy(case.block), **options)
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
-
-
 @needs_cpp
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_block_is_few_calls(name, monkeypatch):
@@ -105,11 +94,11 @@ def test_a_block_is_few_calls(name, monkeypatch):
     monkeypatch.setattr(linear.autotune, "choose", lambda *_, **__: ("cpp",))
     case = make(name)
     block = fused(case, backend="cpp")
-    with torch.no_grad(), _Calls() as plain:
+    with torch.no_grad(), CallCounter() as plain:
         case.run(case.block)
     with torch.no_grad():
         case.run(block)
-        with _Calls() as counted:
+        with CallCounter() as counted:
             case.run(block)
     assert len(counted.names) == FAMILIES[name].calls < len(plain.names) / 2, counted.names
     # PCPVT's spatial reduction takes a map, made of tokens, and gives one.
@@ -536,7 +525,7 @@ def test_a_spatial_reduction_is_a_product_of_windows(settings, as_product):
     channels = case.block.norm1.normalized_shape[0]
     case.block.attn.sr = nn.Conv2d(channels, channels, **settings)
     block = fused(case, backend="cpp")
-    with torch.no_grad(), _Calls() as counted:
+    with torch.no_grad(), CallCounter() as counted:
         got = case.run(block)
     assert ("aten.convolution.default" not in counted.names) is as_product
     exact = copy.deepcopy(case.block).double()

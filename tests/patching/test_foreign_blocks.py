@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from fastvit.ops._operator import recording
 from fastvit.patching import patch, unpatch
-from tests.helpers import assert_as_accurate, on_pooled_draws
-from tests.patching.test_blocks import MEDDLING, MOST_CALLS, _Calls, needs_cpp
+from tests.helpers import CallCounter, assert_as_accurate, on_pooled_draws
+from tests.patching.test_blocks import MEDDLING, MOST_CALLS, needs_cpp
 from tests.tiny import shake
 
 WIDTH, HEADS, HIDDEN, TOKENS = 48, 4, 96, 17
@@ -135,7 +135,7 @@ def test_a_block_is_few_calls(name, monkeypatch):
     patch(block, backend="cpp")
     with torch.no_grad():
         block(x)
-        with _Calls() as counted:
+        with CallCounter() as counted:
             block(x)
     assert len(counted.names) == LIBRARIES[name].calls <= MOST_CALLS, counted.names
     assert ops_of(block, x) == LIBRARIES[name].ops
